@@ -1,0 +1,17 @@
+"""Fused kernels for SwiftFormer's efficient additive attention (arXiv 2303.15446)."""
+
+from swiftkernels.functional import (
+    AttentionOutput,
+    additive_attention,
+    additive_self_attention,
+)
+from swiftkernels.modules import AdditiveAttention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdditiveAttention",
+    "AttentionOutput",
+    "additive_attention",
+    "additive_self_attention",
+]

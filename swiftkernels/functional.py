@@ -1,0 +1,225 @@
+"""The functional interface: check the arguments, cast for autocast, choose the backend, call it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swiftkernels import checks, ops, reference
+from swiftkernels.reference import Options
+
+
+class AttentionOutput(NamedTuple):
+    """What ``return_weights=True`` gives; weights and global query are for looking at: no gradient."""
+
+    output: Tensor
+    """The output, as without ``return_weights``."""
+    weights: Tensor
+    """Token weights a, [B, N]."""
+    global_query: Tensor
+    """Global query G, [B, E]."""
+
+
+def additive_attention(
+    q: Tensor,
+    k: Tensor,
+    w_g: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    final_weight: Tensor,
+    final_bias: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    pooling: str = "l2",
+    qk_norm: bool = True,
+    scale: float | None = None,
+    eps: float = 1e-12,
+    backend: str = "auto",
+    return_weights: bool = False,
+) -> Tensor | AttentionOutput:
+    """Efficient additive attention on given queries and keys (section 3 of arXiv 2303.15446).
+
+    Args:
+        q, k: queries and keys, [B, N, E], any strides.
+        w_g: scoring vector, [E] or [E, 1].
+        proj_weight, proj_bias: the layer `proj`, [E, E] and [E] or None.
+        final_weight, final_bias: the layer `final`, [D, E] and [D] or None.
+        mask: bool [B, N], True = the token takes part in the pooling. Masked tokens weigh 0 and count
+            in no norm; their own output row is computed all the same.
+        pooling: "l2", "softmax", "sum" or "linear": see `swiftkernels.reference.pool_weights`.
+        qk_norm: divide the rows of q and k by their L2 norms.
+        scale: factor of the scores; default D ** -0.5.
+        eps: lower bound of every norm, as in `torch.nn.functional.normalize`.
+        backend: "auto", "triton", "aten" or "reference". Only "auto" chooses; the others never fall back.
+        return_weights: also return the token weights and the global query.
+
+    Returns:
+        The output [B, N, D], contiguous; with ``return_weights`` an `AttentionOutput`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, with the remedy.
+
+    Example:
+        >>> q, k = torch.randn(2, 49, 64), torch.randn(2, 49, 64)
+        >>> w = torch.randn(64, 64) / 8
+        >>> additive_attention(q, k, torch.randn(64), w, None, w, None).shape
+        torch.Size([2, 49, 64])
+    """
+    w_g = w_g.flatten()
+    q, k, w_g, proj_weight, proj_bias, final_weight, final_bias = _autocast(
+        q, k, w_g, proj_weight, proj_bias, final_weight, final_bias
+    )
+    width = w_g.shape[0]
+    checks.check_tokens("q", q, width, "E, the length of w_g")
+    checks.check_shape("k", k, tuple(q.shape), "that of q")
+    weights = (w_g, proj_weight, proj_bias, final_weight, final_bias)
+    _check_weights("q", q, weights)
+    checks.check_alike("q", q, {"k": k})
+    checks.check_mask(mask, q)
+    checks.check_pooling(pooling, q.shape[1])
+    options = Options(
+        pooling, qk_norm, final_weight.shape[0] ** -0.5 if scale is None else scale, eps
+    )
+    chosen = ops.choose_backend(backend, q, width)
+    if chosen == "reference":
+        out = reference.additive_attention(q, k, *weights, mask, options)
+    else:
+        out = ops.additive_attention(q, k, *weights, mask, options, chosen)
+    return _with_weights(out, q, w_g, mask, options) if return_weights else out
+
+
+def additive_self_attention(
+    x: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor | None,
+    key_weight: Tensor,
+    key_bias: Tensor | None,
+    w_g: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    final_weight: Tensor,
+    final_bias: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    pooling: str = "l2",
+    qk_norm: bool = True,
+    scale: float | None = None,
+    eps: float = 1e-12,
+    backend: str = "auto",
+    return_weights: bool = False,
+) -> Tensor | AttentionOutput:
+    """The whole attention layer from tokens and weights; what `AdditiveAttention` calls.
+
+    Args:
+        x: tokens, [B, N, C], any strides: views of NCHW images are read without a copy.
+        query_weight, query_bias: the layer `to_query`, [E, C] and [E] or None.
+        key_weight, key_bias: the layer `to_key`, [E, C] and [E] or None.
+        w_g, proj_weight, proj_bias, final_weight, final_bias, mask, pooling, qk_norm, scale, eps,
+            backend, return_weights: as in `additive_attention`.
+
+    Returns:
+        The output [B, N, D], contiguous; with ``return_weights`` an `AttentionOutput`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, with the remedy.
+
+    Example:
+        >>> x, w, b = torch.randn(2, 49, 64), torch.randn(64, 64) / 8, torch.zeros(64)
+        >>> additive_self_attention(x, w, b, w, b, torch.randn(64), w, b, w, b).shape
+        torch.Size([2, 49, 64])
+    """
+    w_g = w_g.flatten()
+    (
+        x,
+        query_weight,
+        query_bias,
+        key_weight,
+        key_bias,
+        w_g,
+        proj_weight,
+        proj_bias,
+        final_weight,
+        final_bias,
+    ) = _autocast(
+        x,
+        query_weight,
+        query_bias,
+        key_weight,
+        key_bias,
+        w_g,
+        proj_weight,
+        proj_bias,
+        final_weight,
+        final_bias,
+    )
+    width = w_g.shape[0]
+    in_dims = query_weight.shape[-1]
+    checks.check_tokens("x", x, in_dims, "C, the width of query_weight")
+    checks.check_shape("query_weight", query_weight, (width, in_dims), "[E, C]")
+    checks.check_shape("key_weight", key_weight, (width, in_dims), "[E, C]")
+    for name, bias in (("query_bias", query_bias), ("key_bias", key_bias)):
+        if bias is not None:
+            checks.check_shape(name, bias, (width,), "[E]")
+    projections = (query_weight, query_bias, key_weight, key_bias)
+    weights = (w_g, proj_weight, proj_bias, final_weight, final_bias)
+    names = ("query_weight", "query_bias", "key_weight", "key_bias")
+    checks.check_alike("x", x, dict(zip(names, projections, strict=True)))
+    _check_weights("x", x, weights)
+    checks.check_mask(mask, x)
+    checks.check_pooling(pooling, x.shape[1])
+    options = Options(
+        pooling, qk_norm, final_weight.shape[0] ** -0.5 if scale is None else scale, eps
+    )
+    chosen = ops.choose_backend(backend, x, width)
+    if chosen == "reference":
+        out = reference.additive_self_attention(x, *projections, *weights, mask, options)
+    else:
+        out = ops.additive_self_attention(x, *projections, *weights, mask, options, chosen)
+    if not return_weights:
+        return out
+    with torch.no_grad():
+        q = F.linear(x, query_weight, query_bias)
+    return _with_weights(out, q, w_g, mask, options)
+
+
+def _check_weights(like_name: str, like: Tensor, weights: tuple[Tensor | None, ...]) -> None:
+    w_g, proj_weight, proj_bias, final_weight, final_bias = weights
+    assert w_g is not None
+    assert proj_weight is not None
+    assert final_weight is not None
+    width = w_g.shape[0]
+    checks.check_shape("proj_weight", proj_weight, (width, width), "[E, E]")
+    token_dim = final_weight.shape[0]
+    checks.check_shape("final_weight", final_weight, (token_dim, width), "[D, E]")
+    if proj_bias is not None:
+        checks.check_shape("proj_bias", proj_bias, (width,), "[E]")
+    if final_bias is not None:
+        checks.check_shape("final_bias", final_bias, (token_dim,), "[D]")
+    names = ("w_g", "proj_weight", "proj_bias", "final_weight", "final_bias")
+    checks.check_alike(like_name, like, dict(zip(names, weights, strict=True)))
+
+
+def _with_weights(
+    out: Tensor, q: Tensor, w_g: Tensor, mask: Tensor | None, options: Options
+) -> AttentionOutput:
+    with torch.no_grad():
+        if options.qk_norm:
+            q = F.normalize(q, dim=-1, eps=options.eps)
+        return AttentionOutput(out, *reference.global_query(q, w_g, mask, options))
+
+
+def _autocast(*tensors):  # type: ignore[no-untyped-def]
+    """Cast to the active autocast dtype, as autocast casts the inputs of a linear layer."""
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype)
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
+        for t in tensors
+    )

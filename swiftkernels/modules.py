@@ -1,0 +1,162 @@
+"""`AdditiveAttention`: the attention layer of SwiftFormer as an `nn.Module`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swiftkernels import checks
+from swiftkernels.functional import AttentionOutput, additive_self_attention
+from swiftkernels.reference import POOLINGS
+
+LAYOUTS = ("auto", "channels_first", "channels_last")
+
+
+class AdditiveAttention(nn.Module):
+    """Efficient additive attention (arXiv 2303.15446), a drop-in for the layer of SwiftFormer.
+
+    Takes the constructor arguments, parameter names and state dicts (`Proj` or `proj`) of the official
+    ``EfficientAdditiveAttnetion`` and of timm's ``EfficientAdditiveAttention``, and gives their outputs.
+
+    Args:
+        in_dims: width C of the input.
+        token_dim: width D of the output; the scores are scaled by token_dim ** -0.5.
+        num_heads: widens queries and keys to E = token_dim * num_heads; there is one score per token.
+        pooling: "l2" (official code since July 2023, timm), "sum" (before, and transformers), "softmax"
+            or "linear". The same weights under another pooling give other outputs.
+        qk_norm: divide the rows of queries and keys by their L2 norms.
+        bias: whether the four linear layers have biases.
+        layout: order of the input's axes. "channels_last" [B, ..., C], "channels_first" [B, C, ...];
+            "auto" takes three axes as [B, N, C] and four or more as [B, C, ...]. The output has the
+            input's order. Any memory format is read through its strides, without a copy.
+        eps: lower bound of every norm.
+        backend: "auto", "triton", "aten" or "reference". Only "auto" chooses; the others never fall back.
+        device, dtype: of the parameters.
+
+    Shapes:
+        x [B, N, C] or [B, C, H, W] (any number of spatial axes); the output is the same with D for C.
+        mask: bool [B, N] or [B, *spatial], True = the token takes part in the pooling.
+
+    Example:
+        >>> attention = AdditiveAttention(64, 64, num_heads=1)
+        >>> attention(torch.randn(2, 64, 14, 14)).shape
+        torch.Size([2, 64, 14, 14])
+        >>> output, weights, global_query = attention(torch.randn(2, 49, 64), return_weights=True)
+    """
+
+    def __init__(
+        self,
+        in_dims: int = 512,
+        token_dim: int = 256,
+        num_heads: int = 2,
+        *,
+        pooling: str = "l2",
+        qk_norm: bool = True,
+        bias: bool = True,
+        layout: str = "auto",
+        eps: float = 1e-12,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.check_positive("in_dims", in_dims)
+        checks.check_positive("token_dim", token_dim)
+        checks.check_positive("num_heads", num_heads)
+        checks.check_option("pooling", pooling, POOLINGS)
+        checks.check_option("layout", layout, LAYOUTS)
+        checks.check_option("backend", backend, checks.BACKENDS)
+        self.in_dims = in_dims
+        self.token_dim = token_dim
+        self.num_heads = num_heads
+        self.pooling = pooling
+        self.qk_norm = qk_norm
+        self.layout = layout
+        self.eps = eps
+        self.backend = backend
+        self.scale_factor = token_dim**-0.5
+
+        width = token_dim * num_heads
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.to_query = nn.Linear(in_dims, width, bias=bias, **factory)
+        self.to_key = nn.Linear(in_dims, width, bias=bias, **factory)
+        self.w_g = nn.Parameter(torch.randn(width, 1, **factory))
+        self.proj = nn.Linear(width, width, bias=bias, **factory)
+        self.final = nn.Linear(width, token_dim, bias=bias, **factory)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, return_weights: bool = False
+    ) -> Tensor | AttentionOutput:
+        """Attend; shapes as in the class, errors as in `additive_self_attention`."""
+        channels_first = self.layout == "channels_first" or (self.layout == "auto" and x.dim() > 3)
+        spatial = self._spatial_shape(x, channels_first)
+        tokens = x.flatten(2).transpose(1, 2) if channels_first else x.flatten(1, -2)
+        if mask is not None and mask.dim() > 2:
+            if mask.shape[1:] != spatial:
+                raise ValueError(
+                    f"mask must have shape [B, N] or [B, *spatial] = {(x.shape[0], *spatial)}; "
+                    f"got {tuple(mask.shape)}. One value per token: drop the channel axis."
+                )
+            mask = mask.flatten(1)
+        result = additive_self_attention(
+            tokens,
+            self.to_query.weight,
+            self.to_query.bias,
+            self.to_key.weight,
+            self.to_key.bias,
+            self.w_g,
+            self.proj.weight,
+            self.proj.bias,
+            self.final.weight,
+            self.final.bias,
+            mask=mask,
+            pooling=self.pooling,
+            qk_norm=self.qk_norm,
+            scale=self.scale_factor,
+            eps=self.eps,
+            backend=self.backend,
+            return_weights=return_weights,
+        )
+        if isinstance(result, AttentionOutput):
+            return result._replace(output=_restore(result.output, spatial, channels_first))
+        return _restore(result, spatial, channels_first)
+
+    def _spatial_shape(self, x: Tensor, channels_first: bool) -> torch.Size:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor; got {type(x).__name__}.")
+        if x.dim() < 3:
+            raise ValueError(
+                f"x must be [B, N, {self.in_dims}] or [B, {self.in_dims}, *spatial]; got shape "
+                f"{tuple(x.shape)}. Add the missing axis with x.unsqueeze(0)."
+            )
+        width = x.shape[1 if channels_first else -1]
+        if width != self.in_dims:
+            order = "[B, C, *spatial]" if channels_first else "[B, *spatial, C]"
+            raise ValueError(
+                f"x must have {self.in_dims} channels (in_dims), read as {order}; got {width} in shape "
+                f"{tuple(x.shape)}. If the axes are in another order, set layout='channels_first' or "
+                "layout='channels_last'."
+            )
+        return x.shape[2:] if channels_first else x.shape[1:-1]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("weight", "bias"):
+            official = f"{prefix}Proj.{name}"
+            if official in state_dict:
+                state_dict.setdefault(f"{prefix}proj.{name}", state_dict.pop(official))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_dims}, {self.token_dim}, num_heads={self.num_heads}, pooling={self.pooling!r}, "
+            f"qk_norm={self.qk_norm}, layout={self.layout!r}, backend={self.backend!r}"
+        )
+
+
+def _restore(tokens: Tensor, spatial: torch.Size, channels_first: bool) -> Tensor:
+    """[B, N, D] back to the axes of the input, as a view."""
+    if channels_first:
+        return tokens.transpose(1, 2).unflatten(2, spatial)
+    return tokens if len(spatial) == 1 else tokens.unflatten(1, spatial)

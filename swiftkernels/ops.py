@@ -1,0 +1,2 @@
+def choose_backend(backend, x, width):
+    return "reference"

@@ -1,0 +1,113 @@
+"""Efficient additive attention in plain PyTorch: the definition every backend is tested against.
+
+Shapes: B batch, N tokens, C input width, D token_dim, E = D * num_heads. All of it is differentiable,
+for any dtype and device, and nothing here is fused.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+POOLINGS = ("l2", "softmax", "sum", "linear")
+
+
+class Options(NamedTuple):
+    """What selects a variant of the operator."""
+
+    pooling: str
+    """"l2", "softmax", "sum" or "linear": see `pool_weights`."""
+    qk_norm: bool
+    """Divide the rows of q and k by their L2 norms."""
+    scale: float
+    """Factor of the scores, D ** -0.5 everywhere."""
+    eps: float
+    """Lower bound of every norm, 1e-12 everywhere."""
+
+
+def pool_weights(scores: Tensor, mask: Tensor | None, pooling: str, eps: float) -> Tensor:
+    """Weights a over the tokens from scores s, [B, N] -> [B, N]; masked tokens weigh 0.
+
+    ===========  ============================  ====================================================
+    ``pooling``  a_n                           used by
+    ===========  ============================  ====================================================
+    ``l2``       s_n / max(norm(s), eps)       the official code since July 2023, timm
+    ``softmax``  exp(s_n) / sum_m exp(s_m)     what readers of the paper expect; Fastformer
+    ``sum``      1                             the official code before July 2023, transformers
+    ``linear``   s_n                           equations 4 to 6 of the paper as printed
+    ===========  ============================  ====================================================
+    """
+    if pooling == "softmax":
+        if mask is None:
+            return scores.softmax(dim=1)
+        # The lowest finite score, not -inf: an item whose tokens are all masked gets 0, not NaN.
+        lowest = torch.finfo(scores.dtype).min
+        return scores.masked_fill(~mask, lowest).softmax(dim=1).masked_fill(~mask, 0)
+    if pooling == "sum":
+        scores = torch.ones_like(scores)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, 0)
+    return F.normalize(scores, dim=1, eps=eps) if pooling == "l2" else scores
+
+
+def global_query(
+    q: Tensor, w_g: Tensor, mask: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Token weights a [B, N] and G = sum_n a_n q_n [B, E] of the (normalised) queries q [B, N, E]."""
+    scores = (q @ w_g) * options.scale  # [B, N]
+    weights = pool_weights(scores, mask, options.pooling, options.eps)
+    return weights, (weights.unsqueeze(-1) * q).sum(dim=1)
+
+
+def additive_attention(
+    q: Tensor,
+    k: Tensor,
+    w_g: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    final_weight: Tensor,
+    final_bias: Tensor | None,
+    mask: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """The operator on queries and keys, [B, N, E] -> [B, N, D] (section 3 of arXiv 2303.15446).
+
+    w_g [E]; proj_weight [E, E]; final_weight [D, E]; mask [B, N], True = the token takes part.
+    """
+    if options.qk_norm:
+        q = F.normalize(q, dim=-1, eps=options.eps)
+        k = F.normalize(k, dim=-1, eps=options.eps)
+    _, G = global_query(q, w_g, mask, options)
+    y = F.linear(G.unsqueeze(1) * k, proj_weight, proj_bias) + q
+    return F.linear(y, final_weight, final_bias)
+
+
+def additive_self_attention(
+    x: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor | None,
+    key_weight: Tensor,
+    key_bias: Tensor | None,
+    w_g: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    final_weight: Tensor,
+    final_bias: Tensor | None,
+    mask: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """The whole layer, [B, N, C] -> [B, N, D]: queries and keys are linear in x."""
+    return additive_attention(
+        F.linear(x, query_weight, query_bias),
+        F.linear(x, key_weight, key_bias),
+        w_g,
+        proj_weight,
+        proj_bias,
+        final_weight,
+        final_bias,
+        mask,
+        options,
+    )
