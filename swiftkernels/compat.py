@@ -1,0 +1,65 @@
+"""Everything that is private to PyTorch or depends on its version."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+_NO_GUARD: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
+
+def device_guard(t: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the device of `t` the current one for kernel launches; free where it is already."""
+    device = t.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    if device.type == "xpu" and device.index != torch.xpu.current_device():
+        return torch.xpu.device(device)
+    return _NO_GUARD
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the triton package is installed (it is not imported)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run on CPU tensors, under TRITON_INTERPRET=1."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_takes(device: torch.device) -> bool:
+    """Whether Triton kernels can run on tensors of that device."""
+    if not has_triton():
+        return False
+    if device.type == "cpu":
+        return interpreting()
+    return device.type in ("cuda", "xpu")
+
+
+def functorch_active() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, ...) is running."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether an operator may be called on `t` without PyTorch's dispatcher: nothing is listening."""
+    return (
+        type(t) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not functorch_active()
+        and t.device.type != "meta"
+    )
+
+
+def being_exported() -> bool:
+    """Whether a trace is being made that other runtimes will run: TorchScript, ONNX, torch.export."""
+    exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or exporting()

@@ -1,0 +1,1 @@
+"""The Triton backend. Import `swiftkernels.triton.launch` only where Triton is needed."""

@@ -1,0 +1,424 @@
+"""Launching: allocate, describe strides, choose tiles, start the kernels.
+
+Four entry points, forward and backward from x and from given queries and keys, with the signatures that
+`swiftkernels.aten` has too. Nothing here is differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from swiftkernels.compat import device_guard
+from swiftkernels.reference import Options
+from swiftkernels.triton import config
+from swiftkernels.triton.backward import (
+    _pool_backward_kernel,
+    _rows_backward_kernel,
+    _weights_backward_kernel,
+)
+from swiftkernels.triton.forward import _output_forward_kernel, _pool_forward_kernel
+
+
+class _Tokens(NamedTuple):
+    """A [B, N, C] tensor of which one of the last two strides is 1."""
+
+    data: Tensor
+    stride_b: int
+    stride: int
+    channels_last: bool
+    align: int
+
+
+def _tokens(t: Tensor) -> _Tokens:
+    """Describe t by its strides; copy it only where neither tokens nor channels are adjacent."""
+    batch_stride, token_stride, channel_stride = t.stride()
+    if channel_stride == 1 or t.shape[2] == 1:
+        stride, channels_last = token_stride, True
+    elif token_stride == 1 or t.shape[1] == 1:
+        stride, channels_last = channel_stride, False
+    else:
+        return _tokens(t.contiguous())
+    align = 16
+    while stride % align or batch_stride % align:
+        align //= 2
+    return _Tokens(t, batch_stride, stride, channels_last, align)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _precision(dtype: torch.dtype) -> str:
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+def _mask_bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _split_tokens(n_tokens: int, block_n: int) -> tuple[int, int]:
+    """(splits, tiles in each) of an item's tokens for the two pooling kernels; a function of N only."""
+    tiles = _cdiv(n_tokens, block_n)
+    tiles_per_split = _cdiv(tiles, config.MAX_SPLITS)
+    return _cdiv(tiles, tiles_per_split), tiles_per_split
+
+
+def _packed_projection(
+    x: Tensor, wq: Tensor, bq: Tensor | None, wk: Tensor, bk: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, N, E] of a wide layer by one GEMM; views of one buffer."""
+    weight = torch.cat((wq, wk))
+    bias = None
+    if bq is not None or bk is not None:
+        zeros = wq.new_zeros(wq.shape[0])
+        bias = torch.cat((zeros if bq is None else bq, zeros if bk is None else bk))
+    return torch.nn.functional.linear(x, weight, bias).chunk(2, dim=2)  # type: ignore[return-value]
+
+
+def self_attention_forward(
+    x: Tensor,
+    wq: Tensor,
+    bq: Tensor | None,
+    wk: Tensor,
+    bk: Tensor | None,
+    w_g: Tensor,
+    wp: Tensor,
+    bp: Tensor | None,
+    wf: Tensor,
+    bf: Tensor | None,
+    mask: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out [B, N, D], and for the backward G [B, E], pooling statistics [B, 2], M = Wf Wp [D, E]."""
+    if wq.shape[0] > config.MAX_PROJECTED_WIDTH:
+        with device_guard(x):
+            q, k = _packed_projection(x, wq, bq, wk, bk)
+        return attention_forward(q, k, w_g, wp, bp, wf, bf, mask, options)
+    return _forward(x, x, (wq, bq, wk, bk), w_g, wp, bp, wf, bf, mask, options)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    w_g: Tensor,
+    wp: Tensor,
+    bp: Tensor | None,
+    wf: Tensor,
+    bf: Tensor | None,
+    mask: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `self_attention_forward`, from queries and keys [B, N, E]."""
+    if q.stride() != k.stride():
+        q, k = q.contiguous(), k.contiguous()
+    return _forward(q, k, None, w_g, wp, bp, wf, bf, mask, options)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    projections: Sequence[Tensor | None] | None,
+    w_g: Tensor,
+    wp: Tensor,
+    bp: Tensor | None,
+    wf: Tensor,
+    bf: Tensor | None,
+    mask: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, n_tokens, in_dims = q.shape
+    token_dim, width = wf.shape
+    acc = _accumulator(q.dtype)
+    out = q.new_empty(batch, n_tokens, token_dim)
+    global_query = q.new_empty(batch, width, dtype=acc)
+    statistics = q.new_empty(batch, 2, dtype=acc)
+    folded = q.new_empty(token_dim, width)
+    cfg = config.choose_config(width, q.dtype)
+    # Without tokens there is nothing to pool, but a backward may still ask for M, G and statistics.
+    splits, tiles_per_split = _split_tokens(max(n_tokens, 1), cfg.block_n)
+    pooled = q.new_empty(batch, splits, width, dtype=acc)
+    split_statistics = q.new_empty(batch, splits, 2, dtype=acc)
+    view = _tokens(q)
+    key_view = view if k is q else _tokens(k)
+    wq, bq, wk, bk = _contiguous(*(projections or (None,) * 4))
+    w_g, wp, bp, wf, bf = _contiguous(w_g, wp, bp, wf, bf)
+    block_m = 32
+    fold_programs = _cdiv(token_dim, block_m) * _cdiv(width, block_m)
+    shared: dict[str, Any] = {
+        "C": in_dims,
+        "E": width,
+        "D": token_dim,
+        "EPS": options.eps,
+        "POOLING": options.pooling,
+        "QK_NORM": options.qk_norm,
+        "PROJECT": projections is not None,
+        "CHANNELS_LAST": view.channels_last,
+        "ALIGN": view.align,
+        "PRECISION": _precision(q.dtype),
+        "BLOCK_N": cfg.block_n,
+        "BLOCK_E": cfg.block_e,
+        "BLOCK_K": cfg.block_k,
+        "num_warps": cfg.num_warps,
+        "num_stages": cfg.num_stages,
+    }
+    tiles = _cdiv(n_tokens, cfg.block_n)
+    with device_guard(q):
+        _pool_forward_kernel[(batch * splits + fold_programs,)](
+            view.data, wq, bq, w_g, _mask_bytes(mask), wp, wf, pooled, split_statistics, folded,
+            n_tokens, splits, tiles_per_split, batch * splits, view.stride_b, view.stride,
+            SCALE=options.scale, BLOCK_M=block_m, **shared,
+        )  # fmt: skip
+        if batch * tiles:
+            _output_forward_kernel[(batch * tiles,)](
+                view.data, key_view.data, wq, bq, wk, bk, bp, wf, bf, folded, pooled,
+                split_statistics, out, global_query, statistics,
+                n_tokens, splits, tiles, view.stride_b, view.stride,
+                BLOCK_J=cfg.block_j, BLOCK_S=config.BLOCK_S, **shared,
+            )  # fmt: skip
+    return out, global_query, statistics, folded
+
+
+class _Backward:
+    """One backward call: what its kernels share, and a method for each of its two stages.
+
+    `projections` are (wq, bq, wk, bk) if the kernels project x themselves; else None, and `q` and `k`
+    describe queries and keys.
+    """
+
+    def __init__(
+        self,
+        dout: Tensor,
+        q: _Tokens,
+        k: _Tokens,
+        projections: Sequence[Tensor | None] | None,
+        w_g: Tensor,
+        wp: Tensor,
+        bp: Tensor | None,
+        wf: Tensor,
+        mask: Tensor | None,
+        saved: tuple[Tensor, Tensor, Tensor],
+        options: Options,
+    ) -> None:
+        self.q, self.k, self.dout = q, k, _tokens(dout)
+        self.projections = _contiguous(*(projections or (None,) * 4))
+        self.w_g, self.wp, self.bp, self.wf = _contiguous(w_g, wp, bp, wf)
+        self.mask = _mask_bytes(mask)
+        self.saved = saved
+        self.options = options
+        self.batch, self.n_tokens, self.in_dims = q.data.shape
+        self.token_dim, self.width = wf.shape
+        self.acc = _accumulator(wf.dtype)
+        self.config = config.choose_config(self.width, wf.dtype)
+        self.shared: dict[str, Any] = {
+            "E": self.width,
+            "D": self.token_dim,
+            "CHANNELS_LAST": q.channels_last,
+            "ALIGN": q.align,
+            "DOUT_CHANNELS_LAST": self.dout.channels_last,
+            "DOUT_ALIGN": self.dout.align,
+            "PRECISION": _precision(wf.dtype),
+        }
+        self.by_rows: dict[str, Any] = {
+            "C": self.in_dims,
+            "EPS": options.eps,
+            "QK_NORM": options.qk_norm,
+            "PROJECT": projections is not None,
+            "BLOCK_N": self.config.block_n,
+            "BLOCK_E": self.config.block_e,
+            "BLOCK_K": self.config.block_k,
+        }
+
+    def rows(
+        self,
+        dx: Tensor | None,
+        dq: Tensor | None,
+        dk: Tensor | None,
+        sides: Tensor | None,
+        needs_weights: bool,
+        fuse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Fill dx, dq, dk and sides (t, z) where given.
+
+        Returns sums [groups, 3 E + D] and, with `fuse`, moments [groups, 2 E (C + D)]; else empty.
+        """
+        wq, bq, wk, bk = self.projections
+        global_query, statistics, folded = self.saved
+        cfg, n_tokens = self.config, self.n_tokens
+        splits, tiles_per_split = _split_tokens(n_tokens, cfg.block_n)
+        grad_g = self.wf.new_empty(self.batch, splits, self.width, dtype=self.acc)
+        _pool_backward_kernel[(self.batch * splits,)](
+            self.k.data, wk, bk, folded, self.dout.data, grad_g,
+            n_tokens, splits, tiles_per_split,
+            self.k.stride_b, self.k.stride, self.dout.stride_b, self.dout.stride,
+            num_warps=cfg.num_warps, num_stages=cfg.num_stages, **self.shared, **self.by_rows,
+        )  # fmt: skip
+        tiles = _cdiv(n_tokens, cfg.block_n)
+        # Without fused moments there is no reason to keep a program longer than a few tiles.
+        tiles_per_group = min(
+            tiles, _cdiv(config.TOKENS_PER_GROUP, cfg.block_n) if fuse else config.TILES_PER_GROUP
+        )
+        groups = _cdiv(tiles, tiles_per_group)
+        programs = self.batch * groups
+        sum_width = 3 * self.width + self.token_dim if needs_weights else 0
+        moment_width = 2 * self.width * (self.in_dims + self.token_dim) if fuse else 0
+        sums = self.wf.new_empty(programs, sum_width, dtype=self.acc)
+        moments = self.wf.new_empty(programs, moment_width, dtype=self.acc)
+        dx_view = self.q if dx is None else _tokens(dx)
+        _rows_backward_kernel[(programs,)](
+            self.q.data, self.k.data, wq, bq, wk, bk, self.w_g, self.mask, self.bp, self.wf, folded,
+            global_query, statistics, grad_g, self.dout.data, dx, dq, dk, sides,
+            sums if needs_weights else None, moments if fuse else None,
+            n_tokens, splits, groups, tiles_per_group,
+            self.q.stride_b, self.q.stride, self.dout.stride_b, self.dout.stride,
+            dx_view.stride_b, dx_view.stride, self.batch * n_tokens * self.width,
+            SCALE=self.options.scale, POOLING=self.options.pooling, FUSE=fuse,
+            BLOCK_J=cfg.block_j, BLOCK_C=config.next_power_of_two(self.in_dims) if fuse else 16,
+            BLOCK_D=config.next_power_of_two(self.token_dim) if fuse else 16,
+            BLOCK_S=config.BLOCK_S,
+            num_warps=8 if fuse else cfg.num_warps, num_stages=1 if fuse else cfg.num_stages,
+            **self.shared, **self.by_rows,
+        )  # fmt: skip
+        return sums, moments
+
+    def moments(self, x: _Tokens | None, planes: Tensor) -> Tensor:
+        """The moments of planes [2 or 4, B, N, E] with x (the first two of four) and dout (t and z)."""
+        x_planes = 0 if x is None else 2
+        x = x or self.dout
+        in_dims = x.data.shape[2]
+        block = 64
+        tiles = self.batch * _cdiv(self.n_tokens, block)
+        tiles_per_split = _cdiv(tiles, config.MOMENT_SPLITS)
+        splits = _cdiv(tiles, tiles_per_split)
+        down = _cdiv(self.width, block)
+        jobs = down * (x_planes * _cdiv(in_dims, block) + 2 * _cdiv(self.token_dim, block))
+        moment_width = self.width * (x_planes * in_dims + 2 * self.token_dim)
+        moments = self.wf.new_empty(splits, moment_width, dtype=self.acc)
+        shared = self.shared | {"CHANNELS_LAST": x.channels_last, "ALIGN": x.align}
+        _weights_backward_kernel[(jobs * splits,)](
+            x.data, self.dout.data, planes, moments,
+            self.n_tokens, tiles, splits, tiles_per_split, planes.stride(0),
+            x.stride_b, x.stride, self.dout.stride_b, self.dout.stride,
+            C=in_dims, X_PLANES=x_planes, BLOCK_R=block, BLOCK_J=block, BLOCK_N=block,
+            num_warps=4, num_stages=2, **shared,
+        )  # fmt: skip
+        return moments
+
+    def weight_gradients(
+        self, sums: Tensor, moments: Tensor, in_dims: int, biases: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """dWq, dbq, dWk, dbk (where in_dims > 0), dw_g, dWp, dbp, dWf, dbf from the partial sums."""
+        width, token_dim, dtype = self.width, self.token_dim, self.wf.dtype
+        bq, bk, bp, bf = biases
+        dw_g, dbq, dbk, dbf = (
+            part.sum(0) for part in sums.split([width, width, width, token_dim], dim=1)
+        )
+        x_part, dout_part = 2 * width * in_dims, 2 * width * token_dim
+        projections = moments[:, :x_part].unflatten(1, (2, width, in_dims))
+        sides = moments[:, x_part : x_part + dout_part].sum(0).view(2, width, token_dim)
+        U, V = sides[0].t(), sides[1].t()  # [D, E]: dout^T t and dout^T z
+        wp, wf = self.wp.to(self.acc), self.wf.to(self.acc)
+        grads = [
+            projections[:, 0].sum(0) if in_dims else None,
+            None if bq is None else dbq,
+            projections[:, 1].sum(0) if in_dims else None,
+            None if bk is None else dbk,
+            dw_g,
+            wf.t() @ U,
+            None if bp is None else wf.t() @ dbf,
+            torch.addmm(V, U, wp.t()),
+            None if bf is None else dbf,
+        ]
+        return [None if g is None else g.to(dtype) for g in grads]
+
+
+def self_attention_backward(
+    dout: Tensor,
+    x: Tensor,
+    wq: Tensor,
+    bq: Tensor | None,
+    wk: Tensor,
+    bk: Tensor | None,
+    w_g: Tensor,
+    wp: Tensor,
+    bp: Tensor | None,
+    wf: Tensor,
+    bf: Tensor | None,
+    mask: Tensor | None,
+    saved: tuple[Tensor, Tensor, Tensor],
+    options: Options,
+    needs_tokens: bool,
+    needs_weights: bool,
+) -> list[Tensor | None]:
+    """Gradients of x and the nine weights; None where not asked for, or where there is no bias."""
+    batch, n_tokens, in_dims = x.shape
+    width = wq.shape[0]
+    project = width <= config.MAX_PROJECTED_WIDTH
+    with device_guard(x):
+        view = _tokens(x)
+        q = k = view
+        if not project:
+            q, k = map(_tokens, _packed_projection(x, wq, bq, wk, bk))
+        projections = (wq, bq, wk, bk) if project else None
+        call = _Backward(dout, q, k, projections, w_g, wp, bp, wf, mask, saved, options)
+        fuse = needs_weights and project and max(in_dims, *wf.shape) <= config.MAX_FUSED_WIDTH
+        planes = x.new_empty(4 if needs_weights else 2, batch, n_tokens, width)
+        if project and (fuse or not needs_weights):
+            dq = dk = sides = None
+        else:
+            dq, dk, sides = planes[0], planes[1], planes[2:] if needs_weights else None
+        dx = torch.empty_like(view.data) if needs_tokens and project else None
+        sums, moments = call.rows(dx, dq, dk, sides, needs_weights, fuse)
+        if needs_tokens and not project:
+            dx = torch.matmul(planes[0], wq) + torch.matmul(planes[1], wk)
+        if not needs_weights:
+            return [dx, *[None] * 9]
+        if not fuse:
+            moments = call.moments(view, planes)
+        return [dx, *call.weight_gradients(sums, moments, in_dims, (bq, bk, bp, bf))]
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    w_g: Tensor,
+    wp: Tensor,
+    bp: Tensor | None,
+    wf: Tensor,
+    bf: Tensor | None,
+    mask: Tensor | None,
+    saved: tuple[Tensor, Tensor, Tensor],
+    options: Options,
+    needs_tokens: bool,
+    needs_weights: bool,
+) -> list[Tensor | None]:
+    """Gradients of q, k and the five weights; None where not asked for, or where there is no bias."""
+    with device_guard(q):
+        if q.stride() != k.stride():
+            q, k = q.contiguous(), k.contiguous()
+        call = _Backward(
+            dout, _tokens(q), _tokens(k), None, w_g, wp, bp, wf, mask, saved, options
+        )
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dk = torch.empty_like(dq)
+        sides = q.new_empty(2, *q.shape) if needs_weights else None
+        sums, _ = call.rows(None, dq, dk, sides, needs_weights, fuse=False)
+        grads: list[Tensor | None] = [dq, dk] if needs_tokens else [None, None]
+        if sides is None:
+            return [*grads, *[None] * 5]
+        moments = call.moments(None, sides)
+        weights = call.weight_gradients(sums, moments, 0, (None, None, bp, bf))
+        return [*grads, *weights[4:]]
