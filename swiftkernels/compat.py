@@ -9,6 +9,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _NO_GUARD: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
@@ -43,19 +44,25 @@ def triton_takes(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu")
 
 
-def functorch_active() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, ...) is running."""
-    return torch._C._are_functorch_transforms_active()
+def transforming() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, ...) or forward-mode AD is running."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def is_plain(t: Tensor) -> bool:
+def autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Switch autocast off where it is on: inside an operator the types are settled."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return _NO_GUARD
+
+
+def is_plain(t: Tensor | None) -> bool:
     """Whether an operator may be called on `t` without PyTorch's dispatcher: nothing is listening."""
     return (
-        type(t) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not functorch_active()
+        (type(t) is Tensor or type(t) is torch.nn.Parameter)
         and t.device.type != "meta"
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
     )
 
 

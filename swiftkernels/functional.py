@@ -87,7 +87,7 @@ def additive_attention(
     if chosen == "reference":
         out = reference.additive_attention(q, k, *weights, mask, options)
     else:
-        out = ops.additive_attention(q, k, *weights, mask, options, chosen)
+        out = ops.additive_attention(q, k, *weights, mask=mask, options=options, backend=chosen)
     return _with_weights(out, q, w_g, mask, options) if return_weights else out
 
 
@@ -177,7 +177,9 @@ def additive_self_attention(
     if chosen == "reference":
         out = reference.additive_self_attention(x, *projections, *weights, mask, options)
     else:
-        out = ops.additive_self_attention(x, *projections, *weights, mask, options, chosen)
+        out = ops.additive_self_attention(
+            x, *projections, *weights, mask=mask, options=options, backend=chosen
+        )
     if not return_weights:
         return out
     with torch.no_grad():

@@ -1,2 +1,293 @@
-def choose_backend(backend, x, width):
-    return "reference"
+"""The operators as PyTorch knows them: choice of backend, torch.library registration, autograd.
+
+Two operators, each with its backward: `swiftkernels::additive_self_attention` from tokens and all weights, and
+`swiftkernels::additive_attention` from queries and keys. Their outputs are (out, G, statistics, folded): what the
+caller wants, and what the backward needs beside the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from swiftkernels import aten, compat, reference
+from swiftkernels.reference import Options
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+MAX_TRITON_WIDTH = 1024
+"""The widest E of the Triton kernels: a row of queries has to fit into registers."""
+
+
+def choose_backend(backend: str, x: Tensor, width: int) -> str:
+    """The backend that takes x: "triton", "aten" or "reference"; raises where an explicit one cannot."""
+    if backend == "auto":
+        return _automatic_backend(x, width)
+    if backend == "triton":
+        reason = _why_not_triton(x, width)
+        if reason:
+            raise ValueError(
+                f"backend='triton' {reason}. Use backend='auto', which takes the best backend there is."
+            )
+    elif backend not in ("aten", "reference"):
+        raise ValueError(
+            f"backend must be one of 'auto', 'triton', 'aten', 'reference'; got {backend!r}."
+        )
+    # torch.func and forward-mode AD differentiate the definition itself: the kernels have no such rules.
+    if not torch.compiler.is_compiling() and compat.transforming():
+        return "reference"
+    return backend
+
+
+def _automatic_backend(x: Tensor, width: int) -> str:
+    if torch.compiler.is_compiling():
+        # Inductor fuses the definition well on devices without kernels of ours, and exported programs
+        # run elsewhere: they get plain operators.
+        use_triton = x.device.type in ("cuda", "xpu") and not compat.being_exported()
+        return "triton" if use_triton and not _why_not_triton(x, width) else "reference"
+    if compat.transforming() or compat.being_exported():
+        return "reference"
+    if not _why_not_triton(x, width):
+        return "triton"
+    # Measured on a CPU: the rewrite pays where the eager layer streams far more through memory than it
+    # multiplies, that is for long inputs of narrow tokens; otherwise eager's larger GEMMs win.
+    long = x.shape[1] >= 8 * width and x.numel() * x.element_size() >= 2 * aten.CHUNK_BYTES
+    return "aten" if long else "reference"
+
+
+def _why_not_triton(x: Tensor, width: int) -> str:
+    """Why the Triton kernels cannot take x; empty if they can."""
+    if not compat.has_triton():
+        return "needs the package triton, which is not installed (pip install swiftkernels[triton])"
+    if not compat.triton_takes(x.device):
+        return f"needs a tensor on a CUDA, ROCm or XPU device; got one on {x.device}"
+    if width > MAX_TRITON_WIDTH:
+        return f"takes token_dim * num_heads up to {MAX_TRITON_WIDTH}; got {width}"
+    return ""
+
+
+def _implementation(backend: str) -> ModuleType:
+    if backend == "triton":
+        # Imported at the first use: importing triton takes longer than the rest of the package.
+        from swiftkernels.triton import launch
+
+        return launch
+    return aten
+
+
+class _Operator:
+    """One operator and its backward: what they run, their fakes, schemas, autograd and FLOP formulas.
+
+    Attributes:
+        name: after "swiftkernels::" and in the backends, where `<name>_forward` and `_backward` stand.
+        definition: the function of `swiftkernels.reference`.
+        inputs: schema of the tensors that tokens come in; `n_inputs` is their number.
+    """
+
+    def __init__(
+        self, name: str, definition: Callable[..., Tensor], inputs: str, layers: str
+    ) -> None:
+        self.name = name
+        self.definition = definition
+        self.n_inputs = inputs.count("Tensor")
+        tensors = f"{inputs}, {layers}{_OUTPUT_LAYERS}"
+        self.op = torch.library.custom_op(
+            f"swiftkernels::{name}",
+            self.run,
+            mutates_args=(),
+            schema=f"({tensors}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+        )
+        self.backward_op = torch.library.custom_op(
+            f"swiftkernels::{name}_backward",
+            self.run_backward,
+            mutates_args=(),
+            schema=f"(Tensor dout, {tensors}, {_OPTIONS}, {_SAVED}) -> Tensor[]",
+        )
+        self.op.register_fake(self.fake)
+        self.backward_op.register_fake(self.fake_backward)
+        self.op.register_autograd(self.autograd_backward, setup_context=self.setup_context)
+        packets = torch.ops.swiftkernels
+        register_flop_formula(getattr(packets, name))(self.flops)
+        register_flop_formula(getattr(packets, f"{name}_backward"))(self.backward_flops)
+
+    # Tensors below are the inputs, then the weights: 1 + 9 or 2 + 5 of them, biases may be None.
+
+    def __call__(
+        self, *tensors: Tensor | None, mask: Tensor | None, options: Options, backend: str
+    ) -> Tensor:
+        """The output [B, N, D], differentiable."""
+        if torch.compiler.is_compiling():
+            return self.op(*tensors, mask, *options, backend)[0]
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return _Attention.apply(self, mask, options, backend, *tensors)
+        return self.call(tensors, mask, options, backend)[0]
+
+    def call(
+        self,
+        tensors: tuple[Tensor | None, ...],
+        mask: Tensor | None,
+        options: Options,
+        backend: str,
+    ) -> Outputs:
+        """The operator, past PyTorch's dispatcher where nothing listens there."""
+        call = self.run if compat.is_plain(tensors[0]) else self.op
+        return call(*tensors, mask, *options, backend)
+
+    def run(self, *args: Any) -> Outputs:
+        """What the operator runs; arguments by its schema."""
+        *tensors, mask, pooling, qk_norm, scale, eps, backend = args
+        options = Options(pooling, qk_norm, scale, eps)
+        forward = getattr(_implementation(backend), f"{self.name}_forward")
+        with compat.autocast_off(tensors[0].device.type):
+            return forward(*tensors, mask, options)
+
+    def run_backward(self, dout: Tensor, *args: Any) -> list[Tensor]:
+        """What the backward operator runs; arguments by its schema."""
+        *tensors, mask, pooling, qk_norm, scale, eps, backend = args[:-5]
+        *saved, needs_inputs, needs_weights = args[-5:]
+        options = Options(pooling, qk_norm, scale, eps)
+        backward = getattr(_implementation(backend), f"{self.name}_backward")
+        with compat.autocast_off(dout.device.type):
+            grads = backward(
+                dout, *tensors, mask, tuple(saved), options, needs_inputs, needs_weights
+            )
+        # An operator cannot return None in a list: an empty tensor stands for it.
+        return [dout.new_empty(0) if g is None else g for g in grads]
+
+    def fake(self, *args: Any) -> Outputs:
+        """Shapes, dtypes and strides of the operator's outputs."""
+        x, final_weight, backend = args[0], args[-8], args[-1]
+        batch, n_tokens, _ = x.shape
+        token_dim, width = final_weight.shape
+        acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+        triton = backend == "triton"
+        return (
+            x.new_empty(batch, n_tokens, token_dim),
+            x.new_empty(batch, width, dtype=acc),
+            x.new_empty(batch, 2, dtype=acc) if triton else x.new_empty(0),
+            x.new_empty(token_dim, width) if triton else x.new_empty(0),
+        )
+
+    def fake_backward(self, dout: Tensor, *args: Any) -> list[Tensor]:
+        """Shapes, dtypes and strides of the gradients."""
+        tensors, (needs_inputs, needs_weights) = args[:-11], args[-2:]
+        return [
+            torch.empty_like(t)
+            if t is not None and (needs_inputs if i < self.n_inputs else needs_weights)
+            else dout.new_empty(0)
+            for i, t in enumerate(tensors)
+        ]
+
+    def gradients(self, ctx: Any, dout: Tensor) -> list[Tensor | None]:
+        """Gradients of the tensors from what `_save` left in ctx; None where not needed."""
+        *tensors, mask, G, statistics, folded = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # create_graph=True: the gradient of the gradient goes through the definition.
+            return self._definition_gradients(tensors, mask, ctx.options, ctx.needs, dout)
+        needs_inputs = any(ctx.needs[: self.n_inputs])
+        needs_weights = any(ctx.needs[self.n_inputs :])
+        call = self.run_backward if compat.is_plain(dout) else self.backward_op
+        grads = call(
+            dout, *tensors, mask, *ctx.options, ctx.backend, G, statistics, folded, needs_inputs,
+            needs_weights,
+        )  # fmt: skip
+        return [g if need else None for g, need in zip(grads, ctx.needs, strict=True)]
+
+    def _definition_gradients(
+        self,
+        tensors: list[Tensor | None],
+        mask: Tensor | None,
+        options: Options,
+        needs: list[bool],
+        dout: Tensor,
+    ) -> list[Tensor | None]:
+        wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
+        out = self.definition(*tensors, mask, options)
+        grads = iter(
+            torch.autograd.grad(out, wanted, dout, create_graph=True, materialize_grads=True)
+        )
+        return [next(grads) if need else None for need in needs]
+
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+        """For autograd under torch.compile; in eager mode see `_Attention`."""
+        *tensors, mask, pooling, qk_norm, scale, eps, backend = inputs
+        options = Options(pooling, qk_norm, scale, eps)
+        _save(ctx, tensors, mask, options, backend, output)
+
+    def autograd_backward(self, ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
+        return (*self.gradients(ctx, dout), *[None] * 6)
+
+    def flops(self, *shapes: Any, **_: Any) -> int:
+        """The GEMMs of the definition: query, key, proj and final."""
+        batch, n_tokens, in_dims = shapes[0]
+        token_dim, width = shapes[-8]
+        projections = 2 * in_dims if self.n_inputs == 1 else 0
+        return 2 * batch * n_tokens * width * (projections + width + token_dim)
+
+    def backward_flops(self, dout_shape: Any, *shapes: Any, **_: Any) -> int:
+        """Twice the forward, as for any chain of GEMMs."""
+        return 2 * self.flops(*shapes[:-5])
+
+
+class _Attention(torch.autograd.Function):
+    """Eager autograd. In ctx style: a `setup_context` costs 20 to 30 microseconds more a call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        operator: _Operator,
+        mask: Tensor | None,
+        options: Options,
+        backend: str,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        outputs = operator.call(tensors, mask, options, backend)
+        ctx.operator = operator
+        _save(ctx, list(tensors), mask, options, backend, outputs)
+        return outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        if dout is None:
+            return (None,) * (4 + len(ctx.needs))
+        return (*[None] * 4, *ctx.operator.gradients(ctx, dout))
+
+
+def _save(
+    ctx: Any,
+    tensors: list[Tensor | None],
+    mask: Tensor | None,
+    options: Options,
+    backend: str,
+    outputs: Outputs,
+) -> None:
+    """Keep for the backward: the tensors themselves, the mask, G, and what is no larger than a weight."""
+    ctx.save_for_backward(*tensors, mask, *outputs[1:])
+    ctx.options, ctx.backend = options, backend
+    ctx.needs = [t is not None and t.requires_grad for t in tensors]
+    ctx.set_materialize_grads(False)
+
+
+_OUTPUT_LAYERS = (
+    "Tensor w_g, Tensor proj_weight, Tensor? proj_bias, Tensor final_weight, Tensor? final_bias, "
+    "Tensor? mask"
+)
+_OPTIONS = "str pooling, bool qk_norm, float scale, float eps, str backend"
+_SAVED = (
+    "Tensor global_query, Tensor statistics, Tensor folded, bool needs_inputs, bool needs_weights"
+)
+
+additive_self_attention = _Operator(
+    "additive_self_attention",
+    reference.additive_self_attention,
+    "Tensor x",
+    "Tensor query_weight, Tensor? query_bias, Tensor key_weight, Tensor? key_bias, ",
+)
+additive_attention = _Operator(
+    "additive_attention", reference.additive_attention, "Tensor q, Tensor k", ""
+)

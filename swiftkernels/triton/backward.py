@@ -191,9 +191,7 @@ def _rows_backward_kernel(
         live = live_tokens(mask_ptr, rows, n_tokens)
         weights = pool_tokens(scores, live, g_stat_ptr, EPS, POOLING)
         grad_weights = tl.sum(unit * grad_g[None, :], 1)
-        grad_scores = _score_gradients(
-            grad_weights, weights, live, along, g_stat_ptr, EPS, POOLING
-        )
+        grad_scores = _score_gradients(grad_weights, weights, live, along, g_stat_ptr, EPS, POOLING)
         sum_w_g += tl.sum(unit * (grad_scores * SCALE)[:, None], 0)
         grad_unit = _times_matrix(
             dout_ptr, final_ptr, rows, n_tokens, dout_stride, E, D, DOUT_CHANNELS_LAST, DOUT_ALIGN,

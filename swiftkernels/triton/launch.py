@@ -88,7 +88,7 @@ def _packed_projection(
     return torch.nn.functional.linear(x, weight, bias).chunk(2, dim=2)  # type: ignore[return-value]
 
 
-def self_attention_forward(
+def additive_self_attention_forward(
     x: Tensor,
     wq: Tensor,
     bq: Tensor | None,
@@ -106,11 +106,11 @@ def self_attention_forward(
     if wq.shape[0] > config.MAX_PROJECTED_WIDTH:
         with device_guard(x):
             q, k = _packed_projection(x, wq, bq, wk, bk)
-        return attention_forward(q, k, w_g, wp, bp, wf, bf, mask, options)
+        return additive_attention_forward(q, k, w_g, wp, bp, wf, bf, mask, options)
     return _forward(x, x, (wq, bq, wk, bk), w_g, wp, bp, wf, bf, mask, options)
 
 
-def attention_forward(
+def additive_attention_forward(
     q: Tensor,
     k: Tensor,
     w_g: Tensor,
@@ -121,7 +121,7 @@ def attention_forward(
     mask: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `self_attention_forward`, from queries and keys [B, N, E]."""
+    """As `additive_self_attention_forward`, from queries and keys [B, N, E]."""
     if q.stride() != k.stride():
         q, k = q.contiguous(), k.contiguous()
     return _forward(q, k, None, w_g, wp, bp, wf, bf, mask, options)
@@ -344,7 +344,7 @@ class _Backward:
         return [None if g is None else g.to(dtype) for g in grads]
 
 
-def self_attention_backward(
+def additive_self_attention_backward(
     dout: Tensor,
     x: Tensor,
     wq: Tensor,
@@ -390,7 +390,7 @@ def self_attention_backward(
         return [dx, *call.weight_gradients(sums, moments, in_dims, (bq, bk, bp, bf))]
 
 
-def attention_backward(
+def additive_attention_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -409,9 +409,7 @@ def attention_backward(
     with device_guard(q):
         if q.stride() != k.stride():
             q, k = q.contiguous(), k.contiguous()
-        call = _Backward(
-            dout, _tokens(q), _tokens(k), None, w_g, wp, bp, wf, mask, saved, options
-        )
+        call = _Backward(dout, _tokens(q), _tokens(k), None, w_g, wp, bp, wf, mask, saved, options)
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk = torch.empty_like(dq)
         sides = q.new_empty(2, *q.shape) if needs_weights else None
