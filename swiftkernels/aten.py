@@ -1,9 +1,9 @@
 """The fused algorithm in PyTorch's own operators: for devices without kernels of ours.
 
 Queries and keys come from one GEMM, norms and scores are applied in place, and the backward keeps
-nothing from the forward but its inputs and G: it recomputes q and k and takes the gradients of the two
-output layers as second moments (derivation in `swiftkernels.triton.backward`). The batch is walked
-through in chunks that stay in a processor's cache. The signatures are those of
+nothing from the forward but its inputs and G: it recomputes q and k and takes the gradients of the
+two output layers as second moments (derivation in `swiftkernels.triton.backward`). The batch is
+walked through in chunks that stay in a processor's cache. The signatures are those of
 `swiftkernels.triton.launch`; nothing here is differentiable.
 """
 
@@ -186,7 +186,7 @@ def additive_self_attention_backward(
     needs_tokens: bool,
     needs_weights: bool,
 ) -> list[Tensor | None]:
-    """Gradients of x and the nine weights; None where not asked for, or where there is no bias."""
+    """Gradients of x and the nine weights; None where not asked for or without bias."""
     weight, bias = _packed(wq, bq, wk, bk)
     width, in_dims = wq.shape
     call = _Backward(w_g, wp, bp, wf, bf, mask, saved[0], options, needs_weights)
@@ -231,7 +231,7 @@ def additive_attention_backward(
     needs_tokens: bool,
     needs_weights: bool,
 ) -> list[Tensor | None]:
-    """Gradients of q, k and the five weights; None where not asked for, or where there is no bias."""
+    """Gradients of q, k and the five weights; None where not asked for or without bias."""
     call = _Backward(w_g, wp, bp, wf, bf, mask, saved[0], options, needs_weights)
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     for items in _chunks(q, w_g.shape[0]):

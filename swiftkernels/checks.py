@@ -1,4 +1,4 @@
-"""Checks of arguments: every message names the argument, what was expected, what came and what to do."""
+"""Checks of arguments: each message says which, what was expected, what came and what to do."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def check_tokens(name: str, x: Tensor, width: int, width_name: str) -> None:
         )
     if x.dim() != 3:
         raise ValueError(
-            f"{name} must have 3 dimensions [B, N, {width}] (batch, tokens, {width_name}); got shape "
-            f"{tuple(x.shape)}. Images [B, C, H, W] go through AdditiveAttention, or "
+            f"{name} must have 3 dimensions [B, N, {width}] (batch, tokens, {width_name}); got "
+            f"shape {tuple(x.shape)}. Images [B, C, H, W] go through AdditiveAttention, or "
             f"{name}.flatten(2).transpose(1, 2)."
         )
     if x.shape[-1] != width:

@@ -57,7 +57,7 @@ def autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]:
 
 
 def is_plain(t: Tensor | None) -> bool:
-    """Whether an operator may be called on `t` without PyTorch's dispatcher: nothing is listening."""
+    """Whether nothing listens in PyTorch's dispatcher, so that a call on `t` may go past it."""
     return (
         (type(t) is Tensor or type(t) is torch.nn.Parameter)
         and t.device.type != "meta"
@@ -67,6 +67,6 @@ def is_plain(t: Tensor | None) -> bool:
 
 
 def being_exported() -> bool:
-    """Whether a trace is being made that other runtimes will run: TorchScript, ONNX, torch.export."""
+    """Whether a trace for other runtimes is being made: TorchScript, ONNX, torch.export."""
     exporting = getattr(torch.compiler, "is_exporting", lambda: False)
     return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or exporting()

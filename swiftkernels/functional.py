@@ -13,7 +13,7 @@ from swiftkernels.reference import Options
 
 
 class AttentionOutput(NamedTuple):
-    """What ``return_weights=True`` gives; weights and global query are for looking at: no gradient."""
+    """What ``return_weights=True`` gives; weights and global query carry no gradient."""
 
     output: Tensor
     """The output, as without ``return_weights``."""
@@ -47,20 +47,22 @@ def additive_attention(
         w_g: scoring vector, [E] or [E, 1].
         proj_weight, proj_bias: the layer `proj`, [E, E] and [E] or None.
         final_weight, final_bias: the layer `final`, [D, E] and [D] or None.
-        mask: bool [B, N], True = the token takes part in the pooling. Masked tokens weigh 0 and count
-            in no norm; their own output row is computed all the same.
+        mask: bool [B, N], True = the token takes part in the pooling. Masked tokens weigh 0 and
+            count in no norm; their own output row is computed all the same.
         pooling: "l2", "softmax", "sum" or "linear": see `swiftkernels.reference.pool_weights`.
         qk_norm: divide the rows of q and k by their L2 norms.
         scale: factor of the scores; default D ** -0.5.
         eps: lower bound of every norm, as in `torch.nn.functional.normalize`.
-        backend: "auto", "triton", "aten" or "reference". Only "auto" chooses; the others never fall back.
+        backend: "auto", "triton", "aten" or "reference". Only "auto" chooses; the others never fall
+            back.
         return_weights: also return the token weights and the global query.
 
     Returns:
         The output [B, N, D], contiguous; with ``return_weights`` an `AttentionOutput`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, with the remedy.
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, with the
+        remedy.
 
     Example:
         >>> q, k = torch.randn(2, 49, 64), torch.randn(2, 49, 64)
@@ -124,7 +126,8 @@ def additive_self_attention(
         The output [B, N, D], contiguous; with ``return_weights`` an `AttentionOutput`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, with the remedy.
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, with the
+        remedy.
 
     Example:
         >>> x, w, b = torch.randn(2, 49, 64), torch.randn(64, 64) / 8, torch.zeros(64)

@@ -17,26 +17,30 @@ LAYOUTS = ("auto", "channels_first", "channels_last")
 class AdditiveAttention(nn.Module):
     """Efficient additive attention (arXiv 2303.15446), a drop-in for the layer of SwiftFormer.
 
-    Takes the constructor arguments, parameter names and state dicts (`Proj` or `proj`) of the official
-    ``EfficientAdditiveAttnetion`` and of timm's ``EfficientAdditiveAttention``, and gives their outputs.
+    Takes the constructor arguments, parameter names and state dicts (`Proj` or `proj`) of the
+    official ``EfficientAdditiveAttnetion`` and of timm's ``EfficientAdditiveAttention``, and gives
+    their outputs.
 
     Args:
         in_dims: width C of the input.
         token_dim: width D of the output; the scores are scaled by token_dim ** -0.5.
-        num_heads: widens queries and keys to E = token_dim * num_heads; there is one score per token.
-        pooling: "l2" (official code since July 2023, timm), "sum" (before, and transformers), "softmax"
-            or "linear". The same weights under another pooling give other outputs.
+        num_heads: widens queries and keys to E = token_dim * num_heads; there is one score per
+            token.
+        pooling: "l2" (official code since July 2023, timm), "sum" (before, and transformers),
+            "softmax" or "linear". The same weights under another pooling give other outputs.
         qk_norm: divide the rows of queries and keys by their L2 norms.
         bias: whether the four linear layers have biases.
-        layout: order of the input's axes. "channels_last" [B, ..., C], "channels_first" [B, C, ...];
-            "auto" takes three axes as [B, N, C] and four or more as [B, C, ...]. The output has the
-            input's order. Any memory format is read through its strides, without a copy.
+        layout: order of the input's axes. "channels_last" [B, ..., C], "channels_first" [B, C,
+            ...]; "auto" takes three axes as [B, N, C] and four or more as [B, C, ...]. The output
+            has the input's order. Any memory format is read through its strides, without a copy.
         eps: lower bound of every norm.
-        backend: "auto", "triton", "aten" or "reference". Only "auto" chooses; the others never fall back.
+        backend: "auto", "triton", "aten" or "reference". Only "auto" chooses; the others never fall
+            back.
         device, dtype: of the parameters.
 
     Shapes:
-        x [B, N, C] or [B, C, H, W] (any number of spatial axes); the output is the same with D for C.
+        x [B, N, C] or [B, C, H, W] (any number of spatial axes); the output is the same with D for
+        C.
         mask: bool [B, N] or [B, *spatial], True = the token takes part in the pooling.
 
     Example:
@@ -135,9 +139,9 @@ class AdditiveAttention(nn.Module):
         if width != self.in_dims:
             order = "[B, C, *spatial]" if channels_first else "[B, *spatial, C]"
             raise ValueError(
-                f"x must have {self.in_dims} channels (in_dims), read as {order}; got {width} in shape "
-                f"{tuple(x.shape)}. If the axes are in another order, set layout='channels_first' or "
-                "layout='channels_last'."
+                f"x must have {self.in_dims} channels (in_dims), read as {order}; got {width} in "
+                f"shape {tuple(x.shape)}. If the axes are in another order, set "
+                "layout='channels_first' or layout='channels_last'."
             )
         return x.shape[2:] if channels_first else x.shape[1:-1]
 
@@ -150,8 +154,9 @@ class AdditiveAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.in_dims}, {self.token_dim}, num_heads={self.num_heads}, pooling={self.pooling!r}, "
-            f"qk_norm={self.qk_norm}, layout={self.layout!r}, backend={self.backend!r}"
+            f"{self.in_dims}, {self.token_dim}, num_heads={self.num_heads}, "
+            f"pooling={self.pooling!r}, qk_norm={self.qk_norm}, layout={self.layout!r}, "
+            f"backend={self.backend!r}"
         )
 
 

@@ -1,8 +1,8 @@
 """The operators as PyTorch knows them: choice of backend, torch.library registration, autograd.
 
-Two operators, each with its backward: `swiftkernels::additive_self_attention` from tokens and all weights, and
-`swiftkernels::additive_attention` from queries and keys. Their outputs are (out, G, statistics, folded): what the
-caller wants, and what the backward needs beside the inputs.
+Two operators, each with its backward: `swiftkernels::additive_self_attention` from tokens and all
+weights, and `swiftkernels::additive_attention` from queries and keys. Their outputs are (out, G,
+statistics, folded): what the caller wants, and what the backward needs beside the inputs.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ MAX_TRITON_WIDTH = 1024
 
 
 def choose_backend(backend: str, x: Tensor, width: int) -> str:
-    """The backend that takes x: "triton", "aten" or "reference"; raises where an explicit one cannot."""
+    """The backend for x: "triton", "aten" or "reference"; raises where an explicit one cannot."""
     if backend == "auto":
         return _automatic_backend(x, width)
     if backend == "triton":
         reason = _why_not_triton(x, width)
         if reason:
             raise ValueError(
-                f"backend='triton' {reason}. Use backend='auto', which takes the best backend there is."
+                f"backend='triton' {reason}. Use backend='auto', which takes the best there is."
             )
     elif backend not in ("aten", "reference"):
         raise ValueError(
             f"backend must be one of 'auto', 'triton', 'aten', 'reference'; got {backend!r}."
         )
-    # torch.func and forward-mode AD differentiate the definition itself: the kernels have no such rules.
+    # torch.func and forward-mode AD differentiate the definition itself: the kernels have no such
+    # rules.
     if not torch.compiler.is_compiling() and compat.transforming():
         return "reference"
     return backend
@@ -46,16 +47,16 @@ def choose_backend(backend: str, x: Tensor, width: int) -> str:
 
 def _automatic_backend(x: Tensor, width: int) -> str:
     if torch.compiler.is_compiling():
-        # Inductor fuses the definition well on devices without kernels of ours, and exported programs
-        # run elsewhere: they get plain operators.
+        # Inductor fuses the definition well on devices without kernels of ours, and exported
+        # programs run elsewhere: they get plain operators.
         use_triton = x.device.type in ("cuda", "xpu") and not compat.being_exported()
         return "triton" if use_triton and not _why_not_triton(x, width) else "reference"
     if compat.transforming() or compat.being_exported():
         return "reference"
     if not _why_not_triton(x, width):
         return "triton"
-    # Measured on a CPU: the rewrite pays where the eager layer streams far more through memory than it
-    # multiplies, that is for long inputs of narrow tokens; otherwise eager's larger GEMMs win.
+    # Measured on a CPU: the rewrite pays where the eager layer streams far more through memory than
+    # it multiplies, that is for long inputs of narrow tokens; otherwise eager's larger GEMMs win.
     long = x.shape[1] >= 8 * width and x.numel() * x.element_size() >= 2 * aten.CHUNK_BYTES
     return "aten" if long else "reference"
 
@@ -81,10 +82,11 @@ def _implementation(backend: str) -> ModuleType:
 
 
 class _Operator:
-    """One operator and its backward: what they run, their fakes, schemas, autograd and FLOP formulas.
+    """One operator and its backward: what they run, schemas, fakes, autograd, FLOP formulas.
 
     Attributes:
-        name: after "swiftkernels::" and in the backends, where `<name>_forward` and `_backward` stand.
+        name: after "swiftkernels::" and in the backends, where `<name>_forward` and `_backward`
+            stand.
         definition: the function of `swiftkernels.reference`.
         inputs: schema of the tensors that tokens come in; `n_inputs` is their number.
     """
@@ -150,6 +152,11 @@ class _Operator:
         """What the backward operator runs; arguments by its schema."""
         *tensors, mask, pooling, qk_norm, scale, eps, backend = args[:-5]
         *saved, needs_inputs, needs_weights = args[-5:]
+        if dout.numel() == 0:
+            return [
+                dout.new_empty(0) if fake.numel() == 0 else torch.zeros_like(fake)
+                for fake in self.fake_backward(dout, *args)
+            ]
         options = Options(pooling, qk_norm, scale, eps)
         backward = getattr(_implementation(backend), f"{self.name}_backward")
         with compat.autocast_off(dout.device.type):
@@ -252,7 +259,7 @@ class _Attention(torch.autograd.Function):
         return outputs[0]
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
         if dout is None:
             return (None,) * (4 + len(ctx.needs))
         return (*[None] * 4, *ctx.operator.gradients(ctx, dout))
@@ -266,7 +273,7 @@ def _save(
     backend: str,
     outputs: Outputs,
 ) -> None:
-    """Keep for the backward: the tensors themselves, the mask, G, and what is no larger than a weight."""
+    """Keep the tensors, the mask, G, and what is no larger than a weight for the backward."""
     ctx.save_for_backward(*tensors, mask, *outputs[1:])
     ctx.options, ctx.backend = options, backend
     ctx.needs = [t is not None and t.requires_grad for t in tensors]

@@ -1,7 +1,7 @@
 """Efficient additive attention in plain PyTorch: the definition every backend is tested against.
 
-Shapes: B batch, N tokens, C input width, D token_dim, E = D * num_heads. All of it is differentiable,
-for any dtype and device, and nothing here is fused.
+Shapes: B batch, N tokens, C input width, D token_dim, E = D * num_heads. All of it is
+differentiable, for any dtype and device, and nothing here is fused.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def pool_weights(scores: Tensor, mask: Tensor | None, pooling: str, eps: float) 
 def global_query(
     q: Tensor, w_g: Tensor, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """Token weights a [B, N] and G = sum_n a_n q_n [B, E] of the (normalised) queries q [B, N, E]."""
+    """Token weights a [B, N] and G = sum_n a_n q_n [B, E] of the normalised q [B, N, E]."""
     scores = (q @ w_g) * options.scale  # [B, N]
     weights = pool_weights(scores, mask, options.pooling, options.eps)
     return weights, (weights.unsqueeze(-1) * q).sum(dim=1)

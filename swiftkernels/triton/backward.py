@@ -2,17 +2,17 @@
 
 With M = Wf Wp, z = qn + bp and t = G * kn the output is t M^T + z Wf^T + bf, so
 
-    dG  = sum_n kn_n * (dout_n M)                      1. `_pool_backward_kernel`, pooled like G itself
-    dkn = (dout M) * G                                 2. `_rows_backward_kernel`, local to a token
-    dqn = dout Wf + a dG + ds scale w_g
-    dx  = dq Wq + dk Wk
+    dG  = sum_n kn_n * (dout_n M)                      1. `_pool_backward_kernel`, pooled like G
+    itself dkn = (dout M) * G                                 2. `_rows_backward_kernel`, local to a
+    token dqn = dout Wf + a dG + ds scale w_g dx  = dq Wq + dk Wk
 
 and all weights need are four second moments over the tokens of the whole batch,
 
     dWq = dq^T x,  dWk = dk^T x,  U = dout^T t,  V = dout^T z     (dWp = Wf^T U,  dWf = U Wp^T + V),
 
-summed inside launch 2 where four E x E accumulators fit (FUSE), else by `_weights_backward_kernel` from
-dq, dk, t and z, which launch 2 then leaves in memory. Partial sums are combined in a fixed order.
+summed inside launch 2 where four E x E accumulators fit (FUSE), else by `_weights_backward_kernel`
+from dq, dk, t and z, which launch 2 then leaves in memory. Partial sums are combined in a fixed
+order.
 """
 
 from __future__ import annotations

@@ -17,16 +17,16 @@ MAX_WIDTH = 1024
 """Above this E a row of queries no longer fits into registers."""
 
 MAX_FUSED_WIDTH = 64
-"""Up to this width (of x, E and output) four E x E accumulators fit beside a tile of the backward."""
+"""Up to this width (C, E and D) four E x E accumulators fit beside a tile of the backward."""
 
 MAX_SPLITS = 64
 """Partial sums an item's tokens are pooled in, at most."""
 
-TOKENS_PER_GROUP = 512
-"""Tokens a program of the fused backward walks through; each group leaves one set of moments."""
+FUSED_GROUP_TOKENS = 512
+"""Tokens a program of the fused backward walks through; each leaves one set of moments."""
 
-TILES_PER_GROUP = 4
-"""Tiles a program of the backward without fused moments walks through."""
+GROUP_TOKENS = 64
+"""The same for the backward without fused moments, where a program leaves only a few sums."""
 
 MOMENT_SPLITS = 64
 """Partial sums of the weight gradients, at most."""
@@ -40,40 +40,42 @@ class Config(NamedTuple):
 
     block_n: int
     """Tokens of a tile."""
-    block_e: int
-    """Width of q and k, the next power of two."""
     block_k: int
     """Depth of a step of a dot product with weights."""
     block_j: int
     """Output columns written at a time."""
     num_warps: int
     num_stages: int
+    rows_block_n: int
+    """Tokens of a tile of `_rows_backward_kernel`, which keeps the most in registers."""
+    rows_num_warps: int
+    rows_num_stages: int
 
 
-# (largest block_e, bytes of an element) -> block_n, block_k, block_j, num_warps, num_stages
+# (largest block_e, bytes of an element): chosen so that, compiled for sm_80 and sm_90, the kernels
+# up to E = 256 keep their tiles in registers (the rows kernel within a few of them) and in shared
+# memory.
 _TABLE = {
-    (64, 2): (64, 32, 32, 4, 2),
-    (64, 4): (32, 32, 32, 4, 2),
-    (128, 2): (32, 32, 32, 4, 2),
-    (128, 4): (32, 16, 16, 8, 2),
-    (256, 2): (32, 32, 32, 8, 2),
-    (256, 4): (16, 16, 16, 8, 2),
-    (512, 2): (16, 32, 16, 8, 2),
-    (512, 4): (16, 16, 16, 8, 2),
-    (1024, 2): (16, 16, 16, 8, 1),
-    (1024, 4): (16, 16, 16, 8, 1),
+    (64, 2): Config(64, 32, 32, 4, 2, 16, 8, 1),
+    (64, 4): Config(32, 32, 32, 4, 2, 16, 8, 2),
+    (128, 2): Config(32, 32, 32, 4, 2, 32, 8, 1),
+    (128, 4): Config(32, 16, 16, 8, 2, 32, 8, 1),
+    (256, 2): Config(32, 32, 32, 8, 2, 16, 8, 1),
+    (256, 4): Config(16, 16, 16, 8, 2, 16, 8, 2),
+    (512, 2): Config(16, 32, 16, 8, 2, 16, 8, 2),
+    (512, 4): Config(16, 16, 16, 8, 2, 16, 8, 2),
+    (1024, 2): Config(16, 16, 16, 8, 1, 16, 8, 1),
+    (1024, 4): Config(16, 16, 16, 8, 1, 16, 8, 1),
 }
 
 
 def next_power_of_two(n: int) -> int:
-    """The smallest power of two >= n, and >= 16."""
+    """The smallest power of two >= n, and >= 16: what a tile of width n is padded to."""
     return max(16, 1 << (n - 1).bit_length())
 
 
 def choose_config(width: int, dtype: torch.dtype) -> Config:
     """The tile sizes for E = width."""
-    block_e = next_power_of_two(width)
     # float64 is for checking gradients; it takes the row of float32.
     size = 2 if dtype in (torch.float16, torch.bfloat16) else 4
-    block_n, block_k, block_j, num_warps, num_stages = _TABLE[max(block_e, 64), size]
-    return Config(block_n, block_e, block_k, block_j, num_warps, num_stages)
+    return _TABLE[max(next_power_of_two(width), 64), size]

@@ -3,8 +3,8 @@
 1. `_pool_forward_kernel` reads the tokens once and leaves, for every split of an item's tokens, the
    weighted sum of its queries and the statistics of its scores. Further programs of the same launch
    multiply the two output matrices, M = Wf Wp.
-2. `_output_forward_kernel` combines the splits to the global query G, reads the tokens again and writes
-   out = (G * kn) M^T + (qn + bp) Wf^T + bf. Nothing of size N x E is written but the output.
+2. `_output_forward_kernel` combines the splits to the global query G, reads the tokens again and
+   writes out = (G * kn) M^T + (qn + bp) Wf^T + bf. Nothing of size N x E is written but the output.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _pool_forward_kernel(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Programs below num_pool_programs pool one split of one item; the others make one tile of M."""
+    """Programs below num_pool_programs pool one split of an item; the others make a tile of M."""
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     pid = tl.program_id(0)
     if pid < num_pool_programs:

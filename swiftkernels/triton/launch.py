@@ -1,7 +1,7 @@
 """Launching: allocate, describe strides, choose tiles, start the kernels.
 
-Four entry points, forward and backward from x and from given queries and keys, with the signatures that
-`swiftkernels.aten` has too. Nothing here is differentiable.
+Four entry points, forward and backward from x and from given queries and keys, with the signatures
+that `swiftkernels.aten` has too. Nothing here is differentiable.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Any]:
 
 
 def _split_tokens(n_tokens: int, block_n: int) -> tuple[int, int]:
-    """(splits, tiles in each) of an item's tokens for the two pooling kernels; a function of N only."""
+    """(splits, tiles in each) of an item's tokens for the pooling kernels: a function of N only."""
     tiles = _cdiv(n_tokens, block_n)
     tiles_per_split = _cdiv(tiles, config.MAX_SPLITS)
     return _cdiv(tiles, tiles_per_split), tiles_per_split
@@ -169,7 +169,7 @@ def _forward(
         "ALIGN": view.align,
         "PRECISION": _precision(q.dtype),
         "BLOCK_N": cfg.block_n,
-        "BLOCK_E": cfg.block_e,
+        "BLOCK_E": config.next_power_of_two(width),
         "BLOCK_K": cfg.block_k,
         "num_warps": cfg.num_warps,
         "num_stages": cfg.num_stages,
@@ -194,8 +194,8 @@ def _forward(
 class _Backward:
     """One backward call: what its kernels share, and a method for each of its two stages.
 
-    `projections` are (wq, bq, wk, bk) if the kernels project x themselves; else None, and `q` and `k`
-    describe queries and keys.
+    `projections` are (wq, bq, wk, bk) if the kernels project x themselves; else None, and `q` and
+    `k` describe queries and keys.
     """
 
     def __init__(
@@ -236,8 +236,7 @@ class _Backward:
             "EPS": options.eps,
             "QK_NORM": options.qk_norm,
             "PROJECT": projections is not None,
-            "BLOCK_N": self.config.block_n,
-            "BLOCK_E": self.config.block_e,
+            "BLOCK_E": config.next_power_of_two(self.width),
             "BLOCK_K": self.config.block_k,
         }
 
@@ -263,13 +262,14 @@ class _Backward:
             self.k.data, wk, bk, folded, self.dout.data, grad_g,
             n_tokens, splits, tiles_per_split,
             self.k.stride_b, self.k.stride, self.dout.stride_b, self.dout.stride,
-            num_warps=cfg.num_warps, num_stages=cfg.num_stages, **self.shared, **self.by_rows,
+            BLOCK_N=cfg.block_n, num_warps=cfg.num_warps, num_stages=cfg.num_stages,
+            **self.shared, **self.by_rows,
         )  # fmt: skip
-        tiles = _cdiv(n_tokens, cfg.block_n)
-        # Without fused moments there is no reason to keep a program longer than a few tiles.
-        tiles_per_group = min(
-            tiles, _cdiv(config.TOKENS_PER_GROUP, cfg.block_n) if fuse else config.TILES_PER_GROUP
-        )
+        block_n = cfg.rows_block_n
+        tiles = _cdiv(n_tokens, block_n)
+        # Fused, a program leaves a set of moments; else only a few sums, and may be short.
+        tokens = config.FUSED_GROUP_TOKENS if fuse else config.GROUP_TOKENS
+        tiles_per_group = min(tiles, tokens // block_n)
         groups = _cdiv(tiles, tiles_per_group)
         programs = self.batch * groups
         sum_width = 3 * self.width + self.token_dim if needs_weights else 0
@@ -287,14 +287,14 @@ class _Backward:
             SCALE=self.options.scale, POOLING=self.options.pooling, FUSE=fuse,
             BLOCK_J=cfg.block_j, BLOCK_C=config.next_power_of_two(self.in_dims) if fuse else 16,
             BLOCK_D=config.next_power_of_two(self.token_dim) if fuse else 16,
-            BLOCK_S=config.BLOCK_S,
-            num_warps=8 if fuse else cfg.num_warps, num_stages=1 if fuse else cfg.num_stages,
+            BLOCK_N=block_n, BLOCK_S=config.BLOCK_S,
+            num_warps=cfg.rows_num_warps, num_stages=cfg.rows_num_stages,
             **self.shared, **self.by_rows,
         )  # fmt: skip
         return sums, moments
 
     def moments(self, x: _Tokens | None, planes: Tensor) -> Tensor:
-        """The moments of planes [2 or 4, B, N, E] with x (the first two of four) and dout (t and z)."""
+        """Moments of planes [2 or 4, B, N, E]: dq and dk (if four) with x, t and z with dout."""
         x_planes = 0 if x is None else 2
         x = x or self.dout
         in_dims = x.data.shape[2]
@@ -319,7 +319,7 @@ class _Backward:
     def weight_gradients(
         self, sums: Tensor, moments: Tensor, in_dims: int, biases: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """dWq, dbq, dWk, dbk (where in_dims > 0), dw_g, dWp, dbp, dWf, dbf from the partial sums."""
+        """dWq, dbq, dWk, dbk (None if in_dims is 0), dw_g, dWp, dbp, dWf, dbf."""
         width, token_dim, dtype = self.width, self.token_dim, self.wf.dtype
         bq, bk, bp, bf = biases
         dw_g, dbq, dbk, dbf = (
@@ -362,7 +362,7 @@ def additive_self_attention_backward(
     needs_tokens: bool,
     needs_weights: bool,
 ) -> list[Tensor | None]:
-    """Gradients of x and the nine weights; None where not asked for, or where there is no bias."""
+    """Gradients of x and the nine weights; None where not asked for or without bias."""
     batch, n_tokens, in_dims = x.shape
     width = wq.shape[0]
     project = width <= config.MAX_PROJECTED_WIDTH
@@ -405,7 +405,7 @@ def additive_attention_backward(
     needs_tokens: bool,
     needs_weights: bool,
 ) -> list[Tensor | None]:
-    """Gradients of q, k and the five weights; None where not asked for, or where there is no bias."""
+    """Gradients of q, k and the five weights; None where not asked for or without bias."""
     with device_guard(q):
         if q.stride() != k.stride():
             q, k = q.contiguous(), k.contiguous()

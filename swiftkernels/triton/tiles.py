@@ -1,8 +1,8 @@
 """What the kernels share: tiles of tokens and weights, dot products, row norms, scores, combining.
 
 Throughout: B batch, N tokens, C input width, D output width, E width of queries and keys.
-"ACC" is the accumulator type, float32 (float64 for float64 tensors); tiles are converted to it right
-after the load, and only `dot` takes operands of the storage type.
+"ACC" is the accumulator type, float32 (float64 for float64 tensors); tiles are converted to it
+right after the load, and only `dot` takes operands of the storage type.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def to_operand(tile, DTYPE: tl.constexpr):
     """The tile as an operand of `dot`; float16 saturates, so that inf * 0 cannot make a NaN."""
-    if DTYPE == tl.float16:
+    if DTYPE == tl.float16:  # noqa: SIM300
         tile = tl.where(tile > 65504.0, 65504.0, tile)
         tile = tl.where(tile < -65504.0, -65504.0, tile)
     return tile.to(DTYPE)
@@ -39,7 +39,8 @@ def token_offsets(rows, cols, stride, CHANNELS_LAST: tl.constexpr, ALIGN: tl.con
     """Element offsets of tokens `rows` [R], channels `cols` [S] in one item -> [R, S] int64.
 
     One of the two strides is 1: that of the channels if CHANNELS_LAST, else that of the tokens. The
-    other is a multiple of ALIGN, which lets the compiler use wide loads without a recompilation per N.
+    other is a multiple of ALIGN, which lets the compiler use wide loads without a recompilation per
+    N.
     """
     step = tl.multiple_of(stride.to(tl.int64), ALIGN)
     if CHANNELS_LAST:
@@ -88,7 +89,8 @@ def query_or_key_tile(
 ):  # fmt: skip
     """Rows of q (or k) of one item -> [BLOCK_N, BLOCK_E] in ACC.
 
-    PROJECT: `ptr` is x [N, C] and the rows are x W^T + b. Otherwise `ptr` is q (or k) [N, E] itself.
+    PROJECT: `ptr` is x [N, C] and the rows are x W^T + b. Otherwise `ptr` is q (or k) [N, E]
+    itself.
     """
     cols = tl.arange(0, BLOCK_E)
     if PROJECT:
