@@ -16,10 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swiftkernels.common import accumulator, pack_projections
 from swiftkernels.reference import Options, pool_weights
 
 CHUNK_BYTES = 1 << 20
 """Size of the [q | k] rows that are worked on at a time."""
+
+POOL_TOKENS = 512
+"""Tokens that are summed in one go: a longer sum, one by one, is less accurate than eager's."""
 
 Saved = tuple[Tensor, Tensor, Tensor]
 """G [B, E]; and two empty tensors, which other backends need."""
@@ -31,17 +35,13 @@ class _Rows(NamedTuple):
     q: Tensor
     """Unit rows, or the rows themselves without qk_norm, [b, N, E]."""
     k: Tensor
-    q_inverse: Tensor | None
-    """1 / max(norm, eps), [b, N, 1]; None without qk_norm."""
-    k_inverse: Tensor | None
+    q_norms: Tensor | None
+    """Norms that the rows had, [b, N, 1]; None without qk_norm."""
+    k_norms: Tensor | None
     scores: Tensor
     """[b, N]; 0 for masked tokens."""
     weights: Tensor
     """Token weights a, [b, N]."""
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _operand(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,40 +58,35 @@ def _chunks(q: Tensor, width: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, q.shape[0], step))
 
 
-def _packed(
-    wq: Tensor, bq: Tensor | None, wk: Tensor, bk: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The two projections as one layer of 2 E outputs."""
-    weight = torch.cat((wq, wk))
-    if bq is None and bk is None:
-        return weight, None
-    zeros = weight.new_zeros(wq.shape[0])
-    return weight, torch.cat((zeros if bq is None else bq, zeros if bk is None else bk))
-
-
 def _normalize_(rows: Tensor, options: Options) -> Tensor | None:
-    """Divide the rows by their norms in place; returns the inverse norms."""
+    """Divide the rows by their norms, at least eps, in place; returns the norms."""
     if not options.qk_norm:
         return None
     norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    inverse = norms.clamp_min_(options.eps).reciprocal_()
-    rows.mul_(inverse)
-    return inverse
+    rows.mul_(norms.clamp_min(options.eps).reciprocal_())
+    return norms
 
 
 def _rows(q: Tensor, k: Tensor, w_g: Tensor, mask: Tensor | None, options: Options) -> _Rows:
     """Normalise q and k (in place) and score the queries."""
-    q_inverse, k_inverse = _normalize_(q, options), _normalize_(k, options)
+    q_norms, k_norms = _normalize_(q, options), _normalize_(k, options)
     scores = (q @ w_g.to(q.dtype)).mul_(options.scale)
     weights = pool_weights(scores, mask, options.pooling, options.eps)
     if mask is not None:
         scores = scores.masked_fill(~mask, 0)
-    return _Rows(q, k, q_inverse, k_inverse, scores, weights)
+    return _Rows(q, k, q_norms, k_norms, scores, weights)
 
 
 def _pool(rows: Tensor, weights: Tensor) -> Tensor:
     """sum_n weights_n rows_n, [b, N, E] -> [b, E]."""
-    return torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
+    whole = rows.shape[1] // POOL_TOKENS * POOL_TOKENS
+    rest = torch.bmm(weights[:, whole:].unsqueeze(1), rows[:, whole:]).squeeze(1)
+    if whole == 0:
+        return rest
+    blocks = (-1, POOL_TOKENS)
+    row_blocks = rows[:, :whole].unflatten(1, blocks)
+    weight_blocks = weights[:, :whole].unflatten(1, blocks).unsqueeze(2)
+    return torch.matmul(weight_blocks, row_blocks).sum((1, 2)) + rest
 
 
 def additive_self_attention_forward(
@@ -109,7 +104,7 @@ def additive_self_attention_forward(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out [B, N, D], and for the backward G [B, E]."""
-    weight, bias = _packed(wq, bq, wk, bk)
+    weight, bias = pack_projections(wq, bq, wk, bk)
     out, global_query = _outputs(x, wf)
     for items in _chunks(x, wq.shape[0]):
         q, k = F.linear(x[items], weight, bias).to(global_query.dtype).chunk(2, dim=2)
@@ -142,7 +137,7 @@ def additive_attention_forward(
 def _outputs(like: Tensor, wf: Tensor) -> tuple[Tensor, Tensor]:
     batch, n_tokens, _ = like.shape
     out = like.new_empty(batch, n_tokens, wf.shape[0])
-    return out, like.new_empty(batch, wf.shape[1], dtype=_accumulator(like.dtype))
+    return out, like.new_empty(batch, wf.shape[1], dtype=accumulator(like.dtype))
 
 
 def _forward_chunk(
@@ -187,7 +182,7 @@ def additive_self_attention_backward(
     needs_weights: bool,
 ) -> list[Tensor | None]:
     """Gradients of x and the nine weights; None where not asked for or without bias."""
-    weight, bias = _packed(wq, bq, wk, bk)
+    weight, bias = pack_projections(wq, bq, wk, bk)
     width, in_dims = wq.shape
     call = _Backward(w_g, wp, bp, wf, bf, mask, saved[0], options, needs_weights)
     dx = torch.empty_like(x) if needs_tokens else None
@@ -282,8 +277,8 @@ class _Backward:
         d_scores = d_scores * scale
         dq = d_final.to(self.acc) + rows.weights.unsqueeze(2) * dG.unsqueeze(1)
         dq += d_scores.unsqueeze(2) * w_g
-        dq = _normalize_backward(dq, rows.q, rows.q_inverse, self.options)
-        dk = _normalize_backward(d_product * G.unsqueeze(1), rows.k, rows.k_inverse, self.options)
+        dq = _normalize_backward(dq, rows.q, rows.q_norms, self.options)
+        dk = _normalize_backward(d_product * G.unsqueeze(1), rows.k, rows.k_norms, self.options)
         if self.needs_weights:
             self.dw_g += _pool(rows.q, d_scores).sum(0)
             self.d_final_bias += dout.sum((0, 1), dtype=self.acc)
@@ -324,12 +319,12 @@ def _score_gradients(
 
 
 def _normalize_backward(
-    grads: Tensor, unit: Tensor, inverse: Tensor | None, options: Options
+    grads: Tensor, unit: Tensor, norms: Tensor | None, options: Options
 ) -> Tensor:
     """Gradient of the rows from that of the unit rows; overwrites grads."""
-    if inverse is None:
+    if norms is None:
         return grads
     along = (unit * grads).sum(2, keepdim=True)
-    # A clamped norm is a constant: its inverse is 1 / eps, and there is no projection.
-    along = torch.where(inverse < 1 / options.eps, along, 0)
-    return grads.sub_(unit * along).mul_(inverse)
+    # Below eps the divisor is a constant: no projection.
+    along = torch.where(norms >= options.eps, along, 0)
+    return grads.sub_(unit * along).mul_(norms.clamp_min(options.eps).reciprocal_())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +14,7 @@ BACKENDS = ("auto", "triton", "aten", "reference")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_option(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def check_option(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         choices = ", ".join(repr(a) for a in allowed)
@@ -23,9 +24,26 @@ def check_option(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def check_positive(name: str, value: int) -> None:
     """Raise unless `value` is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int; got {type(value).__name__}.")
+        raise TypeError(
+            f"{name} must be an int; got {type(value).__name__}. Convert it: int({name})."
+        )
     if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}.")
+        raise ValueError(
+            f"{name} must be at least 1; got {value}. Pass the width in channels (in_dims, "
+            "token_dim) or the number of heads."
+        )
+
+
+def check_number(name: str, value: float, positive: bool = False) -> None:
+    """Raise unless `value` is a finite number, and greater than 0 where it has to be `positive`."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(
+            f"{name} must be a float; got {type(value).__name__}. Convert it: float({name})."
+        )
+    # Comparisons alone: math.isfinite would break graphs of torch.compile.
+    if not (0 if positive else -math.inf) < value < math.inf:
+        expected = "positive and finite" if positive else "finite"
+        raise ValueError(f"{name} must be {expected}; got {value}. Leave it out for the default.")
 
 
 def check_pooling(pooling: str, n_tokens: int) -> None:
@@ -39,10 +57,38 @@ def check_pooling(pooling: str, n_tokens: int) -> None:
         )
 
 
+def check_tensor(name: str, t: object) -> None:
+    """Raise unless t is a tensor."""
+    if not isinstance(t, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor; got {type(t).__name__}. "
+            f"Convert it: torch.as_tensor({name})."
+        )
+
+
+def check_weight(name: str, t: Tensor, meaning: str) -> None:
+    """Raise unless t is a matrix with elements."""
+    check_tensor(name, t)
+    if t.dim() != 2 or t.numel() == 0:
+        raise ValueError(
+            f"{name} must be a matrix {meaning}; got shape {tuple(t.shape)}. "
+            "Pass the weight of a torch.nn.Linear, or one laid out like it."
+        )
+
+
+def check_w_g(w_g: Tensor) -> None:
+    """Raise unless w_g is [E] or [E, 1]."""
+    check_tensor("w_g", w_g)
+    if w_g.numel() == 0 or (w_g.dim() != 1 and w_g.shape[1:] != (1,)):
+        raise ValueError(
+            f"w_g must have shape [E] or [E, 1]; got {tuple(w_g.shape)}. "
+            "Pass one weight for each channel of the queries, as the layer's state dict has them."
+        )
+
+
 def check_tokens(name: str, x: Tensor, width: int, width_name: str) -> None:
     """Raise unless x is a floating-point [B, N, width]."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}.")
+    check_tensor(name, x)
     if x.dtype not in DTYPES:
         raise TypeError(
             f"{name} must be float64, float32, float16 or bfloat16; got {x.dtype}. "
@@ -61,12 +107,18 @@ def check_tokens(name: str, x: Tensor, width: int, width_name: str) -> None:
         )
 
 
-def check_shape(name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    """Raise unless t has exactly that shape."""
+def check_shape(
+    name: str,
+    t: Tensor,
+    shape: tuple[int, ...],
+    meaning: str,
+    remedy: str = "Check that all weights come from one layer.",
+) -> None:
+    """Raise unless t is a tensor of exactly that shape."""
+    check_tensor(name, t)
     if t.shape != shape:
         raise ValueError(
-            f"{name} must have shape {shape} ({meaning}); got {tuple(t.shape)}. "
-            "Check that all weights come from one layer."
+            f"{name} must have shape {shape} ({meaning}); got {tuple(t.shape)}. {remedy}"
         )
 
 
@@ -91,6 +143,7 @@ def check_mask(mask: Tensor | None, x: Tensor) -> None:
     """Raise unless mask is None or a bool [B, N] on the device of x [B, N, ...]."""
     if mask is None:
         return
+    check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(
             f"mask must be bool (True = the token takes part); got {mask.dtype}. "

@@ -44,6 +44,15 @@ def triton_takes(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu")
 
 
+@functools.cache
+def too_old_for_triton(device: torch.device) -> str:
+    """Names the compute capability of a CUDA device whose tensor cores Triton no longer uses."""
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"{major}.{minor}"
+
+
 def transforming() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp, ...) or forward-mode AD is running."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -9,11 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swiftkernels import checks, ops, reference
+from swiftkernels.compat import autocast_off
 from swiftkernels.reference import Options
 
 
 class AttentionOutput(NamedTuple):
-    """What ``return_weights=True`` gives; weights and global query carry no gradient."""
+    """What ``return_weights=True`` gives.
+
+    Weights and global query carry no gradient; they are float32 where the input is in half
+    precision.
+    """
 
     output: Tensor
     """The output, as without ``return_weights``."""
@@ -70,21 +75,21 @@ def additive_attention(
         >>> additive_attention(q, k, torch.randn(64), w, None, w, None).shape
         torch.Size([2, 49, 64])
     """
+    checks.check_w_g(w_g)
     w_g = w_g.flatten()
     q, k, w_g, proj_weight, proj_bias, final_weight, final_bias = _autocast(
         q, k, w_g, proj_weight, proj_bias, final_weight, final_bias
     )
     width = w_g.shape[0]
     checks.check_tokens("q", q, width, "E, the length of w_g")
-    checks.check_shape("k", k, tuple(q.shape), "that of q")
+    checks.check_shape(
+        "k", k, tuple(q.shape), "that of q", "Queries and keys come from the same tokens."
+    )
     weights = (w_g, proj_weight, proj_bias, final_weight, final_bias)
-    _check_weights("q", q, weights)
+    _check_weights("q", q, *weights)
     checks.check_alike("q", q, {"k": k})
     checks.check_mask(mask, q)
-    checks.check_pooling(pooling, q.shape[1])
-    options = Options(
-        pooling, qk_norm, final_weight.shape[0] ** -0.5 if scale is None else scale, eps
-    )
+    options = _options(pooling, qk_norm, scale, eps, q.shape[1], final_weight.shape[0])
     chosen = ops.choose_backend(backend, q, width)
     if chosen == "reference":
         out = reference.additive_attention(q, k, *weights, mask, options)
@@ -134,6 +139,8 @@ def additive_self_attention(
         >>> additive_self_attention(x, w, b, w, b, torch.randn(64), w, b, w, b).shape
         torch.Size([2, 49, 64])
     """
+    checks.check_w_g(w_g)
+    checks.check_weight("query_weight", query_weight, "[E, C]")
     w_g = w_g.flatten()
     (
         x,
@@ -161,7 +168,9 @@ def additive_self_attention(
     width = w_g.shape[0]
     in_dims = query_weight.shape[-1]
     checks.check_tokens("x", x, in_dims, "C, the width of query_weight")
-    checks.check_shape("query_weight", query_weight, (width, in_dims), "[E, C]")
+    checks.check_shape(
+        "query_weight", query_weight, (width, in_dims), "[E, C], E the length of w_g"
+    )
     checks.check_shape("key_weight", key_weight, (width, in_dims), "[E, C]")
     for name, bias in (("query_bias", query_bias), ("key_bias", key_bias)):
         if bias is not None:
@@ -170,12 +179,9 @@ def additive_self_attention(
     weights = (w_g, proj_weight, proj_bias, final_weight, final_bias)
     names = ("query_weight", "query_bias", "key_weight", "key_bias")
     checks.check_alike("x", x, dict(zip(names, projections, strict=True)))
-    _check_weights("x", x, weights)
+    _check_weights("x", x, *weights)
     checks.check_mask(mask, x)
-    checks.check_pooling(pooling, x.shape[1])
-    options = Options(
-        pooling, qk_norm, final_weight.shape[0] ** -0.5 if scale is None else scale, eps
-    )
+    options = _options(pooling, qk_norm, scale, eps, x.shape[1], final_weight.shape[0])
     chosen = ops.choose_backend(backend, x, width)
     if chosen == "reference":
         out = reference.additive_self_attention(x, *projections, *weights, mask, options)
@@ -190,27 +196,53 @@ def additive_self_attention(
     return _with_weights(out, q, w_g, mask, options)
 
 
-def _check_weights(like_name: str, like: Tensor, weights: tuple[Tensor | None, ...]) -> None:
-    w_g, proj_weight, proj_bias, final_weight, final_bias = weights
-    assert w_g is not None
-    assert proj_weight is not None
-    assert final_weight is not None
+def _check_weights(
+    like_name: str,
+    like: Tensor,
+    w_g: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    final_weight: Tensor,
+    final_bias: Tensor | None,
+) -> None:
     width = w_g.shape[0]
     checks.check_shape("proj_weight", proj_weight, (width, width), "[E, E]")
+    checks.check_weight("final_weight", final_weight, "[D, E]")
     token_dim = final_weight.shape[0]
     checks.check_shape("final_weight", final_weight, (token_dim, width), "[D, E]")
     if proj_bias is not None:
         checks.check_shape("proj_bias", proj_bias, (width,), "[E]")
     if final_bias is not None:
         checks.check_shape("final_bias", final_bias, (token_dim,), "[D]")
-    names = ("w_g", "proj_weight", "proj_bias", "final_weight", "final_bias")
-    checks.check_alike(like_name, like, dict(zip(names, weights, strict=True)))
+    weights = {
+        "w_g": w_g,
+        "proj_weight": proj_weight,
+        "proj_bias": proj_bias,
+        "final_weight": final_weight,
+        "final_bias": final_bias,
+    }
+    checks.check_alike(like_name, like, weights)
+
+
+def _options(
+    pooling: str, qk_norm: bool, scale: float | None, eps: float, n_tokens: int, token_dim: int
+) -> Options:
+    checks.check_option("qk_norm", qk_norm, (True, False))
+    checks.check_number("eps", eps, positive=True)
+    if scale is None:
+        scale = token_dim**-0.5
+    checks.check_number("scale", scale)
+    checks.check_pooling(pooling, n_tokens)
+    return Options(pooling, qk_norm, scale, eps)
 
 
 def _with_weights(
     out: Tensor, q: Tensor, w_g: Tensor, mask: Tensor | None, options: Options
 ) -> AttentionOutput:
-    with torch.no_grad():
+    # In float32 for halves, as in the kernels: in float16 eps is 0, and a long sum overflows.
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.no_grad(), autocast_off(q.device.type):
+        q, w_g = q.to(dtype), w_g.to(dtype)
         if options.qk_norm:
             q = F.normalize(q, dim=-1, eps=options.eps)
         return AttentionOutput(out, *reference.global_query(q, w_g, mask, options))

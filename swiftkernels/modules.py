@@ -70,6 +70,8 @@ class AdditiveAttention(nn.Module):
         checks.check_positive("token_dim", token_dim)
         checks.check_positive("num_heads", num_heads)
         checks.check_option("pooling", pooling, POOLINGS)
+        checks.check_option("qk_norm", qk_norm, (True, False))
+        checks.check_number("eps", eps, positive=True)
         checks.check_option("layout", layout, LAYOUTS)
         checks.check_option("backend", backend, checks.BACKENDS)
         self.in_dims = in_dims
@@ -94,10 +96,11 @@ class AdditiveAttention(nn.Module):
         self, x: Tensor, mask: Tensor | None = None, return_weights: bool = False
     ) -> Tensor | AttentionOutput:
         """Attend; shapes as in the class, errors as in `additive_self_attention`."""
+        checks.check_tensor("x", x)
         channels_first = self.layout == "channels_first" or (self.layout == "auto" and x.dim() > 3)
         spatial = self._spatial_shape(x, channels_first)
         tokens = x.flatten(2).transpose(1, 2) if channels_first else x.flatten(1, -2)
-        if mask is not None and mask.dim() > 2:
+        if isinstance(mask, Tensor) and mask.dim() > 2:
             if mask.shape[1:] != spatial:
                 raise ValueError(
                     f"mask must have shape [B, N] or [B, *spatial] = {(x.shape[0], *spatial)}; "
@@ -128,8 +131,6 @@ class AdditiveAttention(nn.Module):
         return _restore(result, spatial, channels_first)
 
     def _spatial_shape(self, x: Tensor, channels_first: bool) -> torch.Size:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a torch.Tensor; got {type(x).__name__}.")
         if x.dim() < 3:
             raise ValueError(
                 f"x must be [B, N, {self.in_dims}] or [B, {self.in_dims}, *spatial]; got shape "

@@ -40,18 +40,18 @@ def choose_backend(backend: str, x: Tensor, width: int) -> str:
         )
     # torch.func and forward-mode AD differentiate the definition itself: the kernels have no such
     # rules.
-    if not torch.compiler.is_compiling() and compat.transforming():
-        return "reference"
-    return backend
+    return "reference" if compat.transforming() else backend
 
 
 def _automatic_backend(x: Tensor, width: int) -> str:
+    if compat.transforming():
+        return "reference"
     if torch.compiler.is_compiling():
         # Inductor fuses the definition well on devices without kernels of ours, and exported
         # programs run elsewhere: they get plain operators.
         use_triton = x.device.type in ("cuda", "xpu") and not compat.being_exported()
         return "triton" if use_triton and not _why_not_triton(x, width) else "reference"
-    if compat.transforming() or compat.being_exported():
+    if compat.being_exported():
         return "reference"
     if not _why_not_triton(x, width):
         return "triton"
@@ -67,6 +67,9 @@ def _why_not_triton(x: Tensor, width: int) -> str:
         return "needs the package triton, which is not installed (pip install swiftkernels[triton])"
     if not compat.triton_takes(x.device):
         return f"needs a tensor on a CUDA, ROCm or XPU device; got one on {x.device}"
+    too_old = compat.too_old_for_triton(x.device)
+    if too_old:
+        return f"needs compute capability 8.0 or newer; {x.device} has {too_old}"
     if width > MAX_TRITON_WIDTH:
         return f"takes token_dim * num_heads up to {MAX_TRITON_WIDTH}; got {width}"
     return ""
@@ -153,10 +156,7 @@ class _Operator:
         *tensors, mask, pooling, qk_norm, scale, eps, backend = args[:-5]
         *saved, needs_inputs, needs_weights = args[-5:]
         if dout.numel() == 0:
-            return [
-                dout.new_empty(0) if fake.numel() == 0 else torch.zeros_like(fake)
-                for fake in self.fake_backward(dout, *args)
-            ]
+            return [torch.zeros_like(fake) for fake in self.fake_backward(dout, *args)]
         options = Options(pooling, qk_norm, scale, eps)
         backward = getattr(_implementation(backend), f"{self.name}_backward")
         with compat.autocast_off(dout.device.type):
@@ -181,13 +181,15 @@ class _Operator:
         )
 
     def fake_backward(self, dout: Tensor, *args: Any) -> list[Tensor]:
-        """Shapes, dtypes and strides of the gradients."""
+        """Shapes, dtypes and strides of the gradients: of the inputs' strides, or contiguous."""
         tensors, (needs_inputs, needs_weights) = args[:-11], args[-2:]
+        inputs, weights = tensors[: self.n_inputs], tensors[self.n_inputs :]
         return [
-            torch.empty_like(t)
-            if t is not None and (needs_inputs if i < self.n_inputs else needs_weights)
-            else dout.new_empty(0)
-            for i, t in enumerate(tensors)
+            *(torch.empty_like(t) if needs_inputs else dout.new_empty(0) for t in inputs),
+            *(
+                dout.new_empty(0) if t is None or not needs_weights else t.new_empty(t.shape)
+                for t in weights
+            ),
         ]
 
     def gradients(self, ctx: Any, dout: Tensor) -> list[Tensor | None]:
@@ -213,6 +215,12 @@ class _Operator:
         needs: list[bool],
         dout: Tensor,
     ) -> list[Tensor | None]:
+        # Aliases: the tensors may be one (tied weights) or depend on each other (x on weights of
+        # an earlier call), and each is to get its own share alone.
+        tensors = [
+            t.view_as(t) if need and t is not None else t
+            for t, need in zip(tensors, needs, strict=True)
+        ]
         wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
         out = self.definition(*tensors, mask, options)
         grads = iter(

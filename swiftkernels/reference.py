@@ -47,7 +47,8 @@ def pool_weights(scores: Tensor, mask: Tensor | None, pooling: str, eps: float) 
         lowest = torch.finfo(scores.dtype).min
         return scores.masked_fill(~mask, lowest).softmax(dim=1).masked_fill(~mask, 0)
     if pooling == "sum":
-        scores = torch.ones_like(scores)
+        # Ones that leave w_g in the graph: its gradient is 0, as in the published code, not None.
+        scores = scores.pow(0)
     if mask is not None:
         scores = scores.masked_fill(~mask, 0)
     return F.normalize(scores, dim=1, eps=eps) if pooling == "l2" else scores

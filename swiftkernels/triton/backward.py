@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from swiftkernels.triton.tiles import (
+    at_least_eps,
     dot,
     live_tokens,
     load_matrix,
@@ -109,9 +110,11 @@ def _score_gradients(
     if POOLING == "softmax":
         grad = weights * (grad_weights - along)
     elif POOLING == "l2":
-        norm = tl.load(stat_ptr)
+        norm = tl.load(stat_ptr + tl.arange(0, 1))
         # Below eps the norm is a constant: no projection.
-        grad = (grad_weights - tl.where(norm >= EPS, weights * along, 0.0)) / tl.maximum(norm, EPS)
+        grad = (grad_weights - tl.where(norm >= EPS, weights * along, 0.0)) / at_least_eps(
+            norm, EPS
+        )
     elif POOLING == "sum":
         grad = grad_weights * 0.0
     else:

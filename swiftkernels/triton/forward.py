@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from swiftkernels.triton.tiles import (
+    at_least_eps,
     dot,
     live_tokens,
     load_matrix,
@@ -99,8 +100,8 @@ def _pool_forward_kernel(
         out_rows = (fold // tiles_across) * BLOCK_M + tl.arange(0, BLOCK_M)
         out_cols = (fold % tiles_across) * BLOCK_M + tl.arange(0, BLOCK_M)
         m_tile = tl.zeros([BLOCK_M, BLOCK_M], ACC)
-        for k0 in range(0, E, BLOCK_K):
-            ks = k0 + tl.arange(0, BLOCK_K)
+        for k0 in range(0, E, 32):
+            ks = k0 + tl.arange(0, 32)
             final_tile = load_matrix(final_ptr, out_rows, ks, D, E)
             proj_tile = load_matrix(proj_ptr, ks, out_cols, E, E)
             m_tile = dot(final_tile, proj_tile, m_tile, PRECISION)
@@ -146,7 +147,7 @@ def _combine_splits(
                 squares = tl.load(stat_ptr + splits * 2, mask=splits < num_splits, other=0.0)
                 total += tl.sum(squares[None, :], 1)
             top = tl.sqrt(total)
-            G = G / tl.maximum(top, EPS)
+            G = G / at_least_eps(top, EPS)
         else:
             top = total
     return G, top, total

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from swiftkernels.common import accumulator, pack_projections
 from swiftkernels.compat import device_guard
 from swiftkernels.reference import Options
 from swiftkernels.triton import config
@@ -52,10 +53,6 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _precision(dtype: torch.dtype) -> str:
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return "tf32" if tf32 else "ieee"
@@ -76,16 +73,11 @@ def _split_tokens(n_tokens: int, block_n: int) -> tuple[int, int]:
     return _cdiv(tiles, tiles_per_split), tiles_per_split
 
 
-def _packed_projection(
+def _queries_and_keys(
     x: Tensor, wq: Tensor, bq: Tensor | None, wk: Tensor, bk: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Queries and keys [B, N, E] of a wide layer by one GEMM; views of one buffer."""
-    weight = torch.cat((wq, wk))
-    bias = None
-    if bq is not None or bk is not None:
-        zeros = wq.new_zeros(wq.shape[0])
-        bias = torch.cat((zeros if bq is None else bq, zeros if bk is None else bk))
-    return torch.nn.functional.linear(x, weight, bias).chunk(2, dim=2)  # type: ignore[return-value]
+    return torch.nn.functional.linear(x, *pack_projections(wq, bq, wk, bk)).chunk(2, dim=2)
 
 
 def additive_self_attention_forward(
@@ -105,7 +97,7 @@ def additive_self_attention_forward(
     """out [B, N, D], and for the backward G [B, E], pooling statistics [B, 2], M = Wf Wp [D, E]."""
     if wq.shape[0] > config.MAX_PROJECTED_WIDTH:
         with device_guard(x):
-            q, k = _packed_projection(x, wq, bq, wk, bk)
+            q, k = _queries_and_keys(x, wq, bq, wk, bk)
         return additive_attention_forward(q, k, w_g, wp, bp, wf, bf, mask, options)
     return _forward(x, x, (wq, bq, wk, bk), w_g, wp, bp, wf, bf, mask, options)
 
@@ -141,7 +133,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, n_tokens, in_dims = q.shape
     token_dim, width = wf.shape
-    acc = _accumulator(q.dtype)
+    acc = accumulator(q.dtype)
     out = q.new_empty(batch, n_tokens, token_dim)
     global_query = q.new_empty(batch, width, dtype=acc)
     statistics = q.new_empty(batch, 2, dtype=acc)
@@ -155,7 +147,7 @@ def _forward(
     key_view = view if k is q else _tokens(k)
     wq, bq, wk, bk = _contiguous(*(projections or (None,) * 4))
     w_g, wp, bp, wf, bf = _contiguous(w_g, wp, bp, wf, bf)
-    block_m = 32
+    block_m = 32 if width <= 64 else 64
     fold_programs = _cdiv(token_dim, block_m) * _cdiv(width, block_m)
     shared: dict[str, Any] = {
         "C": in_dims,
@@ -220,7 +212,7 @@ class _Backward:
         self.options = options
         self.batch, self.n_tokens, self.in_dims = q.data.shape
         self.token_dim, self.width = wf.shape
-        self.acc = _accumulator(wf.dtype)
+        self.acc = accumulator(wf.dtype)
         self.config = config.choose_config(self.width, wf.dtype)
         self.shared: dict[str, Any] = {
             "E": self.width,
@@ -370,22 +362,24 @@ def additive_self_attention_backward(
         view = _tokens(x)
         q = k = view
         if not project:
-            q, k = map(_tokens, _packed_projection(x, wq, bq, wk, bk))
+            q, k = map(_tokens, _queries_and_keys(x, wq, bq, wk, bk))
         projections = (wq, bq, wk, bk) if project else None
         call = _Backward(dout, q, k, projections, w_g, wp, bp, wf, mask, saved, options)
         fuse = needs_weights and project and max(in_dims, *wf.shape) <= config.MAX_FUSED_WIDTH
-        planes = x.new_empty(4 if needs_weights else 2, batch, n_tokens, width)
-        if project and (fuse or not needs_weights):
-            dq = dk = sides = None
-        else:
+        planes = dq = dk = sides = None
+        if not project or (needs_weights and not fuse):
+            planes = x.new_empty(4 if needs_weights else 2, batch, n_tokens, width)
             dq, dk, sides = planes[0], planes[1], planes[2:] if needs_weights else None
         dx = torch.empty_like(view.data) if needs_tokens and project else None
         sums, moments = call.rows(dx, dq, dk, sides, needs_weights, fuse)
         if needs_tokens and not project:
-            dx = torch.matmul(planes[0], wq) + torch.matmul(planes[1], wk)
+            dx = torch.matmul(dq, wq) + torch.matmul(dk, wk)
+        if dx is not None and dx.stride() != x.stride():
+            # The strides that an operator promises: those of the input where it is dense.
+            dx = torch.empty_like(x).copy_(dx)
         if not needs_weights:
             return [dx, *[None] * 9]
-        if not fuse:
+        if planes is not None:
             moments = call.moments(view, planes)
         return [dx, *call.weight_gradients(sums, moments, in_dims, (bq, bk, bp, bf))]
 

@@ -114,10 +114,16 @@ def row_norms(tile):
 
 
 @triton.jit
+def at_least_eps(norms, EPS: tl.constexpr):
+    """max(norms, eps) in the type of the norms: a bare constant would be rounded to float32."""
+    return tl.maximum(norms, tl.full(norms.shape, EPS, norms.dtype))
+
+
+@triton.jit
 def unit_rows(tile, EPS: tl.constexpr, QK_NORM: tl.constexpr):
     """tile / max(norm, eps) by rows, or the tile itself without QK_NORM."""
     if QK_NORM:
-        tile = tile * (1.0 / tl.maximum(row_norms(tile), EPS))[:, None]
+        tile = tile * (1.0 / at_least_eps(row_norms(tile), EPS))[:, None]
     return tile
 
 
@@ -126,7 +132,7 @@ def unit_rows_backward(grad, tile, EPS: tl.constexpr, QK_NORM: tl.constexpr):
     """Gradient of `unit_rows` at `tile`; below eps the clamp is constant and has none."""
     if QK_NORM:
         norms = row_norms(tile)
-        inverse = 1.0 / tl.maximum(norms, EPS)
+        inverse = 1.0 / at_least_eps(norms, EPS)
         unit = tile * inverse[:, None]
         along = tl.where(norms >= EPS, tl.sum(unit * grad, 1), 0.0)
         grad = (grad - unit * along[:, None]) * inverse[:, None]
@@ -145,13 +151,14 @@ def live_tokens(mask_ptr, rows, n_tokens):
 @triton.jit
 def pool_tokens(scores, live, stat_ptr, EPS: tl.constexpr, POOLING: tl.constexpr):
     """Weights a over the tokens from scores [R] and the item's two pooling statistics -> [R]."""
+    one = tl.arange(0, 1)
     if POOLING == "softmax":
-        top = tl.load(stat_ptr)
-        total = tl.load(stat_ptr + 1)
+        top = tl.load(stat_ptr + one)
+        total = tl.load(stat_ptr + 1 + one)
         # A token that is not live may score above `top`; its exponential must not overflow.
         weights = tl.exp(tl.where(live, scores - top, 0.0)) / tl.where(total > 0.0, total, 1.0)
     elif POOLING == "l2":
-        weights = scores / tl.maximum(tl.load(stat_ptr), EPS)
+        weights = scores / at_least_eps(tl.load(stat_ptr + one), EPS)
     elif POOLING == "sum":
         weights = scores * 0.0 + 1.0
     else:

@@ -1,0 +1,88 @@
+"""What a call costs: kernel launches, other operators, bytes kept for the backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from swiftkernels import AdditiveAttention
+from swiftkernels.reference import Options
+from swiftkernels.triton import launch
+from tests.cases import make_tensors
+from tests.interpreter.instruments import TorchKernels, count_launches
+
+NARROW, FUSED_LIMIT, WIDE, VERY_WIDE = 48, 64, 168, 260
+
+
+def layer(width: int) -> AdditiveAttention:
+    return AdditiveAttention(width, width, 1, backend="triton")
+
+
+@pytest.mark.parametrize("width", [NARROW, FUSED_LIMIT, WIDE, VERY_WIDE])
+def test_a_forward_is_two_launches(width):
+    with count_launches() as launches, torch.no_grad():
+        layer(width)(torch.randn(2, 20, width))
+    assert launches == ["_pool_forward_kernel", "_output_forward_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"), [(NARROW, 2), (FUSED_LIMIT, 2), (WIDE, 3), (VERY_WIDE, 3)]
+)
+def test_a_backward_is_at_most_three_launches(width, expected):
+    out = layer(width)(torch.randn(2, 20, width, requires_grad=True))
+    with count_launches() as launches:
+        out.sum().backward()
+    assert len(launches) == expected
+
+
+@pytest.mark.parametrize("width", [NARROW, WIDE, VERY_WIDE])
+def test_a_forward_calls_nothing_else_up_to_256(width):
+    """Above, one GEMM makes queries and keys (and the weights are put side by side for it)."""
+    tensors = make_tensors(2, 20, width, width, 1, dtype=torch.float32, seed=0)
+    options = Options("l2", True, width**-0.5, 1e-12)
+    with count_launches(), TorchKernels() as torch_kernels, torch.no_grad():
+        launch.additive_self_attention_forward(*tensors, None, options)
+    names = [name for name, _ in torch_kernels.calls]
+    assert names == ([] if width <= 256 else ["cat", "cat", "addmm"])
+
+
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+def test_other_operators_of_a_backward_never_see_the_tokens(width):
+    """Sums of partials and GEMMs on E x E matrices alone."""
+    batch, n_tokens = 2, 211
+    tensors = make_tensors(batch, n_tokens, width, width, 1, dtype=torch.float16, seed=1)
+    options = Options("l2", True, width**-0.5, 1e-12)
+    out, *saved = launch.additive_self_attention_forward(*tensors, None, options)
+    dout = torch.ones_like(out)
+    with count_launches(), TorchKernels() as torch_kernels, torch.no_grad():
+        launch.additive_self_attention_backward(
+            dout, *tensors, None, tuple(saved), options, True, True
+        )
+    assert torch_kernels.calls
+    for name, shapes in torch_kernels.calls:
+        assert all(n_tokens not in shape for shape in shapes), name
+        if name in ("mm", "addmm", "mv"):
+            assert all(max(shape) <= width for shape in shapes), name
+
+
+@pytest.mark.parametrize("width", [NARROW, WIDE, VERY_WIDE])
+@pytest.mark.parametrize("images", [False, True])
+def test_a_backward_needs_no_more_than_the_input(width, images):
+    """Kept beside the parameters: at most 1.05 x the bytes of x; the eager layer keeps 7.1 x."""
+    shape = (2, width, 28, 28) if images else (2, 784, width)
+    x = torch.randn(shape, requires_grad=True)
+    attention = layer(width)
+    parameters = {p.untyped_storage().data_ptr() for p in attention.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        attention(x)
+    folded = width * width * 4  # M = Wf Wp, of the size of a parameter
+    assert x.nbytes <= sum(kept.values()) <= 1.05 * x.nbytes + folded
