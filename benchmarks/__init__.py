@@ -1,0 +1,1 @@
+"""Benchmarks of the operator: `pytest benchmarks/ --benchmark-only`, and scripts of their own."""

@@ -1,0 +1,155 @@
+"""Measuring: time side by side, memory kept for the backward, FLOPs, and on what device."""
+
+from __future__ import annotations
+
+import math
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one callable, in seconds."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range."""
+        lower, _, upper = statistics.quantiles(self.samples, n=4)
+        return upper - lower
+
+
+def interleave(
+    calls: Mapping[str, Call],
+    device: torch.device | str,
+    seconds: float = 0.5,
+    min_rounds: int = 9,
+) -> dict[str, Timing]:
+    """Time the calls in turn, so that all meet the same clock rate, caches and neighbours.
+
+    A round is one call of each, in an order shuffled anew; one round is not counted. Rounds go on
+    for `seconds` of wall time, and there are at least `min_rounds` of them.
+
+    Example:
+        >>> timings = interleave({"sum": torch.ones(9).sum, "max": torch.ones(9).max}, "cpu", 0.01)
+        >>> timings["sum"].median < 1
+        True
+    """
+    order = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    generator = random.Random(0)
+    for call in calls.values():
+        measure(call, device)
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < min_rounds or time.perf_counter() < end:
+        generator.shuffle(order)
+        for name in order:
+            samples[name].append(measure(calls[name], device))
+        rounds += 1
+    return {name: Timing(tuple(times)) for name, times in samples.items()}
+
+
+def measure(call: Call, device: torch.device | str) -> float:
+    """Seconds of one call: between CUDA events on CUDA, by `clock` on a CPU."""
+    if torch.device(device).type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    now = clock(device)
+    began = now()
+    call()
+    return now() - began
+
+
+def clock(device: torch.device | str) -> Callable[[], float]:
+    """A clock in seconds to read before and after a call on `device`.
+
+    On CUDA, wall time once the device is idle. On a CPU with one thread, the time of this process,
+    which other programs disturb least; with several, whose times it would add up, wall time.
+    """
+    if torch.device(device).type == "cuda":
+        return _idle_device_clock
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _idle_device_clock() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd keeps for the backward after `forward`, without those of `exclude`.
+
+    Every storage counts once and in full, as a saved view keeps all of it alive. Give as `exclude`
+    the parameters and the input, which stay alive anyway.
+    """
+    ignored = {t.untyped_storage().data_ptr() for t in exclude}
+    # Storages are held on to until the end: a freed one's address could come back.
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in ignored:
+            kept[storage.data_ptr()] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def flops(call: Call) -> int:
+    """Floating-point operations of the matrix products and convolutions in `call`, 2 per MAC."""
+    # PyTorch counts the products of a fused attention on CUDA only; unfused, everywhere.
+    formulas = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False, custom_mapping=formulas) as counter,
+    ):
+        call()
+    return counter.get_total_flops()
+
+
+def _convolution_backward_flops(
+    dout_shape: torch.Size, x_shape: torch.Size, weight_shape: torch.Size, *rest: Any, **_: Any
+) -> int:
+    """As many as in the forward for each gradient; PyTorch's own formula forgets the groups."""
+    needs = rest[-1]  # gradients of x, weight, bias
+    positions = dout_shape[0] * math.prod(dout_shape[2:])
+    return 2 * positions * math.prod(weight_shape) * sum(needs[:2])
+
+
+def device_name(device: torch.device | str) -> str:
+    """What the CPU or GPU calls itself."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

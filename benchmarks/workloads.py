@@ -1,0 +1,116 @@
+"""What the attention of a SwiftFormer sees: tokens of real photographs, stage by stage.
+
+The two photographs that come with scikit-learn pass the convolutions a SwiftFormer has between its
+input and the attention of each stage, randomly initialised, with the statistics of their BatchNorms
+taken from the photographs. The blocks of the network are left out: tokens keep the correlations of
+a photograph and unit scale without them.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from sklearn.datasets import load_sample_images
+from torch import Tensor, nn
+
+WIDTHS = {
+    "XS": (48, 56, 112, 220),
+    "S": (48, 64, 168, 224),
+    "L1": (48, 96, 192, 384),
+    "L3": (64, 128, 320, 512),
+}
+"""Width of each of the four stages."""
+
+IMAGE_SIZE = 224
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where in a SwiftFormer an attention stands."""
+
+    model: str
+    """A key of `WIDTHS`."""
+    index: int
+    """0 to 3"""
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.index + 1}"
+
+    @property
+    def width(self) -> int:
+        """C"""
+        return WIDTHS[self.model][self.index]
+
+    @property
+    def tokens(self) -> int:
+        """N: the stem divides the image's sides by 4, each further stage by 2."""
+        return (IMAGE_SIZE // 4 // 2**self.index) ** 2
+
+
+STAGES = tuple(Stage(model, index) for model in WIDTHS for index in range(4))
+
+
+@functools.cache
+def stage_tokens(
+    stage: Stage,
+    batch: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The tokens of `batch` photographs at a stage, [B, N, C], contiguous. Shared: do not change.
+
+    Example:
+        >>> stage_tokens(Stage("XS", 3), 2).shape
+        torch.Size([2, 49, 220])
+    """
+    with torch.no_grad():
+        features = _layers(stage.model)[: stage.index + 1](photographs(batch))  # [B, C, H, W]
+    return features.flatten(2).transpose(1, 2).to(device, dtype).contiguous()
+
+
+@functools.cache
+def photographs(batch: int) -> Tensor:
+    """Normalised crops at fixed random places, every other one mirrored, [B, 3, 224, 224]."""
+    generator = torch.Generator().manual_seed(0)
+    images = [
+        torch.from_numpy(image.copy()).permute(2, 0, 1) for image in load_sample_images().images
+    ]  # uint8 [3, 427, 640]
+    crops = []
+    for i in range(batch):
+        image = images[i % len(images)]
+        top, left = (
+            int(torch.randint(size - IMAGE_SIZE + 1, (), generator=generator))
+            for size in image.shape[1:]
+        )
+        crop = image[:, top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
+        crops.append(crop.flip(2) if i // len(images) % 2 else crop)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    return (torch.stack(crops) / 255 - mean) / std
+
+
+@functools.cache
+def _layers(model: str) -> nn.Sequential:
+    """One module per stage: the stem, then the convolutions that halve the sides."""
+    widths = WIDTHS[model]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        stem = nn.Sequential(
+            *_halve(3, widths[0] // 2), nn.ReLU(), *_halve(widths[0] // 2, widths[0]), nn.ReLU()
+        )
+        layers = nn.Sequential(
+            stem, *(nn.Sequential(*_halve(widths[i], widths[i + 1])) for i in range(3))
+        )
+    with torch.no_grad():
+        layers.train()(photographs(8))
+    return layers.eval()
+
+
+def _halve(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
+    # Momentum 1: one pass in training mode leaves that batch's own statistics.
+    return (
+        nn.Conv2d(inputs, outputs, 3, stride=2, padding=1),
+        nn.BatchNorm2d(outputs, momentum=1.0),
+    )
