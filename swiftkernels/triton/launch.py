@@ -373,6 +373,8 @@ def additive_self_attention_backward(
         dx = torch.empty_like(view.data) if needs_tokens and project else None
         sums, moments = call.rows(dx, dq, dk, sides, needs_weights, fuse)
         if needs_tokens and not project:
+            assert dq is not None
+            assert dk is not None
             dx = torch.matmul(dq, wq) + torch.matmul(dk, wk)
         if dx is not None and dx.stride() != x.stride():
             # The strides that an operator promises: those of the input where it is dense.

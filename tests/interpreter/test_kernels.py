@@ -338,3 +338,26 @@ def test_more_splits_than_are_combined_at_once():
         options = options_for(16, pooling)
         exact = run_definition(tensors, dout, None, options, torch.float64)
         assert_exact(run_kernels(tensors, dout, None, options), exact)
+
+
+def test_items_more_than_two_to_the_31_elements_apart_are_read_right():
+    """The pages between the two items are never touched, so they take no memory."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    tensors = make_tensors(2, 9, 16, 16, 1, dtype=torch.float16, seed=22)
+    stride = 2**31 + 64
+    far = torch.empty(stride + 9 * 16, dtype=torch.float16).as_strided((2, 9, 16), (stride, 16, 1))
+    far.copy_(tensors[0])
+    dout = torch.randn(2, 9, 16).half()
+    near_results = run_kernels(tensors, dout, None, options_for(16))
+
+    def attention(x: Tensor) -> Tensor:
+        return functional.additive_self_attention(x, *tensors[1:], backend="triton")
+
+    assert torch.equal(attention(far), near_results["output"])
+    out, G, statistics, folded = launch.additive_self_attention_forward(
+        far, *tensors[1:], None, options_for(16)
+    )
+    dx, *_ = launch.additive_self_attention_backward(
+        dout, far, *tensors[1:], None, (G, statistics, folded), options_for(16), True, True
+    )
+    assert torch.equal(dx, near_results["x"])
