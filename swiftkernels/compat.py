@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -73,6 +78,40 @@ def is_plain(t: Tensor | None) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def when_imported(name: str, callback: Callable[[ModuleType], None]) -> None:
+    """Call callback(module) as soon as the module `name` has been imported; now, if it has been.
+
+    For registries that live in modules too slow to import for everybody's sake.
+    """
+    if name in sys.modules:
+        callback(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _ImportWatch(name, callback))
+
+
+class _ImportWatch(importlib.abc.MetaPathFinder):
+    """Finds nothing itself; runs a callback behind the loader of one module."""
+
+    def __init__(self, name: str, callback: Callable[[ModuleType], None]) -> None:
+        self.name, self.callback = name, callback
+
+    def find_spec(self, name: str, *_: object) -> importlib.machinery.ModuleSpec | None:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_call(module: ModuleType) -> None:
+            execute(module)
+            self.callback(module)
+
+        spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
+        return spec
 
 
 def being_exported() -> bool:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from swiftkernels import aten, compat, reference
 from swiftkernels.reference import Options
@@ -56,9 +55,10 @@ def _automatic_backend(x: Tensor, width: int) -> str:
     if not _why_not_triton(x, width):
         return "triton"
     # Measured on a CPU: the rewrite pays where the eager layer streams far more through memory than
-    # it multiplies, that is for long inputs of narrow tokens; otherwise eager's larger GEMMs win.
-    long = x.shape[1] >= 8 * width and x.numel() * x.element_size() >= 2 * aten.CHUNK_BYTES
-    return "aten" if long else "reference"
+    # it multiplies, that is for much input of narrow tokens; otherwise eager's larger GEMMs win.
+    enough = (2 if torch.is_grad_enabled() else 5) * aten.CHUNK_BYTES
+    pays = x.shape[1] >= 8 * width and x.numel() * x.element_size() >= enough
+    return "aten" if pays else "reference"
 
 
 def _why_not_triton(x: Tensor, width: int) -> str:
@@ -116,9 +116,8 @@ class _Operator:
         self.op.register_fake(self.fake)
         self.backward_op.register_fake(self.fake_backward)
         self.op.register_autograd(self.autograd_backward, setup_context=self.setup_context)
-        packets = torch.ops.swiftkernels
-        register_flop_formula(getattr(packets, name))(self.flops)
-        register_flop_formula(getattr(packets, f"{name}_backward"))(self.backward_flops)
+        # That module imports triton; whoever counts FLOPs imports it anyway.
+        compat.when_imported("torch.utils.flop_counter", self.register_flops)
 
     # Tensors below are the inputs, then the weights: 1 + 9 or 2 + 5 of them, biases may be None.
 
@@ -236,6 +235,12 @@ class _Operator:
 
     def autograd_backward(self, ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
         return (*self.gradients(ctx, dout), *[None] * 6)
+
+    def register_flops(self, flop_counter: ModuleType) -> None:
+        """Tell PyTorch's FLOP counter how to count the operator and its backward."""
+        register = flop_counter.register_flop_formula
+        register(getattr(torch.ops.swiftkernels, self.name))(self.flops)
+        register(getattr(torch.ops.swiftkernels, f"{self.name}_backward"))(self.backward_flops)
 
     def flops(self, *shapes: Any, **_: Any) -> int:
         """The GEMMs of the definition: query, key, proj and final."""
