@@ -70,13 +70,16 @@ def autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]:
     return _NO_GUARD
 
 
-def is_plain(t: Tensor | None) -> bool:
-    """Whether nothing listens in PyTorch's dispatcher, so that a call on `t` may go past it."""
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether nothing listens in PyTorch's dispatcher, so that a call on these may go past it."""
     return (
-        (type(t) is Tensor or type(t) is torch.nn.Parameter)
-        and t.device.type != "meta"
-        and torch._C._len_torch_dispatch_stack() == 0
+        torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
+        and all(type(t) in _PLAIN for t in tensors)
+        and not any(t is not None and t.is_meta for t in tensors)
     )
 
 

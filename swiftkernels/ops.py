@@ -139,7 +139,7 @@ class _Operator:
         backend: str,
     ) -> Outputs:
         """The operator, past PyTorch's dispatcher where nothing listens there."""
-        call = self.run if compat.is_plain(tensors[0]) else self.op
+        call = self.run if compat.is_plain(*tensors) else self.op
         return call(*tensors, mask, *options, backend)
 
     def run(self, *args: Any) -> Outputs:
@@ -199,7 +199,7 @@ class _Operator:
             return self._definition_gradients(tensors, mask, ctx.options, ctx.needs, dout)
         needs_inputs = any(ctx.needs[: self.n_inputs])
         needs_weights = any(ctx.needs[self.n_inputs :])
-        call = self.run_backward if compat.is_plain(dout) else self.backward_op
+        call = self.run_backward if compat.is_plain(dout, *tensors) else self.backward_op
         grads = call(
             dout, *tensors, mask, *ctx.options, ctx.backend, G, statistics, folded, needs_inputs,
             needs_weights,
