@@ -16,11 +16,9 @@ from torch import Tensor
 
 from swiftkernels import aten, compat, reference
 from swiftkernels.reference import Options
+from swiftkernels.triton import config
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
-
-MAX_TRITON_WIDTH = 1024
-"""The widest E of the Triton kernels: a row of queries has to fit into registers."""
 
 
 def choose_backend(backend: str, x: Tensor, width: int) -> str:
@@ -70,8 +68,8 @@ def _why_not_triton(x: Tensor, width: int) -> str:
     too_old = compat.too_old_for_triton(x.device)
     if too_old:
         return f"needs compute capability 8.0 or newer; {x.device} has {too_old}"
-    if width > MAX_TRITON_WIDTH:
-        return f"takes token_dim * num_heads up to {MAX_TRITON_WIDTH}; got {width}"
+    if width > config.MAX_WIDTH:
+        return f"takes token_dim * num_heads up to {config.MAX_WIDTH}; got {width}"
     return ""
 
 

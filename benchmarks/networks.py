@@ -1,0 +1,81 @@
+"""A small SwiftFormer-like classifier whose token mixer is the only part that varies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers import PEERS
+from swiftkernels import AdditiveAttention
+from swiftkernels.reference import POOLINGS
+
+WIDTH = 48
+DEPTH = 2
+
+
+def additive(pooling: str, dim: int) -> nn.Module:
+    """The library's operator with one of its poolings, [B, N, dim] -> [B, N, dim]."""
+    return AdditiveAttention(dim, dim, num_heads=1, pooling=pooling)
+
+
+MIXERS: dict[str, Callable[[int], nn.Module] | None] = {
+    **{f"additive_{pooling}": partial(additive, pooling) for pooling in POOLINGS},
+    **PEERS,
+    "none": None,
+}
+"""A mixer of that width, [B, N, C] -> [B, N, C], by its name; none leaves the branch out."""
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)), [B, N, C] -> [B, N, C]."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)
+        )
+        self.mixer: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        # No layer scale: SwiftFormer's starts at 1e-5 and would hide the mixer in a short training.
+        if self.mixer is not None:
+            x = x + self.mixer(x)
+        return x + self.mlp(x)
+
+
+class Classifier(nn.Module):
+    """SwiftFormer's stem, two blocks on 7x7 tokens, and a head, [B, 1, 28, 28] -> [B, 10].
+
+    Behind the stem tokens meet in the mixers alone. As in SwiftFormer, no position encoding.
+
+    Args:
+        mixer: a key of `MIXERS`.
+        seed: of the initial weights; those of the shared parts do not depend on the mixer.
+    """
+
+    def __init__(self, mixer: str, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.stem = nn.Sequential(
+                *_halve(1, WIDTH // 2), nn.ReLU(), *_halve(WIDTH // 2, WIDTH), nn.ReLU()
+            )
+            self.blocks = nn.Sequential(*(Block(WIDTH) for _ in range(DEPTH)))
+            self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 10))
+            # The mixers come last: drawing their weights must not move the others'.
+            make = MIXERS[mixer]
+            if make is not None:
+                for block in self.blocks:
+                    assert isinstance(block, Block)
+                    block.mixer = nn.Sequential(nn.LayerNorm(WIDTH), make(WIDTH))
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.stem(images).flatten(2).transpose(1, 2)  # [B, 49, C]
+        return self.head(self.blocks(tokens).mean(1))
+
+
+def _halve(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs)
