@@ -1,4 +1,4 @@
-"""A small SwiftFormer-like classifier whose token mixer is the only part that varies."""
+"""A small image classifier whose token mixer is the only part that varies."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from swiftkernels.reference import POOLINGS
 
 WIDTH = 48
 DEPTH = 2
+PATCH = 4
 
 
 def additive(pooling: str, dim: int) -> nn.Module:
@@ -47,9 +48,10 @@ class Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    """SwiftFormer's stem, two blocks on 7x7 tokens, and a head, [B, 1, 28, 28] -> [B, 10].
+    """4x4 patches, two blocks on the 7x7 tokens, the mean, and a head, [B, 1, 28, 28] -> [B, 10].
 
-    Behind the stem tokens meet in the mixers alone. As in SwiftFormer, no position encoding.
+    Before the mean, patches meet in the mixers alone: overlapping convolutions such as SwiftFormer's
+    would do part of the mixers' work. They would also tell a token its place; an embedding does.
 
     Args:
         mixer: a key of `MIXERS`.
@@ -61,8 +63,9 @@ class Classifier(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.stem = nn.Sequential(
-                *_halve(1, WIDTH // 2), nn.ReLU(), *_halve(WIDTH // 2, WIDTH), nn.ReLU()
+                nn.Conv2d(1, WIDTH, PATCH, stride=PATCH), nn.BatchNorm2d(WIDTH)
             )
+            self.places = nn.Parameter(0.2 * torch.randn(1, (28 // PATCH) ** 2, WIDTH))
             self.blocks = nn.Sequential(*(Block(WIDTH) for _ in range(DEPTH)))
             self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 10))
             # The mixers come last: drawing their weights must not move the others'.
@@ -73,9 +76,5 @@ class Classifier(nn.Module):
                     block.mixer = nn.Sequential(nn.LayerNorm(WIDTH), make(WIDTH))
 
     def forward(self, images: Tensor) -> Tensor:
-        tokens = self.stem(images).flatten(2).transpose(1, 2)  # [B, 49, C]
+        tokens = self.stem(images).flatten(2).transpose(1, 2) + self.places  # [B, 49, C]
         return self.head(self.blocks(tokens).mean(1))
-
-
-def _halve(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
-    return nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs)

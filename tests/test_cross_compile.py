@@ -60,6 +60,27 @@ def compile_launch(kernel: JITFunction, arguments: dict[str, Any], capability: i
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("width", [24, 80, 264])
+def test_every_promised_alignment_holds(monkeypatch, width, images):
+    """Of a slice of wider tokens, whose gradient is narrower; a GPU would fault or write astray."""
+    launches = record_launches(monkeypatch)
+    tensors = make_tensors(2, 21, width + 8, width, 1, dtype=torch.float16)
+    x = tensors[0].transpose(1, 2).contiguous().transpose(1, 2) if images else tensors[0]
+    tensors[0] = x[..., :width]
+    tensors[1], tensors[3] = tensors[1][:, :width], tensors[3][:, :width]
+    options = Options("l2", True, width**-0.5, 1e-12)
+    out, *saved = launch.additive_self_attention_forward(*tensors, None, options)
+    launch.additive_self_attention_backward(
+        torch.ones_like(out), *tensors, None, tuple(saved), options, True, True
+    )
+    assert launches
+    for kernel, arguments in launches:
+        for prefix, align in (("", "ALIGN"), ("dx_", "ALIGN"), ("dout_", "DOUT_ALIGN")):
+            for name in (f"{prefix}stride_b", f"{prefix}stride"):
+                assert arguments.get(name, 0) % arguments.get(align, 1) == 0, (kernel, name)
+
+
 @pytest.mark.parametrize(
     ("width", "dtype", "pooling", "images", "capability"),
     [

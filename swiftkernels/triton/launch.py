@@ -49,6 +49,14 @@ def _tokens(t: Tensor) -> _Tokens:
     return _Tokens(t, batch_stride, stride, channels_last, align)
 
 
+def _empty_tokens_like(tokens: _Tokens) -> Tensor:
+    """An uninitialised tensor of that shape and order of axes, without gaps."""
+    batch, n_tokens, width = tokens.data.shape
+    if tokens.channels_last:
+        return tokens.data.new_empty(batch, n_tokens, width)
+    return tokens.data.new_empty(batch, width, n_tokens).transpose(1, 2)
+
+
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -269,6 +277,8 @@ class _Backward:
         sums = self.wf.new_empty(programs, sum_width, dtype=self.acc)
         moments = self.wf.new_empty(programs, moment_width, dtype=self.acc)
         dx_view = self.q if dx is None else _tokens(dx)
+        # The kernel takes one alignment for x and dx, whose strides differ where x has gaps.
+        shared = self.shared | {"ALIGN": min(self.q.align, dx_view.align)}
         _rows_backward_kernel[(programs,)](
             self.q.data, self.k.data, wq, bq, wk, bk, self.w_g, self.mask, self.bp, self.wf, folded,
             global_query, statistics, grad_g, self.dout.data, dx, dq, dk, sides,
@@ -281,7 +291,7 @@ class _Backward:
             BLOCK_D=config.next_power_of_two(self.token_dim) if fuse else 16,
             BLOCK_N=block_n, BLOCK_S=config.BLOCK_S,
             num_warps=cfg.rows_num_warps, num_stages=cfg.rows_num_stages,
-            **self.shared, **self.by_rows,
+            **shared, **self.by_rows,
         )  # fmt: skip
         return sums, moments
 
@@ -370,7 +380,7 @@ def additive_self_attention_backward(
         if not project or (needs_weights and not fuse):
             planes = x.new_empty(4 if needs_weights else 2, batch, n_tokens, width)
             dq, dk, sides = planes[0], planes[1], planes[2:] if needs_weights else None
-        dx = torch.empty_like(view.data) if needs_tokens and project else None
+        dx = _empty_tokens_like(view) if needs_tokens and project else None
         sums, moments = call.rows(dx, dq, dk, sides, needs_weights, fuse)
         if needs_tokens and not project:
             assert dq is not None

@@ -246,8 +246,19 @@ def test_images_are_read_through_their_strides(width):
         lambda x: x[..., ::2],
         lambda x: x[:1].expand(3, -1, -1),
         lambda x: x[:, :1].expand(-1, 7, -1),
+        lambda x: x[..., :24],
+        lambda x: x.transpose(1, 2).contiguous()[:1].expand(3, -1, -1).transpose(1, 2),
+        lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
     ],
-    ids=["every second token", "every second channel", "one item thrice", "one token"],
+    ids=[
+        "every second token",
+        "every second channel",
+        "one item thrice",
+        "one token",
+        "a slice of the channels",
+        "one image thrice",
+        "batch last",
+    ],
 )
 def test_any_strides_are_read_right(change):
     token_dim = 16
