@@ -50,8 +50,9 @@ class Block(nn.Module):
 class Classifier(nn.Module):
     """4x4 patches, two blocks on the 7x7 tokens, the mean, and a head, [B, 1, 28, 28] -> [B, 10].
 
-    Before the mean, patches meet in the mixers alone: overlapping convolutions such as SwiftFormer's
-    would do part of the mixers' work. They would also tell a token its place; an embedding does.
+    Before the mean, patches meet in the mixers alone: overlapping convolutions such as those of
+    SwiftFormer would do part of their work. They would also tell a token its place; an embedding
+    does that here.
 
     Args:
         mixer: a key of `MIXERS`.
