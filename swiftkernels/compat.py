@@ -29,6 +29,14 @@ def device_guard(t: Tensor) -> contextlib.AbstractContextManager[object]:
     return _NO_GUARD
 
 
+def allow_tf32() -> bool:
+    """Whether the user lets float32 matrix products round their operands to TF32."""
+    matmul = torch.backends.cuda.matmul
+    # The newer setting; the older raises once the newer has been used.
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether the triton package is installed (it is not imported)."""

@@ -47,16 +47,21 @@ def _automatic_backend(x: Tensor, width: int) -> str:
         # Inductor fuses the definition well on devices without kernels of ours, and exported
         # programs run elsewhere: they get plain operators.
         use_triton = x.device.type in ("cuda", "xpu") and not compat.being_exported()
-        return "triton" if use_triton and not _why_not_triton(x, width) else "reference"
+        return "triton" if use_triton and _takes_triton(x, width) else "reference"
     if compat.being_exported():
         return "reference"
-    if not _why_not_triton(x, width):
+    if _takes_triton(x, width):
         return "triton"
     # Measured on a CPU: the rewrite pays where the eager layer streams far more through memory than
     # it multiplies, that is for much input of narrow tokens; otherwise eager's larger GEMMs win.
     enough = (2 if torch.is_grad_enabled() else 5) * aten.CHUNK_BYTES
     pays = x.shape[1] >= 8 * width and x.numel() * x.element_size() >= enough
     return "aten" if pays else "reference"
+
+
+def _takes_triton(x: Tensor, width: int) -> bool:
+    # float64 is for checking: its tiles need more memory on chip than many GPUs have.
+    return x.dtype != torch.float64 and not _why_not_triton(x, width)
 
 
 def _why_not_triton(x: Tensor, width: int) -> str:
@@ -68,8 +73,9 @@ def _why_not_triton(x: Tensor, width: int) -> str:
     too_old = compat.too_old_for_triton(x.device)
     if too_old:
         return f"needs compute capability 8.0 or newer; {x.device} has {too_old}"
-    if width > config.MAX_WIDTH:
-        return f"takes token_dim * num_heads up to {config.MAX_WIDTH}; got {width}"
+    max_width = config.max_width(x.dtype)
+    if width > max_width:
+        return f"takes token_dim * num_heads up to {max_width} in {x.dtype}; got {width}"
     return ""
 
 

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from swiftkernels.triton import launch  # noqa: E402
 
-SHARED_MEMORY = {80: 166_912, 90: 232_448}
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448}
 """Bytes a block may use, by compute capability (CUDA C programming guide)."""
 
 TYPES = {
@@ -89,6 +89,8 @@ def test_every_promised_alignment_holds(monkeypatch, width, images):
         (112, torch.float32, "sum", False, 80),
         (220, torch.float16, "l2", False, 80),
         (512, torch.bfloat16, "softmax", False, 90),
+        (512, torch.float32, "l2", False, 86),
+        (1024, torch.float16, "l2", False, 86),
     ],
 )
 def test_every_kernel_compiles_for_a_gpu(

@@ -364,7 +364,7 @@ def test_triton_refuses_wider_rows_than_it_can_hold(monkeypatch, token_dim, num_
 
         assert_raises(
             ValueError, lambda: attend("triton"),
-            "token_dim * num_heads up to 1024", f"got {width}", "backend='auto'",
+            "token_dim * num_heads up to 512 in torch.float32", f"got {width}", "backend='auto'",
             starts="backend='triton' takes",
         )  # fmt: skip
         assert attend("auto").shape == (1, N, token_dim)

@@ -14,7 +14,7 @@ MAX_PROJECTED_WIDTH = 256
 """Up to this E the kernels project x themselves; above, one GEMM makes queries and keys first."""
 
 MAX_WIDTH = 1024
-"""Above this E a row of queries no longer fits into registers."""
+"""Widest E in half precision, half of it in float32: a tile of rows has to fit on chip."""
 
 MAX_FUSED_WIDTH = 64
 """Up to this width (C, E and D) four E x E accumulators fit beside a tile of the backward."""
@@ -33,6 +33,9 @@ MOMENT_SPLITS = 64
 
 BLOCK_S = 16
 """Partial sums combined at a time."""
+
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 class Config(NamedTuple):
@@ -63,9 +66,8 @@ _TABLE = {
     (256, 2): Config(32, 32, 32, 8, 2, 16, 8, 1),
     (256, 4): Config(16, 16, 16, 8, 2, 16, 8, 2),
     (512, 2): Config(16, 32, 16, 8, 2, 16, 8, 2),
-    (512, 4): Config(16, 16, 16, 8, 2, 16, 8, 2),
+    (512, 4): Config(16, 16, 16, 8, 1, 16, 8, 2),
     (1024, 2): Config(16, 16, 16, 8, 1, 16, 8, 1),
-    (1024, 4): Config(16, 16, 16, 8, 1, 16, 8, 1),
 }
 
 
@@ -74,8 +76,13 @@ def next_power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+def max_width(dtype: torch.dtype) -> int:
+    """The widest E that the kernels take in that type."""
+    return MAX_WIDTH if dtype in HALVES else MAX_WIDTH // 2
+
+
 def choose_config(width: int, dtype: torch.dtype) -> Config:
     """The tile sizes for E = width."""
     # float64 is for checking gradients; it takes the row of float32.
-    size = 2 if dtype in (torch.float16, torch.bfloat16) else 4
+    size = 2 if dtype in HALVES else 4
     return _TABLE[max(next_power_of_two(width), 64), size]

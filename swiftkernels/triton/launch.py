@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swiftkernels.common import accumulator, pack_projections
-from swiftkernels.compat import device_guard
+from swiftkernels.compat import allow_tf32, device_guard
 from swiftkernels.reference import Options
 from swiftkernels.triton import config
 from swiftkernels.triton.backward import (
@@ -62,8 +62,7 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and allow_tf32() else "ieee"
 
 
 def _mask_bytes(mask: Tensor | None) -> Tensor | None:

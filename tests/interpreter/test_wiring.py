@@ -118,7 +118,9 @@ def test_function_transforms_use_the_definition(layers):
 
 def test_an_unsupported_width_is_refused():
     attention = AdditiveAttention(8, 1032, 1, backend="triton")
-    with pytest.raises(ValueError, match=r"backend='triton' takes .* up to 1024; got 1032"):
+    with pytest.raises(
+        ValueError, match=r"backend='triton' takes .* up to 512 in torch.float32; got 1032"
+    ):
         attention(torch.randn(1, 2, 8))
 
 
