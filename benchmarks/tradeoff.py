@@ -389,7 +389,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     add = parser.add_argument
     add("--quick", action="store_true", help="a look at it: fewer images, epochs, seeds and tokens")
     add("--seeds", type=_positive, help="networks per mixer (default 3; quick 2)")
-    add("--epochs", type=_positive, help="default 8; quick 3")
+    add("--epochs", type=_positive, help="default 8; quick 5")
     add(
         "--mixers",
         nargs="+",
@@ -411,7 +411,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     settings = Settings(
         mixers=tuple(dict.fromkeys(given.mixers)),
         seeds=given.seeds or (2 if given.quick else 3),
-        epochs=given.epochs or (3 if given.quick else 8),
+        epochs=given.epochs or (5 if given.quick else 8),
         out=given.out,
         data=given.data,
         per_class=300 if given.quick else None,
