@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import textwrap
 from collections.abc import Sequence
 from itertools import product
@@ -105,11 +106,15 @@ def accuracy_latency(rows: Sequence[dict[str, str]]) -> Figure:
         axes.tick_params(labelleft=False)
     bars = "Across: median and interquartile range; up: "
     bars += f"mean ± sd of {seeds} seeds" if seeds > 1 else "one seed, without a spread"
+    # What other test images would change, alike for all networks: one binomial standard deviation.
+    share = sum(float(row["accuracy_mean"]) for row in rows) / len(rows)
+    sampling = 100 * math.sqrt(share * (1 - share) / int(rows[0]["test_images"]))
     _title(figure, "Accuracy against latency: networks that differ in the token mixer alone")
     _caption(
         figure,
         f"{bars}. {rows[0]['data']}: {int(rows[0]['train_images']):,} for training, "
-        f"{int(rows[0]['test_images']):,} for the test; {rows[0]['epochs']} epochs. "
+        f"{int(rows[0]['test_images']):,} for the test "
+        f"(their choice alone: ±\u00a0{sampling:.1f}\u00a0points); {rows[0]['epochs']} epochs. "
         f"{_machine(rows[0])}.",
     )
     return figure
