@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swiftkernels import aten, compat, reference
+from swiftkernels import aten, checks, compat, reference
 from swiftkernels.reference import Options
 from swiftkernels.triton import config
 
@@ -23,6 +23,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def choose_backend(backend: str, x: Tensor, width: int) -> str:
     """The backend for x: "triton", "aten" or "reference"; raises where an explicit one cannot."""
+    checks.check_option("backend", backend, checks.BACKENDS)
     if backend == "auto":
         return _automatic_backend(x, width)
     if backend == "triton":
@@ -31,10 +32,6 @@ def choose_backend(backend: str, x: Tensor, width: int) -> str:
             raise ValueError(
                 f"backend='triton' {reason}. Use backend='auto', which takes the best there is."
             )
-    elif backend not in ("aten", "reference"):
-        raise ValueError(
-            f"backend must be one of 'auto', 'triton', 'aten', 'reference'; got {backend!r}."
-        )
     # torch.func and forward-mode AD differentiate the definition itself: the kernels have no such
     # rules.
     return "reference" if compat.transforming() else backend
