@@ -1,5 +1,162 @@
-"""Build entry point; all metadata is in pyproject.toml."""
+"""Build entry point: compiles the CPU kernels. All metadata is in pyproject.toml.
 
-from setuptools import setup
+Each instruction set gets a shared library, `swiftkernels/cpu/_kernels_<isa>.so`, with a plain C
+interface that ctypes loads: it is bound to no version of Python or torch. Without a compiler, or
+with one that refuses, the package is installed without them; `_build.json` keeps the reason for
+`swiftkernels doctor`.
 
-setup()
+Environment: CXX, CXXFLAGS, LDFLAGS, and SWIFTKERNELS_BUILD=0, which leaves the kernels out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+PACKAGE = Path("swiftkernels", "cpu")
+SOURCES = sorted(str(path) for path in PACKAGE.glob("csrc/*.cpp"))
+HEADERS = sorted(str(path) for path in PACKAGE.glob("csrc/*.h"))
+
+# Never -ffast-math, not even by CXXFLAGS: gcc would link code that switches denormals off in the
+# whole process.
+FLAGS = (
+    "-std=c++17 -O3 -fPIC -shared -fvisibility=hidden "
+    "-fno-fast-math -fno-unsafe-math-optimizations -fno-math-errno -ffp-contract=fast"
+)
+X86 = {
+    "avx512_bf16": "-march=x86-64-v4 -mavx512bf16",
+    "avx512": "-march=x86-64-v4",
+    "avx2": "-march=x86-64-v3",
+    "portable": "",
+}
+ARM = {"neon": ""}
+ISAS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}.get(
+    platform.machine().lower(), {"portable": ""}
+)
+JOBS = 2
+ERROR_LINES = 8
+
+
+class BuildKernels(build_ext):
+    """Compiles one library for each extension, beside the package's modules."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """The file's name without Python's ABI in it."""
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def get_outputs(self) -> list[str]:
+        """What the build has left in build_lib: nothing for what could not be compiled."""
+        directory = Path(self.build_lib) / PACKAGE
+        return [str(path) for path in (*directory.glob("*.so"), *directory.glob("_build.json"))]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """Where in the source tree an editable install finds what it would find in build_lib."""
+        made = (*PACKAGE.glob("*.so"), *PACKAGE.glob("_build.json")) if self.inplace else ()
+        return {str(self.build_lib / path): str(path) for path in made}
+
+    def run(self) -> None:
+        """Compile what is out of date, remove what no longer compiles, record why."""
+        directory = PACKAGE if self.inplace else Path(self.build_lib) / PACKAGE
+        directory.mkdir(parents=True, exist_ok=True)
+        record_path = directory / "_build.json"
+        old = json.loads(record_path.read_text()) if record_path.exists() else {}
+        compiler, version, error = find_compiler()
+        new = {"compiler": version, "error": error, "libraries": {}}
+        common = FLAGS.split()
+        if compiler and openmp_works(compiler):
+            common.append("-fopenmp")
+        newest = max(os.stat(path).st_mtime for path in (*SOURCES, *HEADERS, "setup.py"))
+
+        def build(isa: str) -> None:
+            target = directory / f"_kernels_{isa}.so"
+            # The user's flags first: a -march among them must not undo that of the library.
+            flags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *common, *ISAS[isa].split()]
+            command = [*compiler, *flags, f"-DSWIFTKERNELS_ISA_{isa.upper()}=1", *SOURCES]
+            command += shlex.split(os.environ.get("LDFLAGS", ""))
+            record = {"command": shlex.join(command), "error": error}
+            new["libraries"][isa] = record
+            fresh = target.exists() and target.stat().st_mtime > newest
+            same = old.get("libraries", {}).get(isa) == record and old["compiler"] == version
+            if not error and not (fresh and same):
+                record["error"] = compile_library(command, target)
+            if record["error"]:
+                target.unlink(missing_ok=True)
+
+        with ThreadPoolExecutor(JOBS) as pool:
+            list(pool.map(build, ISAS))
+        new["libraries"] = {isa: new["libraries"][isa] for isa in ISAS}
+        record_path.write_text(json.dumps(new, indent=1) + "\n")
+        failed = {isa: made["error"] for isa, made in new["libraries"].items() if made["error"]}
+        if error:
+            self.warn(f"CPU kernels not built: {error}. The package works without, more slowly.")
+        else:
+            for isa, reason in failed.items():
+                self.warn(f"CPU kernels for {isa} not built:\n{reason}")
+
+
+class PlatformWheel(bdist_wheel):
+    """Tags the wheel for every Python, and for one platform if libraries are in it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Called when all is built."""
+        build_lib = Path(self.get_finalized_command("build_ext").build_lib)
+        self.root_is_pure = not list((build_lib / PACKAGE).glob("*.so"))
+        return "py3", "none", super().get_tag()[2]
+
+
+def find_compiler() -> tuple[list[str], str, str]:
+    """The compiler's command, its version, and why there is none."""
+    if os.environ.get("SWIFTKERNELS_BUILD") == "0":
+        return [], "", "SWIFTKERNELS_BUILD=0 was set"
+    names = ("c++", "g++", "clang++")
+    command = shlex.split(os.environ.get("CXX", "")) or [n for n in names if shutil.which(n)][:1]
+    if not command:
+        return [], "", f"no C++ compiler was found ({', '.join(names)})"
+    try:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "strerror", error)
+        return [], "", f"the C++ compiler {shlex.join(command)} does not run: {reason}"
+    return command, (done.stdout.splitlines() or [""])[0], ""
+
+
+def openmp_works(compiler: list[str]) -> bool:
+    """Whether a library with OpenMP can be compiled and linked; Apple's clang has none."""
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory, "probe.cpp")
+        source.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
+        command = [*compiler, *FLAGS.split(), "-fopenmp", str(source)]
+        return not compile_library(command, Path(directory, "probe.so"))
+
+
+def compile_library(command: list[str], target: Path) -> str:
+    """Compile into target; returns the first lines of the compiler's complaint, or nothing."""
+    # Never written in place: processes may have the old library mapped.
+    made = target.with_suffix(f".{os.getpid()}.tmp")
+    done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+    if done.returncode:
+        made.unlink(missing_ok=True)
+        complaint = "\n".join(done.stderr.splitlines()[:ERROR_LINES])
+        return complaint or f"the compiler ended with status {done.returncode}"
+    made.replace(target)
+    return ""
+
+
+setup(
+    # Descriptions only: they make the wheel one of a platform and the sdist complete.
+    ext_modules=[
+        Extension(f"swiftkernels.cpu._kernels_{isa}", SOURCES, depends=HEADERS) for isa in ISAS
+    ],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+)

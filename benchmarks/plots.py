@@ -1,4 +1,4 @@
-"""The two plots of `benchmarks.tradeoff`, drawn from its CSV files alone.
+"""The plots of `benchmarks.tradeoff` and `benchmarks.cpu`, drawn from their CSV files alone.
 
 `python -m benchmarks.plots results/` draws them again.
 """
@@ -19,10 +19,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
+from benchmarks.speedups import COMBINED, OURS, Setting, Speedup, setting_of, speedups
+
 TRADEOFF_CSV = "tradeoff.csv"
 TOKENS_CSV = "tokens.csv"
+CPU_CSV = "cpu.csv"
 ACCURACY_LATENCY = "accuracy_latency.png"
 LATENCY_TOKENS = "latency_tokens.png"
+CPU_SPEEDUPS = "cpu_speedups.png"
 
 NAMES = {
     "additive_l2": "additive (l2)",
@@ -36,6 +40,12 @@ NAMES = {
     "linear": "linear",
     "fastformer": "Fastformer",
     "none": "no mixer",
+    "eager": "eager",
+    "published": "eager, as published",
+    "compile": "torch.compile",
+    "compile-max": "max-autotune, frozen",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
 }
 # Okabe and Ito's colours, which colour-blind readers can tell apart, the yellow darker so that it
 # reads as text; vermilion for the operator.
@@ -51,6 +61,12 @@ COLOURS = {
     "linear": "#CC79A7",
     "fastformer": "#B8860B",
     "none": "#7F7F7F",
+    "eager": "#D55E00",
+    "published": "#7F7F7F",
+    "compile": "#B8860B",
+    "compile-max": "#E69F00",
+    "onnxruntime": "#56B4E9",
+    "openvino": "#5E4FA2",
 }
 MARKERS = {
     "additive_l2": "o",
@@ -64,7 +80,15 @@ MARKERS = {
     "linear": "p",
     "fastformer": "d",
     "none": "o",
+    "eager": "o",
+    "published": "s",
+    "compile": "^",
+    "compile-max": "v",
+    "onnxruntime": "X",
+    "openvino": "d",
 }
+PEERS = ("mhsa", "separable", "xca", "linear")
+"""Other operators in plots of additive attention."""
 INK = "#333333"
 
 
@@ -82,6 +106,41 @@ def draw(folder: Path) -> list[Path]:
     ):
         figure.savefig(path, dpi=200, facecolor="white")
     return paths
+
+
+def draw_cpu(folder: Path) -> list[Path]:
+    """Draw a plot for every setting in cpu.csv in `folder` into it; returns their paths.
+
+    Only of the machine that was measured last: files of one name would replace one another.
+
+    Raises:
+        ValueError: the CSV file is missing or has no rows, or no comparison with the operator.
+    """
+    rows = _read(folder / CPU_CSV, "benchmarks.cpu")
+    rows = [row for row in rows if row["device"] == rows[-1]["device"]]
+    found = [s for s in speedups(rows) if s.engine not in COMBINED]
+    if not found:
+        raise ValueError(f"{folder / CPU_CSV} compares nothing with {OURS}.")
+    paths = []
+    for setting in dict.fromkeys(s.setting for s in found):
+        last = next(row for row in reversed(rows) if setting_of(row) == setting)
+        figure = cpu_speedups([s for s in found if s.setting == setting], last)
+        paths.append(folder / _speedups_name(setting))
+        figure.savefig(paths[-1], dpi=200, facecolor="white")
+    return paths
+
+
+def _speedups_name(setting: Setting) -> str:
+    """The plain name for one thread, float32, forward; others say what they are."""
+    path = Path(CPU_SPEEDUPS)
+    parts = [path.stem]
+    if setting.threads > 1:
+        parts.append(f"{setting.threads}threads")
+    if setting.dtype != "float32":
+        parts.append(setting.dtype)
+    if setting.direction != "forward":
+        parts.append("backward")
+    return "_".join(parts) + path.suffix
 
 
 def accuracy_latency(rows: Sequence[dict[str, str]]) -> Figure:
@@ -165,13 +224,84 @@ def latency_tokens(rows: Sequence[dict[str, str]]) -> Figure:
     return figure
 
 
-def _read(path: Path) -> list[dict[str, str]]:
+def cpu_speedups(found: Sequence[Speedup], row: dict[str, str]) -> Figure:
+    """The operator's speed-up over every engine by shape, one panel for each batch size.
+
+    `found` is of one setting; `row` is a row of it, for the caption.
+    """
+    batches = sorted({s.shape.batch for s in found})
+    shapes = {b: sorted({s.shape for s in found if s.shape.batch == b}) for b in batches}
+    width = 3.2 + sum(1.2 + 0.36 * len(own) for own in shapes.values())
+    figure, panels = _figure(max(width, 7.6), 5.6, len(batches))
+    figure.subplots_adjust(bottom=1.85 / 5.6, right=1 - 2.0 / figure.get_figwidth())
+    grid = panels[0].get_gridspec()
+    assert grid is not None
+    grid.set_width_ratios([1 + len(own) for own in shapes.values()])
+    order = [e for e in NAMES if any(s.engine == e for s in found)]
+    order.sort(key=lambda engine: engine in PEERS)
+    for batch, axes in zip(batches, panels, strict=True):
+        for engine in order:
+            own = sorted(s for s in found if s.engine == engine and s.shape.batch == batch)
+            peer = engine in PEERS
+            axes.plot(
+                [shapes[batch].index(s.shape) for s in own],
+                [s.by_median for s in own],
+                color=COLOURS[engine],
+                marker=MARKERS[engine],
+                markersize=5 if peer else 6,
+                markeredgecolor="white",
+                linewidth=1 if peer else 1.6,
+                linestyle="--" if peer else "-",
+                label=NAMES[engine],
+                zorder=3 if peer else 4,
+            )
+        axes.axhline(1, color=INK, linewidth=1, zorder=2)
+        axes.set_yscale("log")
+        labels = [f"{s.tokens:,} x {s.width}" for s in shapes[batch]]
+        axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor")
+        axes.set_xlim(-0.6, len(labels) - 0.4)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel(f"N x C at batch {batch}")
+    for axes in panels[1:]:
+        axes.tick_params(labelleft=False)
+    panels[0].set_ylabel(f"time / time of {OURS}")
+    legend = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        legend.values(),
+        legend.keys(),
+        loc="center left",
+        bbox_to_anchor=(1 - 1.95 / figure.get_figwidth(), 0.62),
+        fontsize=9,
+        labelcolor=INK,
+        frameon=False,
+    )
+    _title(figure, f"Speed-up of {OURS} on a CPU, {row['direction']}")
+    runtimes = [
+        f"{NAMES[e]} {row[e]}" for e in ("onnxruntime", "openvino") if e in order and row[e]
+    ]
+    kernels = [f"{row['isa']} kernels"] if row["isa"] else []
+    _caption(
+        figure,
+        "Ratio of medians measured in turn; above 1 the operator is faster. Dashed: other "
+        f"operators, eager. {', '.join([_machine(row), *runtimes, *kernels])}.",
+    )
+    return figure
+
+
+def _read(path: Path, command: str = "benchmarks.tradeoff") -> list[dict[str, str]]:
     if not path.is_file():
-        raise ValueError(f"{path} is missing; `python -m benchmarks.tradeoff` writes it.")
+        raise ValueError(f"{path} is missing; `python -m {command}` writes it.")
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows:
-        raise ValueError(f"{path} has no rows; run `python -m benchmarks.tradeoff` again.")
+        raise ValueError(f"{path} has no rows; run `python -m {command}` again.")
     return rows
 
 
@@ -347,10 +477,19 @@ def _label_ends(figure: Figure, axes: Axes, ends: dict[str, tuple[int, float]]) 
     axes.set_ylim(bottom, top)
 
 
-if __name__ == "__main__":
+def _main() -> None:
     parser = argparse.ArgumentParser(description="Draw the plots from the CSV files in a folder.")
-    parser.add_argument("folder", type=Path, help=f"with {TRADEOFF_CSV} and {TOKENS_CSV}")
+    files = f"{TRADEOFF_CSV} and {TOKENS_CSV}, or {CPU_CSV}, or all"
+    parser.add_argument("folder", type=Path, help=f"with {files}")
+    folder = parser.parse_args().folder
     try:
-        print("\n".join(str(path) for path in draw(parser.parse_args().folder)))
+        paths = draw_cpu(folder) if (folder / CPU_CSV).is_file() else []
+        if not paths or (folder / TRADEOFF_CSV).is_file():
+            paths += draw(folder)
     except ValueError as error:
         parser.error(str(error))
+    print("\n".join(str(path) for path in paths))
+
+
+if __name__ == "__main__":
+    _main()

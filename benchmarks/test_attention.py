@@ -18,16 +18,13 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-from benchmarks import timing
+from benchmarks import timing, verification
 from benchmarks.peers import PEERS
 from benchmarks.workloads import STAGES, Stage, stage_tokens
 from swiftkernels import AdditiveAttention
 
 LAYERS = (*PEERS, "additive", "eager", "compiled")
 """The peers; the operator with the backend "auto"; its definition, as it is and compiled."""
-
-STEPS = 16
-"""More roundings in a row than any of these layers makes."""
 
 
 @dataclass(frozen=True)
@@ -171,34 +168,21 @@ def make_module(layer: str, width: int) -> nn.Module:
 
 
 def verify(run: Pass, eager: Pass, dtype: torch.dtype) -> None:
-    """Fail unless every output and gradient is as near to float64 as the type allows.
-
-    The operator may err twice as much as the eager layer, and a few ulp. What PyTorch computes is
-    its own measure: it rounds a number of times to its type, and sums over C channels or N tokens
-    in float32 at least, where rounding errors grow as the root of the length. (That goes for
-    torch.compile too: eager sums the gradients of biases pairwise, the loops it generates add up
-    all tokens in turn and err ten times as much.)
-    """
+    """Fail unless every output and gradient is as near to float64 as the type allows."""
     names = ["the output"]
     if run.case.backward:
         names += [f"the gradient of {n}" for n in ("x", *dict(run.module.named_parameters()))]
-    eps = torch.finfo(dtype).eps
     exact = run.exact()
-    errors = [relative_error(*pair) for pair in zip(run(), exact, strict=True)]
+    errors = verification.relative_errors(run(), exact)
     if run.layer == "additive":
-        eager_errors = [relative_error(*pair) for pair in zip(eager(), exact, strict=True)]
-        bounds = [2 * error + 4 * eps for error in eager_errors]
+        eager_errors = verification.relative_errors(eager(), exact)
+        bounds = [verification.operator_bound(error, dtype) for error in eager_errors]
     else:
-        accumulation = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
         length = max(run.case.stage.width, run.case.stage.tokens)
-        bounds = [STEPS * (eps + length**0.5 * accumulation)] * len(names)
+        bounds = [verification.type_bound(dtype, length)] * len(names)
     for name, error, bound in zip(names, errors, bounds, strict=True):
         # Written so that a NaN fails.
         assert error <= bound, f"{name} is wrong: relative error {error:.2g} > {bound:.2g}"
-
-
-def relative_error(ours: Tensor, exact: Tensor) -> float:
-    return ((ours.double() - exact).abs().max() / exact.abs().max()).item()
 
 
 def has_cpp_compiler() -> bool:

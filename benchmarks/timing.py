@@ -36,17 +36,26 @@ class Timing:
         lower, _, upper = statistics.quantiles(self.samples, n=4)
         return upper - lower
 
+    @property
+    def minimum(self) -> float:
+        return min(self.samples)
+
 
 def interleave(
     calls: Mapping[str, Call],
     device: torch.device | str,
     seconds: float = 0.5,
     min_rounds: int = 9,
+    rest: float = 0.0,
 ) -> dict[str, Timing]:
     """Time the calls in turn, so that all meet the same clock rate, caches and neighbours.
 
     A round is one call of each, in an order shuffled anew; one round is not counted. Rounds go on
     for `seconds` of wall time, and there are at least `min_rounds` of them.
+
+    With a `rest`, every turn begins with that many seconds of sleep and a call that is not counted:
+    the threads of the turn before, which wait for work in a loop, have let go of their cores by
+    then, and its own are awake.
 
     Example:
         >>> timings = interleave({"sum": torch.ones(9).sum, "max": torch.ones(9).max}, "cpu", 0.01)
@@ -63,6 +72,9 @@ def interleave(
     while rounds < min_rounds or time.perf_counter() < end:
         generator.shuffle(order)
         for name in order:
+            if rest:
+                time.sleep(rest)
+                calls[name]()
             samples[name].append(measure(calls[name], device))
         rounds += 1
     return {name: Timing(tuple(times)) for name, times in samples.items()}
@@ -93,6 +105,11 @@ def clock(device: torch.device | str) -> Callable[[], float]:
     if torch.device(device).type == "cuda":
         return _idle_device_clock
     return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def clock_name(device: torch.device | str) -> str:
+    """What `clock` reads on `device`."""
+    return "process time" if clock(device) is time.process_time else "wall time"
 
 
 def _idle_device_clock() -> float:

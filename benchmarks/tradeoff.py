@@ -388,8 +388,8 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="a look at it: fewer images, epochs, seeds and tokens")
-    add("--seeds", type=_positive, help="networks per mixer (default 3; quick 2)")
-    add("--epochs", type=_positive, help="default 8; quick 5")
+    add("--seeds", type=positive, help="networks per mixer (default 3; quick 2)")
+    add("--epochs", type=positive, help="default 8; quick 5")
     add(
         "--mixers",
         nargs="+",
@@ -401,9 +401,9 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     add("--data", type=Path, help="folder with Fashion-MNIST's four idx files: use all its images")
     add("--out", type=Path, default=Path("results"), help="folder to write to (%(default)s)")
     add("--device", type=_device, default="cpu", help="cpu (default), cuda or cuda:N")
-    add("--threads", type=_positive, default=1, help="while timing on a CPU (%(default)s)")
+    add("--threads", type=positive, default=1, help="while timing on a CPU (%(default)s)")
     workers_help = "networks trained at a time, one thread each (default: one a core; 1 on CUDA)"
-    add("--workers", type=_positive, help=workers_help)
+    add("--workers", type=positive, help=workers_help)
     given = parser.parse_args(arguments)
     if given.out.exists() and not given.out.is_dir():
         parser.error(f"--out must be a folder; {given.out} is a file.")
@@ -428,7 +428,8 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     return settings
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on; got {text!r}")
     return int(text)

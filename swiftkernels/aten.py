@@ -102,6 +102,7 @@ def additive_self_attention_forward(
     bf: Tensor | None,
     mask: Tensor | None,
     options: Options,
+    keep: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out [B, N, D], and for the backward G [B, E]."""
     weight, bias = pack_projections(wq, bq, wk, bk)
@@ -122,6 +123,7 @@ def additive_attention_forward(
     bf: Tensor | None,
     mask: Tensor | None,
     options: Options,
+    keep: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `additive_self_attention_forward`, from queries and keys [B, N, E]."""
     out, global_query = _outputs(q, wf)

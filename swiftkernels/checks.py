@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swiftkernels.reference import POOLINGS
 
-BACKENDS = ("auto", "triton", "aten", "reference")
+BACKENDS = ("auto", "triton", "cpu", "aten", "reference")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 

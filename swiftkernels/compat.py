@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -123,6 +124,18 @@ class _ImportWatch(importlib.abc.MetaPathFinder):
 
         spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
         return spec
+
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def constant_under_compile(function: _Function) -> _Function:
+    """Let torch.compile call `function` when it traces, and take the result as a constant.
+
+    As `torch.compiler.assume_constant_result`, which imports half of the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def being_exported() -> bool:

@@ -90,7 +90,7 @@ def additive_attention(
     checks.check_alike("q", q, {"k": k})
     checks.check_mask(mask, q)
     options = _options(pooling, qk_norm, scale, eps, q.shape[1], final_weight.shape[0])
-    chosen = ops.choose_backend(backend, q, width)
+    chosen = ops.choose_backend(backend, q, width, from_tokens=False)
     if chosen == "reference":
         out = reference.additive_attention(q, k, *weights, mask, options)
     else:

@@ -2,7 +2,9 @@
 
 Two operators, each with its backward: `swiftkernels::additive_self_attention` from tokens and all
 weights, and `swiftkernels::additive_attention` from queries and keys. Their outputs are (out, G,
-statistics, folded): what the caller wants, and what the backward needs beside the inputs.
+statistics, folded): what the caller wants, and what the backward needs beside the inputs. `keep`
+tells the CPU kernels how much that may be: "nothing" (no backward follows), "statistics" (a few
+numbers for each token) or "rows" (the unit rows of q and k too); the other backends have no choice.
 """
 
 from __future__ import annotations
@@ -15,40 +17,48 @@ import torch
 from torch import Tensor
 
 from swiftkernels import aten, checks, compat, reference
+from swiftkernels.cpu import library
 from swiftkernels.reference import Options
 from swiftkernels.triton import config
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
+RECOMPUTE_WIDTH = 64
+"""Up to this width E the CPU kernels compute q and k again in a backward: memory is slower than the
+products."""
 
-def choose_backend(backend: str, x: Tensor, width: int) -> str:
-    """The backend for x: "triton", "aten" or "reference"; raises where an explicit one cannot."""
+
+def choose_backend(backend: str, x: Tensor, width: int, from_tokens: bool = True) -> str:
+    """The backend for x, tokens or (not `from_tokens`) queries; raises where an explicit one cannot
+    take it."""
     checks.check_option("backend", backend, checks.BACKENDS)
     if backend == "auto":
-        return _automatic_backend(x, width)
-    if backend == "triton":
-        reason = _why_not_triton(x, width)
+        return _automatic_backend(x, width, from_tokens)
+    if backend in ("triton", "cpu"):
+        reason = (
+            _why_not_triton(x, width) if backend == "triton" else _why_not_cpu(x, from_tokens)
+        )
         if reason:
             raise ValueError(
-                f"backend='triton' {reason}. Use backend='auto', which takes the best there is."
+                f"backend={backend!r} {reason}. Use backend='auto', which takes the best there is."
             )
     # torch.func and forward-mode AD differentiate the definition itself: the kernels have no such
     # rules.
     return "reference" if compat.transforming() else backend
 
 
-def _automatic_backend(x: Tensor, width: int) -> str:
-    if compat.transforming():
+def _automatic_backend(x: Tensor, width: int, from_tokens: bool) -> str:
+    # Exported programs run elsewhere: they get plain operators.
+    if compat.transforming() or compat.being_exported():
         return "reference"
-    if torch.compiler.is_compiling():
-        # Inductor fuses the definition well on devices without kernels of ours, and exported
-        # programs run elsewhere: they get plain operators.
-        use_triton = x.device.type in ("cuda", "xpu") and not compat.being_exported()
-        return "triton" if use_triton and _takes_triton(x, width) else "reference"
-    if compat.being_exported():
-        return "reference"
-    if _takes_triton(x, width):
+    # Compiled, a CPU tensor does not even ask: that would trace what is cached here.
+    may_be_triton = x.device.type != "cpu" or not torch.compiler.is_compiling()
+    if may_be_triton and _takes_triton(x, width):
         return "triton"
+    if not _why_not_cpu(x, from_tokens):
+        return "cpu"
+    if torch.compiler.is_compiling():
+        return "reference"  # Inductor fuses the definition well
     # Measured on a CPU: the rewrite pays where the eager layer streams far more through memory than
     # it multiplies, that is for much input of narrow tokens; otherwise eager's larger GEMMs win.
     enough = (2 if torch.is_grad_enabled() else 5) * aten.CHUNK_BYTES
@@ -76,7 +86,27 @@ def _why_not_triton(x: Tensor, width: int) -> str:
     return ""
 
 
+def _why_not_cpu(x: Tensor, from_tokens: bool = True) -> str:
+    """Why the compiled CPU kernels cannot take x; empty if they can."""
+    if not from_tokens:
+        return "takes tokens and computes queries and keys itself (additive_self_attention)"
+    if x.device.type != "cpu":
+        return f"needs a tensor on the CPU; got one on {x.device}"
+    if x.dtype == torch.float64:
+        return "takes float32, bfloat16 and float16; got float64"
+    return _why_no_kernels()
+
+
+@compat.constant_under_compile
+def _why_no_kernels() -> str:
+    return library.why_not()
+
+
 def _implementation(backend: str) -> ModuleType:
+    if backend == "cpu":
+        from swiftkernels.cpu import launch as cpu_launch
+
+        return cpu_launch
     if backend == "triton":
         # Imported at the first use: importing triton takes longer than the rest of the package.
         from swiftkernels.triton import launch
@@ -123,14 +153,29 @@ class _Operator:
     # Tensors below are the inputs, then the weights: 1 + 9 or 2 + 5 of them, biases may be None.
 
     def __call__(
-        self, *tensors: Tensor | None, mask: Tensor | None, options: Options, backend: str
+        self,
+        *tensors: Tensor | None,
+        mask: Tensor | None,
+        options: Options,
+        backend: str,
+        recompute: bool | None = None,
     ) -> Tensor:
         """The output [B, N, D], differentiable."""
+        keep = "nothing"
+        needs_grad = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in tensors
+        )
+        if needs_grad:
+            if recompute is None:
+                final_weight = tensors[-2]
+                assert final_weight is not None
+                recompute = final_weight.shape[1] <= RECOMPUTE_WIDTH
+            keep = "statistics" if recompute else "rows"
         if torch.compiler.is_compiling():
-            return self.op(*tensors, mask, *options, backend)[0]
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            return _Attention.apply(self, mask, options, backend, *tensors)
-        return self.call(tensors, mask, options, backend)[0]
+            return self.op(*tensors, mask, *options, backend, keep)[0]
+        if needs_grad:
+            return _Attention.apply(self, mask, options, backend, keep, *tensors)
+        return self.call(tensors, mask, options, backend, keep)[0]
 
     def call(
         self,
@@ -138,22 +183,23 @@ class _Operator:
         mask: Tensor | None,
         options: Options,
         backend: str,
+        keep: str,
     ) -> Outputs:
         """The operator, past PyTorch's dispatcher where nothing listens there."""
         call = self.run if compat.is_plain(*tensors) else self.op
-        return call(*tensors, mask, *options, backend)
+        return call(*tensors, mask, *options, backend, keep)
 
     def run(self, *args: Any) -> Outputs:
         """What the operator runs; arguments by its schema."""
-        *tensors, mask, pooling, qk_norm, scale, eps, backend = args
+        *tensors, mask, pooling, qk_norm, scale, eps, backend, keep = args
         options = Options(pooling, qk_norm, scale, eps)
         forward = getattr(_implementation(backend), f"{self.name}_forward")
         with compat.autocast_off(tensors[0].device.type):
-            return forward(*tensors, mask, options)
+            return forward(*tensors, mask, options, keep)
 
     def run_backward(self, dout: Tensor, *args: Any) -> list[Tensor]:
         """What the backward operator runs; arguments by its schema."""
-        *tensors, mask, pooling, qk_norm, scale, eps, backend = args[:-5]
+        *tensors, mask, pooling, qk_norm, scale, eps, backend, _ = args[:-5]
         *saved, needs_inputs, needs_weights = args[-5:]
         if dout.numel() == 0:
             return [torch.zeros_like(fake) for fake in self.fake_backward(dout, *args)]
@@ -168,13 +214,21 @@ class _Operator:
 
     def fake(self, *args: Any) -> Outputs:
         """Shapes, dtypes and strides of the operator's outputs."""
-        x, final_weight, backend = args[0], args[-8], args[-1]
+        x, final_weight, backend, keep = args[0], args[-9], args[-2], args[-1]
         batch, n_tokens, _ = x.shape
         token_dim, width = final_weight.shape
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+        out = x.new_empty(batch, n_tokens, token_dim)
+        if backend == "cpu":
+            return (
+                out,
+                x.new_empty(0 if keep == "nothing" else (batch, width), dtype=acc),
+                x.new_empty(0 if keep == "nothing" else (batch, 3 * n_tokens + 1), dtype=acc),
+                x.new_empty((2, batch, n_tokens, width) if keep == "rows" else 0),
+            )
         triton = backend == "triton"
         return (
-            x.new_empty(batch, n_tokens, token_dim),
+            out,
             x.new_empty(batch, width, dtype=acc),
             x.new_empty(batch, 2, dtype=acc) if triton else x.new_empty(0),
             x.new_empty(token_dim, width) if triton else x.new_empty(0),
@@ -182,7 +236,7 @@ class _Operator:
 
     def fake_backward(self, dout: Tensor, *args: Any) -> list[Tensor]:
         """Shapes, dtypes and strides of the gradients: of the inputs' strides, or contiguous."""
-        tensors, (needs_inputs, needs_weights) = args[:-11], args[-2:]
+        tensors, (needs_inputs, needs_weights) = args[:-12], args[-2:]
         inputs, weights = tensors[: self.n_inputs], tensors[self.n_inputs :]
         return [
             *(torch.empty_like(t) if needs_inputs else dout.new_empty(0) for t in inputs),
@@ -202,8 +256,8 @@ class _Operator:
         needs_weights = any(ctx.needs[self.n_inputs :])
         call = self.run_backward if compat.is_plain(dout, *tensors) else self.backward_op
         grads = call(
-            dout, *tensors, mask, *ctx.options, ctx.backend, G, statistics, folded, needs_inputs,
-            needs_weights,
+            dout, *tensors, mask, *ctx.options, ctx.backend, "", G, statistics, folded,
+            needs_inputs, needs_weights,
         )  # fmt: skip
         return [g if need else None for g, need in zip(grads, ctx.needs, strict=True)]
 
@@ -230,12 +284,12 @@ class _Operator:
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
         """For autograd under torch.compile; in eager mode see `_Attention`."""
-        *tensors, mask, pooling, qk_norm, scale, eps, backend = inputs
+        *tensors, mask, pooling, qk_norm, scale, eps, backend, _ = inputs
         options = Options(pooling, qk_norm, scale, eps)
         _save(ctx, tensors, mask, options, backend, output)
 
     def autograd_backward(self, ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
-        return (*self.gradients(ctx, dout), *[None] * 6)
+        return (*self.gradients(ctx, dout), *[None] * 7)
 
     def register_flops(self, flop_counter: ModuleType) -> None:
         """Tell PyTorch's FLOP counter how to count the operator and its backward."""
@@ -246,7 +300,7 @@ class _Operator:
     def flops(self, *shapes: Any, **_: Any) -> int:
         """The GEMMs of the definition: query, key, proj and final."""
         batch, n_tokens, in_dims = shapes[0]
-        token_dim, width = shapes[-8]
+        token_dim, width = shapes[-9]
         projections = 2 * in_dims if self.n_inputs == 1 else 0
         return 2 * batch * n_tokens * width * (projections + width + token_dim)
 
@@ -265,9 +319,10 @@ class _Attention(torch.autograd.Function):
         mask: Tensor | None,
         options: Options,
         backend: str,
+        keep: str,
         *tensors: Tensor | None,
     ) -> Tensor:
-        outputs = operator.call(tensors, mask, options, backend)
+        outputs = operator.call(tensors, mask, options, backend, keep)
         ctx.operator = operator
         _save(ctx, list(tensors), mask, options, backend, outputs)
         return outputs[0]
@@ -275,8 +330,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
         if dout is None:
-            return (None,) * (4 + len(ctx.needs))
-        return (*[None] * 4, *ctx.operator.gradients(ctx, dout))
+            return (None,) * (5 + len(ctx.needs))
+        return (*[None] * 5, *ctx.operator.gradients(ctx, dout))
 
 
 def _save(
@@ -298,7 +353,7 @@ _OUTPUT_LAYERS = (
     "Tensor w_g, Tensor proj_weight, Tensor? proj_bias, Tensor final_weight, Tensor? final_bias, "
     "Tensor? mask"
 )
-_OPTIONS = "str pooling, bool qk_norm, float scale, float eps, str backend"
+_OPTIONS = "str pooling, bool qk_norm, float scale, float eps, str backend, str keep"
 _SAVED = (
     "Tensor global_query, Tensor statistics, Tensor folded, bool needs_inputs, bool needs_weights"
 )

@@ -100,6 +100,7 @@ def additive_self_attention_forward(
     bf: Tensor | None,
     mask: Tensor | None,
     options: Options,
+    keep: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out [B, N, D], and for the backward G [B, E], pooling statistics [B, 2], M = Wf Wp [D, E]."""
     if wq.shape[0] > config.MAX_PROJECTED_WIDTH:
@@ -119,6 +120,7 @@ def additive_attention_forward(
     bf: Tensor | None,
     mask: Tensor | None,
     options: Options,
+    keep: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `additive_self_attention_forward`, from queries and keys [B, N, E]."""
     if q.stride() != k.stride():

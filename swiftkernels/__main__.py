@@ -1,0 +1,7 @@
+"""`python -m swiftkernels`: the command line where no script was installed."""
+
+import sys
+
+from swiftkernels.cli import main
+
+sys.exit(main())

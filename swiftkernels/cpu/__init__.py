@@ -1,0 +1,1 @@
+"""The CPU backend: kernels in C++, and what finds, loads and calls them."""

@@ -1,0 +1,35 @@
+"""Which form of the output to compute, by shape and instruction set; and sizes the kernels share."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+from swiftkernels.cpu import library
+from swiftkernels.cpu.weights import FOLDED, TRIANGULAR
+
+TABLE = Path(__file__).with_name("forms.json")
+"""Written by `python -m benchmarks.cpu_forms`, which measures."""
+
+WHOLE_ROWS = 256
+"""Items up to this length are worked on in one piece; as in layer.h."""
+
+
+def form(n_tokens: int, in_dims: int, width: int, qk_norm: bool) -> int:
+    """The fastest form for items of that many tokens.
+
+    The folded form saves half a product for every token, and makes a matrix for every item: it pays
+    where an item has several times as many tokens as channels.
+    """
+    ratio = n_tokens / max(in_dims, width)
+    return FOLDED if ratio >= _folded_from(qk_norm) else TRIANGULAR
+
+
+@functools.cache
+def _folded_from(qk_norm: bool) -> float:
+    """Tokens per channel from which on the folded form is faster."""
+    table = json.loads(TABLE.read_text())
+    loaded = library.loaded()
+    measured = table.get(loaded.name if loaded else "", table["default"])
+    return float(measured["folded_from" if qk_norm else "folded_from_without_norms"])

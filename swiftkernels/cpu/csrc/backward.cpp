@@ -1,0 +1,392 @@
+// The backward. q and k are taken from the forward or computed again; gradients of the scores need
+// the gradient of G, which comes from all tokens, so there are two passes, as in the forward.
+//
+// With dy = dout Wf and dt = dy Wp, the gradients of y = t Wp^T + bp + qn and of t = G * kn:
+//
+//     dG  = sum_n dt_n * kn_n
+//     dkn = dt * G                       dk = rk (dkn - kn (kn . dkn))
+//     dqn = dy + a dG + ds scale w_g     dq = rq (dqn - qn (qn . dqn))      ds from qn . dG, below
+//     dx  = dq Wq + dk Wk                dWq = dq^T x, dWk = dk^T x
+//     U   = dout^T t, V = dout^T qn      of which dWp = Wf^T U and dWf = U Wp^T + V + dbf bp^T
+//
+// The moments U and V cost two products of E x E matrices at the end. For few tokens dWp = dy^T t
+// and dWf = dout^T y are summed themselves ("direct"), for one more product per token.
+#include "forward.h"
+
+namespace {
+
+/// Whole items are worked on together up to this size of their tiles.
+constexpr int64_t WHOLE_FLOATS = 400000;
+
+/// Sums over all tokens, rows of whole vectors.
+struct Sums {
+  Tile dWq, dWk;  // [E, C]
+  Tile U, V;      // [D, E]; direct: dWp [E, E] and dWf [D, E]
+  float *dbq, *dbk, *dw_g, *dbf;
+
+  static Sums make(const BackwardLayer& layer, bool direct, Pieces& pieces) {
+    // As `_Views` in swiftkernels.cpu.launch finds them.
+    auto matrix = [&](int64_t rows, int64_t width) {
+      return Tile{pieces.take(rows * padded(width)), padded(width)};
+    };
+    Sums s{};
+    s.dWq = matrix(layer.width, layer.in_dims);
+    s.dWk = matrix(layer.width, layer.in_dims);
+    s.U = matrix(direct ? layer.width : layer.token_dim, layer.width);
+    s.V = matrix(layer.token_dim, layer.width);
+    s.dbq = pieces.take(padded(layer.width));
+    s.dbk = pieces.take(padded(layer.width));
+    s.dw_g = pieces.take(padded(layer.width));
+    s.dbf = pieces.take(padded(layer.token_dim));
+    return s;
+  }
+};
+
+/// What a thread needs for a tile of tokens.
+struct Workspace {
+  Tile x, dout;
+  Tile q, k;    // unit rows; k becomes t
+  Tile dy, dt;  // become dq and dk
+  Tile y, dx;
+  float* factors;  // one number for each row
+  float *G, *vector;
+};
+
+class Backward {
+ public:
+  Backward(const BackwardLayer& layer, const BackwardCall& call)
+      : layer_(layer),
+        call_(call),
+        C_(layer.in_dims),
+        E_(layer.width),
+        D_(layer.token_dim),
+        N_(call.tokens),
+        threads_(usable_threads(call.threads)),
+        by_items_(by_items(call.batch, threads_)),
+        division_(divide()),
+        x_(tokens_of(call.x, call.x_strides, call.type)),
+        dout_(tokens_of(call.dout, call.dout_strides, call.type)),
+        dx_(tokens_of(call.dx, call.dx_strides, call.type)),
+        unit_q_(unit_rows(call.kept, 0, call.batch, N_, E_, call.type)),
+        unit_k_(unit_rows(call.kept, 1, call.batch, N_, E_, call.type)),
+        weights_(call.kept.statistics),
+        query_norms_(weights_ + call.batch * N_),
+        key_norms_(query_norms_ + call.batch * N_),
+        normalisers_(key_norms_ + call.batch * N_),
+        limit_(1.f / static_cast<float>(layer.eps)) {}
+
+  Status run() {
+    Pieces sums_size(nullptr), workspace_size(nullptr);
+    Sums::make(layer_, call_.direct, sums_size);
+    make_workspace(workspace_size);
+    const int64_t sums_floats = call_.needs_weights ? sums_size.used() : 0;
+    // For each item at work: partial sums of dG, one for each slice.
+    const int64_t partial_floats = slices_of(N_) * padded(E_);
+    const int64_t items = division_.whole ? 1 : by_items_ ? threads_ : 1;
+    const int64_t dG_floats = round_up(division_.whole ? threads_ * division_.items * padded(E_)
+                                                       : items * (partial_floats + padded(E_)),
+                                       16);
+    const Scratch scratch(threads_ * workspace_size.used() + dG_floats +
+                          (threads_ - 1) * sums_floats + 2 * padded(E_));
+    if (!scratch) return OUT_OF_MEMORY;
+    float* dG = scratch.data() + threads_ * workspace_size.used();
+    float* more_sums = dG + dG_floats;
+    auto workspace = [&](int thread) {
+      Pieces pieces(scratch.data() + thread * workspace_size.used());
+      return make_workspace(pieces);
+    };
+    auto sums_data = [&](int thread) {
+      return thread == 0 ? call_.sums : more_sums + (thread - 1) * sums_floats;
+    };
+    auto sums = [&](int thread) {
+      if (!call_.needs_weights) return Sums{};
+      Pieces pieces(sums_data(thread));
+      return Sums::make(layer_, call_.direct, pieces);
+    };
+    for (int i = 0; i < threads_ && call_.needs_weights; i++)
+      std::fill(sums_data(i), sums_data(i) + sums_floats, 0.f);
+
+    if (division_.whole) {
+      parallel_for(division_.blocks, threads_, [&](int64_t block, int thread) {
+        const int64_t first = block * division_.items;
+        const int64_t count = std::min(division_.items, call_.batch - first);
+        whole_items(workspace(thread), sums(thread), dG + thread * division_.items * padded(E_),
+                    first, count);
+      });
+    } else if (by_items_) {
+      parallel_for(call_.batch, threads_, [&](int64_t item, int thread) {
+        float* partials = dG + thread * (partial_floats + padded(E_));
+        float* total = partials + partial_floats;
+        const Workspace w = workspace(thread);
+        const Sums s = sums(thread);
+        for (int64_t i = 0; i < division_.blocks; i++) key_pass(w, s, partials, item, i);
+        add_partials(partials, total);
+        for (int64_t i = 0; i < division_.blocks; i++) query_pass(w, s, total, item, i);
+      });
+    } else {
+      float* total = dG + partial_floats;
+      for (int64_t item = 0; item < call_.batch; item++) {
+        parallel_for(division_.blocks, threads_, [&](int64_t i, int thread) {
+          key_pass(workspace(thread), sums(thread), dG, item, i);
+        });
+        add_partials(dG, total);
+        parallel_for(division_.blocks, threads_, [&](int64_t i, int thread) {
+          query_pass(workspace(thread), sums(thread), total, item, i);
+        });
+      }
+    }
+    // In the order of the threads.
+    constexpr int64_t STEP = 4096;
+    parallel_for((sums_floats + STEP - 1) / STEP, threads_, [&](int64_t step, int) {
+      const int64_t end = std::min(sums_floats, (step + 1) * STEP);
+      for (int i = 1; i < threads_; i++)
+        for (int64_t j = step * STEP; j < end; j++) call_.sums[j] += sums_data(i)[j];
+    });
+    return DONE;
+  }
+
+ private:
+  Division divide() const {
+    if (call_.whole) return divide_items(call_.batch, N_, WHOLE_FLOATS / (2 * (C_ + D_ + 2 * E_)), threads_);
+    return divide_tokens(N_, 2 * (C_ + D_ + 2 * E_), by_items_ ? 1 : threads_);
+  }
+
+  Workspace make_workspace(Pieces& pieces) const {
+    Workspace w{};
+    const int64_t rows = division_.rows;
+    w.x = pieces.tile(rows, C_);
+    w.dout = pieces.tile(rows, D_);
+    w.k = pieces.tile(rows, E_);
+    w.dt = pieces.tile(rows, E_);
+    w.dx = pieces.tile(rows, C_);
+    if (division_.whole) {
+      w.q = pieces.tile(rows, E_);
+      w.dy = pieces.tile(rows, E_);
+    } else {  // one pass after the other
+      w.q = w.k;
+      w.dy = w.dt;
+    }
+    if (call_.direct) w.y = pieces.tile(rows, E_);
+    w.factors = pieces.take(rows);
+    w.G = pieces.take(padded(E_));
+    w.vector = pieces.take(padded(std::max(E_, D_)));
+    return w;
+  }
+
+  /// Short items: both passes on one tile.
+  void whole_items(const Workspace& w, const Sums& s, float* dG, int64_t first,
+                   int64_t count) const {
+    const int64_t rows = count * N_;
+    for (int64_t i = 0; i < count; i++) {
+      load_tile(x_, first + i, 0, N_, C_, from(w.x, i * N_));
+      load_tile(dout_, first + i, 0, N_, D_, from(w.dout, i * N_));
+    }
+    unit_rows_again(w.x, first, count, 0, N_, unit_q_, layer_.query, layer_.query_bias,
+                    query_norms_, w.q);
+    unit_rows_again(w.x, first, count, 0, N_, unit_k_, layer_.key, layer_.key_bias, key_norms_,
+                    w.k);
+    gemm(w.dout, rows, layer_.final_rows, D_, E_, nullptr, w.dy);
+    gemm(w.dy, rows, layer_.proj_rows, E_, E_, nullptr, w.dt);
+    std::fill(dG, dG + count * padded(E_), 0.f);
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t n = 0; n < N_; n += SLICE) {
+        key_rows(w, i * N_ + n, std::min(SLICE, N_ - n), first + i, n, w.vector);
+        add(w.vector, E_, dG + i * padded(E_));
+      }
+    sum_key_gradients(w, s, rows);
+    if (call_.direct && call_.needs_weights) {
+      gram(w.dy, E_, w.k, E_, rows, s.U);
+      gemm(w.k, rows, layer_.proj, E_, E_, layer_.proj_bias, w.y, true, w.q);
+      gram(w.dout, D_, w.y, E_, rows, s.V);
+    }
+    if (call_.needs_tokens) gemm(w.dt, rows, layer_.key_rows, E_, C_, nullptr, w.dx);
+    for (int64_t i = 0; i < count; i++)
+      query_rows(w, i * N_, N_, first + i, 0, dG + i * padded(E_));
+    sum_query_gradients(w, s, rows);
+    if (!call_.needs_tokens) return;
+    gemm(w.dy, rows, layer_.query_rows, E_, C_, nullptr, w.dx, true, w.dx);
+    for (int64_t i = 0; i < count; i++)
+      store_tile(from(w.dx, i * N_), N_, C_, dx_, first + i, 0);
+  }
+
+  void key_pass(const Workspace& w, const Sums& s, float* partials, int64_t item,
+                int64_t tile) const {
+    const int64_t first = tile * division_.rows, rows = std::min(division_.rows, N_ - first);
+    load_tile(x_, item, first, rows, C_, w.x);
+    load_tile(dout_, item, first, rows, D_, w.dout);
+    unit_rows_again(w.x, item, 1, first, rows, unit_k_, layer_.key, layer_.key_bias, key_norms_,
+                    w.k);
+    gemm(w.dout, rows, layer_.product_rows, D_, E_, nullptr, w.dt);
+    for (int64_t n = 0; n < rows; n += SLICE)
+      key_rows(w, n, std::min(SLICE, rows - n), item, first + n,
+               partials + (first + n) / SLICE * padded(E_));
+    sum_key_gradients(w, s, rows);
+    if (!call_.needs_tokens) return;
+    gemm(w.dt, rows, layer_.key_rows, E_, C_, nullptr, w.dx);
+    store_tile(w.dx, rows, C_, dx_, item, first);
+  }
+
+  void query_pass(const Workspace& w, const Sums& s, const float* dG, int64_t item,
+                  int64_t tile) const {
+    const int64_t first = tile * division_.rows, rows = std::min(division_.rows, N_ - first);
+    load_tile(x_, item, first, rows, C_, w.x);
+    load_tile(dout_, item, first, rows, D_, w.dout);
+    unit_rows_again(w.x, item, 1, first, rows, unit_q_, layer_.query, layer_.query_bias,
+                    query_norms_, w.q);
+    gemm(w.dout, rows, layer_.final_rows, D_, E_, nullptr, w.dy);
+    query_rows(w, 0, rows, item, first, dG);
+    sum_query_gradients(w, s, rows);
+    if (!call_.needs_tokens) return;
+    load_tile(dx_, item, first, rows, C_, w.dx);
+    gemm(w.dy, rows, layer_.query_rows, E_, C_, nullptr, w.dx, true, w.dx);
+    store_tile(w.dx, rows, C_, dx_, item, first);
+  }
+
+  static Tile from(Tile tile, int64_t row) { return {tile.row(row), tile.stride}; }
+
+  static void add(const float* vector, int64_t width, float* total) {
+    for (int64_t j = 0; j < padded(width); j += LANES) store(total + j, load(total + j) + load(vector + j));
+  }
+
+  void add_partials(const float* partials, float* total) const {
+    std::fill(total, total + padded(E_), 0.f);
+    for (int64_t i = 0; i < slices_of(N_); i++) add(partials + i * padded(E_), E_, total);
+  }
+
+  /// The unit rows of q or k as the forward had them: kept, or computed again from x.
+  void unit_rows_again(Tile x, int64_t item, int64_t count, int64_t first, int64_t rows,
+                       const Tokens& kept, const float* panels, const float* bias,
+                       const float* norms, Tile unit) const {
+    if (kept.data) {
+      for (int64_t i = 0; i < count; i++)
+        load_tile(kept, item + i, first, rows, E_, from(unit, i * rows));
+      return;
+    }
+    gemm(x, count * rows, panels, C_, E_, bias, unit);
+    if (layer_.qk_norm) scale_rows(unit, count * rows, E_, norms + item * N_ + first);
+  }
+
+  /// Rows of kn and dt become those of t and dk; up to SLICE of them, whose part of dG is summed.
+  void key_rows(const Workspace& w, int64_t row, int64_t rows, int64_t item, int64_t first,
+                float* dG) const {
+    load_G(item, w.G);
+    std::fill(dG, dG + padded(E_), 0.f);
+    for (int64_t r = row; r < row + rows; r++) {
+      float* k = w.k.row(r);
+      float* dt = w.dt.row(r);
+      vec along{};
+      for (int64_t j = 0; j < padded(E_); j += LANES) {
+        const vec product = load(dt + j) * load(k + j);
+        store(dG + j, load(dG + j) + product);
+        along += product * load(w.G + j);
+      }
+      const float norm = key_norms_[item * N_ + first + r - row];
+      const vec projection = broadcast(has_projection(norm) ? sum(along) : 0.f);
+      const vec factor = broadcast(norm);
+      for (int64_t j = 0; j < padded(E_); j += LANES) {
+        const vec G = load(w.G + j), unit = load(k + j);
+        store(dt + j, factor * (load(dt + j) * G - projection * unit));
+        store(k + j, unit * G);
+      }
+    }
+  }
+
+  /// Rows of dy become those of dq; the gradients of their scores are left in `factors`.
+  void query_rows(const Workspace& w, int64_t row, int64_t rows, int64_t item, int64_t first,
+                  const float* dG) const {
+    load_G(item, w.G);
+    vec G_dG{};
+    for (int64_t j = 0; j < padded(E_); j += LANES) G_dG += load(w.G + j) * load(dG + j);
+    const float along_G = sum(G_dG), normaliser = normalisers_[item];
+    const Mask mask = mask_of(call_, item);
+    for (int64_t r = row; r < row + rows; r++) {
+      const int64_t n = first + r - row;
+      const float* q = w.q.row(r);
+      float* dy = w.dy.row(r);
+      vec dG_sum{}, dy_sum{}, w_g_sum{};
+      for (int64_t j = 0; j < padded(E_); j += LANES) {
+        const vec unit = load(q + j);
+        dG_sum += unit * load(dG + j);
+        dy_sum += unit * load(dy + j);
+        w_g_sum += unit * load(layer_.w_g + j);
+      }
+      const float weight = weights_[item * N_ + n], d_weight = sum(dG_sum);
+      float d_score = 0.f;
+      if (layer_.pooling == SOFTMAX) {
+        d_score = weight * (d_weight - along_G);
+      } else if (layer_.pooling != SUM && mask.keeps(n)) {
+        // Below eps the norm of the scores is a constant: no projection.
+        const bool project = layer_.pooling == L2 && normaliser < limit_;
+        d_score = (d_weight - (project ? weight * along_G : 0.f)) * normaliser;
+      }
+      d_score *= static_cast<float>(layer_.scale);
+      w.factors[r] = d_score;
+      const float norm = query_norms_[item * N_ + n];
+      const float along = sum(dy_sum) + weight * d_weight + d_score * sum(w_g_sum);
+      const vec projection = broadcast(has_projection(norm) ? along : 0.f);
+      const vec factor = broadcast(norm), by_dG = broadcast(weight), by_w_g = broadcast(d_score);
+      for (int64_t j = 0; j < padded(E_); j += LANES) {
+        const vec d_unit = load(dy + j) + by_dG * load(dG + j) + by_w_g * load(layer_.w_g + j);
+        store(dy + j, factor * (d_unit - projection * load(q + j)));
+      }
+    }
+  }
+
+  /// Whether a unit row has a gradient along the row: where it was divided by its norm, not by eps.
+  bool has_projection(float inverse_norm) const {
+    return layer_.qk_norm && inverse_norm < limit_;
+  }
+
+  void load_G(int64_t item, float* G) const {
+    std::fill(G, G + padded(E_), 0.f);
+    std::memcpy(G, call_.kept.global_query + item * E_, E_ * sizeof(float));
+  }
+
+  void sum_key_gradients(const Workspace& w, const Sums& s, int64_t rows) const {
+    if (!call_.needs_weights) return;
+    std::fill(w.factors, w.factors + rows, 1.f);
+    add_rows(w, w.dt, rows, E_, s.dbk);
+    add_rows(w, w.dout, rows, D_, s.dbf);
+    gram(w.dt, E_, w.x, C_, rows, s.dWk);
+    if (!call_.direct) gram(w.dout, D_, w.k, E_, rows, s.U);
+  }
+
+  void sum_query_gradients(const Workspace& w, const Sums& s, int64_t rows) const {
+    if (!call_.needs_weights) return;
+    add_rows(w, w.q, rows, E_, s.dw_g);  // the factors are those of the scores
+    std::fill(w.factors, w.factors + rows, 1.f);
+    add_rows(w, w.dy, rows, E_, s.dbq);
+    gram(w.dy, E_, w.x, C_, rows, s.dWq);
+    if (!call_.direct) gram(w.dout, D_, w.q, E_, rows, s.V);
+  }
+
+  /// total += sum_r factors[r] tile[r]; the tile is summed first, for accuracy.
+  static void add_rows(const Workspace& w, Tile tile, int64_t rows, int64_t width, float* total) {
+    std::fill(w.vector, w.vector + padded(width), 0.f);
+    add_weighted_rows(w.factors, tile, rows, width, w.vector);
+    add(w.vector, width, total);
+  }
+
+  const BackwardLayer& layer_;
+  const BackwardCall& call_;
+  const int64_t C_, E_, D_, N_;
+  const int threads_;
+  const bool by_items_;
+  const Division division_;
+  const Tokens x_, dout_, dx_, unit_q_, unit_k_;
+  const float *weights_, *query_norms_, *key_norms_, *normalisers_;
+  const float limit_;
+};
+
+}  // namespace
+
+/// Floats that the sums of a backward take.
+EXPORT int64_t swiftkernels_sums_floats(const BackwardLayer* layer, int64_t direct) {
+  Pieces pieces(nullptr);
+  Sums::make(*layer, direct != 0, pieces);
+  return pieces.used();
+}
+
+EXPORT int swiftkernels_backward(const BackwardLayer* layer, const BackwardCall* call) {
+  return Backward(*layer, *call).run();
+}

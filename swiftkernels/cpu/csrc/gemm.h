@@ -1,0 +1,367 @@
+// Matrix products on tiles of rows: rows times packed weights, and the Gram matrix of two tiles.
+//
+// Packed weights ("panels"): the columns of B [K, cols] in groups of a few vectors, each group
+// [K, width] in one piece, so that a kernel reads them from start to end. Columns are padded with
+// zeros to whole vectors. A group takes as many vectors as keep, with a block of rows, all of the
+// sums in registers; A is read by broadcasting one number at a time and is not packed at all.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "simd.h"
+
+#if defined(__AVX512F__) || (defined(SWIFTKERNELS_LANES) && SWIFTKERNELS_LANES == 16)
+constexpr int MAX_VECTORS = 4;
+constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 14, 12, 8, 7};  // of 32 registers
+#elif defined(__aarch64__)
+constexpr int MAX_VECTORS = 4;
+constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 14, 10, 8, 6};
+#else
+constexpr int MAX_VECTORS = 3;
+constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 12, 6, 4};  // of 16 registers
+#endif
+
+/// One group of columns.
+struct Panel {
+  int64_t column;
+  int vectors;
+};
+
+/// The groups of `columns` columns, all but equally wide; or of one vector each.
+class Panels {
+ public:
+  explicit Panels(int64_t columns, bool single = false) {
+    vectors_ = padded(columns) / LANES;
+    if (single)
+      count_ = vectors_;
+    else if (MAX_VECTORS == 3)  // two vectors to six rows load least; the third takes odd ones up
+      count_ = std::max<int64_t>(1, vectors_ / 2);
+    else
+      count_ = (vectors_ + MAX_VECTORS - 1) / MAX_VECTORS;
+  }
+  int64_t count() const { return count_; }
+  Panel operator[](int64_t i) const {
+    const int64_t base = vectors_ / count_, extra = vectors_ % count_;
+    return {(i * base + std::min(i, extra)) * LANES, static_cast<int>(base + (i < extra))};
+  }
+
+ private:
+  int64_t vectors_, count_;
+};
+
+/// Floats that panels of B [K, columns] take.
+constexpr int64_t panel_floats(int64_t K, int64_t columns) { return K * padded(columns); }
+
+/// out [K, width] = columns [column, column + width) of B, B[k, j] = b[k * k_stride + j * j_stride],
+/// with zeros beyond the `valid` first of them.
+inline void pack_panel(const float* b, int64_t K, int64_t k_stride, int64_t j_stride, int64_t width,
+                       int64_t valid, float* out) {
+  int64_t k = 0;
+  if (k_stride == 1 && valid == width) {  // B is the transpose of a matrix in memory
+    for (; k + LANES <= K; k += LANES)
+      for (int64_t j = 0; j < width; j += LANES) {
+        vec block[LANES];
+        for (int i = 0; i < LANES; i++) block[i] = load(b + (j + i) * j_stride + k);
+        transpose(block);
+        for (int i = 0; i < LANES; i++) store(out + (k + i) * width + j, block[i]);
+      }
+  } else if (j_stride == 1) {
+    for (; k < K; k++) {
+      std::memcpy(out + k * width, b + k * k_stride, valid * sizeof(float));
+      std::fill(out + k * width + valid, out + (k + 1) * width, 0.f);
+    }
+  }
+  for (; k < K; k++)
+    for (int64_t j = 0; j < width; j++)
+      out[k * width + j] = j < valid ? b[k * k_stride + j * j_stride] : 0.f;
+}
+
+/// Pack B [K, columns], B[k, j] = b[k * k_stride + j * j_stride].
+inline void pack_panels(const float* b, int64_t K, int64_t columns, int64_t k_stride,
+                        int64_t j_stride, bool single, float* panels) {
+  const Panels groups(columns, single);
+  for (int64_t i = 0; i < groups.count(); i++) {
+    const Panel group = groups[i];
+    const int64_t width = group.vectors * LANES;
+    pack_panel(b + group.column * j_stride, K, k_stride, j_stride, width,
+               std::min(width, columns - group.column), panels + K * group.column);
+  }
+}
+
+/// Products that are summed one after another; longer sums are made of such pieces, or the rounding
+/// errors of wide layers would grow beyond those of PyTorch's products.
+constexpr int64_t SUM_LENGTH = 64;
+
+/// A block of the product: R rows times V vectors, summed over K in registers.
+template <int R, int V>
+INLINE void multiply(const float* __restrict a, int64_t a_stride, const float* __restrict b,
+                     int64_t K, vec (&sums)[R][V]) {
+  const int64_t pieces = (K + SUM_LENGTH - 1) / SUM_LENGTH;
+  int64_t k = 0;
+  for (int64_t i = 1; i <= pieces; i++) {
+    const int64_t end = K * i / pieces;
+    vec piece[R][V] = {};
+    for (; k < end; k++, b += V * LANES) {
+      vec columns[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) columns[v] = load(b + v * LANES);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) {
+        const vec row = broadcast(a[r * a_stride + k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) piece[r][v] += row * columns[v];
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) sums[r][v] += piece[r][v];
+  }
+}
+
+/// What a block kernel works on; the pointers are those of its first row and column.
+struct Block {
+  const float* a;
+  int64_t a_stride;
+  const float* b;
+  int64_t K;
+  const float* bias;     // [width] or null
+  const float* initial;  // added to the product, [rows, width] or null
+  int64_t initial_stride;
+  float* c;
+  int64_t c_stride;
+  int64_t columns;  // that exist: the last vector may be partly padding
+};
+
+template <int R, int V>
+INLINE void start(const Block& block, vec (&sums)[R][V]) {
+#pragma GCC unroll 4
+  for (int v = 0; v < V; v++) {
+    const vec bias = block.bias ? load(block.bias + v * LANES) : vec{};
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) sums[r][v] = bias;
+  }
+}
+
+/// c = initial + bias + a b
+struct Store {
+  template <int R, int V>
+  static void run(const Block& block) {
+    vec sums[R][V];
+    start(block, sums);
+    multiply<R, V>(block.a, block.a_stride, block.b, block.K, sums);
+    if (block.initial) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++)
+          sums[r][v] += load(block.initial + r * block.initial_stride + v * LANES);
+    }
+    if (block.columns >= V * LANES) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) store(block.c + r * block.c_stride + v * LANES, sums[r][v]);
+    } else {
+      for (int r = 0; r < R; r++) {
+        alignas(64) float row[V * LANES];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) store(row + v * LANES, sums[r][v]);
+        std::memcpy(block.c + r * block.c_stride, row, block.columns * sizeof(float));
+      }
+    }
+  }
+};
+
+/// c[row, :] += (bias + a b)^2, added up to one vector per row
+struct SumSquares {
+  template <int R, int V>
+  static void run(const Block& block) {
+    vec sums[R][V];
+    start(block, sums);
+    multiply<R, V>(block.a, block.a_stride, block.b, block.K, sums);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      vec squares = load(block.c + r * block.c_stride);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) squares += sums[r][v] * sums[r][v];
+      store(block.c + r * block.c_stride, squares);
+    }
+  }
+};
+
+using BlockKernel = void (*)(const Block&);
+
+template <class Epilogue, int V, int... R>
+constexpr auto kernels_of(std::integer_sequence<int, R...>) {
+  return std::array<BlockKernel, sizeof...(R)>{&Epilogue::template run<R + 1, V>...};
+}
+
+/// Run `block` over all `rows`, in blocks of almost equal height: a short last block would leave
+/// the multipliers waiting for each other.
+template <class Epilogue, int V>
+inline void run_rows(Block block, int64_t rows) {
+  static constexpr auto kernels =
+      kernels_of<Epilogue, V>(std::make_integer_sequence<int, BLOCK_ROWS[V]>{});
+  const int64_t count = (rows + BLOCK_ROWS[V] - 1) / BLOCK_ROWS[V];
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t height = rows / count + (i < rows % count);
+    kernels[height - 1](block);
+    block.a += height * block.a_stride;
+    block.c += height * block.c_stride;
+    if (block.initial) block.initial += height * block.initial_stride;
+  }
+}
+
+template <class Epilogue>
+inline void run_panel(const Block& block, int vectors, int64_t rows) {
+  switch (vectors) {
+    case 1: return run_rows<Epilogue, 1>(block, rows);
+    case 2: return run_rows<Epilogue, 2>(block, rows);
+    case 3: return run_rows<Epilogue, 3>(block, rows);
+    default: return run_rows<Epilogue, MAX_VECTORS>(block, rows);
+  }
+}
+
+/// Rows in memory, `stride` floats apart.
+struct Tile {
+  float* data;
+  int64_t stride;
+  float* row(int64_t r) const { return data + r * stride; }
+};
+
+/// c [rows, columns] = initial + bias + a [rows, K] b, with b in panels. Columns beyond `columns`
+/// are written as padding if c has room for whole vectors, that is if `c_padded`.
+inline void gemm(Tile a, int64_t rows, const float* panels, int64_t K, int64_t columns,
+                 const float* bias, Tile c, bool c_padded = true, Tile initial = {nullptr, 0}) {
+  const Panels groups(columns);
+  const int64_t room = c_padded ? padded(columns) : columns;
+  for (int64_t i = 0; i < groups.count(); i++) {
+    const Panel group = groups[i];
+    const int64_t column = group.column;
+    const Block block{a.data,
+                      a.stride,
+                      panels + K * column,
+                      K,
+                      bias ? bias + column : nullptr,
+                      initial.data ? initial.data + column : nullptr,
+                      initial.stride,
+                      c.data + column,
+                      c.stride,
+                      room - column};
+    run_panel<Store>(block, group.vectors, rows);
+  }
+}
+
+/// The same with c, and `initial`, in panels of `panel_rows` rows, from row `first` on.
+inline void gemm_to_panels(Tile a, int64_t rows, const float* panels, int64_t K, int64_t columns,
+                           float* c, int64_t panel_rows, int64_t first,
+                           const float* initial = nullptr) {
+  const Panels groups(columns);
+  for (int64_t i = 0; i < groups.count(); i++) {
+    const Panel group = groups[i];
+    const int64_t width = group.vectors * LANES;
+    const int64_t offset = panel_rows * group.column + first * width;
+    const Block block{a.data,
+                      a.stride,
+                      panels + K * group.column,
+                      K,
+                      nullptr,
+                      initial ? initial + offset : nullptr,
+                      width,
+                      c + offset,
+                      width,
+                      width};
+    run_panel<Store>(block, group.vectors, rows);
+  }
+}
+
+/// norms2[r] = |bias + a[r] b|^2 for an upper triangular b^T in panels of single vectors: column j
+/// of b has no entries above row j. `scratch` holds `rows` vectors.
+inline void triangular_norms2(Tile a, int64_t rows, const float* panels, int64_t K,
+                              int64_t columns, const float* bias, float* scratch, float* norms2) {
+  std::fill(scratch, scratch + rows * LANES, 0.f);
+  const Panels groups(columns, true);
+  for (int64_t i = 0; i < groups.count(); i++) {
+    const int64_t column = groups[i].column, first = std::min(column, K);
+    const Block block{a.data + first,  a.stride, panels + K * column + first * LANES,
+                      K - first,       bias + column,
+                      nullptr,         0,        scratch,
+                      LANES,           LANES};
+    run_panel<SumSquares>(block, 1, rows);
+  }
+  for (int64_t r = 0; r < rows; r++) norms2[r] = sum(load(scratch + r * LANES));
+}
+
+/// What a block of a Gram matrix is made of.
+struct GramBlock {
+  const float* a;
+  int64_t a_stride;
+  const float* b;
+  int64_t b_stride;
+  int64_t rows;
+  float* c;
+  int64_t c_stride;
+};
+
+/// R columns of a times V vectors of columns of b, summed over the rows in registers.
+template <int R, int V>
+void gram_block(const GramBlock& block) {
+  vec sums[R][V] = {};
+  const float* a = block.a;
+  const float* b = block.b;
+  for (int64_t n = 0; n < block.rows; n++, a += block.a_stride, b += block.b_stride) {
+    vec columns[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) columns[v] = load(b + v * LANES);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const vec row = broadcast(a[r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) sums[r][v] += row * columns[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) {
+      float* c = block.c + r * block.c_stride + v * LANES;
+      store(c, load(c) + sums[r][v]);
+    }
+}
+
+template <int V, int... R>
+constexpr auto gram_kernels(std::integer_sequence<int, R...>) {
+  return std::array<void (*)(const GramBlock&), sizeof...(R)>{&gram_block<R + 1, V>...};
+}
+
+template <int V>
+inline void gram_rows(GramBlock block, int64_t a_columns) {
+  static constexpr auto kernels = gram_kernels<V>(std::make_integer_sequence<int, BLOCK_ROWS[V]>{});
+  const int64_t count = (a_columns + BLOCK_ROWS[V] - 1) / BLOCK_ROWS[V];
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t height = a_columns / count + (i < a_columns % count);
+    kernels[height - 1](block);
+    block.a += height;
+    block.c += height * block.c_stride;
+  }
+}
+
+/// c [a_columns, b_columns] += a^T b for tiles a and b of `rows` rows; b and c have whole vectors.
+inline void gram(Tile a, int64_t a_columns, Tile b, int64_t b_columns, int64_t rows, Tile c) {
+  const Panels groups(b_columns);
+  for (int64_t i = 0; i < groups.count(); i++) {
+    const Panel group = groups[i];
+    const GramBlock block{a.data,   a.stride, b.data + group.column,
+                          b.stride, rows,     c.data + group.column,
+                          c.stride};
+    switch (group.vectors) {
+      case 1: gram_rows<1>(block, a_columns); break;
+      case 2: gram_rows<2>(block, a_columns); break;
+      case 3: gram_rows<3>(block, a_columns); break;
+      default: gram_rows<MAX_VECTORS>(block, a_columns);
+    }
+  }
+}

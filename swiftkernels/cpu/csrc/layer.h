@@ -1,0 +1,211 @@
+// What Python hands over: the layer's packed weights, and the tensors of one call. Both are packed
+// by the struct module in `swiftkernels.cpu.weights` and `swiftkernels.cpu.launch`: eight bytes a
+// field, in this order.
+#pragma once
+
+#include "tokens.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+/// What a call returns.
+enum Status : int {
+  DONE = 0,
+  OUT_OF_MEMORY = 1,
+  STALE = 2,         // the weights are no longer those that were packed
+  CANCELLATION = 3,  // done, but the plain form is more accurate for these numbers
+};
+
+enum Pooling : int64_t { L2 = 0, SOFTMAX = 1, SUM = 2, LINEAR = 3 };
+
+/// How the output is computed; the algebra is in `swiftkernels.cpu.weights`.
+enum Form : int64_t { PLAIN = 0, TRIANGULAR = 1, FOLDED = 2 };
+
+/// Notices changes of the weights that went past PyTorch's version counters, by samples.
+struct Fingerprint {
+  struct {
+    const uint32_t* words;
+    int64_t count;
+  } sources[10];
+  int64_t source_count;
+  uint64_t value;
+
+  uint64_t compute() const {
+    uint64_t hash = 0;
+    for (int64_t i = 0; i < source_count; i++) {
+      const int64_t step = std::max<int64_t>(1, sources[i].count / 32);
+      for (int64_t j = 0; j < sources[i].count; j += step)
+        hash = (hash ^ sources[i].words[j]) * 0x9E3779B97F4A7C15u;
+    }
+    return hash;
+  }
+};
+
+/// Matrices are panels (gemm.h), vectors are padded with zeros to whole vectors. Null: not packed
+/// for the forms in use; biases are never null.
+struct Layer {
+  int64_t in_dims;    // C
+  int64_t width;      // E
+  int64_t token_dim;  // D
+  int64_t pooling;
+  int64_t qk_norm;
+  double scale;
+  double eps;
+  const float* query;  // Wq^T [C, E]
+  const float* query_bias;
+  const float* key;  // Wk^T [C, E]
+  const float* key_bias;
+  // Plain.
+  const float* w_g;   // [E]
+  const float* proj;  // Wp^T [E, E]
+  const float* proj_bias;
+  const float* final;  // Wf^T [E, D]
+  const float* final_bias;
+  // Triangular and folded.
+  const float* query_triangle;  // Rq^T [C, min(E, C + 1)], panels of one vector
+  const float* query_triangle_bias;
+  const float* query_scores;  // Wq^T w_g [C]
+  double query_score_bias;    // bq . w_g
+  const float* output;        // [M; C; c0] [E + C + 1, D], without qk_norm [M; C]
+  const float* output_bias;
+  // Folded.
+  const float* key_triangle;
+  const float* key_triangle_bias;
+  const float* key_rows;       // [Wk^T; bk] [C + 1, E], rows of whole vectors
+  const float* product;        // M^T [E, D]
+  const float* folded_output;  // [0; 0; C; c0] [2 C + 2, D], without qk_norm C alone
+  Fingerprint fingerprint;
+};
+
+/// The layer as the backward reads it; panels and vectors as in `Layer`.
+struct BackwardLayer {
+  int64_t in_dims, width, token_dim;
+  int64_t pooling;
+  int64_t qk_norm;
+  double scale;
+  double eps;
+  const float* w_g;
+  const float* query_rows;  // Wq [E, C]: the gradient of its input
+  const float* key_rows;    // Wk [E, C]
+  const float* final_rows;  // Wf [D, E]
+  // Whole items.
+  const float* proj_rows;  // Wp [E, E]
+  // Tiles.
+  const float* product_rows;  // Wf Wp [D, E]
+  // To compute q and k again.
+  const float* query;
+  const float* query_bias;
+  const float* key;
+  const float* key_bias;
+  // Direct sums.
+  const float* proj;
+  const float* proj_bias;
+};
+
+/// What a forward keeps for the backward.
+struct Kept {
+  float* global_query;  // [B, E]
+  float* statistics;    // a, 1/|q|, 1/|k| [3, B, N], then 1/|s| [B]; null: nothing is kept
+  void* unit_rows;      // qn and kn [2, B, N, E] in the type of x; null: not kept
+};
+
+INLINE Tokens tokens_of(void* data, const int64_t (&strides)[3], int64_t type) {
+  return {data, strides[0], strides[1], strides[2], static_cast<int32_t>(type)};
+}
+
+/// The kept qn (which = 0) or kn (1), [B, N, E]; without data if they are not kept.
+inline Tokens unit_rows(const Kept& kept, int which, int64_t batch, int64_t tokens, int64_t width,
+                        int64_t type) {
+  if (!kept.unit_rows) return {};
+  const int64_t bytes = which * batch * tokens * width * (type == FLOAT32 ? 4 : 2);
+  return {static_cast<char*>(kept.unit_rows) + bytes, tokens * width, width, 1,
+          static_cast<int32_t>(type)};
+}
+
+struct Call {
+  int64_t batch, tokens;
+  int64_t form;
+  int64_t threads;
+  int64_t type;
+  int64_t add_input;  // out = x + attention
+  void* x;
+  int64_t x_strides[3];
+  void* out;
+  int64_t out_strides[3];
+  const uint8_t* mask;  // null: all tokens take part
+  int64_t mask_strides[2];
+  Kept kept;
+};
+
+struct BackwardCall {
+  int64_t batch, tokens;
+  int64_t whole;    // whole items at a time, else tiles
+  int64_t threads;
+  int64_t type;
+  int64_t direct;   // sum dWp and dWf themselves (whole items only), not the moments U and V
+  int64_t needs_tokens, needs_weights;
+  void* x;
+  int64_t x_strides[3];
+  void* dout;
+  int64_t dout_strides[3];
+  void* dx;
+  int64_t dx_strides[3];
+  const uint8_t* mask;
+  int64_t mask_strides[2];
+  Kept kept;
+  float* sums;  // `Sums` of all tokens
+};
+
+/// The mask of some tokens of an item.
+struct Mask {
+  const uint8_t* data;
+  int64_t stride;
+  bool keeps(int64_t n) const { return !data || data[n * stride]; }
+  Mask from(int64_t n) const { return {data ? data + n * stride : nullptr, stride}; }
+};
+
+template <class AnyCall>
+inline Mask mask_of(const AnyCall& call, int64_t item) {
+  return {call.mask ? call.mask + item * call.mask_strides[0] : nullptr, call.mask_strides[1]};
+}
+
+/// Items up to this length are worked on in one piece.
+constexpr int64_t WHOLE_ROWS = 256;
+/// Pooled sums are formed slice by slice: they depend neither on tiles nor on threads.
+constexpr int64_t SLICE = 32;
+
+inline int64_t slices_of(int64_t tokens) { return (tokens + SLICE - 1) / SLICE; }
+
+/// Rows of a tile whose `floats_per_row` should stay in the second-level cache.
+inline int64_t tile_rows(int64_t floats_per_row) {
+  const int64_t rows = 40000 / floats_per_row / SLICE * SLICE;
+  return std::min<int64_t>(192, std::max<int64_t>(64, rows));
+}
+
+/// Whether threads take items, not tiles of one item after another.
+inline bool by_items(int64_t batch, int threads) {
+  return batch >= threads && (batch % threads == 0 || batch >= 4 * threads);
+}
+
+/// How the tokens are divided.
+struct Division {
+  bool whole;      // blocks of whole items, else tiles of an item
+  int64_t items;   // per block, if whole
+  int64_t rows;    // of a block or tile, at most
+  int64_t blocks;  // of the batch if whole, else of an item
+};
+
+/// Blocks of whole items, a few at a time as long as their rows stay in the cache.
+inline Division divide_items(int64_t batch, int64_t tokens, int64_t rows, int threads) {
+  const int64_t room = std::max<int64_t>(1, std::min(WHOLE_ROWS, rows) / std::max<int64_t>(1, tokens));
+  // As many blocks as keep all threads busy to the end.
+  const int64_t rounds = (batch + room * threads - 1) / (room * threads);
+  const int64_t items = (batch + rounds * threads - 1) / (rounds * threads);
+  return {true, items, items * tokens, (batch + items - 1) / items};
+}
+
+/// Tiles of an item; small enough for `threads` to share it.
+inline Division divide_tokens(int64_t tokens, int64_t floats_per_row, int threads) {
+  int64_t rows = std::min(tile_rows(floats_per_row), round_up(tokens, SLICE));
+  rows = std::min(rows, round_up((tokens + threads - 1) / threads, SLICE));
+  return {false, 1, rows, (tokens + rows - 1) / rows};
+}

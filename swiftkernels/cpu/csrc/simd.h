@@ -1,0 +1,89 @@
+// Vectors of floats of the instruction set that a library is compiled for, by the compiler's own
+// vector extensions: one source for AVX-512, AVX, NEON and whatever else has vectors of floats.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#ifdef SWIFTKERNELS_LANES  // tests compile wider vectors than the processor has
+constexpr int LANES = SWIFTKERNELS_LANES;
+#elif defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+// `vec` lives in registers; `unaligned_vec` is the same in memory, at any address.
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef float unaligned_vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t int_vec __attribute__((vector_size(LANES * 4)));
+
+INLINE vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
+INLINE void store(float* p, vec v) { *reinterpret_cast<unaligned_vec*>(p) = v; }
+INLINE vec broadcast(float x) { return x - vec{}; }
+
+INLINE float sum(vec v) {
+  alignas(sizeof(vec)) float lanes[LANES];
+  store(lanes, v);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// exp(x) for x <= 0, within 2 ulp; below -87.3, where exp leaves the normal numbers, 0.
+INLINE vec exp_of_negative(vec x) {
+  const vec in_range = reinterpret_cast<vec>(x > -87.3f);
+  x = reinterpret_cast<vec>(reinterpret_cast<int_vec>(x) & reinterpret_cast<int_vec>(in_range));
+  // x = n log 2 + f with |f| <= log(2) / 2. Adding 1.5 * 2^23 rounds to an integer.
+  const vec shifted = x * 1.44269504f + 12582912.f;
+  const vec n = shifted - 12582912.f;
+  const vec f = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vec p = f * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * f * f + f + 1.f;
+  const int_vec exponent = (reinterpret_cast<int_vec>(shifted) - 0x4B400000 + 127) << 23;
+  const vec result = p * reinterpret_cast<vec>(exponent);
+  return reinterpret_cast<vec>(reinterpret_cast<int_vec>(result) &
+                               reinterpret_cast<int_vec>(in_range));
+}
+
+// The first (`HIGH` = 0) or last half of a0 b0 a1 b1 ...
+template <int HIGH, size_t... I>
+INLINE vec interleave(vec a, vec b, std::index_sequence<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, ((I + HIGH * LANES) / 2 + (I % 2) * LANES)...);
+#else
+  return __builtin_shuffle(a, b, int_vec{static_cast<int32_t>((I + HIGH * LANES) / 2 + (I % 2) * LANES)...});
+#endif
+}
+
+/// Transpose LANES vectors of LANES numbers.
+INLINE void transpose(vec (&rows)[LANES]) {
+  constexpr auto indices = std::make_index_sequence<LANES>{};
+#pragma GCC unroll 4
+  for (int round = 1; round < LANES; round *= 2) {
+    vec mixed[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES / 2; i++) {
+      mixed[2 * i] = interleave<0>(rows[i], rows[i + LANES / 2], indices);
+      mixed[2 * i + 1] = interleave<1>(rows[i], rows[i + LANES / 2], indices);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) rows[i] = mixed[i];
+  }
+}
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+/// Columns of a row of n floats that is made of whole vectors.
+constexpr int64_t padded(int64_t n) { return round_up(n, LANES); }

@@ -1,0 +1,217 @@
+"""Calls the compiled kernels: what a forward and a backward hand over and get back.
+
+The signatures are those of `swiftkernels.triton.launch`; nothing here is differentiable.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+
+import torch
+from torch import Tensor
+
+from swiftkernels.cpu import config, library, weights
+from swiftkernels.cpu.weights import BACKWARD_TILED, BACKWARD_WHOLE, PLAIN, Weights
+from swiftkernels.reference import Options
+
+Saved = tuple[Tensor, Tensor, Tensor]
+"""G [B, E]; a, 1/|q|, 1/|k| [3, B, N] and 1/|s| [B] in one [B, 3 N + 1]; qn and kn [2, B, N, E]."""
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Codes of the types, as `Type` in tokens.h."""
+
+# `struct Call` and `struct BackwardCall` in layer.h.
+_CALL = struct.Struct("6qP3qP3qP2q3P")
+_BACKWARD_CALL = struct.Struct("8qP3qP3qP3qP2q4P")
+
+_NOTHING = (0, 0, 0)
+
+# `Status` in layer.h.
+_OUT_OF_MEMORY, _STALE, _CANCELLATION = 1, 2, 3
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL:
+    """The library in use, its functions with their types."""
+    loaded = library.loaded()
+    assert loaded is not None, "the backend is chosen where there is a library"
+    return declare(loaded.handle)
+
+
+def declare(handle: ctypes.CDLL) -> ctypes.CDLL:
+    """Tell ctypes the types of the functions of a library."""
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    for name, result, arguments in (
+        ("lanes", number, ()),
+        ("pack", None, (pointer, *[number] * 5, pointer)),
+        ("fingerprint", ctypes.c_uint64, (ctypes.c_char_p,)),
+        ("forward", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
+        ("sums_floats", number, (ctypes.c_char_p, number)),
+        ("backward", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
+    ):
+        function = getattr(handle, f"swiftkernels_{name}")
+        function.restype, function.argtypes = result, arguments
+    return handle
+
+
+def additive_self_attention_forward(
+    x: Tensor,
+    wq: Tensor,
+    bq: Tensor | None,
+    wk: Tensor,
+    bk: Tensor | None,
+    w_g: Tensor,
+    wp: Tensor,
+    bp: Tensor | None,
+    wf: Tensor,
+    bf: Tensor | None,
+    mask: Tensor | None,
+    options: Options,
+    keep: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out [B, N, D], and what `keep` asks for: "nothing", "statistics", or "rows" beside them."""
+    layer = (wq, bq, wk, bk, w_g, wp, bp, wf, bf, None)
+    batch, n_tokens, _ = x.shape
+    token_dim, width = wf.shape
+    out = x.new_empty(batch, n_tokens, token_dim)
+    if keep == "nothing":
+        run(x, out, layer, mask, options)
+        return out, *(x.new_empty(0) for _ in range(3))
+    global_query = x.new_empty(batch, width, dtype=torch.float32)
+    statistics = x.new_empty(batch, 3 * n_tokens + 1, dtype=torch.float32)
+    rows = x.new_empty((2, batch, n_tokens, width) if keep == "rows" else 0)
+    if out.numel() > 0:
+        kept = (global_query, statistics, rows)
+        _run(x, out, layer, mask, options, PLAIN, kept)
+    return out, global_query, statistics, rows
+
+
+def run(
+    x: Tensor, out: Tensor, layer: Weights, mask: Tensor | None, options: Options
+) -> Tensor:
+    """Fill out for inference, in the fastest form; with a layer scale, x is added to it."""
+    if out.numel() > 0:
+        width = layer[4].shape[0]  # type: ignore[union-attr]
+        form = config.form(x.shape[1], x.shape[2], width, options.qk_norm)
+        _run(x, out, layer, mask, options, form, None)
+    return out
+
+
+def _run(
+    x: Tensor,
+    out: Tensor,
+    layer: Weights,
+    mask: Tensor | None,
+    options: Options,
+    form: int,
+    kept: Saved | None,
+) -> None:
+    handle = kernels()
+    packed = weights.packed_layer(handle, layer, options, form)
+    if packed.cancels and form != PLAIN:
+        return _run(x, out, layer, mask, options, PLAIN, kept)
+    mask_fields = (0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())
+    call = _CALL.pack(
+        x.shape[0], x.shape[1], form, torch.get_num_threads(), TYPES[x.dtype],
+        layer[-1] is not None, x.data_ptr(), *x.stride(), out.data_ptr(), *out.stride(),
+        *mask_fields, *(_NOTHING if kept is None else [t.data_ptr() for t in kept]),
+    )  # fmt: skip
+    status = handle.swiftkernels_forward(packed.fields, call)
+    if status == _STALE:
+        weights.forget(layer)
+        fresh = weights.pack(handle, layer, options, form, watched=False)
+        status = handle.swiftkernels_forward(fresh.fields, call)
+    if status == _CANCELLATION:
+        packed.cancels = True
+        return _run(x, out, layer, mask, options, PLAIN, kept)
+    if status == _OUT_OF_MEMORY:
+        _raise_out_of_memory()
+    return None
+
+
+def additive_self_attention_backward(
+    dout: Tensor,
+    x: Tensor,
+    wq: Tensor,
+    bq: Tensor | None,
+    wk: Tensor,
+    bk: Tensor | None,
+    w_g: Tensor,
+    wp: Tensor,
+    bp: Tensor | None,
+    wf: Tensor,
+    bf: Tensor | None,
+    mask: Tensor | None,
+    saved: Saved,
+    options: Options,
+    needs_tokens: bool,
+    needs_weights: bool,
+) -> list[Tensor | None]:
+    """Gradients of x and the nine weights; None where not asked for or without bias."""
+    handle = kernels()
+    batch, n_tokens, in_dims = x.shape
+    token_dim, width = wf.shape
+    threads = torch.get_num_threads()
+    # One long item at a time leaves the threads something to share; few tokens in all make the
+    # products of E x E matrices behind the moments too expensive.
+    few = batch * n_tokens < 2 * width
+    whole = n_tokens <= config.WHOLE_ROWS and (batch >= threads or few)
+    direct = whole and few
+    kind = BACKWARD_WHOLE if whole else BACKWARD_TILED
+    layer = (wq, bq, wk, bk, w_g, wp, bp, wf, bf, None)
+    packed = weights.packed_layer(handle, layer, options, kind)
+    dx = torch.empty_like(x) if needs_tokens else x
+    sums = torch.empty(handle.swiftkernels_sums_floats(packed.fields, direct))
+    mask_fields = (0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())
+    global_query, statistics, rows = saved
+    call = _BACKWARD_CALL.pack(
+        batch, n_tokens, whole, threads, TYPES[x.dtype], direct, needs_tokens, needs_weights,
+        x.data_ptr(), *x.stride(), dout.data_ptr(), *dout.stride(), dx.data_ptr(), *dx.stride(),
+        *mask_fields, global_query.data_ptr(), statistics.data_ptr(), rows.data_ptr(),
+        sums.data_ptr(),
+    )  # fmt: skip
+    if handle.swiftkernels_backward(packed.fields, call) != 0:
+        _raise_out_of_memory()
+    tokens = dx if needs_tokens else None
+    if not needs_weights:
+        return [tokens, *[None] * 9]
+
+    views = _Views(sums, handle.swiftkernels_lanes())
+    dwq, dwk = views.matrix(width, in_dims), views.matrix(width, in_dims)
+    U = views.matrix(width if direct else token_dim, width)
+    V = views.matrix(token_dim, width)
+    dbq, dbk, dw_g = (views.matrix(1, width)[0] for _ in range(3))
+    dbf = views.matrix(1, token_dim)[0]
+    if direct:
+        dwp, dwf = U, V
+    else:
+        dwp, dwf = wf.float().t() @ U, torch.addmm(V, U, wp.float().t())
+        if bp is not None:
+            dwf.addr_(dbf, bp.float())
+    dbp = None if bp is None else dbf @ wf.float()
+    gradients = (
+        dwq, None if bq is None else dbq, dwk, None if bk is None else dbk, dw_g, dwp, dbp, dwf,
+        None if bf is None else dbf,
+    )  # fmt: skip
+    return [tokens, *(None if g is None else g.to(x.dtype).contiguous() for g in gradients)]
+
+
+class _Views:
+    """The matrices of `struct Sums` in backward.cpp, one after another: rows of whole vectors."""
+
+    def __init__(self, sums: Tensor, lanes: int) -> None:
+        self.sums, self.lanes, self.used = sums, lanes, 0
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        stride = -(-columns // self.lanes) * self.lanes
+        view = self.sums.as_strided((rows, columns), (stride, 1), self.used)
+        self.used += -(-rows * stride // 16) * 16
+        return view
+
+
+def _raise_out_of_memory() -> None:
+    raise MemoryError(
+        "The CPU kernels found no memory for their tiles. Free some, or use backend='reference'."
+    )
