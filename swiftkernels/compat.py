@@ -92,6 +92,20 @@ def is_plain(*tensors: Tensor | None) -> bool:
     )
 
 
+def nothing_listens() -> bool:
+    """Whether no transform, mode, trace or forward-mode AD wants to see operators.
+
+    Cheap: it is asked at every call. Under torch.compile a constant.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 def when_imported(name: str, callback: Callable[[ModuleType], None]) -> None:
     """Call callback(module) as soon as the module `name` has been imported; now, if it has been.
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from swiftkernels import checks, ops, reference
 from swiftkernels.compat import autocast_off
+from swiftkernels.cpu import quick as cpu_quick
+from swiftkernels.cpu.weights import Weights
 from swiftkernels.reference import Options
 
 
@@ -58,8 +60,8 @@ def additive_attention(
         qk_norm: divide the rows of q and k by their L2 norms.
         scale: factor of the scores; default D ** -0.5.
         eps: lower bound of every norm, as in `torch.nn.functional.normalize`.
-        backend: "auto", "triton", "aten" or "reference". Only "auto" chooses; the others never fall
-            back.
+        backend: "auto", "triton", "cpu", "aten" or "reference". Only "auto" chooses; the
+            others never fall back.
         return_weights: also return the token weights and the global query.
 
     Returns:
@@ -117,6 +119,8 @@ def additive_self_attention(
     eps: float = 1e-12,
     backend: str = "auto",
     return_weights: bool = False,
+    residual_scale: Tensor | None = None,
+    recompute: bool | None = None,
 ) -> Tensor | AttentionOutput:
     """The whole attention layer from tokens and weights; what `AdditiveAttention` calls.
 
@@ -126,9 +130,16 @@ def additive_self_attention(
         key_weight, key_bias: the layer `to_key`, [E, C] and [E] or None.
         w_g, proj_weight, proj_bias, final_weight, final_bias, mask, pooling, qk_norm, scale, eps,
             backend, return_weights: as in `additive_attention`.
+        residual_scale: [C] in any shape; if given, the result is x + residual_scale * output, the
+            residual branch of a SwiftFormer block, with the strides of x. The CPU kernels add it in
+            inference without another pass over memory. Needs D = C.
+        recompute: what the CPU kernels keep for a backward. True: x and a few numbers for each
+            token, and queries and keys are computed again; False: unit queries and keys too, 3 x
+            the bytes of x; None: the faster one. The other backends have no choice.
 
     Returns:
-        The output [B, N, D], contiguous; with ``return_weights`` an `AttentionOutput`.
+        The output [B, N, D], contiguous unless `residual_scale` is given; with ``return_weights``
+        an `AttentionOutput`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, with the
@@ -142,6 +153,7 @@ def additive_self_attention(
     checks.check_w_g(w_g)
     checks.check_weight("query_weight", query_weight, "[E, C]")
     w_g = w_g.flatten()
+    residual = x
     (
         x,
         query_weight,
@@ -181,14 +193,26 @@ def additive_self_attention(
     checks.check_alike("x", x, dict(zip(names, projections, strict=True)))
     _check_weights("x", x, *weights)
     checks.check_mask(mask, x)
+    checks.check_option("recompute", recompute, (None, True, False))
+    if residual_scale is not None:
+        _check_residual(residual_scale, residual, final_weight.shape[0])
     options = _options(pooling, qk_norm, scale, eps, x.shape[1], final_weight.shape[0])
     chosen = ops.choose_backend(backend, x, width)
-    if chosen == "reference":
-        out = reference.additive_self_attention(x, *projections, *weights, mask, options)
+    layer = Weights(*projections, *weights, residual_scale)
+    inference = chosen == "cpu" and x is residual and ops.is_inference(x, *layer)
+    if inference and residual_scale is not None:
+        out = ops.infer_residual(x, layer, mask, options)
     else:
-        out = ops.additive_self_attention(
-            x, *projections, *weights, mask=mask, options=options, backend=chosen
-        )
+        if chosen == "reference":
+            out = reference.additive_self_attention(x, *layer[:-1], mask, options)
+        else:
+            out = ops.additive_self_attention(
+                x, *layer[:-1], mask=mask, options=options, backend=chosen, recompute=recompute
+            )
+        if residual_scale is not None:
+            out = residual + residual_scale.flatten() * out
+    if inference:
+        cpu_quick.remember(layer, (pooling, qk_norm, scale, eps), options, x)
     if not return_weights:
         return out
     with torch.no_grad():
@@ -222,6 +246,19 @@ def _check_weights(
         "final_bias": final_bias,
     }
     checks.check_alike(like_name, like, weights)
+
+
+def _check_residual(residual_scale: Tensor, x: Tensor, token_dim: int) -> None:
+    checks.check_tensor("residual_scale", residual_scale)
+    in_dims = x.shape[2]
+    if residual_scale.numel() != in_dims or in_dims != token_dim:
+        raise ValueError(
+            f"residual_scale must have {in_dims} elements, one for each channel of x, and the "
+            f"output as many channels; got shape {tuple(residual_scale.shape)} and {token_dim} "
+            "channels. "
+            "Leave it out and add the branches yourself."
+        )
+    checks.check_alike("x", x, {"residual_scale": residual_scale})
 
 
 def _options(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from swiftkernels import aten, checks, compat, reference
 from swiftkernels.cpu import library
+from swiftkernels.cpu.weights import Weights
 from swiftkernels.reference import Options
 from swiftkernels.triton import config
 
@@ -35,9 +36,7 @@ def choose_backend(backend: str, x: Tensor, width: int, from_tokens: bool = True
     if backend == "auto":
         return _automatic_backend(x, width, from_tokens)
     if backend in ("triton", "cpu"):
-        reason = (
-            _why_not_triton(x, width) if backend == "triton" else _why_not_cpu(x, from_tokens)
-        )
+        reason = _why_not_triton(x, width) if backend == "triton" else _why_not_cpu(x, from_tokens)
         if reason:
             raise ValueError(
                 f"backend={backend!r} {reason}. Use backend='auto', which takes the best there is."
@@ -100,6 +99,19 @@ def _why_not_cpu(x: Tensor, from_tokens: bool = True) -> str:
 @compat.constant_under_compile
 def _why_no_kernels() -> str:
     return library.why_not()
+
+
+def is_inference(*tensors: Tensor | None) -> bool:
+    """Whether a call on these needs no gradient, and nobody listens to operators."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return False
+    return compat.nothing_listens() and compat.is_plain(*tensors)
+
+
+def infer_residual(x: Tensor, layer: Weights, mask: Tensor | None, options: Options) -> Tensor:
+    """x + layer.layer_scale * attention(x) by the CPU kernels, with the strides of x."""
+    out: Tensor = _implementation("cpu").run(x, torch.empty_like(x), layer, mask, options)
+    return out
 
 
 def _implementation(backend: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""Which form of the output to compute, by shape and instruction set; and sizes the kernels share."""
+"""Which form of the output to compute, by shape; and a size that the kernels share."""
 
 from __future__ import annotations
 

@@ -72,13 +72,13 @@ def additive_self_attention_forward(
     keep: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out [B, N, D], and what `keep` asks for: "nothing", "statistics", or "rows" beside them."""
-    layer = (wq, bq, wk, bk, w_g, wp, bp, wf, bf, None)
+    layer = Weights(wq, bq, wk, bk, w_g, wp, bp, wf, bf)
     batch, n_tokens, _ = x.shape
     token_dim, width = wf.shape
     out = x.new_empty(batch, n_tokens, token_dim)
     if keep == "nothing":
         run(x, out, layer, mask, options)
-        return out, *(x.new_empty(0) for _ in range(3))
+        return out, x.new_empty(0), x.new_empty(0), x.new_empty(0)
     global_query = x.new_empty(batch, width, dtype=torch.float32)
     statistics = x.new_empty(batch, 3 * n_tokens + 1, dtype=torch.float32)
     rows = x.new_empty((2, batch, n_tokens, width) if keep == "rows" else 0)
@@ -88,13 +88,10 @@ def additive_self_attention_forward(
     return out, global_query, statistics, rows
 
 
-def run(
-    x: Tensor, out: Tensor, layer: Weights, mask: Tensor | None, options: Options
-) -> Tensor:
+def run(x: Tensor, out: Tensor, layer: Weights, mask: Tensor | None, options: Options) -> Tensor:
     """Fill out for inference, in the fastest form; with a layer scale, x is added to it."""
     if out.numel() > 0:
-        width = layer[4].shape[0]  # type: ignore[union-attr]
-        form = config.form(x.shape[1], x.shape[2], width, options.qk_norm)
+        form = config.form(x.shape[1], x.shape[2], layer.wq.shape[0], options.qk_norm)
         _run(x, out, layer, mask, options, form, None)
     return out
 
@@ -108,27 +105,53 @@ def _run(
     form: int,
     kept: Saved | None,
 ) -> None:
-    handle = kernels()
-    packed = weights.packed_layer(handle, layer, options, form)
-    if packed.cancels and form != PLAIN:
-        return _run(x, out, layer, mask, options, PLAIN, kept)
-    mask_fields = (0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())
-    call = _CALL.pack(
-        x.shape[0], x.shape[1], form, torch.get_num_threads(), TYPES[x.dtype],
-        layer[-1] is not None, x.data_ptr(), *x.stride(), out.data_ptr(), *out.stride(),
-        *mask_fields, *(_NOTHING if kept is None else [t.data_ptr() for t in kept]),
+    packed = weights.packed_layer(kernels(), layer, options, form)
+    arguments = (
+        x.shape[0], x.shape[1], form, x, x.stride(), out, out.stride(),
+        layer.layer_scale is not None, mask, kept,
     )  # fmt: skip
-    status = handle.swiftkernels_forward(packed.fields, call)
-    if status == _STALE:
-        weights.forget(layer)
-        fresh = weights.pack(handle, layer, options, form, watched=False)
-        status = handle.swiftkernels_forward(fresh.fields, call)
-    if status == _CANCELLATION:
-        packed.cancels = True
-        return _run(x, out, layer, mask, options, PLAIN, kept)
+    if call_forward(packed, *arguments):
+        return
+    if packed.cancels and form != PLAIN:
+        _run(x, out, layer, mask, options, PLAIN, kept)
+        return
+    # Weights were written to past their version counters, and perhaps are being so now.
+    weights.forget(layer)
+    fresh = weights.pack(kernels(), layer, options, form, watched=False)
+    if not call_forward(fresh, *arguments):
+        _run(x, out, layer, mask, options, PLAIN, kept)
+
+
+def call_forward(
+    packed: weights.Packed,
+    batch: int,
+    n_tokens: int,
+    form: int,
+    x: Tensor,
+    x_strides: tuple[int, ...],
+    out: Tensor,
+    out_strides: tuple[int, ...],
+    add_input: bool,
+    mask: Tensor | None = None,
+    kept: Saved | None = None,
+) -> bool:
+    """Run the forward; strides are of batch, token, channel. False: not with these packed weights.
+
+    Either they are stale, or `packed.cancels`: the plain form is to be taken.
+    """
+    if packed.cancels:
+        return False
+    call = _CALL.pack(
+        batch, n_tokens, form, torch.get_num_threads(), TYPES[x.dtype], add_input, x.data_ptr(),
+        *x_strides, out.data_ptr(), *out_strides,
+        *(_NOTHING if mask is None else (mask.data_ptr(), *mask.stride())),
+        *(_NOTHING if kept is None else [t.data_ptr() for t in kept]),
+    )  # fmt: skip
+    status = kernels().swiftkernels_forward(packed.fields, call)
     if status == _OUT_OF_MEMORY:
         _raise_out_of_memory()
-    return None
+    packed.cancels = status == _CANCELLATION
+    return status == 0
 
 
 def additive_self_attention_backward(
@@ -160,7 +183,7 @@ def additive_self_attention_backward(
     whole = n_tokens <= config.WHOLE_ROWS and (batch >= threads or few)
     direct = whole and few
     kind = BACKWARD_WHOLE if whole else BACKWARD_TILED
-    layer = (wq, bq, wk, bk, w_g, wp, bp, wf, bf, None)
+    layer = Weights(wq, bq, wk, bk, w_g, wp, bp, wf, bf)
     packed = weights.packed_layer(handle, layer, options, kind)
     dx = torch.empty_like(x) if needs_tokens else x
     sums = torch.empty(handle.swiftkernels_sums_floats(packed.fields, direct))

@@ -4,10 +4,10 @@ The output of a token with the unit rows qn = rq q and kn = rk k is
 
     plain       out = ((G * kn) Wp^T + bp + qn) Wf^T + bf
 
-With M = Wf Wp, C = Wf Wq, c0 = Wf bq and c = Wf bp + bf, which only depend on weights, the same is
+With M = Wf Wp, C = Wf Wq, c0 = Wf bq and c = Wf bp + bf, which depend on weights only, the same is
 
     triangular  out = rk (G * k) M^T + rq (C x + c0) + c
-    folded      out = rk (A x + a) + rq (C x + c0) + c      A = M diag(G) Wk, a = M diag(G) bk per item
+    folded      out = rk (A x + a) + rq (C x + c0) + c      A = M diag(G) Wk, a = M diag(G) bk
 
 and the norms need no rows of q or k: |Wq x + bq| = |R [x; 1]| with R the triangular factor of
 [Wq | bq], half the multiplications. The scores are linear in x as well, and G comes from a weighted
@@ -20,8 +20,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import weakref
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +33,22 @@ PLAIN, TRIANGULAR, FOLDED = range(3)
 BACKWARD_WHOLE, BACKWARD_TILED = 3, 4
 """What the backward reads, as `BackwardLayer` in layer.h: for whole items, and for tiles."""
 
-Weights = Sequence["Tensor | None"]
-"""wq, bq, wk, bk, w_g, wp, bp, wf, bf, and the layer scale of a residual branch or None."""
+
+class Weights(NamedTuple):
+    """The weights of a layer; biases may be None."""
+
+    wq: Tensor
+    bq: Tensor | None
+    wk: Tensor
+    bk: Tensor | None
+    w_g: Tensor
+    wp: Tensor
+    bp: Tensor | None
+    wf: Tensor
+    bf: Tensor | None
+    layer_scale: Tensor | None = None
+    """Of a residual branch, in any shape."""
+
 
 # `struct Layer` and `struct BackwardLayer` in layer.h.
 _LAYER = struct.Struct("5q2d12Pd7P21qQ")
@@ -58,53 +71,84 @@ class Packed:
         self.fields, self.buffers, self.cancels = fields, buffers, False
 
 
-class _Entry(NamedTuple):
-    state: tuple[tuple[int, int], ...]
-    """Address and version of each weight."""
-    packed: Packed
+State = tuple[tuple[int, int], ...]
+"""Address and version of each weight."""
 
 
-_cache: dict[int, tuple[weakref.ref[Tensor], dict[object, _Entry]]] = {}
+class _Layer:
+    """What is kept for one layer, under its query weight, for as long as that lives."""
+
+    __slots__ = ("notes", "packed", "query_weight")
+
+    def __init__(self, query_weight: Tensor) -> None:
+        address = id(query_weight)
+        self.query_weight = weakref.ref(query_weight, lambda _: _layers.pop(address, None))
+        self.packed: dict[tuple[int, Options], tuple[State, Packed]] = {}
+        self.notes: dict[Any, Any] = {}
 
 
-def packed_layer(
-    library: ctypes.CDLL, weights: Weights, options: Options, kind: int
-) -> Packed:
+_layers: dict[int, _Layer] = {}
+
+
+def packed_layer(library: ctypes.CDLL, weights: Weights, options: Options, kind: int) -> Packed:
     """The layer packed for a form or for the backward.
 
-    It is packed once for each version of the weights: for as long as they stand at the same addresses
-    with the same version counters. Writes through `.data` do not count there, as they do not for
-    autograd; the kernels look at samples of every weight and report those.
+    It is packed once for each version of the weights: for as long as they stand at the same
+    addresses with the same version counters. Writes through `.data` do not count there, as they do
+    not for autograd; the kernels look at samples of every weight and report those.
     """
-    first = weights[0]
-    assert first is not None
-    key = (kind, options, id(library))
-    try:
-        state = tuple([(w.data_ptr(), w._version) for w in weights if w is not None])
-    except RuntimeError:  # inference tensors have no version counter
+    state = _state(weights)
+    if state is None:
         return pack(library, weights, options, kind)
-    held = _cache.get(id(first))
-    if held is not None and held[0]() is first:
-        entry = held[1].get(key)
-        if entry is not None and entry.state == state:
-            return entry.packed
-    else:
-        held = _hold(first)
+    layer = _layer(weights)
+    entry = layer.packed.get((kind, options))
+    if entry is not None and entry[0] == state:
+        return entry[1]
     packed = pack(library, weights, options, kind)
-    held[1][key] = _Entry(state, packed)
+    layer.packed[kind, options] = (state, packed)
     return packed
 
 
+def find_packed(weights: Weights, options: Options, kind: int) -> Packed | None:
+    """What `packed_layer` would find, None if it would have to pack."""
+    layer = _layers.get(id(weights.wq))
+    if layer is None or layer.query_weight() is not weights.wq:
+        return None
+    entry = layer.packed.get((kind, options))
+    return entry[1] if entry is not None and entry[0] == _state(weights) else None
+
+
 def forget(weights: Weights) -> None:
-    """Drop what is packed of this layer."""
-    _cache.pop(id(weights[0]), None)
+    """Drop what is kept of this layer."""
+    _layers.pop(id(weights.wq), None)
 
 
-def _hold(first: Tensor) -> tuple[weakref.ref[Tensor], dict[object, _Entry]]:
-    address = id(first)
-    held = (weakref.ref(first, lambda _: _cache.pop(address, None)), {})
-    _cache[address] = held
-    return held
+def notes(weights: Weights) -> dict[Any, Any]:
+    """Whatever else is to be kept for this layer; it outlives versions of the weights."""
+    return _layer(weights).notes
+
+
+def find_note(weights: Weights, key: object) -> Any:
+    """One of the notes, None if there is none."""
+    layer = _layers.get(id(weights.wq))
+    if layer is None or layer.query_weight() is not weights.wq:
+        return None
+    return layer.notes.get(key)
+
+
+def _state(weights: Weights) -> State | None:
+    """None for inference tensors, which have no version counter."""
+    try:
+        return tuple([(w.data_ptr(), w._version) for w in weights if w is not None])
+    except RuntimeError:
+        return None
+
+
+def _layer(weights: Weights) -> _Layer:
+    layer = _layers.get(id(weights.wq))
+    if layer is None or layer.query_weight() is not weights.wq:
+        layer = _layers[id(weights.wq)] = _Layer(weights.wq)
+    return layer
 
 
 def pack(
@@ -115,45 +159,9 @@ def pack(
     `watched`: let the kernels check that the weights still are what was packed.
     """
     packer = _Packer(library)
-    wq, bq, wk, bk, w_g, wp, bp, wf, bf, layer_scale = weights
-    assert wq is not None and wk is not None and w_g is not None
-    assert wp is not None and wf is not None
-    width, in_dims = wq.shape
-    token_dim = wf.shape[0]
-    sizes = (in_dims, width, token_dim, POOLINGS.index(options.pooling), int(options.qk_norm))
     if kind in (BACKWARD_WHOLE, BACKWARD_TILED):
-        forward = packed_layer(library, weights, options, PLAIN)
-        _, _, _, _, _, _, _, query, query_bias, key, key_bias, packed_w_g, proj, proj_bias, *_ = (
-            _LAYER.unpack(forward.fields)
-        )
-        packer.buffers += forward.buffers
-        whole = kind == BACKWARD_WHOLE
-        fields = _BACKWARD_LAYER.pack(
-            *sizes, options.scale, options.eps,
-            packed_w_g, packer.matrix(wq), packer.matrix(wk), packer.matrix(wf),
-            packer.matrix(wp) if whole else 0, 0 if whole else packer.matrix(wf @ wp),
-            query, query_bias, key, key_bias, proj, proj_bias,
-        )  # fmt: skip
-        return Packed(fields, packer.buffers)
-    if layer_scale is not None:
-        wf = wf.double() * layer_scale.double().unsqueeze(1)
-        bf = None if bf is None else bf.double() * layer_scale.double()
-    null = 0
-    fields: list[float] = [
-        *sizes, options.scale, options.eps,
-        packer.matrix(wq.t()), packer.vector(bq, width),
-        packer.matrix(wk.t()) if kind != FOLDED else null, packer.vector(bk, width),
-    ]  # fmt: skip
-    if kind == PLAIN:
-        fields += [
-            packer.vector(w_g, width),
-            packer.matrix(wp.t()), packer.vector(bp, width),
-            packer.matrix(wf.t()), packer.vector(bf, token_dim),
-            *[null] * 3, 0.0, *[null] * 7,
-        ]  # fmt: skip
-    else:
-        fields += [null] * 5
-        fields += _folded(packer, (wq, bq, wk, bk, w_g, wp, bp, wf, bf), options, kind)
+        return _pack_backward(packer, weights, options, kind)
+    fields = _forward_fields(packer, weights, options, kind)
     sources = [w for w in weights if watched and w is not None and w.is_contiguous()]
     numbers = [number for w in sources for number in (w.data_ptr(), w.nbytes // 4)]
     numbers += [0] * (2 * _SOURCES - len(numbers))
@@ -162,35 +170,78 @@ def pack(
     return Packed(_LAYER.pack(*fields, *numbers, len(sources), fingerprint), packer.buffers)
 
 
-def _folded(packer: _Packer, weights: Weights, options: Options, kind: int) -> list[float]:
-    """The fields of `struct Layer` from `query_triangle` on."""
-    wq, bq, wk, bk, w_g, wp, bp, wf, bf = (None if w is None else w.double() for w in weights)
-    assert wq is not None and wk is not None and w_g is not None
-    assert wp is not None and wf is not None
-    width, in_dims = wq.shape
-    token_dim = wf.shape[0]
-    bq, bk, bp = (wq.new_zeros(width) if b is None else b for b in (bq, bk, bp))
-    bf = wq.new_zeros(token_dim) if bf is None else bf
-    M, C, c0, c = wf @ wp, wf @ wq, wf @ bq, wf @ bp + bf
-    query_triangle, query_triangle_bias = packer.triangle(wq, bq, options)
-    if not options.qk_norm:
-        c = c + c0
-    fields: list[float] = [
-        query_triangle, query_triangle_bias,
-        packer.vector(wq.t() @ w_g, in_dims), float(bq @ w_g),
+def _sizes(weights: Weights, options: Options) -> list[float]:
+    """What both structs begin with."""
+    width, in_dims = weights.wq.shape
+    return [
+        in_dims, width, weights.wf.shape[0], POOLINGS.index(options.pooling), options.qk_norm,
+        options.scale, options.eps,
     ]  # fmt: skip
-    constant = [c0.unsqueeze(0)] if options.qk_norm else []
+
+
+def _pack_backward(packer: _Packer, weights: Weights, options: Options, kind: int) -> Packed:
+    """`struct BackwardLayer`; what the forward packed too is taken from there."""
+    forward = packed_layer(packer.library, weights, options, PLAIN)
+    query, query_bias, key, key_bias, w_g, proj, proj_bias = _LAYER.unpack(forward.fields)[7:14]
+    packer.buffers += forward.buffers
+    w = weights
+    fields = _BACKWARD_LAYER.pack(
+        *_sizes(weights, options), w_g, packer.matrix(w.wq), packer.matrix(w.wk),
+        packer.matrix(w.wf),
+        packer.matrix(w.wp) if kind == BACKWARD_WHOLE else 0,
+        packer.matrix(w.wf.float() @ w.wp.float()) if kind == BACKWARD_TILED else 0,
+        query, query_bias, key, key_bias, proj, proj_bias,
+    )  # fmt: skip
+    return Packed(fields, packer.buffers)
+
+
+def _forward_fields(packer: _Packer, weights: Weights, options: Options, kind: int) -> list[float]:
+    """`struct Layer` but for the fingerprint; 0 for what the form does not read."""
+    w = weights
+    if w.layer_scale is not None:
+        scale = w.layer_scale.double().flatten()
+        w = w._replace(
+            wf=w.wf.double() * scale.unsqueeze(1),
+            bf=None if w.bf is None else w.bf.double() * scale,
+        )
+    token_dim, width = w.wf.shape
+    fields = [
+        *_sizes(w, options), packer.matrix(w.wq.t()), packer.vector(w.bq, width),
+        packer.matrix(w.wk.t()) if kind != FOLDED else 0, packer.vector(w.bk, width),
+    ]  # fmt: skip
+    if kind == PLAIN:
+        plain = [
+            packer.vector(w.w_g, width),
+            packer.matrix(w.wp.t()), packer.vector(w.bp, width),
+            packer.matrix(w.wf.t()), packer.vector(w.bf, token_dim),
+        ]  # fmt: skip
+        return [*fields, *plain, *[0] * 3, 0.0, *[0] * 7]
+    return [*fields, *[0] * 5, *_folded_fields(packer, w, options, kind)]
+
+
+def _folded_fields(packer: _Packer, weights: Weights, options: Options, kind: int) -> list[float]:
+    """From `query_triangle` on."""
+    w = Weights(*(None if t is None else t.double() for t in weights))  # type: ignore[arg-type]
+    width, in_dims = w.wq.shape
+    token_dim = w.wf.shape[0]
+    bq, bk, bp = (w.wq.new_zeros(width) if b is None else b for b in (w.bq, w.bk, w.bp))
+    bf = w.wq.new_zeros(token_dim) if w.bf is None else w.bf
+    M, C, c0, c = w.wf @ w.wp, w.wf @ w.wq, w.wf @ bq, w.wf @ bp + bf
+    triangle = packer.triangle(w.wq, bq) if options.qk_norm else (0, 0)
+    scores = packer.vector(w.wq.t() @ w.w_g.flatten(), in_dims)
+    fields = [*triangle, scores, float(bq @ w.w_g.flatten())]
+    constant = [c0.unsqueeze(0)]
+    if not options.qk_norm:  # rq = 1
+        c, constant = c + c0, []
     if kind == TRIANGULAR:
-        output = torch.cat([M.t(), C.t(), *constant])
-        return [*fields, packer.matrix(output), packer.vector(c, token_dim), *[0] * 5]
-    parts = [C.t(), *constant]
-    if options.qk_norm:
-        parts.insert(0, C.new_zeros(in_dims + 1, token_dim))
+        output = packer.matrix(torch.cat([M.t(), C.t(), *constant]))
+        return [*fields, output, packer.vector(c, token_dim), *[0] * 5]
+    room = [C.new_zeros(in_dims + 1, token_dim)] if options.qk_norm else []
     return [
         *fields, 0, packer.vector(c, token_dim),
-        *packer.triangle(wk, bk, options),
-        packer.rows(torch.cat([wk.t(), bk.unsqueeze(0)])),
-        packer.matrix(M.t()), packer.matrix(torch.cat(parts)),
+        *(packer.triangle(w.wk, bk) if options.qk_norm else (0, 0)),
+        packer.rows(torch.cat([w.wk.t(), bk.unsqueeze(0)])),
+        packer.matrix(M.t()), packer.matrix(torch.cat([*room, C.t(), *constant])),
     ]  # fmt: skip
 
 
@@ -223,7 +274,7 @@ class _Packer:
         """v, or zeros, padded with zeros."""
         padded = torch.zeros(self._padded(length))
         if v is not None:
-            padded[:length] = v.detach()
+            padded[:length] = v.detach().flatten()
         return self._keep(padded)
 
     def rows(self, matrix: Tensor) -> int:
@@ -232,10 +283,8 @@ class _Packer:
         padded[:, : matrix.shape[1]] = matrix.detach()
         return self._keep(padded)
 
-    def triangle(self, weight: Tensor, bias: Tensor, options: Options) -> tuple[int, int]:
+    def triangle(self, weight: Tensor, bias: Tensor) -> tuple[int, int]:
         """R of [weight | bias] = Q R: |weight x + bias| = |R [x; 1]|."""
-        if not options.qk_norm:
-            return 0, 0
         R = torch.linalg.qr(torch.cat([weight, bias.unsqueeze(1)], dim=1), mode="r").R
         triangle = self.matrix(R[:, :-1].t(), single=True)
         return triangle, self.vector(R[:, -1], R.shape[0])
