@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swiftkernels.cpu import config, library, weights
-from swiftkernels.cpu.weights import BACKWARD_TILED, BACKWARD_WHOLE, PLAIN, Weights
+from swiftkernels.cpu.weights import PLAIN, Weights
 from swiftkernels.reference import Options
 
 Saved = tuple[Tensor, Tensor, Tensor]
@@ -29,7 +29,7 @@ _BACKWARD_CALL = struct.Struct("8qP3qP3qP3qP2q4P")
 _NOTHING = (0, 0, 0)
 
 # `Status` in layer.h.
-_OUT_OF_MEMORY, _STALE, _CANCELLATION = 1, 2, 3
+_STALE, _CANCELLATION = 2, 3
 
 
 @functools.cache
@@ -48,6 +48,7 @@ def declare(handle: ctypes.CDLL) -> ctypes.CDLL:
         ("pack", None, (pointer, *[number] * 5, pointer)),
         ("fingerprint", ctypes.c_uint64, (ctypes.c_char_p,)),
         ("forward", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
+        ("forward_training", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
         ("sums_floats", number, (ctypes.c_char_p, number)),
         ("backward", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
     ):
@@ -83,8 +84,12 @@ def additive_self_attention_forward(
     statistics = x.new_empty(batch, 3 * n_tokens + 1, dtype=torch.float32)
     rows = x.new_empty((2, batch, n_tokens, width) if keep == "rows" else 0)
     if out.numel() > 0:
+        fields, _alive = weights.raw_layer(layer, options)
         kept = (global_query, statistics, rows)
-        _run(x, out, layer, mask, options, PLAIN, kept)
+        call = _call_fields(
+            batch, n_tokens, PLAIN, x, x.stride(), out, out.stride(), False, mask, kept
+        )
+        _check(kernels().swiftkernels_forward_training(fields, call))
     return out, global_query, statistics, rows
 
 
@@ -92,34 +97,26 @@ def run(x: Tensor, out: Tensor, layer: Weights, mask: Tensor | None, options: Op
     """Fill out for inference, in the fastest form; with a layer scale, x is added to it."""
     if out.numel() > 0:
         form = config.form(x.shape[1], x.shape[2], layer.wq.shape[0], options.qk_norm)
-        _run(x, out, layer, mask, options, form, None)
+        _run(x, out, layer, mask, options, form)
     return out
 
 
 def _run(
-    x: Tensor,
-    out: Tensor,
-    layer: Weights,
-    mask: Tensor | None,
-    options: Options,
-    form: int,
-    kept: Saved | None,
+    x: Tensor, out: Tensor, layer: Weights, mask: Tensor | None, options: Options, form: int
 ) -> None:
     packed = weights.packed_layer(kernels(), layer, options, form)
-    arguments = (
-        x.shape[0], x.shape[1], form, x, x.stride(), out, out.stride(),
-        layer.layer_scale is not None, mask, kept,
-    )  # fmt: skip
-    if call_forward(packed, *arguments):
+    sizes = (x.shape[0], x.shape[1], form, x, x.stride(), out, out.stride())
+    add_input = layer.layer_scale is not None
+    if call_forward(packed, *sizes, add_input, mask):
         return
-    if packed.cancels and form != PLAIN:
-        _run(x, out, layer, mask, options, PLAIN, kept)
-        return
-    # Weights were written to past their version counters, and perhaps are being so now.
-    weights.forget(layer)
-    fresh = weights.pack(kernels(), layer, options, form, watched=False)
-    if not call_forward(fresh, *arguments):
-        _run(x, out, layer, mask, options, PLAIN, kept)
+    if not packed.cancels:
+        # Weights were written to past their version counters, and perhaps are being so now.
+        weights.forget(layer)
+        packed = weights.pack(kernels(), layer, options, form, watched=False)
+        if call_forward(packed, *sizes, add_input, mask):
+            return
+    assert form != PLAIN, "the plain form takes all numbers"
+    _run(x, out, layer, mask, options, PLAIN)
 
 
 def call_forward(
@@ -133,7 +130,6 @@ def call_forward(
     out_strides: tuple[int, ...],
     add_input: bool,
     mask: Tensor | None = None,
-    kept: Saved | None = None,
 ) -> bool:
     """Run the forward; strides are of batch, token, channel. False: not with these packed weights.
 
@@ -141,17 +137,36 @@ def call_forward(
     """
     if packed.cancels:
         return False
-    call = _CALL.pack(
+    call = _call_fields(
+        batch, n_tokens, form, x, x_strides, out, out_strides, add_input, mask, None
+    )
+    status = kernels().swiftkernels_forward(packed.fields, call)
+    if status in (_STALE, _CANCELLATION):
+        packed.cancels = status == _CANCELLATION
+        return False
+    _check(status)
+    return True
+
+
+def _call_fields(
+    batch: int,
+    n_tokens: int,
+    form: int,
+    x: Tensor,
+    x_strides: tuple[int, ...],
+    out: Tensor,
+    out_strides: tuple[int, ...],
+    add_input: bool,
+    mask: Tensor | None,
+    kept: Saved | None,
+) -> bytes:
+    """`struct Call`."""
+    return _CALL.pack(
         batch, n_tokens, form, torch.get_num_threads(), TYPES[x.dtype], add_input, x.data_ptr(),
         *x_strides, out.data_ptr(), *out_strides,
         *(_NOTHING if mask is None else (mask.data_ptr(), *mask.stride())),
         *(_NOTHING if kept is None else [t.data_ptr() for t in kept]),
     )  # fmt: skip
-    status = kernels().swiftkernels_forward(packed.fields, call)
-    if status == _OUT_OF_MEMORY:
-        _raise_out_of_memory()
-    packed.cancels = status == _CANCELLATION
-    return status == 0
 
 
 def additive_self_attention_backward(
@@ -182,11 +197,9 @@ def additive_self_attention_backward(
     few = batch * n_tokens < 2 * width
     whole = n_tokens <= config.WHOLE_ROWS and (batch >= threads or few)
     direct = whole and few
-    kind = BACKWARD_WHOLE if whole else BACKWARD_TILED
-    layer = Weights(wq, bq, wk, bk, w_g, wp, bp, wf, bf)
-    packed = weights.packed_layer(handle, layer, options, kind)
+    fields, _alive = weights.raw_layer(Weights(wq, bq, wk, bk, w_g, wp, bp, wf, bf), options)
     dx = torch.empty_like(x) if needs_tokens else x
-    sums = torch.empty(handle.swiftkernels_sums_floats(packed.fields, direct))
+    sums = torch.empty(handle.swiftkernels_sums_floats(fields, direct))
     mask_fields = (0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())
     global_query, statistics, rows = saved
     call = _BACKWARD_CALL.pack(
@@ -195,8 +208,7 @@ def additive_self_attention_backward(
         *mask_fields, global_query.data_ptr(), statistics.data_ptr(), rows.data_ptr(),
         sums.data_ptr(),
     )  # fmt: skip
-    if handle.swiftkernels_backward(packed.fields, call) != 0:
-        _raise_out_of_memory()
+    _check(handle.swiftkernels_backward(fields, call))
     tokens = dx if needs_tokens else None
     if not needs_weights:
         return [tokens, *[None] * 9]
@@ -234,7 +246,9 @@ class _Views:
         return view
 
 
-def _raise_out_of_memory() -> None:
-    raise MemoryError(
-        "The CPU kernels found no memory for their tiles. Free some, or use backend='reference'."
-    )
+def _check(status: int) -> None:
+    if status != 0:
+        raise MemoryError(
+            "The CPU kernels found no memory for their tiles. Free some, or use "
+            "backend='reference'."
+        )

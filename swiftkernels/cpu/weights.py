@@ -20,6 +20,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +30,6 @@ from swiftkernels.reference import POOLINGS, Options
 
 PLAIN, TRIANGULAR, FOLDED = range(3)
 """The forms, as `Form` in layer.h."""
-
-BACKWARD_WHOLE, BACKWARD_TILED = 3, 4
-"""What the backward reads, as `BackwardLayer` in layer.h: for whole items, and for tiles."""
 
 
 class Weights(NamedTuple):
@@ -50,9 +48,9 @@ class Weights(NamedTuple):
     """Of a residual branch, in any shape."""
 
 
-# `struct Layer` and `struct BackwardLayer` in layer.h.
+# `struct Layer` and `struct RawLayer` in layer.h.
 _LAYER = struct.Struct("5q2d12Pd7P21qQ")
-_BACKWARD_LAYER = struct.Struct("5q2d12P")
+_RAW_LAYER = struct.Struct("5q2d9P")
 _SOURCES = 10
 
 
@@ -60,7 +58,7 @@ class Packed:
     """A layer ready for the kernels.
 
     Attributes:
-        fields: `struct Layer` or `struct BackwardLayer`.
+        fields: `struct Layer`.
         buffers: what its pointers point at.
         cancels: the kernels met tokens for which the plain form is more accurate.
     """
@@ -90,8 +88,8 @@ class _Layer:
 _layers: dict[int, _Layer] = {}
 
 
-def packed_layer(library: ctypes.CDLL, weights: Weights, options: Options, kind: int) -> Packed:
-    """The layer packed for a form or for the backward.
+def packed_layer(library: ctypes.CDLL, weights: Weights, options: Options, form: int) -> Packed:
+    """The layer packed for a form.
 
     It is packed once for each version of the weights: for as long as they stand at the same
     addresses with the same version counters. Writes through `.data` do not count there, as they do
@@ -99,22 +97,23 @@ def packed_layer(library: ctypes.CDLL, weights: Weights, options: Options, kind:
     """
     state = _state(weights)
     if state is None:
-        return pack(library, weights, options, kind)
+        return pack(library, weights, options, form)
     layer = _layer(weights)
-    entry = layer.packed.get((kind, options))
+    entry = layer.packed.get((form, options))
     if entry is not None and entry[0] == state:
         return entry[1]
-    packed = pack(library, weights, options, kind)
-    layer.packed[kind, options] = (state, packed)
+    recycled = entry[1].buffers if entry is not None else []
+    packed = pack(library, weights, options, form, recycled)
+    layer.packed[form, options] = (state, packed)
     return packed
 
 
-def find_packed(weights: Weights, options: Options, kind: int) -> Packed | None:
+def find_packed(weights: Weights, options: Options, form: int) -> Packed | None:
     """What `packed_layer` would find, None if it would have to pack."""
     layer = _layers.get(id(weights.wq))
     if layer is None or layer.query_weight() is not weights.wq:
         return None
-    entry = layer.packed.get((kind, options))
+    entry = layer.packed.get((form, options))
     return entry[1] if entry is not None and entry[0] == _state(weights) else None
 
 
@@ -152,16 +151,19 @@ def _layer(weights: Weights) -> _Layer:
 
 
 def pack(
-    library: ctypes.CDLL, weights: Weights, options: Options, kind: int, watched: bool = True
+    library: ctypes.CDLL,
+    weights: Weights,
+    options: Options,
+    form: int,
+    recycled: Sequence[Tensor] = (),
+    watched: bool = True,
 ) -> Packed:
-    """Fold in float64 where there is something to fold, and pack.
+    """Fold in float64 where there is something to fold, and pack into the `recycled` buffers.
 
     `watched`: let the kernels check that the weights still are what was packed.
     """
-    packer = _Packer(library)
-    if kind in (BACKWARD_WHOLE, BACKWARD_TILED):
-        return _pack_backward(packer, weights, options, kind)
-    fields = _forward_fields(packer, weights, options, kind)
+    packer = _Packer(library, recycled)
+    fields = _forward_fields(packer, weights, options, form)
     sources = [w for w in weights if watched and w is not None and w.is_contiguous()]
     numbers = [number for w in sources for number in (w.data_ptr(), w.nbytes // 4)]
     numbers += [0] * (2 * _SOURCES - len(numbers))
@@ -170,8 +172,17 @@ def pack(
     return Packed(_LAYER.pack(*fields, *numbers, len(sources), fingerprint), packer.buffers)
 
 
+def raw_layer(weights: Weights, options: Options) -> tuple[bytes, Weights]:
+    """`struct RawLayer` for training, and the tensors that must live as long as it is used."""
+    contiguous = Weights(
+        *(None if t is None else t.detach().float().contiguous() for t in weights)  # type: ignore[arg-type]
+    )
+    pointers = [0 if t is None else t.data_ptr() for t in contiguous[:9]]
+    return _RAW_LAYER.pack(*_sizes(weights, options), *pointers), contiguous
+
+
 def _sizes(weights: Weights, options: Options) -> list[float]:
-    """What both structs begin with."""
+    """What the structs begin with."""
     width, in_dims = weights.wq.shape
     return [
         in_dims, width, weights.wf.shape[0], POOLINGS.index(options.pooling), options.qk_norm,
@@ -179,23 +190,7 @@ def _sizes(weights: Weights, options: Options) -> list[float]:
     ]  # fmt: skip
 
 
-def _pack_backward(packer: _Packer, weights: Weights, options: Options, kind: int) -> Packed:
-    """`struct BackwardLayer`; what the forward packed too is taken from there."""
-    forward = packed_layer(packer.library, weights, options, PLAIN)
-    query, query_bias, key, key_bias, w_g, proj, proj_bias = _LAYER.unpack(forward.fields)[7:14]
-    packer.buffers += forward.buffers
-    w = weights
-    fields = _BACKWARD_LAYER.pack(
-        *_sizes(weights, options), w_g, packer.matrix(w.wq), packer.matrix(w.wk),
-        packer.matrix(w.wf),
-        packer.matrix(w.wp) if kind == BACKWARD_WHOLE else 0,
-        packer.matrix(w.wf.float() @ w.wp.float()) if kind == BACKWARD_TILED else 0,
-        query, query_bias, key, key_bias, proj, proj_bias,
-    )  # fmt: skip
-    return Packed(fields, packer.buffers)
-
-
-def _forward_fields(packer: _Packer, weights: Weights, options: Options, kind: int) -> list[float]:
+def _forward_fields(packer: _Packer, weights: Weights, options: Options, form: int) -> list[float]:
     """`struct Layer` but for the fingerprint; 0 for what the form does not read."""
     w = weights
     if w.layer_scale is not None:
@@ -207,19 +202,19 @@ def _forward_fields(packer: _Packer, weights: Weights, options: Options, kind: i
     token_dim, width = w.wf.shape
     fields = [
         *_sizes(w, options), packer.matrix(w.wq.t()), packer.vector(w.bq, width),
-        packer.matrix(w.wk.t()) if kind != FOLDED else 0, packer.vector(w.bk, width),
+        packer.matrix(w.wk.t()) if form != FOLDED else 0, packer.vector(w.bk, width),
     ]  # fmt: skip
-    if kind == PLAIN:
+    if form == PLAIN:
         plain = [
             packer.vector(w.w_g, width),
             packer.matrix(w.wp.t()), packer.vector(w.bp, width),
             packer.matrix(w.wf.t()), packer.vector(w.bf, token_dim),
         ]  # fmt: skip
         return [*fields, *plain, *[0] * 3, 0.0, *[0] * 7]
-    return [*fields, *[0] * 5, *_folded_fields(packer, w, options, kind)]
+    return [*fields, *[0] * 5, *_folded_fields(packer, w, options, form)]
 
 
-def _folded_fields(packer: _Packer, weights: Weights, options: Options, kind: int) -> list[float]:
+def _folded_fields(packer: _Packer, weights: Weights, options: Options, form: int) -> list[float]:
     """From `query_triangle` on."""
     w = Weights(*(None if t is None else t.double() for t in weights))  # type: ignore[arg-type]
     width, in_dims = w.wq.shape
@@ -233,7 +228,7 @@ def _folded_fields(packer: _Packer, weights: Weights, options: Options, kind: in
     constant = [c0.unsqueeze(0)]
     if not options.qk_norm:  # rq = 1
         c, constant = c + c0, []
-    if kind == TRIANGULAR:
+    if form == TRIANGULAR:
         output = packer.matrix(torch.cat([M.t(), C.t(), *constant]))
         return [*fields, output, packer.vector(c, token_dim), *[0] * 5]
     room = [C.new_zeros(in_dims + 1, token_dim)] if options.qk_norm else []
@@ -246,45 +241,52 @@ def _folded_fields(packer: _Packer, weights: Weights, options: Options, kind: in
 
 
 class _Packer:
-    """Packs matrices and vectors, keeps the buffers, gives their addresses."""
+    """Packs matrices and vectors, keeps the buffers, gives their addresses.
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    `recycled` are the buffers of an earlier version of the same: fresh memory costs more than the
+    packing itself.
+    """
+
+    def __init__(self, library: ctypes.CDLL, recycled: Sequence[Tensor]) -> None:
         self.library = library
         self.lanes = library.swiftkernels_lanes()
         self.buffers: list[Tensor] = []
+        self.recycled = iter(recycled)
 
-    def _keep(self, buffer: Tensor) -> int:
+    def _buffer(self, floats: int) -> Tensor:
+        buffer = next(self.recycled, None)
+        if buffer is None or buffer.numel() != floats:
+            buffer = torch.empty(floats)
         self.buffers.append(buffer)
-        return buffer.data_ptr()
-
-    def _padded(self, columns: int) -> int:
-        return -(-columns // self.lanes) * self.lanes
+        return buffer
 
     def matrix(self, b: Tensor, single: bool = False) -> int:
         """Panels of b [K, columns]; `single`: of one vector each."""
         b = b.detach().float()
         K, columns = b.shape
-        panels = torch.empty(K * self._padded(columns))
+        panels = self._buffer(K * self._padded(columns))
         self.library.swiftkernels_pack(
             b.data_ptr(), K, columns, b.stride(0), b.stride(1), single, panels.data_ptr()
         )
-        return self._keep(panels)
+        return panels.data_ptr()
 
     def vector(self, v: Tensor | None, length: int) -> int:
-        """v, or zeros, padded with zeros."""
-        padded = torch.zeros(self._padded(length))
-        if v is not None:
-            padded[:length] = v.detach().flatten()
-        return self._keep(padded)
+        """v, or zeros, padded with zeros: panels of a single row."""
+        if v is None:
+            return self._buffer(self._padded(length)).zero_().data_ptr()
+        return self.matrix(v.view(1, length))
 
     def rows(self, matrix: Tensor) -> int:
         """Rows padded with zeros."""
-        padded = torch.zeros(matrix.shape[0], self._padded(matrix.shape[1]))
-        padded[:, : matrix.shape[1]] = matrix.detach()
-        return self._keep(padded)
+        count, columns = matrix.shape
+        padded = self._buffer(count * self._padded(columns)).zero_()
+        padded.view(count, -1)[:, :columns] = matrix.detach()
+        return padded.data_ptr()
 
     def triangle(self, weight: Tensor, bias: Tensor) -> tuple[int, int]:
         """R of [weight | bias] = Q R: |weight x + bias| = |R [x; 1]|."""
         R = torch.linalg.qr(torch.cat([weight, bias.unsqueeze(1)], dim=1), mode="r").R
-        triangle = self.matrix(R[:, :-1].t(), single=True)
-        return triangle, self.vector(R[:, -1], R.shape[0])
+        return self.matrix(R[:, :-1].t(), single=True), self.vector(R[:, -1], R.shape[0])
+
+    def _padded(self, columns: int) -> int:
+        return -(-columns // self.lanes) * self.lanes

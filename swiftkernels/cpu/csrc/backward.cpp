@@ -11,20 +11,24 @@
 //
 // The moments U and V cost two products of E x E matrices at the end. For few tokens dWp = dy^T t
 // and dWf = dout^T y are summed themselves ("direct"), for one more product per token.
-#include "forward.h"
+#include <array>
+#include <vector>
+
+#include "training.h"
 
 namespace {
 
 /// Whole items are worked on together up to this size of their tiles.
-constexpr int64_t WHOLE_FLOATS = 400000;
+constexpr int64_t WHOLE_FLOATS = 1000000;
 
 /// Sums over all tokens, rows of whole vectors.
 struct Sums {
   Tile dWq, dWk;  // [E, C]
   Tile U, V;      // [D, E]; direct: dWp [E, E] and dWf [D, E]
   float *dbq, *dbk, *dw_g, *dbf;
+  bool* begun;  // whether there is something to add to: in dWk and U, in dWq and V
 
-  static Sums make(const BackwardLayer& layer, bool direct, Pieces& pieces) {
+  static Sums make(const RawLayer& layer, bool direct, Pieces& pieces) {
     // As `_Views` in swiftkernels.cpu.launch finds them.
     auto matrix = [&](int64_t rows, int64_t width) {
       return Tile{pieces.take(rows * padded(width)), padded(width)};
@@ -38,6 +42,7 @@ struct Sums {
     s.dbk = pieces.take(padded(layer.width));
     s.dw_g = pieces.take(padded(layer.width));
     s.dbf = pieces.take(padded(layer.token_dim));
+    s.begun = nullptr;
     return s;
   }
 };
@@ -50,12 +55,15 @@ struct Workspace {
   Tile y, dx;
   float* factors;  // one number for each row
   float *G, *vector;
+  float* panel;    // of a matrix that is not packed
+  float* columns;  // of a large tile
 };
 
 class Backward {
  public:
-  Backward(const BackwardLayer& layer, const BackwardCall& call)
+  Backward(const RawLayer& layer, const Prepared& weights, const BackwardCall& call)
       : layer_(layer),
+        matrices_(weights),
         call_(call),
         C_(layer.in_dims),
         E_(layer.width),
@@ -98,13 +106,18 @@ class Backward {
     auto sums_data = [&](int thread) {
       return thread == 0 ? call_.sums : more_sums + (thread - 1) * sums_floats;
     };
+    std::vector<std::array<bool, 2>> begun(threads_);
     auto sums = [&](int thread) {
       if (!call_.needs_weights) return Sums{};
       Pieces pieces(sums_data(thread));
-      return Sums::make(layer_, call_.direct, pieces);
+      Sums s = Sums::make(layer_, call_.direct, pieces);
+      s.begun = begun[thread].data();
+      return s;
     };
-    for (int i = 0; i < threads_ && call_.needs_weights; i++)
-      std::fill(sums_data(i), sums_data(i) + sums_floats, 0.f);
+    for (int i = 0; i < threads_ && call_.needs_weights; i++) {
+      const Sums s = sums(i);
+      std::fill(s.dbq, sums_data(i) + sums_floats, 0.f);
+    }
 
     if (division_.whole) {
       parallel_for(division_.blocks, threads_, [&](int64_t block, int thread) {
@@ -134,6 +147,11 @@ class Backward {
           query_pass(workspace(thread), sums(thread), total, item, i);
         });
       }
+    }
+    for (int i = 0; i < threads_ && call_.needs_weights; i++) {
+      const Sums s = sums(i);
+      if (!s.begun[0]) clear(s.dWk, E_, s.U, call_.direct ? E_ : D_);
+      if (!s.begun[1]) clear(s.dWq, E_, s.V, D_);
     }
     // In the order of the threads.
     constexpr int64_t STEP = 4096;
@@ -170,6 +188,9 @@ class Backward {
     w.factors = pieces.take(rows);
     w.G = pieces.take(padded(E_));
     w.vector = pieces.take(padded(std::max(E_, D_)));
+    const Tile widest = pieces.tile(0, std::max(E_, D_));
+    if (rows * widest.stride > LARGE_TILE) w.columns = pieces.take(rows * widest.stride);
+    w.panel = pieces.take(Matrix::panel_scratch(std::max({C_, D_, E_})));
     return w;
   }
 
@@ -181,12 +202,10 @@ class Backward {
       load_tile(x_, first + i, 0, N_, C_, from(w.x, i * N_));
       load_tile(dout_, first + i, 0, N_, D_, from(w.dout, i * N_));
     }
-    unit_rows_again(w.x, first, count, 0, N_, unit_q_, layer_.query, layer_.query_bias,
-                    query_norms_, w.q);
-    unit_rows_again(w.x, first, count, 0, N_, unit_k_, layer_.key, layer_.key_bias, key_norms_,
-                    w.k);
-    gemm(w.dout, rows, layer_.final_rows, D_, E_, nullptr, w.dy);
-    gemm(w.dy, rows, layer_.proj_rows, E_, E_, nullptr, w.dt);
+    query_rows_again(w, first, count, 0, N_);
+    key_rows_again(w, first, count, 0, N_);
+    gemm(w.dout, rows, matrices_.final_rows, nullptr, w.dy, w.panel);
+    gemm(w.dy, rows, matrices_.proj_rows, nullptr, w.dt, w.panel);
     std::fill(dG, dG + count * padded(E_), 0.f);
     for (int64_t i = 0; i < count; i++)
       for (int64_t n = 0; n < N_; n += SLICE) {
@@ -194,17 +213,14 @@ class Backward {
         add(w.vector, E_, dG + i * padded(E_));
       }
     sum_key_gradients(w, s, rows);
-    if (call_.direct && call_.needs_weights) {
-      gram(w.dy, E_, w.k, E_, rows, s.U);
-      gemm(w.k, rows, layer_.proj, E_, E_, layer_.proj_bias, w.y, true, w.q);
-      gram(w.dout, D_, w.y, E_, rows, s.V);
-    }
-    if (call_.needs_tokens) gemm(w.dt, rows, layer_.key_rows, E_, C_, nullptr, w.dx);
+    if (call_.direct && call_.needs_weights)
+      gemm(w.k, rows, matrices_.plain.proj, matrices_.proj_bias, w.y, w.panel, w.q);
+    if (call_.needs_tokens) gemm(w.dt, rows, matrices_.key_rows, nullptr, w.dx, w.panel);
     for (int64_t i = 0; i < count; i++)
       query_rows(w, i * N_, N_, first + i, 0, dG + i * padded(E_));
     sum_query_gradients(w, s, rows);
     if (!call_.needs_tokens) return;
-    gemm(w.dy, rows, layer_.query_rows, E_, C_, nullptr, w.dx, true, w.dx);
+    gemm(w.dy, rows, matrices_.query_rows, nullptr, w.dx, w.panel, w.dx);
     for (int64_t i = 0; i < count; i++)
       store_tile(from(w.dx, i * N_), N_, C_, dx_, first + i, 0);
   }
@@ -214,15 +230,14 @@ class Backward {
     const int64_t first = tile * division_.rows, rows = std::min(division_.rows, N_ - first);
     load_tile(x_, item, first, rows, C_, w.x);
     load_tile(dout_, item, first, rows, D_, w.dout);
-    unit_rows_again(w.x, item, 1, first, rows, unit_k_, layer_.key, layer_.key_bias, key_norms_,
-                    w.k);
-    gemm(w.dout, rows, layer_.product_rows, D_, E_, nullptr, w.dt);
+    key_rows_again(w, item, 1, first, rows);
+    gemm(w.dout, rows, matrices_.product_rows, nullptr, w.dt, w.panel);
     for (int64_t n = 0; n < rows; n += SLICE)
       key_rows(w, n, std::min(SLICE, rows - n), item, first + n,
                partials + (first + n) / SLICE * padded(E_));
     sum_key_gradients(w, s, rows);
     if (!call_.needs_tokens) return;
-    gemm(w.dt, rows, layer_.key_rows, E_, C_, nullptr, w.dx);
+    gemm(w.dt, rows, matrices_.key_rows, nullptr, w.dx, w.panel);
     store_tile(w.dx, rows, C_, dx_, item, first);
   }
 
@@ -231,15 +246,19 @@ class Backward {
     const int64_t first = tile * division_.rows, rows = std::min(division_.rows, N_ - first);
     load_tile(x_, item, first, rows, C_, w.x);
     load_tile(dout_, item, first, rows, D_, w.dout);
-    unit_rows_again(w.x, item, 1, first, rows, unit_q_, layer_.query, layer_.query_bias,
-                    query_norms_, w.q);
-    gemm(w.dout, rows, layer_.final_rows, D_, E_, nullptr, w.dy);
+    query_rows_again(w, item, 1, first, rows);
+    gemm(w.dout, rows, matrices_.final_rows, nullptr, w.dy, w.panel);
     query_rows(w, 0, rows, item, first, dG);
     sum_query_gradients(w, s, rows);
     if (!call_.needs_tokens) return;
     load_tile(dx_, item, first, rows, C_, w.dx);
-    gemm(w.dy, rows, layer_.query_rows, E_, C_, nullptr, w.dx, true, w.dx);
+    gemm(w.dy, rows, matrices_.query_rows, nullptr, w.dx, w.panel, w.dx);
     store_tile(w.dx, rows, C_, dx_, item, first);
+  }
+
+  static void clear(Tile a, int64_t a_rows, Tile b, int64_t b_rows) {
+    std::fill(a.data, a.row(a_rows), 0.f);
+    std::fill(b.data, b.row(b_rows), 0.f);
   }
 
   static Tile from(Tile tile, int64_t row) { return {tile.row(row), tile.stride}; }
@@ -253,16 +272,27 @@ class Backward {
     for (int64_t i = 0; i < slices_of(N_); i++) add(partials + i * padded(E_), E_, total);
   }
 
+  void query_rows_again(const Workspace& w, int64_t item, int64_t count, int64_t first,
+                        int64_t rows) const {
+    unit_rows_again(w, item, count, first, rows, unit_q_, matrices_.plain.query,
+                    matrices_.query_bias, query_norms_, w.q);
+  }
+  void key_rows_again(const Workspace& w, int64_t item, int64_t count, int64_t first,
+                      int64_t rows) const {
+    unit_rows_again(w, item, count, first, rows, unit_k_, matrices_.plain.key, matrices_.key_bias,
+                    key_norms_, w.k);
+  }
+
   /// The unit rows of q or k as the forward had them: kept, or computed again from x.
-  void unit_rows_again(Tile x, int64_t item, int64_t count, int64_t first, int64_t rows,
-                       const Tokens& kept, const float* panels, const float* bias,
+  void unit_rows_again(const Workspace& w, int64_t item, int64_t count, int64_t first,
+                       int64_t rows, const Tokens& kept, const Matrix& matrix, const float* bias,
                        const float* norms, Tile unit) const {
     if (kept.data) {
       for (int64_t i = 0; i < count; i++)
         load_tile(kept, item + i, first, rows, E_, from(unit, i * rows));
       return;
     }
-    gemm(x, count * rows, panels, C_, E_, bias, unit);
+    gemm(w.x, count * rows, matrix, bias, unit, w.panel);
     if (layer_.qk_norm) scale_rows(unit, count * rows, E_, norms + item * N_ + first);
   }
 
@@ -308,7 +338,7 @@ class Backward {
         const vec unit = load(q + j);
         dG_sum += unit * load(dG + j);
         dy_sum += unit * load(dy + j);
-        w_g_sum += unit * load(layer_.w_g + j);
+        w_g_sum += unit * load(matrices_.w_g + j);
       }
       const float weight = weights_[item * N_ + n], d_weight = sum(dG_sum);
       float d_score = 0.f;
@@ -326,7 +356,7 @@ class Backward {
       const vec projection = broadcast(has_projection(norm) ? along : 0.f);
       const vec factor = broadcast(norm), by_dG = broadcast(weight), by_w_g = broadcast(d_score);
       for (int64_t j = 0; j < padded(E_); j += LANES) {
-        const vec d_unit = load(dy + j) + by_dG * load(dG + j) + by_w_g * load(layer_.w_g + j);
+        const vec d_unit = load(dy + j) + by_dG * load(dG + j) + by_w_g * load(matrices_.w_g + j);
         store(dy + j, factor * (d_unit - projection * load(q + j)));
       }
     }
@@ -347,8 +377,12 @@ class Backward {
     std::fill(w.factors, w.factors + rows, 1.f);
     add_rows(w, w.dt, rows, E_, s.dbk);
     add_rows(w, w.dout, rows, D_, s.dbf);
-    gram(w.dt, E_, w.x, C_, rows, s.dWk);
-    if (!call_.direct) gram(w.dout, D_, w.k, E_, rows, s.U);
+    gram(w.dt, E_, w.x, C_, rows, s.dWk, s.begun[0], w.columns);
+    if (call_.direct)
+      gram(w.dy, E_, w.k, E_, rows, s.U, s.begun[0], w.columns);
+    else
+      gram(w.dout, D_, w.k, E_, rows, s.U, s.begun[0], w.columns);
+    s.begun[0] = true;
   }
 
   void sum_query_gradients(const Workspace& w, const Sums& s, int64_t rows) const {
@@ -356,8 +390,9 @@ class Backward {
     add_rows(w, w.q, rows, E_, s.dw_g);  // the factors are those of the scores
     std::fill(w.factors, w.factors + rows, 1.f);
     add_rows(w, w.dy, rows, E_, s.dbq);
-    gram(w.dy, E_, w.x, C_, rows, s.dWq);
-    if (!call_.direct) gram(w.dout, D_, w.q, E_, rows, s.V);
+    gram(w.dy, E_, w.x, C_, rows, s.dWq, s.begun[1], w.columns);
+    gram(w.dout, D_, call_.direct ? w.y : w.q, E_, rows, s.V, s.begun[1], w.columns);
+    s.begun[1] = true;
   }
 
   /// total += sum_r factors[r] tile[r]; the tile is summed first, for accuracy.
@@ -367,7 +402,8 @@ class Backward {
     add(w.vector, width, total);
   }
 
-  const BackwardLayer& layer_;
+  const RawLayer& layer_;
+  const Prepared& matrices_;
   const BackwardCall& call_;
   const int64_t C_, E_, D_, N_;
   const int threads_;
@@ -381,12 +417,25 @@ class Backward {
 }  // namespace
 
 /// Floats that the sums of a backward take.
-EXPORT int64_t swiftkernels_sums_floats(const BackwardLayer* layer, int64_t direct) {
+EXPORT int64_t swiftkernels_sums_floats(const RawLayer* layer, int64_t direct) {
   Pieces pieces(nullptr);
   Sums::make(*layer, direct != 0, pieces);
   return pieces.used();
 }
 
-EXPORT int swiftkernels_backward(const BackwardLayer* layer, const BackwardCall* call) {
-  return Backward(*layer, *call).run();
+EXPORT int swiftkernels_backward(const RawLayer* layer, const BackwardCall* call) {
+  Prepared weights(*layer, usable_threads(call->threads));
+  if (!call->kept.unit_rows) {
+    weights.add(weights.plain.query);
+    weights.add(weights.plain.key);
+  }
+  weights.add(weights.final_rows);
+  weights.add(call->whole ? weights.proj_rows : weights.product_rows);
+  if (call->direct) weights.add(weights.plain.proj);
+  if (call->needs_tokens) {
+    weights.add(weights.query_rows);
+    weights.add(weights.key_rows);
+  }
+  if (!weights.finish(call->batch * call->tokens)) return OUT_OF_MEMORY;
+  return Backward(*layer, weights, *call).run();
 }

@@ -2,7 +2,7 @@
 // of the tokens is written but the output (and what a backward asked to be kept).
 #include <atomic>
 
-#include "forward.h"
+#include "training.h"
 
 namespace {
 
@@ -25,12 +25,15 @@ struct Workspace {
   Tile x, q, t, operand, out, fold;
   float *scores, *key_norms;  // one number for each row
   float* vectors;             // one vector for each row
+  float* panel;               // of a matrix that is not packed
 };
 
 class Forward {
  public:
-  Forward(const Layer& layer, const Call& call)
+  /// `matrices` holds what `layer` has in panels, or the same matrices not packed.
+  Forward(const Layer& layer, const PlainMatrices& matrices, const Call& call)
       : layer_(layer),
+        matrices_(matrices),
         call_(call),
         form_(static_cast<Form>(call.form)),
         C_(layer.in_dims),
@@ -157,6 +160,7 @@ class Forward {
     w.out = pieces.tile(rows, D_);
     w.scores = pieces.take(rows);
     w.key_norms = pieces.take(rows);
+    if (form_ == PLAIN) w.panel = pieces.take(Matrix::panel_scratch(std::max(C_, E_)));
     if (form_ == PLAIN) w.q = pieces.tile(rows, E_);
     if (form_ != FOLDED) w.t = pieces.tile(rows, E_);
     if (form_ != PLAIN) w.vectors = pieces.take(rows * LANES);
@@ -200,7 +204,7 @@ class Forward {
     if (form_ == PLAIN && waiting_q_.data) {
       load_tile(waiting_q_, item, first, rows, E_, w.q);
     } else if (form_ == PLAIN) {
-      gemm(w.x, rows, layer_.query, C_, E_, layer_.query_bias, w.q);
+      gemm(w.x, rows, matrices_.query, layer_.query_bias, w.q, w.panel);
       scale_rows(w.q, rows, E_, s.query_norms + first);
     }
     attend(w, s, item, 1, first, rows);
@@ -211,7 +215,7 @@ class Forward {
     float* query_norms = s.query_norms + first;
     float* scores = s.scores ? s.scores + first : w.scores;
     if (form_ == PLAIN) {
-      gemm(w.x, rows, layer_.query, C_, E_, layer_.query_bias, w.q);
+      gemm(w.x, rows, matrices_.query, layer_.query_bias, w.q, w.panel);
       norms_and_scores(layer_, w.q, rows, query_norms, scores);
       if (layer_.qk_norm) scale_rows(w.q, rows, E_, query_norms);
       return;
@@ -272,7 +276,7 @@ class Forward {
     const Tile G{s.G, padded(E_)};
     // Sums of x become sums of q: the query layer is linear.
     if (form_ != PLAIN)
-      gemm({const_cast<float*>(sums), partial_floats_}, count, layer_.query, C_, E_, nullptr, G);
+      gemm({const_cast<float*>(sums), partial_floats_}, count, matrices_.query, nullptr, G, nullptr);
     for (int64_t i = 0; i < count; i++) {
       const Partial total{s.partials + i * partial_floats_};
       const vec normaliser = broadcast(normalisers[i]), factors = broadcast(total.factor_sum());
@@ -292,6 +296,7 @@ class Forward {
 
   /// The rows of the folded output matrix that depend on G: M diag(G) [Wk | bk].
   void fold(const Workspace& w, const State& s, const float* G, int64_t begin, int64_t end) const {
+    const Matrix product = Matrix::packed(layer_.product, E_, D_);
     for (int64_t k = begin; k < end; k += SLICE) {
       int64_t rows = std::min(SLICE, end - k);
       for (int64_t r = 0; r < rows; r++)
@@ -300,11 +305,11 @@ class Forward {
                 load(layer_.key_rows + (k + r) * padded(E_) + j) * load(G + j));
       if (!layer_.qk_norm && k + rows == C_ + 1) {
         rows--;
-        gemm({w.fold.row(rows), w.fold.stride}, 1, layer_.product, E_, D_, layer_.output_bias,
-             {s.folded_bias, padded(D_)});
+        gemm({w.fold.row(rows), w.fold.stride}, 1, product, layer_.output_bias,
+             {s.folded_bias, padded(D_)}, nullptr);
       }
       if (rows > 0)
-        gemm_to_panels(w.fold, rows, layer_.product, E_, D_, s.folded, operand_width_, k,
+        gemm_to_panels(w.fold, rows, product, s.folded, operand_width_, k,
                        layer_.qk_norm ? nullptr : layer_.folded_output);
     }
   }
@@ -312,7 +317,7 @@ class Forward {
   /// Output rows of a tile of `count` items, `rows` of each from their row `first` on.
   void attend(const Workspace& w, const State& s, int64_t item, int64_t count, int64_t first,
               int64_t rows) const {
-    gemm(w.x, count * rows, layer_.key, C_, E_, layer_.key_bias, w.t);
+    gemm(w.x, count * rows, matrices_.key, layer_.key_bias, w.t, w.panel);
     float* key_norms = s.key_norms ? s.key_norms + first : w.key_norms;
     inverse_norms_of(layer_, w.t, count * rows, E_, key_norms);
     if (unit_k_.data) {
@@ -335,19 +340,20 @@ class Forward {
       }
     }
     if (form_ == PLAIN) {
-      gemm(w.t, count * rows, layer_.proj, E_, E_, layer_.proj_bias, w.operand, true, w.q);
-      emit(w, w.operand, layer_.final, layer_.final_bias, item, count, 0, first, rows);
+      gemm(w.t, count * rows, matrices_.proj, layer_.proj_bias, w.operand, w.panel, w.q);
+      emit(w, w.operand, matrices_.final, layer_.final_bias, item, count, 0, first, rows);
     } else {
-      emit(w, w.operand, layer_.output, layer_.output_bias, item, count, 0, first, rows);
+      emit(w, w.operand, Matrix::packed(layer_.output, operand_width_, D_), layer_.output_bias,
+           item, count, 0, first, rows);
     }
   }
 
   /// The same for one item whose output matrix is folded; its rows stand at `row` of the tile.
   void attend_folded(const Workspace& w, const State& s, int64_t item, int64_t row,
                      int64_t state_first, int64_t first, int64_t rows) const {
+    const Matrix folded = Matrix::packed(s.folded, operand_width_, D_);
     if (!layer_.qk_norm)
-      return emit(w, {w.x.row(row), w.x.stride}, s.folded, s.folded_bias, item, 1, row, first,
-                  rows);
+      return emit(w, {w.x.row(row), w.x.stride}, folded, s.folded_bias, item, 1, row, first, rows);
     for (int64_t r = 0; r < rows; r++) {
       const float* x = w.x.row(row + r);
       float* operand = w.operand.row(r);
@@ -358,24 +364,25 @@ class Forward {
       copy_scaled(x, query_norm, C_, operand + C_ + 1);
       operand[2 * C_ + 1] = query_norm;
     }
-    emit(w, w.operand, s.folded, layer_.output_bias, item, 1, row, first, rows);
+    emit(w, w.operand, folded, layer_.output_bias, item, 1, row, first, rows);
   }
 
-  /// out = operand times panels + bias, and the input on top if asked for; `row` is where the tile
+  /// out = operand times matrix + bias, and the input on top if asked for; `row` is where the tile
   /// of x has the first of these tokens.
-  void emit(const Workspace& w, Tile operand, const float* panels, const float* bias, int64_t item,
-            int64_t count, int64_t row, int64_t first, int64_t rows) const {
+  void emit(const Workspace& w, Tile operand, const Matrix& matrix, const float* bias,
+            int64_t item, int64_t count, int64_t row, int64_t first, int64_t rows) const {
     const Tile input = call_.add_input ? Tile{w.x.row(row), w.x.stride} : Tile{nullptr, 0};
     const bool joined = count == 1 || out_.batch_stride == rows * out_.token_stride;
     if (has_plain_rows(out_) && joined)
-      return gemm(operand, count * rows, panels, operand_width_, D_, bias,
-                  rows_of(out_, item, first), false, input);
-    gemm(operand, count * rows, panels, operand_width_, D_, bias, w.out, true, input);
+      return gemm(operand, count * rows, matrix, bias, rows_of(out_, item, first), w.panel, input,
+                  false);
+    gemm(operand, count * rows, matrix, bias, w.out, w.panel, input);
     for (int64_t i = 0; i < count; i++)
       store_tile({w.out.row(i * rows), w.out.stride}, rows, D_, out_, item + i, first);
   }
 
   const Layer& layer_;
+  const PlainMatrices& matrices_;
   const Call& call_;
   const Form form_;
   const int64_t C_, E_, D_, N_;
@@ -395,15 +402,38 @@ class Forward {
 EXPORT int64_t swiftkernels_lanes() { return LANES; }
 
 EXPORT void swiftkernels_pack(const float* b, int64_t K, int64_t columns, int64_t k_stride,
-                              int64_t column_stride, int64_t single, float* panels) {
-  pack_panels(b, K, columns, k_stride, column_stride, single != 0, panels);
+                              int64_t j_stride, int64_t single, float* panels) {
+  Matrix{K, columns, nullptr, b, k_stride, j_stride}.pack(panels, single != 0);
 }
 
 EXPORT uint64_t swiftkernels_fingerprint(const Layer* layer) {
   return layer->fingerprint.compute();
 }
 
+/// In inference, with packed weights.
 EXPORT int swiftkernels_forward(const Layer* layer, const Call* call) {
   if (layer->fingerprint.compute() != layer->fingerprint.value) return STALE;
-  return Forward(*layer, *call).run();
+  const int64_t C = layer->in_dims, E = layer->width, D = layer->token_dim;
+  const PlainMatrices matrices{Matrix::packed(layer->query, C, E), Matrix::packed(layer->key, C, E),
+                               Matrix::packed(layer->proj, E, E),
+                               Matrix::packed(layer->final, E, D)};
+  return Forward(*layer, matrices, *call).run();
+}
+
+/// In training, with the weights as they are. Always in the plain form.
+EXPORT int swiftkernels_forward_training(const RawLayer* raw, const Call* call) {
+  Prepared prepared(*raw, usable_threads(call->threads));
+  prepared.add(prepared.plain.query);
+  prepared.add(prepared.plain.key);
+  prepared.add(prepared.plain.proj);
+  prepared.add(prepared.plain.final);
+  if (!prepared.finish(call->batch * call->tokens)) return OUT_OF_MEMORY;
+  Layer layer{};
+  layer.in_dims = raw->in_dims, layer.width = raw->width, layer.token_dim = raw->token_dim;
+  layer.pooling = raw->pooling, layer.qk_norm = raw->qk_norm;
+  layer.scale = raw->scale, layer.eps = raw->eps;
+  layer.query_bias = prepared.query_bias, layer.key_bias = prepared.key_bias;
+  layer.w_g = prepared.w_g;
+  layer.proj_bias = prepared.proj_bias, layer.final_bias = prepared.final_bias;
+  return Forward(layer, prepared.plain, *call).run();
 }

@@ -67,28 +67,56 @@ inline void pack_panel(const float* b, int64_t K, int64_t k_stride, int64_t j_st
         transpose(block);
         for (int i = 0; i < LANES; i++) store(out + (k + i) * width + j, block[i]);
       }
-  } else if (j_stride == 1) {
-    for (; k < K; k++) {
-      std::memcpy(out + k * width, b + k * k_stride, valid * sizeof(float));
-      std::fill(out + k * width + valid, out + (k + 1) * width, 0.f);
-    }
+  } else if (j_stride == 1) {  // B is a matrix in memory
+    for (; k < K && valid == width; k++)
+      for (int64_t j = 0; j < width; j += LANES) store(out + k * width + j, load(b + k * k_stride + j));
   }
   for (; k < K; k++)
     for (int64_t j = 0; j < width; j++)
       out[k * width + j] = j < valid ? b[k * k_stride + j * j_stride] : 0.f;
 }
 
-/// Pack B [K, columns], B[k, j] = b[k * k_stride + j * j_stride].
-inline void pack_panels(const float* b, int64_t K, int64_t columns, int64_t k_stride,
-                        int64_t j_stride, bool single, float* panels) {
-  const Panels groups(columns, single);
-  for (int64_t i = 0; i < groups.count(); i++) {
-    const Panel group = groups[i];
-    const int64_t width = group.vectors * LANES;
-    pack_panel(b + group.column * j_stride, K, k_stride, j_stride, width,
-               std::min(width, columns - group.column), panels + K * group.column);
+/// A matrix B [K, columns] to multiply with: packed into panels before, or else panel by panel when it
+/// is used, which is faster where few rows use it.
+struct Matrix {
+  int64_t K, columns;
+  const float* panels;  // or null:
+  const float* raw;     // B[k, j] = raw[k * k_stride + j * j_stride]
+  int64_t k_stride, j_stride;
+
+  static Matrix packed(const float* panels, int64_t K, int64_t columns) {
+    return {K, columns, panels, nullptr, 0, 0};
   }
-}
+  /// The transpose of a matrix [columns, K] in memory, as a linear layer has it.
+  static Matrix transposed(const float* weight, int64_t K, int64_t columns) {
+    return {K, columns, nullptr, weight, 1, K};
+  }
+  static Matrix rows(const float* weight, int64_t K, int64_t columns) {
+    return {K, columns, nullptr, weight, columns, 1};
+  }
+  /// Floats for the panel that is packed on the fly.
+  static int64_t panel_scratch(int64_t K) { return K * MAX_VECTORS * LANES; }
+
+  /// Pack all panels into `to` and use them from now on.
+  void pack(float* to, bool single = false) {
+    const Panels groups(columns, single);
+    for (int64_t i = 0; i < groups.count(); i++) pack_group(groups[i], to + K * groups[i].column);
+    panels = to;
+  }
+  /// The panel of a group, in `scratch` if it is not packed.
+  const float* panel(const Panel& group, float* scratch) const {
+    if (panels) return panels + K * group.column;
+    pack_group(group, scratch);
+    return scratch;
+  }
+
+ private:
+  void pack_group(const Panel& group, float* to) const {
+    const int64_t width = group.vectors * LANES;
+    pack_panel(raw + group.column * j_stride, K, k_stride, j_stride, width,
+               std::min(width, columns - group.column), to);
+  }
+};
 
 /// Products that are summed one after another; longer sums are made of such pieces, or the rounding
 /// errors of wide layers would grow beyond those of PyTorch's products.
@@ -232,42 +260,50 @@ struct Tile {
   float* row(int64_t r) const { return data + r * stride; }
 };
 
-/// c [rows, columns] = initial + bias + a [rows, K] b, with b in panels. Columns beyond `columns`
-/// are written as padding if c has room for whole vectors, that is if `c_padded`.
-inline void gemm(Tile a, int64_t rows, const float* panels, int64_t K, int64_t columns,
-                 const float* bias, Tile c, bool c_padded = true, Tile initial = {nullptr, 0}) {
-  const Panels groups(columns);
-  const int64_t room = c_padded ? padded(columns) : columns;
-  for (int64_t i = 0; i < groups.count(); i++) {
-    const Panel group = groups[i];
-    const int64_t column = group.column;
-    const Block block{a.data,
-                      a.stride,
-                      panels + K * column,
-                      K,
-                      bias ? bias + column : nullptr,
-                      initial.data ? initial.data + column : nullptr,
-                      initial.stride,
-                      c.data + column,
-                      c.stride,
-                      room - column};
-    run_panel<Store>(block, group.vectors, rows);
+/// Rows of a that stay in the second-level cache while all panels of b pass by.
+inline int64_t cached_rows(int64_t K) { return std::max<int64_t>(48, 49152 / K); }
+
+/// c [rows, columns] = initial + bias + a [rows, K] b. Columns beyond those of b are written as
+/// padding if c has room for whole vectors, that is if `c_padded`. `scratch` is for a panel of b; it
+/// may be null if b is packed.
+inline void gemm(Tile a, int64_t rows, const Matrix& b, const float* bias, Tile c, float* scratch,
+                 Tile initial = {nullptr, 0}, bool c_padded = true) {
+  const Panels groups(b.columns);
+  const int64_t room = c_padded ? padded(b.columns) : b.columns;
+  const int64_t parts = b.panels ? (rows + cached_rows(b.K) - 1) / cached_rows(b.K) : 1;
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t first = rows * part / parts, end = rows * (part + 1) / parts;
+    for (int64_t i = 0; i < groups.count(); i++) {
+      const Panel group = groups[i];
+      const int64_t column = group.column;
+      const Block block{a.row(first),
+                        a.stride,
+                        b.panel(group, scratch),
+                        b.K,
+                        bias ? bias + column : nullptr,
+                        initial.data ? initial.row(first) + column : nullptr,
+                        initial.stride,
+                        c.row(first) + column,
+                        c.stride,
+                        room - column};
+      run_panel<Store>(block, group.vectors, end - first);
+    }
   }
 }
 
-/// The same with c, and `initial`, in panels of `panel_rows` rows, from row `first` on.
-inline void gemm_to_panels(Tile a, int64_t rows, const float* panels, int64_t K, int64_t columns,
-                           float* c, int64_t panel_rows, int64_t first,
-                           const float* initial = nullptr) {
-  const Panels groups(columns);
+/// The same for a packed b, with c, and `initial`, in panels of `panel_rows` rows, from row `first`
+/// on.
+inline void gemm_to_panels(Tile a, int64_t rows, const Matrix& b, float* c, int64_t panel_rows,
+                           int64_t first, const float* initial = nullptr) {
+  const Panels groups(b.columns);
   for (int64_t i = 0; i < groups.count(); i++) {
     const Panel group = groups[i];
     const int64_t width = group.vectors * LANES;
     const int64_t offset = panel_rows * group.column + first * width;
     const Block block{a.data,
                       a.stride,
-                      panels + K * group.column,
-                      K,
+                      b.panel(group, nullptr),
+                      b.K,
                       nullptr,
                       initial ? initial + offset : nullptr,
                       width,
@@ -304,6 +340,7 @@ struct GramBlock {
   int64_t rows;
   float* c;
   int64_t c_stride;
+  bool add;  // to what is in c
 };
 
 /// R columns of a times V vectors of columns of b, summed over the rows in registers.
@@ -328,7 +365,7 @@ void gram_block(const GramBlock& block) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) {
       float* c = block.c + r * block.c_stride + v * LANES;
-      store(c, load(c) + sums[r][v]);
+      store(c, block.add ? load(c) + sums[r][v] : sums[r][v]);
     }
 }
 
@@ -338,30 +375,59 @@ constexpr auto gram_kernels(std::integer_sequence<int, R...>) {
 }
 
 template <int V>
-inline void gram_rows(GramBlock block, int64_t a_columns) {
+inline void gram_rows(GramBlock block, int64_t a_columns, bool packed) {
   static constexpr auto kernels = gram_kernels<V>(std::make_integer_sequence<int, BLOCK_ROWS[V]>{});
   const int64_t count = (a_columns + BLOCK_ROWS[V] - 1) / BLOCK_ROWS[V];
   for (int64_t i = 0; i < count; i++) {
     const int64_t height = a_columns / count + (i < a_columns % count);
+    if (packed) block.a_stride = height;
     kernels[height - 1](block);
-    block.a += height;
+    block.a += packed ? height * block.rows : height;
     block.c += height * block.c_stride;
   }
 }
 
-/// c [a_columns, b_columns] += a^T b for tiles a and b of `rows` rows; b and c have whole vectors.
-inline void gram(Tile a, int64_t a_columns, Tile b, int64_t b_columns, int64_t rows, Tile c) {
+/// The columns of a as `gram_rows` takes them, each block of columns in one piece.
+inline void pack_columns(Tile a, int64_t a_columns, int64_t rows, int block_columns, float* to) {
+  const int64_t count = (a_columns + block_columns - 1) / block_columns;
+  for (int64_t i = 0, first = 0; i < count; i++) {
+    const int64_t height = a_columns / count + (i < a_columns % count);
+    for (int64_t n = 0; n < rows; n++)
+      for (int64_t r = 0; r < height; r++) *to++ = a.row(n)[first + r];
+    first += height;
+  }
+}
+
+/// Floats from which on a tile is packed before its columns are multiplied: its rows lie too far apart
+/// for the cache then.
+constexpr int64_t LARGE_TILE = 65536;
+
+/// c [a_columns, b_columns] = a^T b for tiles a and b of `rows` rows, or (`add`) that on top of c; b
+/// and c have whole vectors. `scratch` holds a tile if it is a large one.
+inline void gram(Tile a, int64_t a_columns, Tile b, int64_t b_columns, int64_t rows, Tile c, bool add,
+                 float* scratch) {
   const Panels groups(b_columns);
+  const bool packed = rows * a.stride > LARGE_TILE;
+  int packed_for = 0;
   for (int64_t i = 0; i < groups.count(); i++) {
     const Panel group = groups[i];
-    const GramBlock block{a.data,   a.stride, b.data + group.column,
-                          b.stride, rows,     c.data + group.column,
-                          c.stride};
+    if (packed && BLOCK_ROWS[group.vectors] != packed_for) {
+      packed_for = BLOCK_ROWS[group.vectors];
+      pack_columns(a, a_columns, rows, packed_for, scratch);
+    }
+    const GramBlock block{packed ? scratch : a.data,
+                          a.stride,
+                          b.data + group.column,
+                          b.stride,
+                          rows,
+                          c.data + group.column,
+                          c.stride,
+                          add};
     switch (group.vectors) {
-      case 1: gram_rows<1>(block, a_columns); break;
-      case 2: gram_rows<2>(block, a_columns); break;
-      case 3: gram_rows<3>(block, a_columns); break;
-      default: gram_rows<MAX_VECTORS>(block, a_columns);
+      case 1: gram_rows<1>(block, a_columns, packed); break;
+      case 2: gram_rows<2>(block, a_columns, packed); break;
+      case 3: gram_rows<3>(block, a_columns, packed); break;
+      default: gram_rows<MAX_VECTORS>(block, a_columns, packed);
     }
   }
 }

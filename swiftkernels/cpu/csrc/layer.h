@@ -76,29 +76,18 @@ struct Layer {
   Fingerprint fingerprint;
 };
 
-/// The layer as the backward reads it; panels and vectors as in `Layer`.
-struct BackwardLayer {
+/// The layer as it is trained: its weights in memory, contiguous float32; null: no bias.
+struct RawLayer {
   int64_t in_dims, width, token_dim;
   int64_t pooling;
   int64_t qk_norm;
   double scale;
   double eps;
-  const float* w_g;
-  const float* query_rows;  // Wq [E, C]: the gradient of its input
-  const float* key_rows;    // Wk [E, C]
-  const float* final_rows;  // Wf [D, E]
-  // Whole items.
-  const float* proj_rows;  // Wp [E, E]
-  // Tiles.
-  const float* product_rows;  // Wf Wp [D, E]
-  // To compute q and k again.
-  const float* query;
-  const float* query_bias;
-  const float* key;
-  const float* key_bias;
-  // Direct sums.
-  const float* proj;
-  const float* proj_bias;
+  const float *wq, *bq;  // [E, C], [E]
+  const float *wk, *bk;
+  const float* w_g;      // [E]
+  const float *wp, *bp;  // [E, E], [E]
+  const float *wf, *bf;  // [D, E], [D]
 };
 
 /// What a forward keeps for the backward.

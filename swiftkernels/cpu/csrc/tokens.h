@@ -188,6 +188,7 @@ inline Tile rows_of(const Tokens& t, int64_t item, int64_t first) {
 class Scratch {
  public:
   explicit Scratch(int64_t floats) {
+    if (floats == 0) return;
     void* memory = nullptr;
     if (posix_memalign(&memory, 64, static_cast<size_t>(round_up(floats, 16)) * 4) == 0)
       memory_.reset(static_cast<float*>(memory));

@@ -1,0 +1,89 @@
+// The weights of a layer in training, prepared for one call: they change with every step, so that
+// nothing can be kept of them.
+#pragma once
+
+#include "forward.h"
+
+/// The matrices of the plain form.
+struct PlainMatrices {
+  Matrix query, key;   // Wq^T, Wk^T [C, E]
+  Matrix proj, final;  // Wp^T [E, E], Wf^T [E, D]
+};
+
+/// Vectors padded; matrices packed where enough tokens use them.
+class Prepared {
+ public:
+  PlainMatrices plain;
+  Matrix query_rows, key_rows;   // Wq, Wk [E, C]: from dq and dk to dx
+  Matrix final_rows, proj_rows;  // Wf [D, E], Wp [E, E]: from dout to dy, from dy to dt
+  Matrix product_rows;           // Wf Wp [D, E]: from dout to dt
+  const float *query_bias, *key_bias, *w_g, *proj_bias, *final_bias;
+
+  Prepared(const RawLayer& raw, int threads) : raw_(raw), threads_(threads) {
+    const int64_t C = raw.in_dims, E = raw.width, D = raw.token_dim;
+    plain = {Matrix::transposed(raw.wq, C, E), Matrix::transposed(raw.wk, C, E),
+             Matrix::transposed(raw.wp, E, E), Matrix::transposed(raw.wf, E, D)};
+    query_rows = Matrix::rows(raw.wq, E, C);
+    key_rows = Matrix::rows(raw.wk, E, C);
+    final_rows = Matrix::rows(raw.wf, D, E);
+    proj_rows = Matrix::rows(raw.wp, E, E);
+    product_rows = Matrix::rows(nullptr, D, E);
+  }
+
+  /// Ask for a matrix.
+  void add(Matrix& matrix) { matrices_[count_++] = &matrix; }
+
+  /// Prepare what was asked for; whether there was memory enough.
+  bool finish(int64_t tokens) {
+    const bool pack = tokens >= MIN_TOKENS;
+    Pieces size(nullptr);
+    lay_out(size, pack);
+    memory_ = Scratch(size.used());
+    if (!memory_) return false;
+    Pieces pieces(memory_.data());
+    lay_out(pieces, pack);
+    return true;
+  }
+
+ private:
+  /// A matrix that fewer tokens use is packed as it is used.
+  static constexpr int64_t MIN_TOKENS = 512;
+
+  void lay_out(Pieces& pieces, bool pack) {
+    const int64_t E = raw_.width, D = raw_.token_dim;
+    query_bias = vector(raw_.bq, E, pieces);
+    key_bias = vector(raw_.bk, E, pieces);
+    w_g = vector(raw_.w_g, E, pieces);
+    proj_bias = vector(raw_.bp, E, pieces);
+    final_bias = vector(raw_.bf, D, pieces);
+    float* panels[8];
+    for (int i = 0; i < count_; i++) {
+      if (matrices_[i] == &product_rows) {
+        float* product = pieces.take(D * padded(E));
+        float* scratch = pieces.take(Matrix::panel_scratch(E));
+        if (product) {
+          gemm({const_cast<float*>(raw_.wf), E}, D, proj_rows, nullptr, {product, padded(E)},
+               scratch);
+          product_rows.raw = product, product_rows.k_stride = padded(E);
+        }
+      }
+      panels[i] = pack ? pieces.take(panel_floats(matrices_[i]->K, matrices_[i]->columns)) : nullptr;
+    }
+    if (count_ > 0 && panels[0])
+      parallel_for(count_, threads_, [&](int64_t i, int) { matrices_[i]->pack(panels[i]); });
+  }
+
+  static const float* vector(const float* from, int64_t width, Pieces& pieces) {
+    float* to = pieces.take(padded(width));
+    if (!to) return nullptr;
+    std::fill(to, to + padded(width), 0.f);
+    if (from) std::copy(from, from + width, to);
+    return to;
+  }
+
+  const RawLayer& raw_;
+  const int threads_;
+  Scratch memory_{0};
+  Matrix* matrices_[8];
+  int count_ = 0;
+};

@@ -1,0 +1,110 @@
+"""What the tests of the CPU kernels share: libraries in their place, sizes, accuracy checks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from swiftkernels import additive_self_attention
+from swiftkernels.cpu import config, launch, weights
+from swiftkernels.cpu.weights import FOLDED, PLAIN, TRIANGULAR
+from tests.cases import (
+    POOLINGS,
+    SELF_NAMES,
+    assert_as_good_as_eager,
+    convert,
+    forward_backward,
+    make_mask,
+    make_tensors,
+)
+
+Tensors = list[Tensor | None]
+
+FORMS = {"plain": PLAIN, "triangular": TRIANGULAR, "folded": FOLDED}
+
+SIZES = (
+    (2, 65, 40, 37, 1),
+    (2, 49, 48, 48, 1),
+    (3, 33, 20, 28, 2),
+    (2, 32, 64, 64, 1),
+    (1, 31, 37, 110, 2),
+    (2, 7, 220, 220, 1),
+    (1, 1, 48, 48, 1),
+    (5, 256, 24, 16, 1),
+    (1, 257, 56, 56, 1),
+    (1, 700, 48, 48, 1),
+    (33, 7, 16, 24, 2),
+    (2, 700, 20, 37, 1),
+    (2, 65, 1, 1, 1),
+    (2, 9, 100, 6, 1),
+)
+"""Batch, tokens, C, D, heads: odd widths, and every division of the work."""
+
+
+@contextlib.contextmanager
+def kernels_in_use(handle: Any) -> Iterator[None]:
+    """The functions of another library in place of those that were chosen."""
+
+    def forget() -> None:
+        weights._layers.clear()  # packed for the other library's vectors
+        config._folded_from.cache_clear()
+
+    forget()
+    with mock.patch.object(launch, "kernels", return_value=handle):
+        yield
+    forget()
+
+
+def form_in_use(form: int) -> contextlib.AbstractContextManager[object]:
+    """One form of the output for all sizes."""
+    return mock.patch.object(config, "form", return_value=form)
+
+
+def options_of(case: int, batch: int, n_tokens: int) -> dict[str, Any]:
+    """Options of the n-th case: every pooling with and without norms and mask, over the cases."""
+    return {
+        "pooling": POOLINGS[case % 4],
+        "qk_norm": case // 4 % 2 == 0 or case % 3 == 0,
+        "mask": make_mask(batch, n_tokens) if case % 2 else None,
+    }
+
+
+def tensors_of(case: int, dtype: torch.dtype) -> Tensors:
+    """Tensors of the n-th size, with biases in most."""
+    return make_tensors(*SIZES[case], bias=case % 5 != 3, dtype=dtype)
+
+
+def attend(*tensors: Tensor | None, **options: Any) -> Tensor:
+    """Without gradients, by the CPU kernels unless another backend is named."""
+    with torch.no_grad():
+        return additive_self_attention(*tensors, **{"backend": "cpu"} | options)
+
+
+def gradients(
+    tensors: Tensors, dout: Tensor | None = None, backend: str = "cpu", **options: Any
+) -> dict[str, Tensor]:
+    """The output and the gradients of all tensors."""
+    function = functools.partial(additive_self_attention, backend=backend, **options)
+    return forward_backward(function, tensors, SELF_NAMES, dout)
+
+
+def assert_accurate(
+    tensors: Tensors, dout: Tensor | None = None, ulps: float = 4, **options: Any
+) -> None:
+    """Every form of the output, and gradients from all that may be kept: as good as eager's."""
+    exact = gradients(convert(tensors, torch.float64), dout, "reference", **options)
+    eager = gradients(tensors, dout, "reference", **options)
+    for name, form in FORMS.items():
+        with form_in_use(form):
+            out = attend(*tensors, **options)
+        assert_as_good_as_eager(out, eager["output"], exact["output"], ulps, f"output, {name}")
+    for recompute in (True, False):
+        ours = gradients(tensors, dout, recompute=recompute, **options)
+        for name, t in ours.items():
+            assert_as_good_as_eager(t, eager[name], exact[name], ulps, f"{name}, {recompute=}")
