@@ -41,7 +41,8 @@ SIZES = (
     (1, 700, 48, 48, 1),
     (33, 7, 16, 24, 2),
     (2, 700, 20, 37, 1),
-    (2, 65, 1, 1, 1),
+    (2, 65, 1, 3, 1),
+    (2, 65, 3, 1, 2),
     (2, 9, 100, 6, 1),
 )
 """Batch, tokens, C, D, heads: odd widths, and every division of the work."""
@@ -94,17 +95,38 @@ def gradients(
     return forward_backward(function, tensors, SELF_NAMES, dout)
 
 
+def assert_forms_accurate(tensors: Tensors, ulps: float = 4, **options: Any) -> None:
+    """Every form of the output is as good as eager's."""
+    exact = attend(*convert(tensors, torch.float64), **options, backend="reference")
+    eager = attend(*tensors, **options, backend="reference")
+    for name, form in FORMS.items():
+        with form_in_use(form):
+            out = attend(*tensors, **options)
+        assert_as_good_as_eager(out, eager, exact, ulps, f"output, {name}")
+
+
 def assert_accurate(
     tensors: Tensors, dout: Tensor | None = None, ulps: float = 4, **options: Any
 ) -> None:
     """Every form of the output, and gradients from all that may be kept: as good as eager's."""
+    assert_forms_accurate(tensors, ulps, **options)
     exact = gradients(convert(tensors, torch.float64), dout, "reference", **options)
     eager = gradients(tensors, dout, "reference", **options)
-    for name, form in FORMS.items():
-        with form_in_use(form):
-            out = attend(*tensors, **options)
-        assert_as_good_as_eager(out, eager["output"], exact["output"], ulps, f"output, {name}")
     for recompute in (True, False):
         ours = gradients(tensors, dout, recompute=recompute, **options)
         for name, t in ours.items():
             assert_as_good_as_eager(t, eager[name], exact[name], ulps, f"{name}, {recompute=}")
+
+
+def assert_residual_accurate(tensors: Tensors, scale: Tensor) -> None:
+    """x + scale * attention(x) in every form is as good as eager's."""
+    results = []
+    for dtype in (torch.float64, tensors[0].dtype):
+        t = convert(tensors, dtype)
+        results.append(t[0] + scale.to(dtype) * attend(*t, backend="reference"))
+    exact, eager = results
+    for name, form in FORMS.items():
+        with form_in_use(form):
+            out = attend(*tensors, residual_scale=scale)
+        assert out.stride() == tensors[0].stride()
+        assert_as_good_as_eager(out, eager, exact, name=f"output, {name}")

@@ -51,6 +51,7 @@ from tests.cpu_cases import (
     SIZES,
     Tensors,
     assert_accurate,
+    assert_forms_accurate,
     attend,
     form_in_use,
     gradients,
@@ -94,9 +95,10 @@ def isa(request) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def _same_threads() -> Iterator[None]:
-    """A test may change their number."""
+def _one_thread() -> Iterator[None]:
+    """More only where a test asks for them: small work is faster so, beside other processes."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -125,7 +127,10 @@ def by_definition(
         with torch.no_grad():
             if dtype is None:
                 return layer(x, **kwargs)
-            kwargs = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+            kwargs = {
+                name: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+                for name, v in kwargs.items()
+            }
             return copy.deepcopy(layer).to(dtype)(x.to(dtype), **kwargs)
     finally:
         layer.backend = backend
@@ -213,7 +218,18 @@ def test_items_with_all_tokens_masked_are_as_good_as_eager(isa, pooling, dtype):
     mask = make_mask(3, 70)
     mask[1] = False
     mask[2, 32:] = False  # a whole slice of the sums
+    if dtype == torch.float16 and pooling == "l2":  # eps is 0 there: eager divides 0 by 0
+        tensors, mask = [tensors[0][[0, 2]], *tensors[1:]], mask[[0, 2]]
     assert_accurate(tensors, pooling=pooling, mask=mask)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_items_with_all_tokens_masked_give_no_nan_in_float16(recompute):
+    tensors = make_tensors(2, 40, 12, 10, dtype=torch.float16)
+    mask = make_mask(2, 40)
+    mask[1] = False
+    result = gradients(tensors, mask=mask, recompute=recompute)
+    assert all(t.isfinite().all() for t in result.values())
 
 
 @poolings
@@ -226,6 +242,8 @@ def test_zero_rows_are_treated_as_by_normalize(isa, pooling, dtype, bias):
     for recompute in (True, False):
         result = gradients(tensors, pooling=pooling, recompute=recompute)
         assert all(t.isfinite().all() for t in result.values())
+    # Tokens that are all the same leave of some gradients only what rounding makes of them.
+    tensors[0][1, ::2] = random_tokens(20, 6, dtype=dtype)
     assert_accurate(tensors, pooling=pooling)
 
 
@@ -256,7 +274,8 @@ def test_rows_below_eps_have_the_gradient_of_a_constant_norm(isa, dtype, eps):
 @pytest.mark.parametrize("pooling", ["l2", "softmax"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_huge_and_tiny_tokens(isa, dtype, pooling, factor):
-    tensors = make_tensors(2, 33, 12, 10)
+    """Without biases, beside which the tiny would be all the same."""
+    tensors = make_tensors(2, 33, 12, 10, bias=False)
     tensors[0] = tensors[0] * factor
     assert_accurate(convert(tensors, dtype), pooling=pooling)
 
@@ -287,7 +306,7 @@ def test_rows_of_norm_above_65504_are_normalised_in_float16(isa, pooling):
 @pytest.mark.parametrize("layer", ["query", "key", "both"])
 def test_biases_that_cancel_the_mean_cost_no_accuracy(isa, layer, spread):
     tensors, _ = cancelling(layer, spread)
-    assert_accurate(tensors)
+    assert_forms_accurate(tensors)
 
 
 @pytest.mark.parametrize("form", ["triangular", "folded"])
@@ -306,13 +325,13 @@ def test_cancellation_is_noticed_and_remembered(isa, form):
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-@pytest.mark.parametrize("row_norm", [1e-1, 1e-3])
-def test_a_single_row_may_cancel(isa, row_norm):
-    """The norms of the others hide it from the check for cancellation."""
+@pytest.mark.parametrize("row_norm", [1e-1, 1e-2, 1e-3])
+def test_few_rows_may_cancel(isa, row_norm):
+    """The norms of the others hide them from the check for cancellation."""
     tensors, _ = cancelling("both", 3)
-    mean = tensors[0].mean(1, keepdim=True)
-    tensors[0][:, 5:6] = mean + row_norm * (tensors[0][:, 5:6] - mean)
-    assert_accurate(tensors)
+    few, mean = tensors[0][:, ::5], random_tokens(12, seed=9)
+    few.copy_(mean + row_norm * (few - mean))
+    assert_forms_accurate(tensors)
 
 
 def cancelling(layer: str, spread: float) -> tuple[Tensors, Options]:
@@ -412,12 +431,11 @@ EXPANDED = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [*LAYOUTS, *EXPANDED])
-@pytest.mark.parametrize("n_tokens", [33, 300])
+@pytest.mark.parametrize("n_tokens", [33, 270])
 def test_any_strides_give_the_result_of_contiguous_tensors(isa, n_tokens, layout, dtype):
-    torch.set_num_threads(2)
     arrange = {**LAYOUTS, **EXPANDED}[layout]
-    tensors = make_tensors(3, n_tokens, 20, 24, dtype=dtype)
-    tensors[0], dout = arrange(tensors[0]), arrange(random_tokens(3, n_tokens, 24, dtype=dtype))
+    tensors = make_tensors(2, n_tokens, 20, 24, dtype=dtype)
+    tensors[0], dout = arrange(tensors[0]), arrange(random_tokens(2, n_tokens, 24, dtype=dtype))
     dense = [tensors[0].contiguous(), *tensors[1:]]
     for form in FORMS.values():
         with form_in_use(form):
@@ -508,7 +526,11 @@ def random_images(count: int) -> Iterator[Tensor]:
 @pytest.mark.parametrize("residual", [False, True])
 def test_images_of_any_strides(residual):
     layer, scale = make_layer(6, 6), random_tokens(6) if residual else None
-    for x in random_images(150):
+    grey = [
+        random_tokens(2, 1, 3, 3).expand(2, 6, 3, 3),
+        random_tokens(1, 1, 1, 3).expand(1, 6, 3, 3),
+    ]
+    for x in itertools.chain(grey, random_images(100)):
         with torch.no_grad():
             first = layer(x, residual_scale=scale)
             second = layer(x, residual_scale=scale)
@@ -522,7 +544,7 @@ def test_images_of_any_strides(residual):
 
 DIVISIONS = {
     "whole items": (30, 49, 24, 20),
-    "items": (30, 300, 24, 20),
+    "items": (30, 260, 24, 20),
     "tokens": (1, 700, 24, 20),
     "tokens of several items": (2, 300, 24, 20),
     "few tokens": (2, 7, 24, 20),
@@ -549,11 +571,18 @@ def test_gradients_do_not_depend_on_threads(isa, recompute, division):
     tensors = make_tensors(*DIVISIONS[division], dtype=torch.float32)
     exact = gradients(convert(tensors, torch.float64), None, "reference")
     eager = gradients(tensors, None, "reference")
+    leaves = [t.requires_grad_() for t in tensors]
+    dout = random_tokens(*exact["output"].shape, seed=1)
     results = []
+
+    def run() -> dict[str, Tensor]:
+        out = additive_self_attention(*leaves, backend="cpu", recompute=recompute)
+        grads = torch.autograd.grad(out, leaves, dout)
+        return {"output": out.detach(), **dict(zip(SELF_NAMES, grads, strict=True))}
+
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
-        result = gradients(tensors, recompute=recompute)
-        again = gradients(tensors, recompute=recompute)
+        result, again = run(), run()
         for name, t in result.items():
             assert torch.equal(t, again[name]), (name, threads)
             assert_as_good_as_eager(t, eager[name], exact[name], name=name)
@@ -650,6 +679,31 @@ def test_threads_of_python_share_a_layer():
         assert all(torch.equal(out, outputs[0]) for out in outputs)
 
 
+def test_threads_of_python_share_a_query_weight():
+    """Two layers keep their packed weights in one place, each in turn."""
+    layers = [make_layer(128, 128), make_layer(128, 128)]
+    nn.init.normal_(layers[1].proj.weight, std=0.1)
+    layers[1].to_query.weight = layers[0].to_query.weight
+    x = random_tokens(4, 100, 128)
+    expected = [by_definition(layer, x) for layer in layers]
+    results: list[list[Tensor]] = [[], []]
+
+    def work(i: int) -> None:
+        with torch.no_grad():
+            for _ in range(40):
+                results[i].append(layers[i](x))
+
+    torch.set_num_threads(1)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for outputs, eager in zip(results, expected, strict=True):
+        for out in outputs:
+            torch.testing.assert_close(out, eager, rtol=1e-4, atol=1e-4)
+
+
 def fork_after_parallel_work() -> None:
     """In a child, OpenMP's threads are gone; waiting for them would take forever."""
     torch.set_num_threads(2)
@@ -689,15 +743,15 @@ def test_a_forked_process_computes_the_same():
 @pytest.fixture
 def packings(monkeypatch) -> list[int]:
     """Grows by the form at each time weights are packed."""
-    kinds: list[int] = []
+    packed: list[int] = []
     pack = weights.pack
 
-    def counting(handle: Any, layer: Weights, options: Options, kind: int, **more: bool) -> Any:
-        kinds.append(kind)
-        return pack(handle, layer, options, kind, **more)
+    def counting(*args: Any, **kwargs: Any) -> weights.Packed:
+        packed.append(args[3])
+        return pack(*args, **kwargs)
 
     monkeypatch.setattr(weights, "pack", counting)
-    return kinds
+    return packed
 
 
 @pytest.fixture
@@ -725,16 +779,20 @@ def test_weights_are_packed_once(packings, quickly):
     assert len(packings) == 1
     for _ in range(2):
         layer(random_tokens(2, 9, 16).requires_grad_()).sum().backward()
-    # The plain form for the forward, and what the backward reads.
-    assert len(packings) == 3
     with torch.no_grad():
         layer(random_tokens(2, 9, 16))
+    assert len(packings) == 1
+    layer.to_query.weight.data.mul_(2)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(random_tokens(2, 9, 16))
+    # When the change is noticed, with nothing kept; and at the next call.
     assert len(packings) == 3
 
 
 def optimise(optimiser: Callable[..., torch.optim.Optimizer], **options: Any):
     def change(layer: AdditiveAttention) -> None:
-        step = optimiser(layer.parameters(), lr=0.1, **options)
+        step = optimiser(layer.parameters(), lr=0.01, **options)
         with torch.enable_grad():
             layer(random_tokens(2, 9, 16, seed=5)).square().sum().backward()
         step.step()
@@ -849,11 +907,15 @@ def test_changed_weights_are_noticed(n_tokens, change):
     if change is not go_to_another_type_and_back:
         assert not torch.allclose(before[-1], after[0])
     results = []
-    for backend in ("cpu", "reference"):
+    for dtype, backend in (
+        (torch.float32, "cpu"), (torch.float32, "reference"), (torch.float64, "reference")
+    ):  # fmt: skip
+        if dtype == torch.float64:
+            layer = copy.deepcopy(layer).double()
         layer.backend = backend
-        results.append([layer(leaf), *torch.autograd.grad(layer(leaf).sin().sum(), leaf)])
-    for ours, eager in zip(*results, strict=True):
-        torch.testing.assert_close(ours, eager)
+        leaf = x.to(dtype).requires_grad_()
+        results.append(torch.autograd.grad(layer(leaf).sin().sum(), leaf)[0])
+    assert_as_good_as_eager(*results)
 
 
 @pytest.mark.parametrize("name", ["to_query", "to_key", "proj", "final"])
@@ -1405,14 +1467,22 @@ def test_compiled_layers_take_the_kernels(forward_calls, training):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_by_inductor(forward_calls):
-    layer, x = make_layer(backend="auto"), random_tokens(2, 16, 3, 4)
-    compiled = torch.compile(lambda x: layer(x.cos()).sin(), fullgraph=True)
-    leaf = x.clone().requires_grad_()
-    ours = torch.autograd.grad(compiled(leaf).sum(), leaf)[0]
-    expected = torch.autograd.grad(layer(leaf.cos()).sin().sum(), leaf)[0]
-    torch.testing.assert_close(ours, expected)
-    assert len(forward_calls) == 2
+@pytest.mark.parametrize("recompute", [True, False])
+def test_compiled_between_other_operators(forward_calls, recompute):
+    """Through the whole compiler but for its code generator."""
+    layer = make_layer(backend="auto", recompute=recompute)
+    leaf = random_tokens(2, 16, 3, 4).requires_grad_()
+    parameters = [leaf, *layer.parameters()]
+
+    def model(x: Tensor) -> Tensor:
+        return layer(x.cos()).sin()
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
+    ours = torch.autograd.grad(compiled(leaf).sum(), parameters)
+    expected = torch.autograd.grad(model(leaf).sum(), parameters)
+    for t, eager in zip(ours, expected, strict=True):
+        torch.testing.assert_close(t, eager)
+    assert forward_calls == ["statistics" if recompute else "rows"] * 2
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -1599,6 +1669,7 @@ def test_too_little_memory_is_an_error(isa):
     """What the kernels ask for is more than any machine has."""
     tensors = make_tensors(1, 9, 6, 5, dtype=torch.float32)
     layer, options = Weights(*tensors[1:]), Options("l2", True, 0.5, 1e-12)
+    torch.set_num_threads(2)
     huge = tensors[0][:, :1].expand(1, 1 << 48, 6)
     out = tensors[0].new_empty(1, 1, 5).expand(1, 1 << 48, 5)
     for form in FORMS.values():

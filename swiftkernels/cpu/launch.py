@@ -45,7 +45,7 @@ def declare(handle: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     for name, result, arguments in (
         ("lanes", number, ()),
-        ("pack", None, (pointer, *[number] * 5, pointer)),
+        ("pack", None, (pointer, *[number] * 4, pointer)),
         ("fingerprint", ctypes.c_uint64, (ctypes.c_char_p,)),
         ("forward", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
         ("forward_training", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),

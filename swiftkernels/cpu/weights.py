@@ -260,13 +260,13 @@ class _Packer:
         self.buffers.append(buffer)
         return buffer
 
-    def matrix(self, b: Tensor, single: bool = False) -> int:
-        """Panels of b [K, columns]; `single`: of one vector each."""
+    def matrix(self, b: Tensor) -> int:
+        """Panels of b [K, columns]."""
         b = b.detach().float()
         K, columns = b.shape
         panels = self._buffer(K * self._padded(columns))
         self.library.swiftkernels_pack(
-            b.data_ptr(), K, columns, b.stride(0), b.stride(1), single, panels.data_ptr()
+            b.data_ptr(), K, columns, b.stride(0), b.stride(1), panels.data_ptr()
         )
         return panels.data_ptr()
 
@@ -286,7 +286,7 @@ class _Packer:
     def triangle(self, weight: Tensor, bias: Tensor) -> tuple[int, int]:
         """R of [weight | bias] = Q R: |weight x + bias| = |R [x; 1]|."""
         R = torch.linalg.qr(torch.cat([weight, bias.unsqueeze(1)], dim=1), mode="r").R
-        return self.matrix(R[:, :-1].t(), single=True), self.vector(R[:, -1], R.shape[0])
+        return self.matrix(R[:, :-1].t()), self.vector(R[:, -1], R.shape[0])
 
     def _padded(self, columns: int) -> int:
         return -(-columns // self.lanes) * self.lanes

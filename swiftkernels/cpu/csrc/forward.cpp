@@ -216,7 +216,8 @@ class Forward {
     float* scores = s.scores ? s.scores + first : w.scores;
     if (form_ == PLAIN) {
       gemm(w.x, rows, matrices_.query, layer_.query_bias, w.q, w.panel);
-      norms_and_scores(layer_, w.q, rows, query_norms, scores);
+      inverse_norms_of(layer_, w.q, rows, E_, query_norms);
+      score_rows(layer_, w.q, rows, E_, layer_.w_g, 0.f, query_norms, scores);
       if (layer_.qk_norm) scale_rows(w.q, rows, E_, query_norms);
       return;
     }
@@ -224,7 +225,7 @@ class Forward {
     if (layer_.qk_norm) {
       triangular_norms2(w.x, rows, layer_.query_triangle, C_, triangle, layer_.query_triangle_bias,
                         w.vectors, query_norms);
-      invert_norms(query_norms, rows, query_bias_norm2_);
+      invert_and_check(query_norms, rows, query_bias_norm2_);
     } else {
       std::fill(query_norms, query_norms + rows, 1.f);
     }
@@ -232,26 +233,20 @@ class Forward {
       float* key_norms = s.key_norms + first;
       triangular_norms2(w.x, rows, layer_.key_triangle, C_, triangle, layer_.key_triangle_bias,
                         w.vectors, key_norms);
-      invert_norms(key_norms, rows, key_bias_norm2_);
+      invert_and_check(key_norms, rows, key_bias_norm2_);
     }
-    const float bias = static_cast<float>(layer_.query_score_bias);
-    for (int64_t r = 0; r < rows; r++) {
-      vec score{};
-      for (int64_t j = 0; j < padded(C_); j += LANES)
-        score += load(w.x.row(r) + j) * load(layer_.query_scores + j);
-      scores[r] = static_cast<float>(layer_.scale) * query_norms[r] * (sum(score) + bias);
-    }
+    score_rows(layer_, w.x, rows, C_, layer_.query_scores,
+               static_cast<float>(layer_.query_score_bias), query_norms, scores);
   }
 
   /// Squares of norms to inverse norms. Where rows are much shorter than the bias in them, the bias
   /// cancels the mean of x; what is linear in x then loses more digits than the plain form.
-  void invert_norms(float* norms2, int64_t rows, float bias_norm2) const {
+  void invert_and_check(float* norms2, int64_t rows, float bias_norm2) const {
     float mean = 0;
-    for (int64_t r = 0; r < rows; r++) {
-      mean += norms2[r] / static_cast<float>(rows);
-      norms2[r] = inverse_norm(layer_, norms2[r]);
-    }
-    if (bias_norm2 > 4 * mean) cancellation_.store(true, std::memory_order_relaxed);
+    for (int64_t r = 0; r < rows; r++) mean += norms2[r];
+    if (bias_norm2 * static_cast<float>(rows) > 4 * mean)
+      cancellation_.store(true, std::memory_order_relaxed);
+    invert_norms(layer_, norms2, rows);
   }
 
   /// Partial sums of rows of the tile from `row` on, whose state starts at `first`.
@@ -402,8 +397,8 @@ class Forward {
 EXPORT int64_t swiftkernels_lanes() { return LANES; }
 
 EXPORT void swiftkernels_pack(const float* b, int64_t K, int64_t columns, int64_t k_stride,
-                              int64_t j_stride, int64_t single, float* panels) {
-  Matrix{K, columns, nullptr, b, k_stride, j_stride}.pack(panels, single != 0);
+                              int64_t j_stride, float* panels) {
+  Matrix{K, columns, nullptr, b, k_stride, j_stride}.pack(panels);
 }
 
 EXPORT uint64_t swiftkernels_fingerprint(const Layer* layer) {

@@ -10,34 +10,37 @@ inline float norm2(const float* vector, int64_t width) {
   return sum(total);
 }
 
-/// 1 / max(norm, eps), as torch.nn.functional.normalize divides.
-inline float inverse_norm(const Layer& layer, float norm2) {
-  return 1.f / std::max(std::sqrt(norm2), static_cast<float>(layer.eps));
+/// Squares of norms to 1 / max(norm, eps), as torch.nn.functional.normalize divides.
+inline void invert_norms(const Layer& layer, float* norms2, int64_t rows) {
+  const float eps = static_cast<float>(layer.eps);
+  for (int64_t r = 0; r < rows; r++) norms2[r] = 1.f / std::max(std::sqrt(norms2[r]), eps);
 }
 
-/// For rows q: 1/|q| (1 without norms) and the scores of the unit rows.
-inline void norms_and_scores(const Layer& layer, Tile q, int64_t rows, float* inverse_norms,
-                             float* scores) {
-  for (int64_t r = 0; r < rows; r++) {
-    vec norm2{}, score{};
-    const float* row = q.row(r);
-    for (int64_t j = 0; j < padded(layer.width); j += LANES) {
-      const vec value = load(row + j);
-      norm2 += value * value;
-      score += value * load(layer.w_g + j);
-    }
-    inverse_norms[r] = layer.qk_norm ? inverse_norm(layer, sum(norm2)) : 1.f;
-    scores[r] = static_cast<float>(layer.scale) * inverse_norms[r] * sum(score);
-  }
+/// scores[r] = scale * inverse_norms[r] * (rows[r] . w + bias)
+inline void score_rows(const Layer& layer, Tile tile, int64_t rows, int64_t width, const float* w,
+                       float bias, const float* inverse_norms, float* scores) {
+  sum_each_row(rows, scores, [&](int64_t r) {
+    vec score{};
+    for (int64_t j = 0; j < padded(width); j += LANES) score += load(tile.row(r) + j) * load(w + j);
+    return score;
+  });
+  const float scale = static_cast<float>(layer.scale);
+  for (int64_t r = 0; r < rows; r++) scores[r] = scale * inverse_norms[r] * (scores[r] + bias);
 }
 
 /// For rows: 1/|row| (1 without norms).
 inline void inverse_norms_of(const Layer& layer, Tile tile, int64_t rows, int64_t width,
                              float* inverse_norms) {
   if (!layer.qk_norm) return std::fill(inverse_norms, inverse_norms + rows, 1.f);
-  for (int64_t r = 0; r < rows; r++) {
-    inverse_norms[r] = inverse_norm(layer, norm2(tile.row(r), width));
-  }
+  sum_each_row(rows, inverse_norms, [&](int64_t r) {
+    vec total{};
+    for (int64_t j = 0; j < padded(width); j += LANES) {
+      const vec value = load(tile.row(r) + j);
+      total += value * value;
+    }
+    return total;
+  });
+  invert_norms(layer, inverse_norms, rows);
 }
 
 /// Multiply every row with its factor.

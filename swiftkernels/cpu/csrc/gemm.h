@@ -29,14 +29,12 @@ struct Panel {
   int vectors;
 };
 
-/// The groups of `columns` columns, all but equally wide; or of one vector each.
+/// The groups of `columns` columns, all but equally wide.
 class Panels {
  public:
-  explicit Panels(int64_t columns, bool single = false) {
+  explicit Panels(int64_t columns) {
     vectors_ = padded(columns) / LANES;
-    if (single)
-      count_ = vectors_;
-    else if (MAX_VECTORS == 3)  // two vectors to six rows load least; the third takes odd ones up
+    if (MAX_VECTORS == 3)  // two vectors to six rows load least; the third takes odd ones up
       count_ = std::max<int64_t>(1, vectors_ / 2);
     else
       count_ = (vectors_ + MAX_VECTORS - 1) / MAX_VECTORS;
@@ -98,8 +96,8 @@ struct Matrix {
   static int64_t panel_scratch(int64_t K) { return K * MAX_VECTORS * LANES; }
 
   /// Pack all panels into `to` and use them from now on.
-  void pack(float* to, bool single = false) {
-    const Panels groups(columns, single);
+  void pack(float* to) {
+    const Panels groups(columns);
     for (int64_t i = 0; i < groups.count(); i++) pack_group(groups[i], to + K * groups[i].column);
     panels = to;
   }
@@ -131,6 +129,7 @@ INLINE void multiply(const float* __restrict a, int64_t a_stride, const float* _
   for (int64_t i = 1; i <= pieces; i++) {
     const int64_t end = K * i / pieces;
     vec piece[R][V] = {};
+#pragma GCC unroll 2
     for (; k < end; k++, b += V * LANES) {
       vec columns[V];
 #pragma GCC unroll 4
@@ -314,21 +313,34 @@ inline void gemm_to_panels(Tile a, int64_t rows, const Matrix& b, float* c, int6
   }
 }
 
-/// norms2[r] = |bias + a[r] b|^2 for an upper triangular b^T in panels of single vectors: column j
-/// of b has no entries above row j. `scratch` holds `rows` vectors.
+/// sums[r] = the sum of the lanes of vector_of(r); a block of rows at a time, which takes a fraction of
+/// the shuffles that row by row would.
+template <class VectorOf>
+INLINE void sum_each_row(int64_t rows, float* sums, VectorOf vector_of) {
+  int64_t r = 0;
+  for (; r + LANES <= rows; r += LANES) {
+    vec vectors[LANES];
+    for (int i = 0; i < LANES; i++) vectors[i] = vector_of(r + i);
+    store(sums + r, sums_of(vectors));
+  }
+  for (; r < rows; r++) sums[r] = sum(vector_of(r));
+}
+
+/// norms2[r] = |bias + a[r] b|^2 for panels of a b whose column j has no entries above row j: what
+/// stands above the first column of a panel is left out. `scratch` holds `rows` vectors.
 inline void triangular_norms2(Tile a, int64_t rows, const float* panels, int64_t K,
                               int64_t columns, const float* bias, float* scratch, float* norms2) {
   std::fill(scratch, scratch + rows * LANES, 0.f);
-  const Panels groups(columns, true);
+  const Panels groups(columns);
   for (int64_t i = 0; i < groups.count(); i++) {
-    const int64_t column = groups[i].column, first = std::min(column, K);
-    const Block block{a.data + first,  a.stride, panels + K * column + first * LANES,
-                      K - first,       bias + column,
-                      nullptr,         0,        scratch,
-                      LANES,           LANES};
-    run_panel<SumSquares>(block, 1, rows);
+    const Panel group = groups[i];
+    const int64_t first = std::min(group.column, K);
+    const float* panel = panels + K * group.column + first * group.vectors * LANES;
+    const Block block{a.data + first,  a.stride, panel,   K - first, bias + group.column, nullptr, 0,
+                      scratch,         LANES,    LANES};
+    run_panel<SumSquares>(block, group.vectors, rows);
   }
-  for (int64_t r = 0; r < rows; r++) norms2[r] = sum(load(scratch + r * LANES));
+  sum_each_row(rows, norms2, [&](int64_t r) { return load(scratch + r * LANES); });
 }
 
 /// What a block of a Gram matrix is made of.

@@ -61,7 +61,7 @@ struct Layer {
   const float* final;  // Wf^T [E, D]
   const float* final_bias;
   // Triangular and folded.
-  const float* query_triangle;  // Rq^T [C, min(E, C + 1)], panels of one vector
+  const float* query_triangle;  // Rq^T [C, min(E, C + 1)]
   const float* query_triangle_bias;
   const float* query_scores;  // Wq^T w_g [C]
   double query_score_bias;    // bq . w_g

@@ -82,6 +82,16 @@ INLINE void transpose(vec (&rows)[LANES]) {
   }
 }
 
+/// The sums of LANES vectors, in one vector; they are overwritten.
+INLINE vec sums_of(vec (&vectors)[LANES]) {
+  transpose(vectors);
+#pragma GCC unroll 4
+  for (int width = LANES / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < width; i++) vectors[i] += vectors[i + width];
+  return vectors[0];
+}
+
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }

@@ -99,10 +99,14 @@ template <class T>
 inline void load_rows(const T* in, int64_t token_stride, int64_t channel_stride, int64_t rows,
                       int64_t width, Tile tile) {
   if (channel_stride == 1) {
+    const int64_t whole = width / LANES * LANES;
     for (int64_t r = 0; r < rows; r++) {
       float* out = tile.row(r);
       const T* row = in + r * token_stride;
-      for (int64_t c = 0; c < width; c++) out[c] = T::load(row[c]);
+      for (int64_t c = 0; c < whole; c += LANES)
+        for (int i = 0; i < LANES; i++) out[c + i] = T::load(row[c + i]);
+      if (whole == width) continue;
+      for (int64_t c = whole; c < width; c++) out[c] = T::load(row[c]);
       for (int64_t c = width; c < padded(width); c++) out[c] = 0.f;
     }
     return;

@@ -1,0 +1,120 @@
+"""The CPU kernels in another process: built with sanitizers, or for another processor."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import struct
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.builds import CSRC, ROOT
+
+FUNCTIONS = (
+    "lanes",
+    "pack",
+    "fingerprint",
+    "forward",
+    "forward_training",
+    "sums_floats",
+    "backward",
+)
+"""Their numbers in cpu_driver.cpp."""
+
+SOURCES = [*sorted((ROOT / CSRC).glob("*.cpp")), ROOT / "tests" / "cpu_driver.cpp"]
+
+FLAGS = ("-std=c++17", "-fopenmp", "-ffp-contract=fast", f"-I{ROOT / CSRC}")
+
+
+def compile_driver(target: Path, compiler: str, *flags: str) -> Path:
+    """The kernels' sources and tests/cpu_driver.cpp as a program."""
+    command = [compiler, *FLAGS, *flags, *map(str, SOURCES), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+class RemoteKernels:
+    """Takes the place of the loaded library: what it is asked, tests/cpu_driver.cpp answers.
+
+    The tensors whose addresses occur in the arguments go there and come back.
+    """
+
+    def __init__(self, command: Sequence[str], **environment: str) -> None:
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+        )
+        self.lanes = self._call("lanes")
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.communicate()
+        assert self.process.returncode == 0, self.process.returncode
+
+    def swiftkernels_lanes(self) -> int:
+        return self.lanes
+
+    def swiftkernels_pack(self, *arguments: int) -> None:
+        self._call("pack", struct.pack("7q", *arguments))
+
+    def swiftkernels_fingerprint(self, layer: bytes) -> int:
+        return self._call("fingerprint", layer) % 2**64
+
+    def swiftkernels_forward(self, layer: bytes, call: bytes) -> int:
+        return self._call("forward", layer, call)
+
+    def swiftkernels_forward_training(self, layer: bytes, call: bytes) -> int:
+        return self._call("forward_training", layer, call)
+
+    def swiftkernels_sums_floats(self, layer: bytes, direct: int) -> int:
+        return self._call("sums_floats", layer, struct.pack("q", direct))
+
+    def swiftkernels_backward(self, layer: bytes, call: bytes) -> int:
+        return self._call("backward", layer, call)
+
+    def _call(self, name: str, *arguments: bytes) -> int:
+        words = {w for a in arguments for w in struct.unpack(f"{len(a) // 8}q", a)}
+        buffers = _buffers(words)
+        message = struct.pack("2q", FUNCTIONS.index(name), len(buffers))
+        for address, nbytes in buffers:
+            content = ctypes.string_at(address, nbytes)
+            message += struct.pack("2q", address, nbytes) + content
+        message += struct.pack("q", len(arguments))
+        for argument in arguments:
+            message += struct.pack("q", len(argument)) + argument
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        try:
+            stdin.write(message)
+            stdin.flush()
+            (result,) = struct.unpack("q", stdout.read(8))
+        except (BrokenPipeError, struct.error):
+            _, said = self.process.communicate()
+            raise AssertionError(f"{name} ended the process: {said.decode()}") from None
+        for address, nbytes in buffers:
+            ctypes.memmove(address, stdout.read(nbytes), nbytes)
+        return int(result)
+
+
+def _buffers(words: set[int]) -> list[tuple[int, int]]:
+    """Address and bytes of the storages that some of the words point into."""
+    words = {w for w in words if w > 2**16}
+    found = {}
+    for t in gc.get_objects():
+        kind: Any = type(t)
+        if kind in (Tensor, torch.nn.Parameter) and t.device.type == "cpu":
+            storage = t.untyped_storage()
+            begin, nbytes = storage.data_ptr(), storage.nbytes()
+            if nbytes and any(begin <= w < begin + nbytes for w in words):
+                found[begin] = nbytes
+    return sorted(found.items())
