@@ -35,7 +35,6 @@ FLAGS = (
     "-fno-fast-math -fno-unsafe-math-optimizations -fno-math-errno -ffp-contract=fast"
 )
 X86 = {
-    "avx512_bf16": "-march=x86-64-v4 -mavx512bf16",
     "avx512": "-march=x86-64-v4",
     "avx2": "-march=x86-64-v3",
     "portable": "",

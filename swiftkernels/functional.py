@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swiftkernels import checks, ops, reference
+from swiftkernels import checks, compat, ops, reference
 from swiftkernels.compat import autocast_off
 from swiftkernels.cpu import quick as cpu_quick
 from swiftkernels.cpu.weights import Weights
@@ -199,8 +199,8 @@ def additive_self_attention(
     options = _options(pooling, qk_norm, scale, eps, x.shape[1], final_weight.shape[0])
     chosen = ops.choose_backend(backend, x, width)
     layer = Weights(*projections, *weights, residual_scale)
-    inference = chosen == "cpu" and x is residual and ops.is_inference(x, *layer)
-    if inference and residual_scale is not None:
+    plain = chosen == "cpu" and x is residual and compat.nothing_listens()
+    if plain and residual_scale is not None and ops.is_inference(x, *layer):
         out = ops.infer_residual(x, layer, mask, options)
     else:
         if chosen == "reference":
@@ -211,7 +211,7 @@ def additive_self_attention(
             )
         if residual_scale is not None:
             out = residual + residual_scale.flatten() * out
-    if inference:
+    if plain and compat.is_plain(x, *layer):
         cpu_quick.remember(layer, (pooling, qk_norm, scale, eps), options, x)
     if not return_weights:
         return out

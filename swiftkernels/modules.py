@@ -168,7 +168,9 @@ class AdditiveAttention(nn.Module):
         except (AttributeError, KeyError):
             return None
         options = (self.pooling, self.qk_norm, self.scale_factor, self.eps)
-        return quick.attend(x, layer, options, channels_first)
+        if torch.is_grad_enabled():
+            return quick.train(x, layer, options, channels_first, self.recompute)
+        return quick.infer(x, layer, options, channels_first)
 
     def _spatial_shape(self, x: Tensor, channels_first: bool) -> torch.Size:
         if x.dim() < 3:

@@ -102,10 +102,9 @@ def _why_no_kernels() -> str:
 
 
 def is_inference(*tensors: Tensor | None) -> bool:
-    """Whether a call on these needs no gradient, and nobody listens to operators."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return False
-    return compat.nothing_listens() and compat.is_plain(*tensors)
+    """Whether a call on these plain tensors needs no gradient."""
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return not needs_grad and compat.is_plain(*tensors)
 
 
 def infer_residual(x: Tensor, layer: Weights, mask: Tensor | None, options: Options) -> Tensor:

@@ -16,16 +16,15 @@
 #include "layer.h"
 
 EXPORT int64_t swiftkernels_lanes();
-EXPORT void swiftkernels_pack(const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
+EXPORT void swiftkernels_pack(const float*, int64_t, int64_t, int64_t, int64_t, float*);
 EXPORT uint64_t swiftkernels_fingerprint(const Layer*);
 EXPORT int swiftkernels_forward(const Layer*, const Call*);
 EXPORT int swiftkernels_forward_training(const RawLayer*, const Call*);
-EXPORT int64_t swiftkernels_sums_floats(const RawLayer*, int64_t);
 EXPORT int swiftkernels_backward(const RawLayer*, const BackwardCall*);
 
 namespace {
 
-enum Function : int64_t { LANES_, PACK, FINGERPRINT, FORWARD, TRAINING, SUMS, BACKWARD };
+enum Function : int64_t { LANES_, PACK, FINGERPRINT, FORWARD, TRAINING, BACKWARD };
 
 void read_bytes(void* to, size_t count) {
   if (count > 0 && std::fread(to, 1, count, stdin) != count) std::exit(3);
@@ -77,7 +76,7 @@ int64_t call(int64_t function, const std::vector<std::vector<int64_t>>& argument
     case LANES_: return swiftkernels_lanes();
     case PACK: {
       const auto& a = arguments[0];
-      swiftkernels_pack(floats(a[0]), a[1], a[2], a[3], a[4], a[5], floats(a[6]));
+      swiftkernels_pack(floats(a[0]), a[1], a[2], a[3], a[4], floats(a[5]));
       return 0;
     }
     case FINGERPRINT:
@@ -85,7 +84,6 @@ int64_t call(int64_t function, const std::vector<std::vector<int64_t>>& argument
     case FORWARD: return swiftkernels_forward(as<Layer>(arguments[0]), as<Call>(arguments[1]));
     case TRAINING:
       return swiftkernels_forward_training(as<RawLayer>(arguments[0]), as<Call>(arguments[1]));
-    case SUMS: return swiftkernels_sums_floats(as<RawLayer>(arguments[0]), arguments[1][0]);
     case BACKWARD:
       return swiftkernels_backward(as<RawLayer>(arguments[0]), as<BackwardCall>(arguments[1]));
     default: std::exit(4);

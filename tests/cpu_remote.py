@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import struct
@@ -46,17 +47,20 @@ class RemoteKernels:
     """
 
     def __init__(self, command: Sequence[str], **environment: str) -> None:
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment,
-        )
+        self.command, self.environment = command, {"OMP_WAIT_POLICY": "passive"} | environment
+        self.process = self._start()
+        gc.freeze()  # all that is there: `_buffers` looks through what comes later
         self.lanes = self._call("lanes")
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            self.command, stdin=pipe, stdout=pipe, stderr=pipe, env=self.environment
+        )
 
     def close(self) -> None:
         """End the process."""
+        gc.unfreeze()
         self.process.communicate()
         assert self.process.returncode == 0, self.process.returncode
 
@@ -64,7 +68,7 @@ class RemoteKernels:
         return self.lanes
 
     def swiftkernels_pack(self, *arguments: int) -> None:
-        self._call("pack", struct.pack("7q", *arguments))
+        self._call("pack", struct.pack("6q", *arguments))
 
     def swiftkernels_fingerprint(self, layer: bytes) -> int:
         return self._call("fingerprint", layer) % 2**64
@@ -74,9 +78,6 @@ class RemoteKernels:
 
     def swiftkernels_forward_training(self, layer: bytes, call: bytes) -> int:
         return self._call("forward_training", layer, call)
-
-    def swiftkernels_sums_floats(self, layer: bytes, direct: int) -> int:
-        return self._call("sums_floats", layer, struct.pack("q", direct))
 
     def swiftkernels_backward(self, layer: bytes, call: bytes) -> int:
         return self._call("backward", layer, call)
@@ -99,7 +100,11 @@ class RemoteKernels:
             stdin.flush()
             (result,) = struct.unpack("q", stdout.read(8))
         except (BrokenPipeError, struct.error):
-            _, said = self.process.communicate()
+            with contextlib.suppress(BrokenPipeError):
+                stdin.close()
+            said = self.process.stderr.read() if self.process.stderr else b""
+            self.process.wait()
+            self.process = self._start()
             raise AssertionError(f"{name} ended the process: {said.decode()}") from None
         for address, nbytes in buffers:
             ctypes.memmove(address, stdout.read(nbytes), nbytes)

@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from swiftkernels import AdditiveAttention, additive_attention, additive_self_attention, ops
-from swiftkernels.cpu import config, launch, library, quick, weights
+from swiftkernels.cpu import config, launch, library, weights
 from swiftkernels.cpu.weights import Weights
 from swiftkernels.reference import Options
 from tests.cases import (
@@ -191,9 +191,9 @@ def test_scale_and_eps_are_honoured(pooling, options):
 @pytest.mark.parametrize("n_tokens", [1, 7, 31, 32, 33, 49, 65, 256, 257, 700])
 @pytest.mark.parametrize("batch", [1, 2, 5, 33])
 def test_all_counts_of_tokens_and_items(batch, n_tokens):
-    torch.set_num_threads(2)
-    tensors = make_tensors(batch, n_tokens, 8, 9, dtype=torch.float32)
     case = batch + n_tokens
+    torch.set_num_threads(1 + case % 3 // 2)
+    tensors = make_tensors(batch, n_tokens, 6, 9, dtype=torch.float32)
     assert_accurate(tensors, pooling=POOLINGS[case % 4], mask=make_mask(batch, n_tokens))
 
 
@@ -526,10 +526,8 @@ def random_images(count: int) -> Iterator[Tensor]:
 @pytest.mark.parametrize("residual", [False, True])
 def test_images_of_any_strides(residual):
     layer, scale = make_layer(6, 6), random_tokens(6) if residual else None
-    grey = [
-        random_tokens(2, 1, 3, 3).expand(2, 6, 3, 3),
-        random_tokens(1, 1, 1, 3).expand(1, 6, 3, 3),
-    ]
+    # One channel for all, of strides that torch.empty_like takes for those of channels last.
+    grey = [random_tokens(9).as_strided((1, 6, 3, 3), (3, 0, 3, 1))]
     for x in itertools.chain(grey, random_images(100)):
         with torch.no_grad():
             first = layer(x, residual_scale=scale)
@@ -758,14 +756,14 @@ def packings(monkeypatch) -> list[int]:
 def quickly(monkeypatch) -> list[bool]:
     """Grows at each call of a layer: whether it went the short way."""
     taken: list[bool] = []
-    attend_quickly = quick.attend
+    attend_quickly = AdditiveAttention._attend_quickly
 
     def watching(*args: Any) -> Tensor | None:
         out = attend_quickly(*args)
         taken.append(out is not None)
         return out
 
-    monkeypatch.setattr(quick, "attend", watching)
+    monkeypatch.setattr(AdditiveAttention, "_attend_quickly", watching)
     return taken
 
 
@@ -940,6 +938,38 @@ def test_weights_at_one_address_in_other_strides():
         assert_as_good_as_eager(attend(*tensors), eager, exact)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["to_query", "to_key", "proj", "final"])
+def test_a_weight_cut_at_its_address_is_refused(name, training):
+    """It stands where it stood, but what the kernels would read is not all there."""
+    layer, x = make_layer(), random_tokens(2, 9, 16)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            for _ in range(2):
+                layer(x)
+    linear = layer.get_submodule(name)
+    linear.weight = nn.Parameter(linear.weight.detach()[:, :8])
+    with torch.set_grad_enabled(training), pytest.raises(ValueError, match="must "):
+        layer(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["to_query", "proj"])
+def test_a_weight_of_another_class_is_noticed(name, training):
+    layer, x = make_layer(), random_tokens(2, 9, 16)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            for _ in range(2):
+                layer(x)
+    eager = by_definition(layer, x)
+    linear = layer.get_submodule(name)
+    linear.weight = nn.Parameter(TwoTensor(*[linear.weight.detach().clone() for _ in range(2)]))
+    with torch.set_grad_enabled(training):
+        out = layer(x).detach()
+    assert type(out) is TwoTensor
+    torch.testing.assert_close(out.a, eager)
+
+
 def test_copies_of_a_layer_are_layers_of_their_own():
     layer, x = make_layer(), random_tokens(2, 9, 16)
     with torch.no_grad():
@@ -1032,42 +1062,42 @@ def test_weights_written_to_at_every_call_are_not_taken_for_packed():
         assert_right(layer, x, out.detach())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_default_type_of_torch_does_not_matter(dtype):
+def work_under_other_defaults() -> None:
+    """New tensors of another type or on another device than those of the call."""
     tensors = make_tensors(2, 40, 12, 10, dtype=torch.float32)
     layer, image = make_layer(), random_tokens(2, 16, 3, 4)
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.no_grad():
-            layer(image)
-            assert layer(image).dtype == torch.float32
-            assert_right(layer, image, layer(image))
-        assert_accurate(tensors)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def work_on_another_default_device() -> None:
-    tensors = make_tensors(2, 40, 12, 10, dtype=torch.float32)
-    layer, image = make_layer(), random_tokens(2, 16, 3, 4)
-    exact = gradients(tensors, None, "reference")
-    dout = torch.randn(2, 40, 10)
+    scale, dout = random_tokens(16), random_tokens(2, 40, 10)
     exact = gradients(tensors, dout, "reference")
-    expected = by_definition(layer, image)
+    expected = by_definition(layer, image), by_definition(layer, image, residual_scale=scale)
+
+    def work() -> tuple[list[dict[str, Tensor]], list[tuple[Tensor, Tensor]]]:
+        results = [gradients(tensors, dout, recompute=recompute) for recompute in (True, False)]
+        weights._layers.clear()
+        with torch.no_grad():
+            outputs = [(layer(image), layer(image, residual_scale=scale)) for _ in range(3)]
+        return results, outputs
+
+    def check(results: list[dict[str, Tensor]], outputs: list[tuple[Tensor, Tensor]]) -> None:
+        for name, t in ((name, t) for result in results for name, t in result.items()):
+            torch.testing.assert_close(t, exact[name], rtol=1e-4, atol=1e-4)
+        for out, by_eager in itertools.product(outputs, [expected]):
+            torch.testing.assert_close(out, by_eager, rtol=1e-4, atol=1e-4)
+
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        done = work()
+        torch.set_default_dtype(torch.float32)
+        check(*done)
     torch.set_default_device("meta")
-    ours = gradients(tensors, dout)
-    with torch.no_grad():
-        outputs = [layer(image) for _ in range(2)]
+    done = work()
     torch.set_default_device("cpu")
-    for name, t in ours.items():
-        torch.testing.assert_close(t, exact[name])
-    for out in outputs:
-        torch.testing.assert_close(out, expected)
+    check(*done)
+    print("done")
 
 
-def test_the_default_device_of_torch_does_not_matter():
-    """In a process of its own: buffers on another device have no address."""
-    run_in_a_process("work_on_another_default_device")
+def test_the_defaults_of_torch_do_not_matter():
+    """In a process of its own: it would end where buffers are too small or have no address."""
+    assert run_in_a_process("work_under_other_defaults").strip() == "done"
 
 
 # The short way, and who must not take it.
@@ -1161,7 +1191,6 @@ def test_gradients_are_recorded_after_a_short_call(quickly):
     layer.requires_grad_(False)
     assert not layer(x).requires_grad
     assert layer(x.requires_grad_()).requires_grad
-    assert quickly[2:] == [False] * 3
 
 
 def test_autocast_is_honoured_after_a_short_call(quickly):
@@ -1192,9 +1221,9 @@ def test_transforms_are_seen_after_a_short_call(backend, quickly):
             dual = layer(forward_ad.make_dual(x, x.cos()))
             torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, tangent)
     grad = torch.func.grad(lambda t: layer(t).sum())(x)
+    assert not any(quickly)
     leaf = x.clone().requires_grad_()
     torch.testing.assert_close(grad, torch.autograd.grad(layer(leaf).sum(), leaf)[0])
-    assert not any(quickly)
 
 
 def test_modes_and_subclasses_are_seen_after_a_short_call(quickly):
@@ -1239,11 +1268,11 @@ def test_traces_after_a_short_call_hold_plain_operators(quickly):
         for _ in range(2):
             layer(x)
         quickly.clear()
-        traced = torch.jit.trace(layer, x)
+        traced = torch.jit.trace(layer, x, check_trace=False)
     kinds = {node.kind() for node in traced.inlined_graph.nodes()}
     assert "aten::linear" in kinds
     assert_right(layer, x + 1, traced(x + 1).detach())
-    assert not any(quickly[: len(quickly) // 2])
+    assert not any(quickly)
 
 
 def test_a_layer_under_another_backend_does_not_go_the_short_way(quickly):

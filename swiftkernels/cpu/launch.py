@@ -24,9 +24,10 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # `struct Call` and `struct BackwardCall` in layer.h.
 _CALL = struct.Struct("6qP3qP3qP2q3P")
-_BACKWARD_CALL = struct.Struct("8qP3qP3qP3qP2q4P")
+_BACKWARD_CALL = struct.Struct("8qP3qP3qP3qP2q12P")
 
 _NOTHING = (0, 0, 0)
+_NOTHING_AT_ALL = (0, 0, 0, 0)
 
 # `Status` in layer.h.
 _STALE, _CANCELLATION = 2, 3
@@ -49,7 +50,6 @@ def declare(handle: ctypes.CDLL) -> ctypes.CDLL:
         ("fingerprint", ctypes.c_uint64, (ctypes.c_char_p,)),
         ("forward", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
         ("forward_training", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
-        ("sums_floats", number, (ctypes.c_char_p, number)),
         ("backward", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
     ):
         function = getattr(handle, f"swiftkernels_{name}")
@@ -189,8 +189,8 @@ def additive_self_attention_backward(
 ) -> list[Tensor | None]:
     """Gradients of x and the nine weights; None where not asked for or without bias."""
     handle = kernels()
-    batch, n_tokens, in_dims = x.shape
-    token_dim, width = wf.shape
+    batch, n_tokens, _ = x.shape
+    width = wf.shape[1]
     threads = torch.get_num_threads()
     # One long item at a time leaves the threads something to share; few tokens in all make the
     # products of E x E matrices behind the moments too expensive.
@@ -198,52 +198,23 @@ def additive_self_attention_backward(
     whole = n_tokens <= config.WHOLE_ROWS and (batch >= threads or few)
     direct = whole and few
     fields, _alive = weights.raw_layer(Weights(wq, bq, wk, bk, w_g, wp, bp, wf, bf), options)
-    dx = torch.empty_like(x) if needs_tokens else x
-    sums = torch.empty(handle.swiftkernels_sums_floats(fields, direct))
-    mask_fields = (0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())
-    global_query, statistics, rows = saved
+    dx = torch.empty_like(x) if needs_tokens else None
+    gradients = [
+        None if w is None or not needs_weights else torch.empty(w.shape)
+        for w in (wq, bq, wk, bk, w_g, wp, bp, wf, bf)
+    ]
     call = _BACKWARD_CALL.pack(
         batch, n_tokens, whole, threads, TYPES[x.dtype], direct, needs_tokens, needs_weights,
-        x.data_ptr(), *x.stride(), dout.data_ptr(), *dout.stride(), dx.data_ptr(), *dx.stride(),
-        *mask_fields, global_query.data_ptr(), statistics.data_ptr(), rows.data_ptr(),
-        sums.data_ptr(),
+        x.data_ptr(), *x.stride(), dout.data_ptr(), *dout.stride(),
+        *(_NOTHING_AT_ALL if dx is None else (dx.data_ptr(), *dx.stride())),
+        *(_NOTHING if mask is None else (mask.data_ptr(), *mask.stride())),
+        *[t.data_ptr() for t in saved],
+        *[0 if g is None else g.data_ptr() for g in gradients],
     )  # fmt: skip
     _check(handle.swiftkernels_backward(fields, call))
-    tokens = dx if needs_tokens else None
-    if not needs_weights:
-        return [tokens, *[None] * 9]
-
-    views = _Views(sums, handle.swiftkernels_lanes())
-    dwq, dwk = views.matrix(width, in_dims), views.matrix(width, in_dims)
-    U = views.matrix(width if direct else token_dim, width)
-    V = views.matrix(token_dim, width)
-    dbq, dbk, dw_g = (views.matrix(1, width)[0] for _ in range(3))
-    dbf = views.matrix(1, token_dim)[0]
-    if direct:
-        dwp, dwf = U, V
-    else:
-        dwp, dwf = wf.float().t() @ U, torch.addmm(V, U, wp.float().t())
-        if bp is not None:
-            dwf.addr_(dbf, bp.float())
-    dbp = None if bp is None else dbf @ wf.float()
-    gradients = (
-        dwq, None if bq is None else dbq, dwk, None if bk is None else dbk, dw_g, dwp, dbp, dwf,
-        None if bf is None else dbf,
-    )  # fmt: skip
-    return [tokens, *(None if g is None else g.to(x.dtype).contiguous() for g in gradients)]
-
-
-class _Views:
-    """The matrices of `struct Sums` in backward.cpp, one after another: rows of whole vectors."""
-
-    def __init__(self, sums: Tensor, lanes: int) -> None:
-        self.sums, self.lanes, self.used = sums, lanes, 0
-
-    def matrix(self, rows: int, columns: int) -> Tensor:
-        stride = -(-columns // self.lanes) * self.lanes
-        view = self.sums.as_strided((rows, columns), (stride, 1), self.used)
-        self.used += -(-rows * stride // 16) * 16
-        return view
+    if x.dtype != torch.float32:
+        gradients = [None if g is None else g.to(x.dtype) for g in gradients]
+    return [dx, *gradients]
 
 
 def _check(status: int) -> None:

@@ -22,16 +22,15 @@ import torch
 ABI = 1
 """The interface these sources speak; `swiftkernels_abi` in csrc/features.cpp is the other side."""
 
-ISAS = ("avx512_bf16", "avx512", "avx2", "neon", "portable")
+ISAS = ("avx512", "avx2", "neon", "portable")
 """Instruction sets, the best first."""
 
 DIRECTORY = Path(__file__).parent
 
 # Bits of swiftkernels_cpu_features that a library needs, and what the processor has with them.
 _NEEDS = {
-    "avx512_bf16": (0b111, "AVX-512 BF16"),
-    "avx512": (0b011, "AVX-512 (x86-64-v4)"),
-    "avx2": (0b001, "AVX2 and FMA (x86-64-v3)"),
+    "avx512": (0b11, "AVX-512 (x86-64-v4)"),
+    "avx2": (0b01, "AVX2 and FMA (x86-64-v3)"),
 }
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swiftkernels import compat
+from swiftkernels import compat, ops
 from swiftkernels.cpu import launch, weights
 from swiftkernels.cpu.weights import Weights
 from swiftkernels.reference import Options
@@ -29,45 +29,47 @@ class Checked(NamedTuple):
     in_dims: int
     width: int
     token_dim: int
+    addresses: tuple[int, ...]
+    """Of the weights."""
 
 
 def remember(layer: Weights, key: Key, options: Options, x: Tensor) -> None:
     """Note that a call with this layer and options on tokens like x passed all checks."""
     token_dim, width = layer.wf.shape
-    weights.notes(layer)[key] = Checked(options, x.dtype, x.shape[2], width, token_dim)
+    sizes = (x.shape[2], width, token_dim)
+    weights.notes(layer)[key] = Checked(options, x.dtype, *sizes, weights.addresses(layer))
 
 
-def attend(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Tensor | None:
-    """The output for x [B, N, C] or [B, C, H, W]; None: take the long way.
+def checked_layer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Checked | None:
+    """The note for this layer, if x [B, N, C] or [B, C, H, W] needs no more checks either."""
+    if type(x) is not Tensor or not compat.nothing_listens() or torch.is_autocast_enabled("cpu"):
+        return None
+    checked: Checked | None = weights.find_note(layer, key)
+    if checked is None or x.dtype is not checked.dtype or not x.is_cpu:
+        return None
+    dims, channels = (4, 1) if channels_first else (3, 2)
+    if x.dim() != dims or x.shape[channels] != checked.in_dims or x.numel() == 0:
+        return None
+    return checked if x.layout is torch.strided else None
+
+
+def infer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Tensor | None:
+    """The output for x where no gradient is needed; None: take the long way.
 
     With a layer scale, x + scale * output.
     """
-    if (
-        torch.is_grad_enabled()
-        or type(x) is not Tensor
-        or not compat.nothing_listens()
-        or torch.is_autocast_enabled("cpu")
-    ):
+    checked = checked_layer(x, layer, key, channels_first)
+    if checked is None:
         return None
-    checked = weights.find_note(layer, key)
-    if checked is None or x.dtype is not checked.dtype or not x.is_cpu:
-        return None
-    shape, strides = x.shape, x.stride()
+    shape, strides, token_dim = x.shape, x.stride(), checked.token_dim
     if channels_first:
-        if len(shape) != 4 or shape[1] != checked.in_dims:
-            return None
         batch, _, height, width = shape
         if strides[2] != width * strides[3]:
             return None  # rows of pixels with gaps: the long way makes a copy
         n_tokens = height * width
         strides = (strides[0], strides[3], strides[1])
     else:
-        if len(shape) != 3 or shape[2] != checked.in_dims:
-            return None
         batch, n_tokens, _ = shape
-    if batch == 0 or n_tokens == 0 or x.layout is not torch.strided:
-        return None
-    token_dim = checked.token_dim
     if layer.layer_scale is not None:
         out = torch.empty_like(x)
     elif channels_first:
@@ -89,3 +91,28 @@ def attend(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Tensor 
         packed, batch, n_tokens, form, x, strides, out, out_strides, layer.layer_scale is not None
     )
     return out if done else None
+
+
+def train(
+    x: Tensor, layer: Weights, key: Key, channels_first: bool, recompute: bool | None
+) -> Tensor | None:
+    """The output for x, differentiable; None: take the long way."""
+    checked = checked_layer(x, layer, key, channels_first)
+    if (
+        checked is None
+        or layer.layer_scale is not None
+        or checked.addresses != weights.addresses(layer)
+    ):
+        return None
+    tokens = x.flatten(2).transpose(1, 2) if channels_first else x
+    out = ops.additive_self_attention(
+        tokens,
+        *layer[:4],
+        layer.w_g.flatten(),
+        *layer[5:9],
+        mask=None,
+        options=checked.options,
+        backend="cpu",
+        recompute=recompute,
+    )
+    return out.transpose(1, 2).unflatten(2, x.shape[2:]) if channels_first else out

@@ -135,6 +135,11 @@ def find_note(weights: Weights, key: object) -> Any:
     return layer.notes.get(key)
 
 
+def addresses(weights: Weights) -> tuple[int, ...]:
+    """Of the weights that there are."""
+    return tuple([w.data_ptr() for w in weights if w is not None])
+
+
 def _state(weights: Weights) -> State | None:
     """None for inference tensors, which have no version counter."""
     try:
@@ -172,13 +177,16 @@ def pack(
     return Packed(_LAYER.pack(*fields, *numbers, len(sources), fingerprint), packer.buffers)
 
 
-def raw_layer(weights: Weights, options: Options) -> tuple[bytes, Weights]:
+def raw_layer(weights: Weights, options: Options) -> tuple[bytes, list[Tensor | None]]:
     """`struct RawLayer` for training, and the tensors that must live as long as it is used."""
-    contiguous = Weights(
-        *(None if t is None else t.detach().float().contiguous() for t in weights)  # type: ignore[arg-type]
-    )
-    pointers = [0 if t is None else t.data_ptr() for t in contiguous[:9]]
-    return _RAW_LAYER.pack(*_sizes(weights, options), *pointers), contiguous
+    ready = [
+        t
+        if t is None or (t.dtype == torch.float32 and t.is_contiguous())
+        else t.detach().float().contiguous()
+        for t in weights[:9]
+    ]
+    pointers = [0 if t is None else t.data_ptr() for t in ready]
+    return _RAW_LAYER.pack(*_sizes(weights, options), *pointers), ready
 
 
 def _sizes(weights: Weights, options: Options) -> list[float]:

@@ -21,31 +21,41 @@ namespace {
 /// Whole items are worked on together up to this size of their tiles.
 constexpr int64_t WHOLE_FLOATS = 1000000;
 
-/// Sums over all tokens, rows of whole vectors.
+/// Sums over tokens, rows of whole vectors.
 struct Sums {
   Tile dWq, dWk;  // [E, C]
   Tile U, V;      // [D, E]; direct: dWp [E, E] and dWf [D, E]
-  float *dbq, *dbk, *dw_g, *dbf;
+  Tile dWp;       // [E, E] from U, in the end
+  float *dbq, *dbk, *dw_g, *dbf, *dbp;
   bool* begun;  // whether there is something to add to: in dWk and U, in dWq and V
 
-  static Sums make(const RawLayer& layer, bool direct, Pieces& pieces) {
-    // As `_Views` in swiftkernels.cpu.launch finds them.
-    auto matrix = [&](int64_t rows, int64_t width) {
-      return Tile{pieces.take(rows * padded(width)), padded(width)};
+  /// Where rows need no padding, `gradients` are the memory of the sums themselves.
+  static Sums make(const RawLayer& layer, bool direct, const Gradients& gradients, Pieces& pieces) {
+    const int64_t C = layer.in_dims, E = layer.width, D = layer.token_dim;
+    auto matrix = [&](int64_t rows, int64_t width, float* gradient) {
+      const bool placed = gradient && padded(width) == width;
+      return Tile{placed ? gradient : pieces.take(rows * padded(width)), padded(width)};
     };
     Sums s{};
-    s.dWq = matrix(layer.width, layer.in_dims);
-    s.dWk = matrix(layer.width, layer.in_dims);
-    s.U = matrix(direct ? layer.width : layer.token_dim, layer.width);
-    s.V = matrix(layer.token_dim, layer.width);
-    s.dbq = pieces.take(padded(layer.width));
-    s.dbk = pieces.take(padded(layer.width));
-    s.dw_g = pieces.take(padded(layer.width));
-    s.dbf = pieces.take(padded(layer.token_dim));
-    s.begun = nullptr;
+    s.dWq = matrix(E, C, gradients.dwq);
+    s.dWk = matrix(E, C, gradients.dwk);
+    s.U = direct ? matrix(E, E, gradients.dwp) : matrix(D, E, nullptr);
+    s.V = matrix(D, E, gradients.dwf);
+    s.dWp = direct ? s.U : matrix(E, E, gradients.dwp);
+    s.dbq = pieces.take(padded(E));
+    s.dbk = pieces.take(padded(E));
+    s.dw_g = pieces.take(padded(E));
+    s.dbf = pieces.take(padded(D));
+    s.dbp = pieces.take(padded(E));
     return s;
   }
 };
+
+/// to = from, without the padding, unless they are the same.
+void copy_rows(Tile from, int64_t rows, int64_t width, float* to) {
+  if (!to || to == from.data) return;
+  for (int64_t r = 0; r < rows; r++) std::copy(from.row(r), from.row(r) + width, to + r * width);
+}
 
 /// What a thread needs for a tile of tokens.
 struct Workspace {
@@ -85,39 +95,34 @@ class Backward {
 
   Status run() {
     Pieces sums_size(nullptr), workspace_size(nullptr);
-    Sums::make(layer_, call_.direct, sums_size);
+    const bool needs_weights = call_.needs_weights;
+    if (needs_weights) Sums::make(layer_, call_.direct, Gradients{}, sums_size);
     make_workspace(workspace_size);
-    const int64_t sums_floats = call_.needs_weights ? sums_size.used() : 0;
     // For each item at work: partial sums of dG, one for each slice.
     const int64_t partial_floats = slices_of(N_) * padded(E_);
-    const int64_t items = division_.whole ? 1 : by_items_ ? threads_ : 1;
+    const int64_t items = by_items_ ? threads_ : 1;
     const int64_t dG_floats = round_up(division_.whole ? threads_ * division_.items * padded(E_)
                                                        : items * (partial_floats + padded(E_)),
                                        16);
-    const Scratch scratch(threads_ * workspace_size.used() + dG_floats +
-                          (threads_ - 1) * sums_floats + 2 * padded(E_));
+    const Scratch scratch(threads_ * (workspace_size.used() + sums_size.used()) + dG_floats);
     if (!scratch) return OUT_OF_MEMORY;
     float* dG = scratch.data() + threads_ * workspace_size.used();
-    float* more_sums = dG + dG_floats;
     auto workspace = [&](int thread) {
       Pieces pieces(scratch.data() + thread * workspace_size.used());
       return make_workspace(pieces);
     };
-    auto sums_data = [&](int thread) {
-      return thread == 0 ? call_.sums : more_sums + (thread - 1) * sums_floats;
-    };
+    std::vector<Sums> all_sums(threads_);
     std::vector<std::array<bool, 2>> begun(threads_);
-    auto sums = [&](int thread) {
-      if (!call_.needs_weights) return Sums{};
-      Pieces pieces(sums_data(thread));
-      Sums s = Sums::make(layer_, call_.direct, pieces);
-      s.begun = begun[thread].data();
-      return s;
-    };
-    for (int i = 0; i < threads_ && call_.needs_weights; i++) {
-      const Sums s = sums(i);
-      std::fill(s.dbq, sums_data(i) + sums_floats, 0.f);
+    for (int i = 0; i < threads_ && needs_weights; i++) {
+      Pieces pieces(dG + dG_floats + i * sums_size.used());
+      all_sums[i] =
+          Sums::make(layer_, call_.direct, i == 0 ? call_.gradients : Gradients{}, pieces);
+      all_sums[i].begun = begun[i].data();
+      for (float* vector : {all_sums[i].dbq, all_sums[i].dbk, all_sums[i].dw_g})
+        std::fill(vector, vector + padded(E_), 0.f);
+      std::fill(all_sums[i].dbf, all_sums[i].dbf + padded(D_), 0.f);
     }
+    auto sums = [&](int thread) { return all_sums[thread]; };
 
     if (division_.whole) {
       parallel_for(division_.blocks, threads_, [&](int64_t block, int thread) {
@@ -148,18 +153,14 @@ class Backward {
         });
       }
     }
-    for (int i = 0; i < threads_ && call_.needs_weights; i++) {
-      const Sums s = sums(i);
-      if (!s.begun[0]) clear(s.dWk, E_, s.U, call_.direct ? E_ : D_);
-      if (!s.begun[1]) clear(s.dWq, E_, s.V, D_);
+    if (needs_weights) {
+      add_up(all_sums);
+      parallel_for(threads_, threads_, [&](int64_t i, int thread) {
+        finish(all_sums[0], workspace(thread), D_ * i / threads_, D_ * (i + 1) / threads_,
+               E_ * i / threads_, E_ * (i + 1) / threads_);
+      });
+      copy_out(all_sums[0]);
     }
-    // In the order of the threads.
-    constexpr int64_t STEP = 4096;
-    parallel_for((sums_floats + STEP - 1) / STEP, threads_, [&](int64_t step, int) {
-      const int64_t end = std::min(sums_floats, (step + 1) * STEP);
-      for (int i = 1; i < threads_; i++)
-        for (int64_t j = step * STEP; j < end; j++) call_.sums[j] += sums_data(i)[j];
-    });
     return DONE;
   }
 
@@ -256,9 +257,72 @@ class Backward {
     store_tile(w.dx, rows, C_, dx_, item, first);
   }
 
-  static void clear(Tile a, int64_t a_rows, Tile b, int64_t b_rows) {
-    std::fill(a.data, a.row(a_rows), 0.f);
-    std::fill(b.data, b.row(b_rows), 0.f);
+  /// Add the sums of all threads, in their order, to those of the first.
+  void add_up(const std::vector<Sums>& all) const {
+    const int64_t U_rows = call_.direct ? E_ : D_;
+    for (const Sums& s : all) {
+      if (!s.begun[0]) clear(s.dWk, E_), clear(s.U, U_rows);
+      if (!s.begun[1]) clear(s.dWq, E_), clear(s.V, D_);
+    }
+    if (all.size() == 1) return;
+    // A row at a time, of any of the matrices.
+    parallel_for(2 * E_ + U_rows + D_, threads_, [&](int64_t row, int) {
+      for (size_t i = 1; i < all.size(); i++) {
+        auto add_row = [&](Tile Sums::*matrix, int64_t r, int64_t width) {
+          add((all[i].*matrix).row(r), width, (all[0].*matrix).row(r));
+        };
+        if (row < E_)
+          add_row(&Sums::dWq, row, C_);
+        else if (row < 2 * E_)
+          add_row(&Sums::dWk, row - E_, C_);
+        else if (row < 2 * E_ + U_rows)
+          add_row(&Sums::U, row - 2 * E_, E_);
+        else
+          add_row(&Sums::V, row - 2 * E_ - U_rows, E_);
+      }
+    });
+    for (size_t i = 1; i < all.size(); i++) {
+      add(all[i].dbq, E_, all[0].dbq);
+      add(all[i].dbk, E_, all[0].dbk);
+      add(all[i].dw_g, E_, all[0].dw_g);
+      add(all[i].dbf, D_, all[0].dbf);
+    }
+  }
+
+  static void clear(Tile matrix, int64_t rows) { std::fill(matrix.data, matrix.row(rows), 0.f); }
+
+  /// Moments to gradients: rows of dWf from `f`, rows of dWp from `p` on.
+  void finish(const Sums& s, const Workspace& w, int64_t f, int64_t f_end, int64_t p,
+              int64_t p_end) const {
+    const Tile wf{const_cast<float*>(layer_.wf), E_};
+    if (!call_.direct) {
+      const Tile dWf = from(s.V, f);
+      gemm(from(s.U, f), f_end - f, Matrix::transposed(layer_.wp, E_, E_), nullptr, dWf, w.panel,
+           dWf);
+      for (int64_t d = f; d < f_end && layer_.bp; d++)
+        for (int64_t j = 0; j < E_; j++) s.V.row(d)[j] += s.dbf[d] * layer_.bp[j];
+      // A few rows at a time need no scratch.
+      const int64_t step = std::max<int64_t>(1, LARGE_TILE / std::max(E_, padded(E_)));
+      for (int64_t d = 0; d < D_; d += step)
+        gram({wf.row(d) + p, E_}, p_end - p, from(s.U, d), E_, std::min(step, D_ - d),
+             from(s.dWp, p), d > 0, nullptr);
+    }
+    std::fill(s.dbp + p, s.dbp + p_end, 0.f);
+    for (int64_t d = 0; d < D_; d++)
+      for (int64_t j = p; j < p_end; j++) s.dbp[j] += s.dbf[d] * wf.row(d)[j];
+  }
+
+  void copy_out(const Sums& s) const {
+    const Gradients& g = call_.gradients;
+    copy_rows(s.dWq, E_, C_, g.dwq);
+    copy_rows(s.dWk, E_, C_, g.dwk);
+    copy_rows(s.dWp, E_, E_, g.dwp);
+    copy_rows(s.V, D_, E_, g.dwf);
+    copy_rows({s.dbq, 0}, 1, E_, g.dbq);
+    copy_rows({s.dbk, 0}, 1, E_, g.dbk);
+    copy_rows({s.dw_g, 0}, 1, E_, g.dw_g);
+    copy_rows({s.dbp, 0}, 1, E_, g.dbp);
+    copy_rows({s.dbf, 0}, 1, D_, g.dbf);
   }
 
   static Tile from(Tile tile, int64_t row) { return {tile.row(row), tile.stride}; }
@@ -415,13 +479,6 @@ class Backward {
 };
 
 }  // namespace
-
-/// Floats that the sums of a backward take.
-EXPORT int64_t swiftkernels_sums_floats(const RawLayer* layer, int64_t direct) {
-  Pieces pieces(nullptr);
-  Sums::make(*layer, direct != 0, pieces);
-  return pieces.used();
-}
 
 EXPORT int swiftkernels_backward(const RawLayer* layer, const BackwardCall* call) {
   Prepared weights(*layer, usable_threads(call->threads));

@@ -28,8 +28,7 @@ EXPORT unsigned swiftkernels_cpu_features(void) {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  const bool bf16 = v4 && __builtin_cpu_supports("avx512bf16");
-  return unsigned(v3) | unsigned(v4) << 1 | unsigned(bf16) << 2;
+  return unsigned(v3) | unsigned(v4) << 1;
 #else
   return 0;
 #endif

@@ -125,6 +125,11 @@ struct Call {
   Kept kept;
 };
 
+/// Gradients of the weights, contiguous float32, shaped as in `RawLayer`; null: not asked for.
+struct Gradients {
+  float *dwq, *dbq, *dwk, *dbk, *dw_g, *dwp, *dbp, *dwf, *dbf;
+};
+
 struct BackwardCall {
   int64_t batch, tokens;
   int64_t whole;    // whole items at a time, else tiles
@@ -141,7 +146,7 @@ struct BackwardCall {
   const uint8_t* mask;
   int64_t mask_strides[2];
   Kept kept;
-  float* sums;  // `Sums` of all tokens
+  Gradients gradients;
 };
 
 /// The mask of some tokens of an item.
@@ -160,7 +165,7 @@ inline Mask mask_of(const AnyCall& call, int64_t item) {
 /// Items up to this length are worked on in one piece.
 constexpr int64_t WHOLE_ROWS = 256;
 /// Pooled sums are formed slice by slice: they depend neither on tiles nor on threads.
-constexpr int64_t SLICE = 32;
+constexpr int64_t SLICE = 64;
 
 inline int64_t slices_of(int64_t tokens) { return (tokens + SLICE - 1) / SLICE; }
 
