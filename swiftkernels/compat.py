@@ -88,7 +88,8 @@ def is_plain(*tensors: Tensor | None) -> bool:
         torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and all(type(t) in _PLAIN for t in tensors)
-        and not any(t is not None and t.is_meta for t in tensors)
+        # Those negated lazily are made real by the dispatcher alone.
+        and not any(t is not None and (t.is_meta or t.is_neg()) for t in tensors)
     )
 
 

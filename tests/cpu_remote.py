@@ -22,7 +22,6 @@ FUNCTIONS = (
     "fingerprint",
     "forward",
     "forward_training",
-    "sums_floats",
     "backward",
 )
 """Their numbers in cpu_driver.cpp."""
@@ -103,9 +102,11 @@ class RemoteKernels:
             with contextlib.suppress(BrokenPipeError):
                 stdin.close()
             said = self.process.stderr.read() if self.process.stderr else b""
-            self.process.wait()
+            status = self.process.wait()
             self.process = self._start()
-            raise AssertionError(f"{name} ended the process: {said.decode()}") from None
+            raise AssertionError(
+                f"{name} ended the process with status {status}: {said.decode()}"
+            ) from None
         for address, nbytes in buffers:
             ctypes.memmove(address, stdout.read(nbytes), nbytes)
         return int(result)

@@ -245,7 +245,12 @@ def test_an_image_mask_of_wrong_shape_is_refused(shape):
     [
         ("pooling", "max", ValueError, ["'l2', 'softmax', 'sum', 'linear'", "got 'max'"]),
         ("pooling", None, ValueError, ["'l2', 'softmax', 'sum', 'linear'", "got None"]),
-        ("backend", "cuda", ValueError, ["'auto', 'triton', 'cpu', 'aten', 'reference'", "got 'cuda'"]),
+        (
+            "backend",
+            "cuda",
+            ValueError,
+            ["'auto', 'triton', 'cpu', 'aten', 'reference'", "got 'cuda'"],
+        ),
         ("backend", None, ValueError, ["'auto', 'triton', 'cpu', 'aten', 'reference'", "got None"]),
         ("qk_norm", "yes", ValueError, ["True, False", "got 'yes'"]),
         ("qk_norm", None, ValueError, ["True, False", "got None"]),
@@ -270,7 +275,12 @@ def test_a_bad_option_is_refused(form, name, value, error, parts):
     ("name", "value", "error", "parts"),
     [
         ("pooling", "mean", ValueError, ["'l2', 'softmax', 'sum', 'linear'", "got 'mean'"]),
-        ("backend", "gpu", ValueError, ["'auto', 'triton', 'cpu', 'aten', 'reference'", "got 'gpu'"]),
+        (
+            "backend",
+            "gpu",
+            ValueError,
+            ["'auto', 'triton', 'cpu', 'aten', 'reference'", "got 'gpu'"],
+        ),
         ("layout", "NHWC", ValueError, ["'auto', 'channels_first', 'channels_last'", "'NHWC'"]),
         ("qk_norm", "no", ValueError, ["True, False", "got 'no'"]),
         ("eps", -1.0, ValueError, ["positive and finite", "got -1.0", "default"]),

@@ -200,7 +200,9 @@ def additive_self_attention_backward(
     fields, _alive = weights.raw_layer(Weights(wq, bq, wk, bk, w_g, wp, bp, wf, bf), options)
     dx = torch.empty_like(x) if needs_tokens else None
     gradients = [
-        None if w is None or not needs_weights else torch.empty(w.shape)
+        None
+        if w is None or not needs_weights
+        else torch.empty(w.shape, dtype=torch.float32, device="cpu")
         for w in (wq, bq, wk, bk, w_g, wp, bp, wf, bf)
     ]
     call = _BACKWARD_CALL.pack(

@@ -29,20 +29,25 @@ class Checked(NamedTuple):
     in_dims: int
     width: int
     token_dim: int
-    addresses: tuple[int, ...]
-    """Of the weights."""
+    sizes: weights.State
+    """And addresses of the weights."""
 
 
 def remember(layer: Weights, key: Key, options: Options, x: Tensor) -> None:
     """Note that a call with this layer and options on tokens like x passed all checks."""
     token_dim, width = layer.wf.shape
-    sizes = (x.shape[2], width, token_dim)
-    weights.notes(layer)[key] = Checked(options, x.dtype, *sizes, weights.addresses(layer))
+    widths = (x.shape[2], width, token_dim)
+    weights.notes(layer)[key] = Checked(options, x.dtype, *widths, weights.sizes(layer))
 
 
 def checked_layer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Checked | None:
     """The note for this layer, if x [B, N, C] or [B, C, H, W] needs no more checks either."""
-    if type(x) is not Tensor or not compat.nothing_listens() or torch.is_autocast_enabled("cpu"):
+    if (
+        type(x) is not Tensor
+        or (layer.layer_scale is not None and not isinstance(layer.layer_scale, Tensor))
+        or not compat.nothing_listens()
+        or torch.is_autocast_enabled("cpu")
+    ):
         return None
     checked: Checked | None = weights.find_note(layer, key)
     if checked is None or x.dtype is not checked.dtype or not x.is_cpu:
@@ -50,7 +55,7 @@ def checked_layer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> 
     dims, channels = (4, 1) if channels_first else (3, 2)
     if x.dim() != dims or x.shape[channels] != checked.in_dims or x.numel() == 0:
         return None
-    return checked if x.layout is torch.strided else None
+    return checked if x.layout is torch.strided and not x.is_neg() else None
 
 
 def infer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Tensor | None:
@@ -77,14 +82,20 @@ def infer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Tensor |
             (batch, token_dim, height, width),
             (n_tokens * token_dim, 1, width * token_dim, token_dim),
             dtype=x.dtype,
+            device="cpu",
         )
     else:
-        out = torch.empty((batch, n_tokens, token_dim), dtype=x.dtype)
+        out = torch.empty((batch, n_tokens, token_dim), dtype=x.dtype, device="cpu")
     out_strides = out.stride()
     if channels_first:
+        if out_strides[2] != width * out_strides[3]:
+            return None  # those of an x without a dense order of its own
         out_strides = (out_strides[0], out_strides[3], out_strides[1])
     form = launch.config.form(n_tokens, checked.in_dims, checked.width, checked.options.qk_norm)
     packed = weights.find_packed(layer, checked.options, form)
+    if packed is not None and packed.cancels:
+        form = weights.PLAIN
+        packed = weights.find_packed(layer, checked.options, form)
     if packed is None:
         return None
     done = launch.call_forward(
@@ -98,11 +109,7 @@ def train(
 ) -> Tensor | None:
     """The output for x, differentiable; None: take the long way."""
     checked = checked_layer(x, layer, key, channels_first)
-    if (
-        checked is None
-        or layer.layer_scale is not None
-        or checked.addresses != weights.addresses(layer)
-    ):
+    if checked is None or layer.layer_scale is not None or checked.sizes != weights.sizes(layer):
         return None
     tokens = x.flatten(2).transpose(1, 2) if channels_first else x
     out = ops.additive_self_attention(

@@ -20,7 +20,6 @@ from __future__ import annotations
 import ctypes
 import struct
 import weakref
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,8 +68,15 @@ class Packed:
         self.fields, self.buffers, self.cancels = fields, buffers, False
 
 
-State = tuple[tuple[int, int], ...]
-"""Address and version of each weight."""
+State = tuple[tuple[Any, ...] | None, ...]
+"""What would change with a weight, for each of them."""
+
+
+class _Entry(NamedTuple):
+    tensors: tuple[weakref.ref[Tensor] | None, ...]
+    """The weights; of views (w_g is flattened) what they are views of."""
+    state: State
+    packed: Packed
 
 
 class _Layer:
@@ -81,7 +87,7 @@ class _Layer:
     def __init__(self, query_weight: Tensor) -> None:
         address = id(query_weight)
         self.query_weight = weakref.ref(query_weight, lambda _: _layers.pop(address, None))
-        self.packed: dict[tuple[int, Options], tuple[State, Packed]] = {}
+        self.packed: dict[tuple[int, Options], _Entry] = {}
         self.notes: dict[Any, Any] = {}
 
 
@@ -91,20 +97,20 @@ _layers: dict[int, _Layer] = {}
 def packed_layer(library: ctypes.CDLL, weights: Weights, options: Options, form: int) -> Packed:
     """The layer packed for a form.
 
-    It is packed once for each version of the weights: for as long as they stand at the same
-    addresses with the same version counters. Writes through `.data` do not count there, as they do
-    not for autograd; the kernels look at samples of every weight and report those.
+    It is packed once for each version of the weights: for as long as they are the same tensors, at
+    the same addresses, with the same version counters. Writes through `.data` do not count there,
+    as they do not for autograd; the kernels look at samples of every weight and report those.
     """
     state = _state(weights)
     if state is None:
         return pack(library, weights, options, form)
     layer = _layer(weights)
     entry = layer.packed.get((form, options))
-    if entry is not None and entry[0] == state:
-        return entry[1]
-    recycled = entry[1].buffers if entry is not None else []
-    packed = pack(library, weights, options, form, recycled)
-    layer.packed[form, options] = (state, packed)
+    if entry is not None and entry.state == state and _are(entry.tensors, weights):
+        return entry.packed
+    packed = pack(library, weights, options, form)
+    tensors = tuple(None if w is None else weakref.ref(_origin(w)) for w in weights)
+    layer.packed[form, options] = _Entry(tensors, state, packed)
     return packed
 
 
@@ -114,7 +120,9 @@ def find_packed(weights: Weights, options: Options, form: int) -> Packed | None:
     if layer is None or layer.query_weight() is not weights.wq:
         return None
     entry = layer.packed.get((form, options))
-    return entry[1] if entry is not None and entry[0] == _state(weights) else None
+    if entry is None or entry.state != _state(weights) or not _are(entry.tensors, weights):
+        return None
+    return entry.packed
 
 
 def forget(weights: Weights) -> None:
@@ -135,17 +143,38 @@ def find_note(weights: Weights, key: object) -> Any:
     return layer.notes.get(key)
 
 
-def addresses(weights: Weights) -> tuple[int, ...]:
-    """Of the weights that there are."""
-    return tuple([w.data_ptr() for w in weights if w is not None])
+def sizes(weights: Weights) -> State:
+    """All of the state but the versions."""
+    return tuple([(w.data_ptr(), w.shape, w.stride(), w.dtype) for w in weights if w is not None])
 
 
 def _state(weights: Weights) -> State | None:
     """None for inference tensors, which have no version counter."""
     try:
-        return tuple([(w.data_ptr(), w._version) for w in weights if w is not None])
+        return tuple(
+            [
+                None if w is None else (w.data_ptr(), w._version, w.numel(), w.is_contiguous())
+                for w in weights
+            ]
+        )
     except RuntimeError:
         return None
+
+
+def _origin(w: Tensor) -> Tensor:
+    return w if w._base is None else w._base
+
+
+def _are(tensors: tuple[weakref.ref[Tensor] | None, ...], weights: Weights) -> bool:
+    for reference, w in zip(tensors, weights, strict=True):
+        if w is None or reference is None:
+            if w is not reference:
+                return False
+        else:
+            tensor = reference()
+            if tensor is None or (tensor is not w and tensor is not w._base):
+                return False
+    return True
 
 
 def _layer(weights: Weights) -> _Layer:
@@ -156,18 +185,13 @@ def _layer(weights: Weights) -> _Layer:
 
 
 def pack(
-    library: ctypes.CDLL,
-    weights: Weights,
-    options: Options,
-    form: int,
-    recycled: Sequence[Tensor] = (),
-    watched: bool = True,
+    library: ctypes.CDLL, weights: Weights, options: Options, form: int, watched: bool = True
 ) -> Packed:
-    """Fold in float64 where there is something to fold, and pack into the `recycled` buffers.
+    """Fold in float64 where there is something to fold, and pack.
 
     `watched`: let the kernels check that the weights still are what was packed.
     """
-    packer = _Packer(library, recycled)
+    packer = _Packer(library)
     fields = _forward_fields(packer, weights, options, form)
     sources = [w for w in weights if watched and w is not None and w.is_contiguous()]
     numbers = [number for w in sources for number in (w.data_ptr(), w.nbytes // 4)]
@@ -249,22 +273,15 @@ def _folded_fields(packer: _Packer, weights: Weights, options: Options, form: in
 
 
 class _Packer:
-    """Packs matrices and vectors, keeps the buffers, gives their addresses.
+    """Packs matrices and vectors, keeps the buffers, gives their addresses."""
 
-    `recycled` are the buffers of an earlier version of the same: fresh memory costs more than the
-    packing itself.
-    """
-
-    def __init__(self, library: ctypes.CDLL, recycled: Sequence[Tensor]) -> None:
+    def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         self.lanes = library.swiftkernels_lanes()
         self.buffers: list[Tensor] = []
-        self.recycled = iter(recycled)
 
     def _buffer(self, floats: int) -> Tensor:
-        buffer = next(self.recycled, None)
-        if buffer is None or buffer.numel() != floats:
-            buffer = torch.empty(floats)
+        buffer = torch.empty(floats, dtype=torch.float32, device="cpu")
         self.buffers.append(buffer)
         return buffer
 

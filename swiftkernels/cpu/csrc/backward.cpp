@@ -64,7 +64,7 @@ struct Workspace {
   Tile dy, dt;  // become dq and dk
   Tile y, dx;
   float* factors;  // one number for each row
-  float *G, *vector;
+  float *G, *vector, *few;
   float* panel;    // of a matrix that is not packed
   float* columns;  // of a large tile
 };
@@ -79,6 +79,7 @@ class Backward {
         E_(layer.width),
         D_(layer.token_dim),
         N_(call.tokens),
+        slice_(slice_rows(N_)),
         threads_(usable_threads(call.threads)),
         by_items_(by_items(call.batch, threads_)),
         division_(divide()),
@@ -166,7 +167,8 @@ class Backward {
 
  private:
   Division divide() const {
-    if (call_.whole) return divide_items(call_.batch, N_, WHOLE_FLOATS / (2 * (C_ + D_ + 2 * E_)), threads_);
+    if (call_.whole)
+      return divide_items(call_.batch, N_, WHOLE_FLOATS / (2 * (C_ + D_ + 2 * E_)), threads_);
     return divide_tokens(N_, 2 * (C_ + D_ + 2 * E_), by_items_ ? 1 : threads_);
   }
 
@@ -185,10 +187,11 @@ class Backward {
       w.q = w.k;
       w.dy = w.dt;
     }
-    if (call_.direct) w.y = pieces.tile(rows, E_);
+    if (call_.direct || (!division_.whole && N_ <= WHOLE_ROWS)) w.y = pieces.tile(rows, E_);
     w.factors = pieces.take(rows);
     w.G = pieces.take(padded(E_));
     w.vector = pieces.take(padded(std::max(E_, D_)));
+    w.few = pieces.take(padded(std::max(E_, D_)));
     const Tile widest = pieces.tile(0, std::max(E_, D_));
     if (rows * widest.stride > LARGE_TILE) w.columns = pieces.take(rows * widest.stride);
     w.panel = pieces.take(Matrix::panel_scratch(std::max({C_, D_, E_})));
@@ -209,8 +212,8 @@ class Backward {
     gemm(w.dy, rows, matrices_.proj_rows, nullptr, w.dt, w.panel);
     std::fill(dG, dG + count * padded(E_), 0.f);
     for (int64_t i = 0; i < count; i++)
-      for (int64_t n = 0; n < N_; n += SLICE) {
-        key_rows(w, i * N_ + n, std::min(SLICE, N_ - n), first + i, n, w.vector);
+      for (int64_t n = 0; n < N_; n += slice_) {
+        key_rows(w, i * N_ + n, std::min(slice_, N_ - n), first + i, n, w.vector);
         add(w.vector, E_, dG + i * padded(E_));
       }
     sum_key_gradients(w, s, rows);
@@ -222,8 +225,7 @@ class Backward {
     sum_query_gradients(w, s, rows);
     if (!call_.needs_tokens) return;
     gemm(w.dy, rows, matrices_.query_rows, nullptr, w.dx, w.panel, w.dx);
-    for (int64_t i = 0; i < count; i++)
-      store_tile(from(w.dx, i * N_), N_, C_, dx_, first + i, 0);
+    for (int64_t i = 0; i < count; i++) store_tile(from(w.dx, i * N_), N_, C_, dx_, first + i, 0);
   }
 
   void key_pass(const Workspace& w, const Sums& s, float* partials, int64_t item,
@@ -232,10 +234,15 @@ class Backward {
     load_tile(x_, item, first, rows, C_, w.x);
     load_tile(dout_, item, first, rows, D_, w.dout);
     key_rows_again(w, item, 1, first, rows);
-    gemm(w.dout, rows, matrices_.product_rows, nullptr, w.dt, w.panel);
-    for (int64_t n = 0; n < rows; n += SLICE)
-      key_rows(w, n, std::min(SLICE, rows - n), item, first + n,
-               partials + (first + n) / SLICE * padded(E_));
+    if (N_ > WHOLE_ROWS) {
+      gemm(w.dout, rows, matrices_.product_rows, nullptr, w.dt, w.panel);
+    } else {  // as for whole items: results must not depend on how threads divide the tokens
+      gemm(w.dout, rows, matrices_.final_rows, nullptr, w.y, w.panel);
+      gemm(w.y, rows, matrices_.proj_rows, nullptr, w.dt, w.panel);
+    }
+    for (int64_t n = 0; n < rows; n += slice_)
+      key_rows(w, n, std::min(slice_, rows - n), item, first + n,
+               partials + (first + n) / slice_ * padded(E_));
     sum_key_gradients(w, s, rows);
     if (!call_.needs_tokens) return;
     gemm(w.dt, rows, matrices_.key_rows, nullptr, w.dx, w.panel);
@@ -268,7 +275,7 @@ class Backward {
     // A row at a time, of any of the matrices.
     parallel_for(2 * E_ + U_rows + D_, threads_, [&](int64_t row, int) {
       for (size_t i = 1; i < all.size(); i++) {
-        auto add_row = [&](Tile Sums::*matrix, int64_t r, int64_t width) {
+        auto add_row = [&](Tile Sums::* matrix, int64_t r, int64_t width) {
           add((all[i].*matrix).row(r), width, (all[0].*matrix).row(r));
         };
         if (row < E_)
@@ -328,7 +335,8 @@ class Backward {
   static Tile from(Tile tile, int64_t row) { return {tile.row(row), tile.stride}; }
 
   static void add(const float* vector, int64_t width, float* total) {
-    for (int64_t j = 0; j < padded(width); j += LANES) store(total + j, load(total + j) + load(vector + j));
+    for (int64_t j = 0; j < padded(width); j += LANES)
+      store(total + j, load(total + j) + load(vector + j));
   }
 
   void add_partials(const float* partials, float* total) const {
@@ -348,8 +356,8 @@ class Backward {
   }
 
   /// The unit rows of q or k as the forward had them: kept, or computed again from x.
-  void unit_rows_again(const Workspace& w, int64_t item, int64_t count, int64_t first,
-                       int64_t rows, const Tokens& kept, const Matrix& matrix, const float* bias,
+  void unit_rows_again(const Workspace& w, int64_t item, int64_t count, int64_t first, int64_t rows,
+                       const Tokens& kept, const Matrix& matrix, const float* bias,
                        const float* norms, Tile unit) const {
     if (kept.data) {
       for (int64_t i = 0; i < count; i++)
@@ -360,9 +368,9 @@ class Backward {
     if (layer_.qk_norm) scale_rows(unit, count * rows, E_, norms + item * N_ + first);
   }
 
-  /// Rows of kn and dt become those of t and dk; up to SLICE of them, whose part of dG is summed.
-  void key_rows(const Workspace& w, int64_t row, int64_t rows, int64_t item, int64_t first,
-                float* dG) const {
+  /// Rows of kn and dt become those of t and dk; a slice of them, whose part of dG is summed.
+  ONE_COPY void key_rows(const Workspace& w, int64_t row, int64_t rows, int64_t item, int64_t first,
+                         float* dG) const {
     load_G(item, w.G);
     std::fill(dG, dG + padded(E_), 0.f);
     for (int64_t r = row; r < row + rows; r++) {
@@ -386,8 +394,8 @@ class Backward {
   }
 
   /// Rows of dy become those of dq; the gradients of their scores are left in `factors`.
-  void query_rows(const Workspace& w, int64_t row, int64_t rows, int64_t item, int64_t first,
-                  const float* dG) const {
+  ONE_COPY void query_rows(const Workspace& w, int64_t row, int64_t rows, int64_t item,
+                           int64_t first, const float* dG) const {
     load_G(item, w.G);
     vec G_dG{};
     for (int64_t j = 0; j < padded(E_); j += LANES) G_dG += load(w.G + j) * load(dG + j);
@@ -427,9 +435,7 @@ class Backward {
   }
 
   /// Whether a unit row has a gradient along the row: where it was divided by its norm, not by eps.
-  bool has_projection(float inverse_norm) const {
-    return layer_.qk_norm && inverse_norm < limit_;
-  }
+  bool has_projection(float inverse_norm) const { return layer_.qk_norm && inverse_norm < limit_; }
 
   void load_G(int64_t item, float* G) const {
     std::fill(G, G + padded(E_), 0.f);
@@ -459,17 +465,22 @@ class Backward {
     s.begun[1] = true;
   }
 
-  /// total += sum_r factors[r] tile[r]; the tile is summed first, for accuracy.
+  /// total += sum_r factors[r] tile[r]; a few rows are summed first, then the tile, for accuracy.
   static void add_rows(const Workspace& w, Tile tile, int64_t rows, int64_t width, float* total) {
+    constexpr int64_t FEW = 16;
     std::fill(w.vector, w.vector + padded(width), 0.f);
-    add_weighted_rows(w.factors, tile, rows, width, w.vector);
+    for (int64_t r = 0; r < rows; r += FEW) {
+      std::fill(w.few, w.few + padded(width), 0.f);
+      add_weighted_rows(w.factors + r, from(tile, r), std::min(FEW, rows - r), width, w.few);
+      add(w.few, width, w.vector);
+    }
     add(w.vector, width, total);
   }
 
   const RawLayer& layer_;
   const Prepared& matrices_;
   const BackwardCall& call_;
-  const int64_t C_, E_, D_, N_;
+  const int64_t C_, E_, D_, N_, slice_;
   const int threads_;
   const bool by_items_;
   const Division division_;
@@ -487,7 +498,7 @@ EXPORT int swiftkernels_backward(const RawLayer* layer, const BackwardCall* call
     weights.add(weights.plain.key);
   }
   weights.add(weights.final_rows);
-  weights.add(call->whole ? weights.proj_rows : weights.product_rows);
+  weights.add(call->tokens <= WHOLE_ROWS ? weights.proj_rows : weights.product_rows);
   if (call->direct) weights.add(weights.plain.proj);
   if (call->needs_tokens) {
     weights.add(weights.query_rows);

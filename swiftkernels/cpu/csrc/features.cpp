@@ -10,8 +10,8 @@
 // swiftkernels/cpu/library.py.
 EXPORT int swiftkernels_abi(void) { return 1; }
 
-// Bit 0: x86-64-v3 (AVX2, FMA, F16C). Bit 1: x86-64-v4 (AVX-512 F, BW, CD, DQ, VL). Bit 2: AVX-512
-// BF16. Asked of the library that was compiled without any of them.
+// Bit 0: x86-64-v3 (AVX2, FMA, F16C). Bit 1: x86-64-v4 (AVX-512 F, BW, CD, DQ, VL). Asked of the
+// library that was compiled without any of them.
 EXPORT unsigned swiftkernels_cpu_features(void) {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_cpu_init();

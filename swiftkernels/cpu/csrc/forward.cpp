@@ -11,7 +11,7 @@ constexpr int64_t WHOLE_FLOATS = 120000;
 
 /// What some items need between the two passes over their tokens, one after another.
 struct State {
-  float* scores;  // [items, N]; token weights in the end. Null: not needed after pooling
+  float* scores;       // [items, N]; token weights in the end. Null: not needed after pooling
   float* query_norms;  // inverse ones [items, N]
   float* key_norms;    // [items, N] or null
   float* partials;     // one for each slice
@@ -40,6 +40,7 @@ class Forward {
         E_(layer.width),
         D_(layer.token_dim),
         N_(call.tokens),
+        slice_(slice_rows(N_)),
         threads_(usable_threads(call.threads)),
         x_(tokens_of(call.x, call.x_strides, call.type)),
         out_(tokens_of(call.out, call.out_strides, call.type)),
@@ -76,8 +77,7 @@ class Forward {
       return make_workspace(pieces);
     };
     auto state = [&](int thread) {
-      Pieces pieces(scratch.data() + threads_ * workspace_size.used() +
-                    thread * state_size.used());
+      Pieces pieces(scratch.data() + threads_ * workspace_size.used() + thread * state_size.used());
       return make_state(pieces);
     };
     if (form_ == FOLDED && layer_.qk_norm)
@@ -103,17 +103,15 @@ class Forward {
     } else {
       for (int64_t item = 0; item < call_.batch; item++) {
         const State s = of_items(state(0), item);
-        parallel_for(division_.blocks, threads_, [&](int64_t i, int thread) {
-          first_pass(workspace(thread), s, item, i);
-        });
+        parallel_for(division_.blocks, threads_,
+                     [&](int64_t i, int thread) { first_pass(workspace(thread), s, item, i); });
         finish(s, item, 1);
         if (form_ == FOLDED)
           parallel_for(threads_, threads_, [&](int64_t i, int thread) {
             fold(workspace(thread), s, s.G, (C_ + 1) * i / threads_, (C_ + 1) * (i + 1) / threads_);
           });
-        parallel_for(division_.blocks, threads_, [&](int64_t i, int thread) {
-          second_pass(workspace(thread), s, item, i);
-        });
+        parallel_for(division_.blocks, threads_,
+                     [&](int64_t i, int thread) { second_pass(workspace(thread), s, item, i); });
       }
     }
     return cancellation_ ? CANCELLATION : DONE;
@@ -176,8 +174,7 @@ class Forward {
       load_tile(x_, first + i, 0, N_, C_, {w.x.row(i * N_), w.x.stride});
     score(w, s, 0, count * N_);
     for (int64_t i = 0; i < count; i++) {
-      if (unit_q_.data)
-        store_tile({w.q.row(i * N_), w.q.stride}, N_, E_, unit_q_, first + i, 0);
+      if (unit_q_.data) store_tile({w.q.row(i * N_), w.q.stride}, N_, E_, unit_q_, first + i, 0);
       pool(w, s, i * N_, i * N_, N_, mask_of(call_, first + i), s.partials + i * partial_floats_);
     }
     finish(s, first, count);
@@ -194,7 +191,7 @@ class Forward {
     score(w, s, first, rows);
     if (form_ == PLAIN && waiting_q_.data) store_tile(w.q, rows, E_, waiting_q_, item, first);
     pool(w, s, 0, first, rows, mask_of(call_, item).from(first),
-         s.partials + first / SLICE * Partial::floats(pool_width_));
+         s.partials + first / slice_ * Partial::floats(pool_width_));
   }
 
   void second_pass(const Workspace& w, const State& s, int64_t item, int64_t tile) const {
@@ -239,13 +236,12 @@ class Forward {
                static_cast<float>(layer_.query_score_bias), query_norms, scores);
   }
 
-  /// Squares of norms to inverse norms. Where rows are much shorter than the bias in them, the bias
-  /// cancels the mean of x; what is linear in x then loses more digits than the plain form.
+  /// Squares of norms to inverse norms. Where a row is much shorter than the bias in it, the bias
+  /// cancels what comes from x; what is linear in x then loses more digits than the plain form.
   void invert_and_check(float* norms2, int64_t rows, float bias_norm2) const {
-    float mean = 0;
-    for (int64_t r = 0; r < rows; r++) mean += norms2[r];
-    if (bias_norm2 * static_cast<float>(rows) > 4 * mean)
-      cancellation_.store(true, std::memory_order_relaxed);
+    float shortest = INFINITY;
+    for (int64_t r = 0; r < rows; r++) shortest = std::min(shortest, norms2[r]);
+    if (bias_norm2 > 4 * shortest) cancellation_.store(true, std::memory_order_relaxed);
     invert_norms(layer_, norms2, rows);
   }
 
@@ -254,10 +250,10 @@ class Forward {
             float* partials) const {
     const Tile pooled = form_ == PLAIN ? w.q : w.x;
     const float* scores = s.scores ? s.scores + first : w.scores + row;
-    for (int64_t i = 0; i < rows; i += SLICE) {
+    for (int64_t i = 0; i < rows; i += slice_) {
       pool_slice(layer_, scores + i, form_ == PLAIN ? nullptr : s.query_norms + first + i,
-                 {pooled.row(row + i), pooled.stride}, std::min(SLICE, rows - i), pool_width_,
-                 mask.from(i), Partial{partials + i / SLICE * Partial::floats(pool_width_)});
+                 {pooled.row(row + i), pooled.stride}, std::min(slice_, rows - i), pool_width_,
+                 mask.from(i), Partial{partials + i / slice_ * Partial::floats(pool_width_)});
     }
   }
 
@@ -271,7 +267,8 @@ class Forward {
     const Tile G{s.G, padded(E_)};
     // Sums of x become sums of q: the query layer is linear.
     if (form_ != PLAIN)
-      gemm({const_cast<float*>(sums), partial_floats_}, count, matrices_.query, nullptr, G, nullptr);
+      gemm({const_cast<float*>(sums), partial_floats_}, count, matrices_.query, nullptr, G,
+           nullptr);
     for (int64_t i = 0; i < count; i++) {
       const Partial total{s.partials + i * partial_floats_};
       const vec normaliser = broadcast(normalisers[i]), factors = broadcast(total.factor_sum());
@@ -296,8 +293,7 @@ class Forward {
       int64_t rows = std::min(SLICE, end - k);
       for (int64_t r = 0; r < rows; r++)
         for (int64_t j = 0; j < padded(E_); j += LANES)
-          store(w.fold.row(r) + j,
-                load(layer_.key_rows + (k + r) * padded(E_) + j) * load(G + j));
+          store(w.fold.row(r) + j, load(layer_.key_rows + (k + r) * padded(E_) + j) * load(G + j));
       if (!layer_.qk_norm && k + rows == C_ + 1) {
         rows--;
         gemm({w.fold.row(rows), w.fold.stride}, 1, product, layer_.output_bias,
@@ -364,8 +360,8 @@ class Forward {
 
   /// out = operand times matrix + bias, and the input on top if asked for; `row` is where the tile
   /// of x has the first of these tokens.
-  void emit(const Workspace& w, Tile operand, const Matrix& matrix, const float* bias,
-            int64_t item, int64_t count, int64_t row, int64_t first, int64_t rows) const {
+  void emit(const Workspace& w, Tile operand, const Matrix& matrix, const float* bias, int64_t item,
+            int64_t count, int64_t row, int64_t first, int64_t rows) const {
     const Tile input = call_.add_input ? Tile{w.x.row(row), w.x.stride} : Tile{nullptr, 0};
     const bool joined = count == 1 || out_.batch_stride == rows * out_.token_stride;
     if (has_plain_rows(out_) && joined)
@@ -380,7 +376,7 @@ class Forward {
   const PlainMatrices& matrices_;
   const Call& call_;
   const Form form_;
-  const int64_t C_, E_, D_, N_;
+  const int64_t C_, E_, D_, N_, slice_;
   const int threads_;
   const Tokens x_, out_, unit_q_, unit_k_;
   const bool by_items_;

@@ -5,8 +5,7 @@
 
 inline float norm2(const float* vector, int64_t width) {
   vec total{};
-  for (int64_t j = 0; j < padded(width); j += LANES)
-    total += load(vector + j) * load(vector + j);
+  for (int64_t j = 0; j < padded(width); j += LANES) total += load(vector + j) * load(vector + j);
   return sum(total);
 }
 

@@ -52,8 +52,8 @@ class Panels {
 /// Floats that panels of B [K, columns] take.
 constexpr int64_t panel_floats(int64_t K, int64_t columns) { return K * padded(columns); }
 
-/// out [K, width] = columns [column, column + width) of B, B[k, j] = b[k * k_stride + j * j_stride],
-/// with zeros beyond the `valid` first of them.
+/// out [K, width] = columns [column, column + width) of B, B[k, j] = b[k * k_stride + j *
+/// j_stride], with zeros beyond the `valid` first of them.
 inline void pack_panel(const float* b, int64_t K, int64_t k_stride, int64_t j_stride, int64_t width,
                        int64_t valid, float* out) {
   int64_t k = 0;
@@ -67,15 +67,16 @@ inline void pack_panel(const float* b, int64_t K, int64_t k_stride, int64_t j_st
       }
   } else if (j_stride == 1) {  // B is a matrix in memory
     for (; k < K && valid == width; k++)
-      for (int64_t j = 0; j < width; j += LANES) store(out + k * width + j, load(b + k * k_stride + j));
+      for (int64_t j = 0; j < width; j += LANES)
+        store(out + k * width + j, load(b + k * k_stride + j));
   }
   for (; k < K; k++)
     for (int64_t j = 0; j < width; j++)
       out[k * width + j] = j < valid ? b[k * k_stride + j * j_stride] : 0.f;
 }
 
-/// A matrix B [K, columns] to multiply with: packed into panels before, or else panel by panel when it
-/// is used, which is faster where few rows use it.
+/// A matrix B [K, columns] to multiply with: packed into panels before, or else panel by panel when
+/// it is used, which is faster where few rows use it.
 struct Matrix {
   int64_t K, columns;
   const float* panels;  // or null:
@@ -245,10 +246,14 @@ inline void run_rows(Block block, int64_t rows) {
 template <class Epilogue>
 inline void run_panel(const Block& block, int vectors, int64_t rows) {
   switch (vectors) {
-    case 1: return run_rows<Epilogue, 1>(block, rows);
-    case 2: return run_rows<Epilogue, 2>(block, rows);
-    case 3: return run_rows<Epilogue, 3>(block, rows);
-    default: return run_rows<Epilogue, MAX_VECTORS>(block, rows);
+    case 1:
+      return run_rows<Epilogue, 1>(block, rows);
+    case 2:
+      return run_rows<Epilogue, 2>(block, rows);
+    case 3:
+      return run_rows<Epilogue, 3>(block, rows);
+    default:
+      return run_rows<Epilogue, MAX_VECTORS>(block, rows);
   }
 }
 
@@ -263,8 +268,8 @@ struct Tile {
 inline int64_t cached_rows(int64_t K) { return std::max<int64_t>(48, 49152 / K); }
 
 /// c [rows, columns] = initial + bias + a [rows, K] b. Columns beyond those of b are written as
-/// padding if c has room for whole vectors, that is if `c_padded`. `scratch` is for a panel of b; it
-/// may be null if b is packed.
+/// padding if c has room for whole vectors, that is if `c_padded`. `scratch` is for a panel of b;
+/// it may be null if b is packed.
 inline void gemm(Tile a, int64_t rows, const Matrix& b, const float* bias, Tile c, float* scratch,
                  Tile initial = {nullptr, 0}, bool c_padded = true) {
   const Panels groups(b.columns);
@@ -299,45 +304,41 @@ inline void gemm_to_panels(Tile a, int64_t rows, const Matrix& b, float* c, int6
     const Panel group = groups[i];
     const int64_t width = group.vectors * LANES;
     const int64_t offset = panel_rows * group.column + first * width;
-    const Block block{a.data,
-                      a.stride,
-                      b.panel(group, nullptr),
-                      b.K,
-                      nullptr,
-                      initial ? initial + offset : nullptr,
-                      width,
-                      c + offset,
-                      width,
+    const Block block{a.data, a.stride,   b.panel(group, nullptr),
+                      b.K,    nullptr,    initial ? initial + offset : nullptr,
+                      width,  c + offset, width,
                       width};
     run_panel<Store>(block, group.vectors, rows);
   }
 }
 
-/// sums[r] = the sum of the lanes of vector_of(r); a block of rows at a time, which takes a fraction of
-/// the shuffles that row by row would.
+/// sums[r] = the sum of the lanes of vector_of(r); a block of rows at a time, which takes a
+/// fraction of the shuffles that row by row would.
 template <class VectorOf>
 INLINE void sum_each_row(int64_t rows, float* sums, VectorOf vector_of) {
-  int64_t r = 0;
-  for (; r + LANES <= rows; r += LANES) {
-    vec vectors[LANES];
-    for (int i = 0; i < LANES; i++) vectors[i] = vector_of(r + i);
-    store(sums + r, sums_of(vectors));
+  for (int64_t r = 0; r < rows; r += LANES) {
+    // The last rows take the same way, or the compiler might round them in another.
+    const int64_t count = std::min<int64_t>(LANES, rows - r);
+    vec vectors[LANES] = {};
+    for (int64_t i = 0; i < count; i++) vectors[i] = vector_of(r + i);
+    alignas(sizeof(vec)) float block[LANES];
+    store(block, sums_of(vectors));
+    std::memcpy(sums + r, block, count * sizeof(float));
   }
-  for (; r < rows; r++) sums[r] = sum(vector_of(r));
 }
 
 /// norms2[r] = |bias + a[r] b|^2 for panels of a b whose column j has no entries above row j: what
 /// stands above the first column of a panel is left out. `scratch` holds `rows` vectors.
-inline void triangular_norms2(Tile a, int64_t rows, const float* panels, int64_t K,
-                              int64_t columns, const float* bias, float* scratch, float* norms2) {
+inline void triangular_norms2(Tile a, int64_t rows, const float* panels, int64_t K, int64_t columns,
+                              const float* bias, float* scratch, float* norms2) {
   std::fill(scratch, scratch + rows * LANES, 0.f);
   const Panels groups(columns);
   for (int64_t i = 0; i < groups.count(); i++) {
     const Panel group = groups[i];
     const int64_t first = std::min(group.column, K);
     const float* panel = panels + K * group.column + first * group.vectors * LANES;
-    const Block block{a.data + first,  a.stride, panel,   K - first, bias + group.column, nullptr, 0,
-                      scratch,         LANES,    LANES};
+    const Block block{a.data + first, a.stride, panel,   K - first, bias + group.column,
+                      nullptr,        0,        scratch, LANES,     LANES};
     run_panel<SumSquares>(block, group.vectors, rows);
   }
   sum_each_row(rows, norms2, [&](int64_t r) { return load(scratch + r * LANES); });
@@ -410,14 +411,14 @@ inline void pack_columns(Tile a, int64_t a_columns, int64_t rows, int block_colu
   }
 }
 
-/// Floats from which on a tile is packed before its columns are multiplied: its rows lie too far apart
-/// for the cache then.
+/// Floats from which on a tile is packed before its columns are multiplied: its rows lie too far
+/// apart for the cache then.
 constexpr int64_t LARGE_TILE = 65536;
 
-/// c [a_columns, b_columns] = a^T b for tiles a and b of `rows` rows, or (`add`) that on top of c; b
-/// and c have whole vectors. `scratch` holds a tile if it is a large one.
-inline void gram(Tile a, int64_t a_columns, Tile b, int64_t b_columns, int64_t rows, Tile c, bool add,
-                 float* scratch) {
+/// c [a_columns, b_columns] = a^T b for tiles a and b of `rows` rows, or (`add`) that on top of c;
+/// b and c have whole vectors. `scratch` holds a tile if it is a large one.
+inline void gram(Tile a, int64_t a_columns, Tile b, int64_t b_columns, int64_t rows, Tile c,
+                 bool add, float* scratch) {
   const Panels groups(b_columns);
   const bool packed = rows * a.stride > LARGE_TILE;
   int packed_for = 0;
@@ -436,10 +437,17 @@ inline void gram(Tile a, int64_t a_columns, Tile b, int64_t b_columns, int64_t r
                           c.stride,
                           add};
     switch (group.vectors) {
-      case 1: gram_rows<1>(block, a_columns, packed); break;
-      case 2: gram_rows<2>(block, a_columns, packed); break;
-      case 3: gram_rows<3>(block, a_columns, packed); break;
-      default: gram_rows<MAX_VECTORS>(block, a_columns, packed);
+      case 1:
+        gram_rows<1>(block, a_columns, packed);
+        break;
+      case 2:
+        gram_rows<2>(block, a_columns, packed);
+        break;
+      case 3:
+        gram_rows<3>(block, a_columns, packed);
+        break;
+      default:
+        gram_rows<MAX_VECTORS>(block, a_columns, packed);
     }
   }
 }

@@ -23,8 +23,8 @@ enum Form : int64_t { PLAIN = 0, TRIANGULAR = 1, FOLDED = 2 };
 /// Notices changes of the weights that went past PyTorch's version counters, by samples.
 struct Fingerprint {
   struct {
-    const uint32_t* words;
-    int64_t count;
+    const char* bytes;
+    int64_t count;  // of words
   } sources[10];
   int64_t source_count;
   uint64_t value;
@@ -33,8 +33,11 @@ struct Fingerprint {
     uint64_t hash = 0;
     for (int64_t i = 0; i < source_count; i++) {
       const int64_t step = std::max<int64_t>(1, sources[i].count / 32);
-      for (int64_t j = 0; j < sources[i].count; j += step)
-        hash = (hash ^ sources[i].words[j]) * 0x9E3779B97F4A7C15u;
+      for (int64_t j = 0; j < sources[i].count; j += step) {
+        uint32_t word;  // at any address
+        std::memcpy(&word, sources[i].bytes + 4 * j, 4);
+        hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
+      }
     }
     return hash;
   }
@@ -132,10 +135,10 @@ struct Gradients {
 
 struct BackwardCall {
   int64_t batch, tokens;
-  int64_t whole;    // whole items at a time, else tiles
+  int64_t whole;  // whole items at a time, else tiles
   int64_t threads;
   int64_t type;
-  int64_t direct;   // sum dWp and dWf themselves (whole items only), not the moments U and V
+  int64_t direct;  // sum dWp and dWf themselves (whole items only), not the moments U and V
   int64_t needs_tokens, needs_weights;
   void* x;
   int64_t x_strides[3];
@@ -166,8 +169,12 @@ inline Mask mask_of(const AnyCall& call, int64_t item) {
 constexpr int64_t WHOLE_ROWS = 256;
 /// Pooled sums are formed slice by slice: they depend neither on tiles nor on threads.
 constexpr int64_t SLICE = 64;
+/// Tokens of a slice; two slices at least, so that two threads can share a short item.
+inline int64_t slice_rows(int64_t tokens) { return std::min(SLICE, (tokens + 1) / 2); }
 
-inline int64_t slices_of(int64_t tokens) { return (tokens + SLICE - 1) / SLICE; }
+inline int64_t slices_of(int64_t tokens) {
+  return (tokens + slice_rows(tokens) - 1) / slice_rows(tokens);
+}
 
 /// Rows of a tile whose `floats_per_row` should stay in the second-level cache.
 inline int64_t tile_rows(int64_t floats_per_row) {
@@ -190,7 +197,8 @@ struct Division {
 
 /// Blocks of whole items, a few at a time as long as their rows stay in the cache.
 inline Division divide_items(int64_t batch, int64_t tokens, int64_t rows, int threads) {
-  const int64_t room = std::max<int64_t>(1, std::min(WHOLE_ROWS, rows) / std::max<int64_t>(1, tokens));
+  const int64_t room =
+      std::max<int64_t>(1, std::min(WHOLE_ROWS, rows) / std::max<int64_t>(1, tokens));
   // As many blocks as keep all threads busy to the end.
   const int64_t rounds = (batch + room * threads - 1) / (room * threads);
   const int64_t items = (batch + rounds * threads - 1) / (rounds * threads);
@@ -199,7 +207,7 @@ inline Division divide_items(int64_t batch, int64_t tokens, int64_t rows, int th
 
 /// Tiles of an item; small enough for `threads` to share it.
 inline Division divide_tokens(int64_t tokens, int64_t floats_per_row, int threads) {
-  int64_t rows = std::min(tile_rows(floats_per_row), round_up(tokens, SLICE));
-  rows = std::min(rows, round_up((tokens + threads - 1) / threads, SLICE));
+  const int64_t slice = slice_rows(tokens), share = (tokens + threads - 1) / threads;
+  const int64_t rows = round_up(std::min(tile_rows(floats_per_row), share), slice);
   return {false, 1, rows, (tokens + rows - 1) / rows};
 }

@@ -7,16 +7,16 @@
 struct Partial {
   static constexpr int64_t HEADER = 16;
   float* data;
-  float& highest() const { return data[0]; }      // score: softmax weights are relative to it
-  float& normaliser() const { return data[1]; }   // sum of s^2 (l2) or of weights (softmax)
-  float& factor_sum() const { return data[2]; }   // sum of what the rows were weighted with
+  float& highest() const { return data[0]; }     // score: softmax weights are relative to it
+  float& normaliser() const { return data[1]; }  // sum of s^2 (l2) or of weights (softmax)
+  float& factor_sum() const { return data[2]; }  // sum of what the rows were weighted with
   float* rows() const { return data + HEADER; }
   static int64_t floats(int64_t width) { return HEADER + round_up(width, 16); }
 };
 
 /// Token weights before their normalisation, from scores; softmax: exp(s - highest).
-inline void raw_weights(const Layer& layer, const float* scores, int64_t n, Mask mask,
-                        float highest, float* weights) {
+ONE_COPY inline void raw_weights(const Layer& layer, const float* scores, int64_t n, Mask mask,
+                                 float highest, float* weights) {
   if (layer.pooling == SOFTMAX) {
     alignas(64) float lanes[LANES];
     for (int64_t i = 0; i < n; i += LANES) {
@@ -55,8 +55,8 @@ inline void add_weighted_rows(const float* factors, Tile rows, int64_t n, int64_
 }
 
 /// Pool up to SLICE rows. The rows are weighted with weight * inverse_norms[i], or weight alone.
-inline void pool_slice(const Layer& layer, const float* scores, const float* inverse_norms,
-                       Tile rows, int64_t n, int64_t width, Mask mask, Partial partial) {
+ONE_COPY inline void pool_slice(const Layer& layer, const float* scores, const float* inverse_norms,
+                                Tile rows, int64_t n, int64_t width, Mask mask, Partial partial) {
   float weights[SLICE];
   float highest = -INFINITY;
   for (int64_t i = 0; i < n; i++)
@@ -77,7 +77,7 @@ inline void pool_slice(const Layer& layer, const float* scores, const float* inv
 
 /// Add up the partials of an item, in their order, into the first; returns the factor that
 /// normalises weights made with the highest score of all.
-inline float combine(const Layer& layer, float* partials, int64_t count, int64_t width) {
+ONE_COPY inline float combine(const Layer& layer, float* partials, int64_t count, int64_t width) {
   const int64_t floats = Partial::floats(width);
   const Partial total{partials};
   float highest = total.highest();

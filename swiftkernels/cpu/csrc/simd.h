@@ -17,6 +17,9 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 
+// Of a function with sums of single numbers there must be one copy: whether the compiler fuses a
+// product and a sum differs from copy to copy, and results would depend on who calls.
+#define ONE_COPY __attribute__((noinline))
 #define INLINE static inline __attribute__((always_inline))
 
 // `vec` lives in registers; `unaligned_vec` is the same in memory, at any address.
@@ -62,7 +65,8 @@ INLINE vec interleave(vec a, vec b, std::index_sequence<I...>) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, ((I + HIGH * LANES) / 2 + (I % 2) * LANES)...);
 #else
-  return __builtin_shuffle(a, b, int_vec{static_cast<int32_t>((I + HIGH * LANES) / 2 + (I % 2) * LANES)...});
+  return __builtin_shuffle(
+      a, b, int_vec{static_cast<int32_t>((I + HIGH * LANES) / 2 + (I % 2) * LANES)...});
 #endif
 }
 

@@ -216,8 +216,8 @@ class Pieces {
     used_ += round_up(floats, 16);
     return piece;
   }
-  /// A tile with whole vectors in each row. Strides of a power of two would map the rows of a column
-  /// to the same few places of the cache.
+  /// A tile with whole vectors in each row. Strides of a power of two would map the rows of a
+  /// column to the same few places of the cache.
   Tile tile(int64_t rows, int64_t width) {
     const int64_t stride = padded(width) + (padded(width) % 64 == 0 ? 16 : 0);
     return {take(rows * stride), stride};

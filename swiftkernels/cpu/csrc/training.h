@@ -67,7 +67,8 @@ class Prepared {
           product_rows.raw = product, product_rows.k_stride = padded(E);
         }
       }
-      panels[i] = pack ? pieces.take(panel_floats(matrices_[i]->K, matrices_[i]->columns)) : nullptr;
+      panels[i] =
+          pack ? pieces.take(panel_floats(matrices_[i]->K, matrices_[i]->columns)) : nullptr;
     }
     if (count_ > 0 && panels[0])
       parallel_for(count_, threads_, [&](int64_t i, int) { matrices_[i]->pack(panels[i]); });
