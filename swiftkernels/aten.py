@@ -104,7 +104,7 @@ def additive_self_attention_forward(
     options: Options,
     keep: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out [B, N, D], and for the backward G [B, E]."""
+    """out [B, N, D], and for the backward G [B, E]; `keep` is for the CPU kernels."""
     weight, bias = pack_projections(wq, bq, wk, bk)
     out, global_query = _outputs(x, wf)
     for items in _chunks(x, wq.shape[0]):

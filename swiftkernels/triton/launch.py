@@ -102,7 +102,10 @@ def additive_self_attention_forward(
     options: Options,
     keep: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out [B, N, D], and for the backward G [B, E], pooling statistics [B, 2], M = Wf Wp [D, E]."""
+    """out [B, N, D], and for the backward G [B, E], pooling statistics [B, 2], M = Wf Wp [D, E].
+
+    `keep` means something to the CPU kernels only.
+    """
     if wq.shape[0] > config.MAX_PROJECTED_WIDTH:
         with device_guard(x):
             q, k = _queries_and_keys(x, wq, bq, wk, bk)

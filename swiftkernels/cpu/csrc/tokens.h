@@ -96,54 +96,103 @@ struct Float32 {
 };
 
 template <class T>
+inline vec load_vector(const T* p) {
+  alignas(sizeof(vec)) float lanes[LANES];
+  for (int i = 0; i < LANES; i++) lanes[i] = T::load(p[i]);
+  return load(lanes);
+}
+template <class T>
+inline void store_vector(T* p, vec v) {
+  alignas(sizeof(vec)) float lanes[LANES];
+  store(lanes, v);
+  for (int i = 0; i < LANES; i++) p[i] = T::make(lanes[i]);
+}
+
+typedef uint16_t half_vec __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef uint32_t bits_vec __attribute__((vector_size(LANES * 4)));
+
+template <>
+inline vec load_vector(const BFloat16* p) {
+  const half_vec halves = *reinterpret_cast<const half_vec*>(p);
+  return reinterpret_cast<vec>(__builtin_convertvector(halves, bits_vec) << 16);
+}
+template <>
+inline void store_vector(BFloat16* p, vec v) {
+  const bits_vec bits = reinterpret_cast<bits_vec>(v);
+  const bits_vec rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const bits_vec nan = reinterpret_cast<bits_vec>(v != v);
+  const bits_vec chosen = (nan & 0x7FC0u) | (~nan & rounded);
+  *reinterpret_cast<half_vec*>(p) = __builtin_convertvector(chosen, half_vec);
+}
+
+/// block(r, c) for every block of LANES rows and columns where all of them are there, and
+/// single(r, c) for every other place.
+template <class Block, class Single>
+INLINE void for_each_block(int64_t rows, int64_t width, Block block, Single single) {
+  const int64_t whole_rows = rows / LANES * LANES, whole_width = width / LANES * LANES;
+  for (int64_t r = 0; r < whole_rows; r += LANES) {
+    for (int64_t c = 0; c < whole_width; c += LANES) block(r, c);
+    for (int64_t c = whole_width; c < width; c++)
+      for (int64_t i = r; i < r + LANES; i++) single(i, c);
+  }
+  for (int64_t c = 0; c < width; c++)
+    for (int64_t r = whole_rows; r < rows; r++) single(r, c);
+}
+
+template <class T>
 inline void load_rows(const T* in, int64_t token_stride, int64_t channel_stride, int64_t rows,
                       int64_t width, Tile tile) {
+  const int64_t whole = width / LANES * LANES;
+  auto single = [&](int64_t r, int64_t c) {
+    tile.row(r)[c] = T::load(in[r * token_stride + c * channel_stride]);
+  };
   if (channel_stride == 1) {
-    const int64_t whole = width / LANES * LANES;
     for (int64_t r = 0; r < rows; r++) {
-      float* out = tile.row(r);
-      const T* row = in + r * token_stride;
       for (int64_t c = 0; c < whole; c += LANES)
-        for (int i = 0; i < LANES; i++) out[c + i] = T::load(row[c + i]);
-      if (whole == width) continue;
-      for (int64_t c = whole; c < width; c++) out[c] = T::load(row[c]);
-      for (int64_t c = width; c < padded(width); c++) out[c] = 0.f;
+        store(tile.row(r) + c, load_vector(in + r * token_stride + c));
+      for (int64_t c = whole; c < width; c++) single(r, c);
     }
-    return;
+  } else if (token_stride == 1) {  // channels first
+    auto block = [&](int64_t r, int64_t c) {
+      vec vectors[LANES];
+      for (int i = 0; i < LANES; i++) vectors[i] = load_vector(in + (c + i) * channel_stride + r);
+      transpose(vectors);
+      for (int i = 0; i < LANES; i++) store(tile.row(r + i) + c, vectors[i]);
+    };
+    for_each_block(rows, width, block, single);
+  } else {
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < width; c++) single(r, c);
   }
-  // Channels first: square blocks, so that every cache line of either side serves many numbers.
-  constexpr int64_t SIDE = 16;
-  for (int64_t r0 = 0; r0 < rows; r0 += SIDE) {
-    const int64_t height = std::min(SIDE, rows - r0);
-    for (int64_t c = 0; c < width; c++) {
-      const T* column = in + c * channel_stride + r0 * token_stride;
-      float* out = tile.row(r0) + c;
-      for (int64_t r = 0; r < height; r++) out[r * tile.stride] = T::load(column[r * token_stride]);
-    }
-    for (int64_t r = 0; r < height; r++)
-      for (int64_t c = width; c < padded(width); c++) tile.row(r0 + r)[c] = 0.f;
-  }
+  if (whole == width) return;
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = width; c < padded(width); c++) tile.row(r)[c] = 0.f;
 }
 
 template <class T>
 inline void store_rows(Tile tile, int64_t rows, int64_t width, T* out, int64_t token_stride,
                        int64_t channel_stride) {
+  const int64_t whole = width / LANES * LANES;
+  auto single = [&](int64_t r, int64_t c) {
+    out[r * token_stride + c * channel_stride] = T::make(tile.row(r)[c]);
+  };
   if (channel_stride == 1) {
     for (int64_t r = 0; r < rows; r++) {
-      const float* row = tile.row(r);
-      T* to = out + r * token_stride;
-      for (int64_t c = 0; c < width; c++) to[c] = T::make(row[c]);
+      for (int64_t c = 0; c < whole; c += LANES)
+        store_vector(out + r * token_stride + c, load(tile.row(r) + c));
+      for (int64_t c = whole; c < width; c++) single(r, c);
     }
-    return;
-  }
-  constexpr int64_t SIDE = 16;
-  for (int64_t r0 = 0; r0 < rows; r0 += SIDE) {
-    const int64_t height = std::min(SIDE, rows - r0);
-    for (int64_t c = 0; c < width; c++) {
-      T* column = out + c * channel_stride + r0 * token_stride;
-      const float* in = tile.row(r0) + c;
-      for (int64_t r = 0; r < height; r++) column[r * token_stride] = T::make(in[r * tile.stride]);
-    }
+  } else if (token_stride == 1) {
+    auto block = [&](int64_t r, int64_t c) {
+      vec vectors[LANES];
+      for (int i = 0; i < LANES; i++) vectors[i] = load(tile.row(r + i) + c);
+      transpose(vectors);
+      for (int i = 0; i < LANES; i++) store_vector(out + (c + i) * channel_stride + r, vectors[i]);
+    };
+    for_each_block(rows, width, block, single);
+  } else {
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < width; c++) single(r, c);
   }
 }
 
