@@ -18,8 +18,14 @@
 
 namespace {
 
-/// Whole items are worked on together up to this size of their tiles.
+/// Size of the tiles: of whole items together, and of parts of an item. Large ones, as every tile
+/// is added to the sums of the weight gradients.
 constexpr int64_t WHOLE_FLOATS = 1000000;
+constexpr int64_t TILE_FLOATS = 200000;
+
+/// Tiles that are summed before they are added to the sum of all: one long chain of additions would
+/// lose more digits than PyTorch does.
+constexpr int64_t CHAIN = 24;
 
 /// Sums over tokens, rows of whole vectors.
 struct Sums {
@@ -27,7 +33,7 @@ struct Sums {
   Tile U, V;      // [D, E]; direct: dWp [E, E] and dWf [D, E]
   Tile dWp;       // [E, E] from U, in the end
   float *dbq, *dbk, *dw_g, *dbf, *dbp;
-  bool* begun;  // whether there is something to add to: in dWk and U, in dWq and V
+  int* tiles;  // in the sums of keys (dWk, U, dbk, dbf) and of queries (dWq, V, dbq, dw_g)
 
   /// Where rows need no padding, `gradients` are the memory of the sums themselves.
   static Sums make(const RawLayer& layer, bool direct, const Gradients& gradients, Pieces& pieces) {
@@ -105,24 +111,33 @@ class Backward {
     const int64_t dG_floats = round_up(division_.whole ? threads_ * division_.items * padded(E_)
                                                        : items * (partial_floats + padded(E_)),
                                        16);
-    const Scratch scratch(threads_ * (workspace_size.used() + sums_size.used()) + dG_floats);
+    // Where a thread has many tiles, it sums them in two steps.
+    const int64_t tiles = division_.whole ? division_.blocks : division_.blocks * call_.batch;
+    const int levels = tiles > CHAIN * threads_ ? 2 : 1;
+    const Scratch scratch(threads_ * (workspace_size.used() + levels * sums_size.used()) +
+                          dG_floats);
     if (!scratch) return OUT_OF_MEMORY;
     float* dG = scratch.data() + threads_ * workspace_size.used();
     auto workspace = [&](int thread) {
       Pieces pieces(scratch.data() + thread * workspace_size.used());
       return make_workspace(pieces);
     };
-    std::vector<Sums> all_sums(threads_);
-    std::vector<std::array<bool, 2>> begun(threads_);
-    for (int i = 0; i < threads_ && needs_weights; i++) {
+    // The last level, of the first thread, becomes the gradients.
+    std::vector<Sums> all_sums(levels * threads_);
+    std::vector<std::array<int, 2>> counts(levels * threads_);
+    for (int i = 0; i < levels * threads_ && needs_weights; i++) {
       Pieces pieces(dG + dG_floats + i * sums_size.used());
-      all_sums[i] =
-          Sums::make(layer_, call_.direct, i == 0 ? call_.gradients : Gradients{}, pieces);
-      all_sums[i].begun = begun[i].data();
-      for (float* vector : {all_sums[i].dbq, all_sums[i].dbk, all_sums[i].dw_g})
-        std::fill(vector, vector + padded(E_), 0.f);
-      std::fill(all_sums[i].dbf, all_sums[i].dbf + padded(D_), 0.f);
+      const bool last = i == (levels - 1) * threads_;
+      all_sums[i] = Sums::make(layer_, call_.direct, last ? call_.gradients : Gradients{}, pieces);
+      all_sums[i].tiles = counts[i].data();
+      clear_vectors(all_sums[i], KEYS);
+      clear_vectors(all_sums[i], QUERIES);
     }
+    const Sums* const totals = all_sums.data() + (levels - 1) * threads_;
+    auto put_away = [&](int thread, int side) {
+      if (levels == 2 && all_sums[thread].tiles[side] >= CHAIN)
+        move(all_sums[thread], totals[thread], side);
+    };
     auto sums = [&](int thread) { return all_sums[thread]; };
 
     if (division_.whole) {
@@ -131,6 +146,8 @@ class Backward {
         const int64_t count = std::min(division_.items, call_.batch - first);
         whole_items(workspace(thread), sums(thread), dG + thread * division_.items * padded(E_),
                     first, count);
+        put_away(thread, KEYS);
+        put_away(thread, QUERIES);
       });
     } else if (by_items_) {
       parallel_for(call_.batch, threads_, [&](int64_t item, int thread) {
@@ -138,38 +155,50 @@ class Backward {
         float* total = partials + partial_floats;
         const Workspace w = workspace(thread);
         const Sums s = sums(thread);
-        for (int64_t i = 0; i < division_.blocks; i++) key_pass(w, s, partials, item, i);
+        for (int64_t i = 0; i < division_.blocks; i++) {
+          key_pass(w, s, partials, item, i);
+          put_away(thread, KEYS);
+        }
         add_partials(partials, total);
-        for (int64_t i = 0; i < division_.blocks; i++) query_pass(w, s, total, item, i);
+        for (int64_t i = 0; i < division_.blocks; i++) {
+          query_pass(w, s, total, item, i);
+          put_away(thread, QUERIES);
+        }
       });
     } else {
       float* total = dG + partial_floats;
       for (int64_t item = 0; item < call_.batch; item++) {
         parallel_for(division_.blocks, threads_, [&](int64_t i, int thread) {
           key_pass(workspace(thread), sums(thread), dG, item, i);
+          put_away(thread, KEYS);
         });
         add_partials(dG, total);
         parallel_for(division_.blocks, threads_, [&](int64_t i, int thread) {
           query_pass(workspace(thread), sums(thread), total, item, i);
+          put_away(thread, QUERIES);
         });
       }
     }
     if (needs_weights) {
-      add_up(all_sums);
+      for (int i = 0; i < threads_ && levels == 2; i++) {
+        move(all_sums[i], totals[i], KEYS);
+        move(all_sums[i], totals[i], QUERIES);
+      }
+      add_up(totals);
       parallel_for(threads_, threads_, [&](int64_t i, int thread) {
-        finish(all_sums[0], workspace(thread), D_ * i / threads_, D_ * (i + 1) / threads_,
+        finish(totals[0], workspace(thread), D_ * i / threads_, D_ * (i + 1) / threads_,
                E_ * i / threads_, E_ * (i + 1) / threads_);
       });
-      copy_out(all_sums[0]);
+      copy_out(totals[0]);
     }
     return DONE;
   }
 
  private:
   Division divide() const {
-    if (call_.whole)
-      return divide_items(call_.batch, N_, WHOLE_FLOATS / (2 * (C_ + D_ + 2 * E_)), threads_);
-    return divide_tokens(N_, 2 * (C_ + D_ + 2 * E_), by_items_ ? 1 : threads_);
+    const int64_t floats_per_row = 2 * (C_ + D_ + 2 * E_);
+    if (call_.whole) return divide_items(call_.batch, N_, WHOLE_FLOATS / floats_per_row, threads_);
+    return divide_tokens(N_, tile_rows(TILE_FLOATS, floats_per_row), by_items_ ? 1 : threads_);
   }
 
   Workspace make_workspace(Pieces& pieces) const {
@@ -264,39 +293,67 @@ class Backward {
     store_tile(w.dx, rows, C_, dx_, item, first);
   }
 
-  /// Add the sums of all threads, in their order, to those of the first.
-  void add_up(const std::vector<Sums>& all) const {
-    const int64_t U_rows = call_.direct ? E_ : D_;
-    for (const Sums& s : all) {
-      if (!s.begun[0]) clear(s.dWk, E_), clear(s.U, U_rows);
-      if (!s.begun[1]) clear(s.dWq, E_), clear(s.V, D_);
-    }
-    if (all.size() == 1) return;
-    // A row at a time, of any of the matrices.
-    parallel_for(2 * E_ + U_rows + D_, threads_, [&](int64_t row, int) {
-      for (size_t i = 1; i < all.size(); i++) {
-        auto add_row = [&](Tile Sums::* matrix, int64_t r, int64_t width) {
-          add((all[i].*matrix).row(r), width, (all[0].*matrix).row(r));
-        };
-        if (row < E_)
-          add_row(&Sums::dWq, row, C_);
-        else if (row < 2 * E_)
-          add_row(&Sums::dWk, row - E_, C_);
-        else if (row < 2 * E_ + U_rows)
-          add_row(&Sums::U, row - 2 * E_, E_);
-        else
-          add_row(&Sums::V, row - 2 * E_ - U_rows, E_);
-      }
-    });
-    for (size_t i = 1; i < all.size(); i++) {
-      add(all[i].dbq, E_, all[0].dbq);
-      add(all[i].dbk, E_, all[0].dbk);
-      add(all[i].dw_g, E_, all[0].dw_g);
-      add(all[i].dbf, D_, all[0].dbf);
+  /// Sums that the two passes make.
+  enum Side { KEYS = 0, QUERIES = 1 };
+
+  /// The matrices and vectors of a side.
+  template <class Matrix, class Vector>
+  void for_each(int side, Matrix matrix, Vector vector) const {
+    if (side == KEYS) {
+      matrix(&Sums::dWk, E_, C_);
+      matrix(&Sums::U, call_.direct ? E_ : D_, E_);
+      vector(&Sums::dbk, E_);
+      vector(&Sums::dbf, D_);
+    } else {
+      matrix(&Sums::dWq, E_, C_);
+      matrix(&Sums::V, D_, E_);
+      vector(&Sums::dbq, E_);
+      vector(&Sums::dw_g, E_);
     }
   }
 
-  static void clear(Tile matrix, int64_t rows) { std::fill(matrix.data, matrix.row(rows), 0.f); }
+  void clear_vectors(const Sums& s, int side) const {
+    for_each(
+        side, [](Tile Sums::*, int64_t, int64_t) {},
+        [&](float* Sums::* vector, int64_t width) {
+          std::fill(s.*vector, s.*vector + padded(width), 0.f);
+        });
+  }
+
+  /// to += from, which is empty then; matrices hold nothing yet where there are no tiles in them.
+  void move(const Sums& from, const Sums& to, int side, int threads = 1) const {
+    if (from.tiles[side] == 0) return;
+    const bool fresh = to.tiles[side] == 0;
+    for_each(
+        side,
+        [&](Tile Sums::* matrix, int64_t rows, int64_t width) {
+          parallel_for(rows, threads, [&](int64_t r, int) {
+            const float* row = (from.*matrix).row(r);
+            if (fresh)
+              std::copy(row, row + padded(width), (to.*matrix).row(r));
+            else
+              add(row, width, (to.*matrix).row(r));
+          });
+        },
+        [&](float* Sums::* vector, int64_t width) { add(from.*vector, width, to.*vector); });
+    clear_vectors(from, side);
+    to.tiles[side] += from.tiles[side];
+    from.tiles[side] = 0;
+  }
+
+  /// Add the sums of all threads, in their order, to those of the first.
+  void add_up(const Sums* all) const {
+    for (int side : {KEYS, QUERIES}) {
+      for (int i = 1; i < threads_; i++) move(all[i], all[0], side, threads_);
+      if (all[0].tiles[side] > 0) continue;
+      for_each(
+          side,
+          [&](Tile Sums::* matrix, int64_t rows, int64_t) {
+            std::fill((all[0].*matrix).data, (all[0].*matrix).row(rows), 0.f);
+          },
+          [](float* Sums::*, int64_t) {});
+    }
+  }
 
   /// Moments to gradients: rows of dWf from `f`, rows of dWp from `p` on.
   void finish(const Sums& s, const Workspace& w, int64_t f, int64_t f_end, int64_t p,
@@ -447,12 +504,12 @@ class Backward {
     std::fill(w.factors, w.factors + rows, 1.f);
     add_rows(w, w.dt, rows, E_, s.dbk);
     add_rows(w, w.dout, rows, D_, s.dbf);
-    gram(w.dt, E_, w.x, C_, rows, s.dWk, s.begun[0], w.columns);
+    gram(w.dt, E_, w.x, C_, rows, s.dWk, s.tiles[0] > 0, w.columns);
     if (call_.direct)
-      gram(w.dy, E_, w.k, E_, rows, s.U, s.begun[0], w.columns);
+      gram(w.dy, E_, w.k, E_, rows, s.U, s.tiles[0] > 0, w.columns);
     else
-      gram(w.dout, D_, w.k, E_, rows, s.U, s.begun[0], w.columns);
-    s.begun[0] = true;
+      gram(w.dout, D_, w.k, E_, rows, s.U, s.tiles[0] > 0, w.columns);
+    s.tiles[0]++;
   }
 
   void sum_query_gradients(const Workspace& w, const Sums& s, int64_t rows) const {
@@ -460,9 +517,9 @@ class Backward {
     add_rows(w, w.q, rows, E_, s.dw_g);  // the factors are those of the scores
     std::fill(w.factors, w.factors + rows, 1.f);
     add_rows(w, w.dy, rows, E_, s.dbq);
-    gram(w.dy, E_, w.x, C_, rows, s.dWq, s.begun[1], w.columns);
-    gram(w.dout, D_, call_.direct ? w.y : w.q, E_, rows, s.V, s.begun[1], w.columns);
-    s.begun[1] = true;
+    gram(w.dy, E_, w.x, C_, rows, s.dWq, s.tiles[1] > 0, w.columns);
+    gram(w.dout, D_, call_.direct ? w.y : w.q, E_, rows, s.V, s.tiles[1] > 0, w.columns);
+    s.tiles[1]++;
   }
 
   /// total += sum_r factors[r] tile[r]; a few rows are summed first, then the tile, for accuracy.

@@ -8,6 +8,8 @@ namespace {
 
 /// Whole items are worked on together up to this size of their tiles.
 constexpr int64_t WHOLE_FLOATS = 120000;
+/// Tiles of longer items take that much.
+constexpr int64_t TILE_FLOATS = 40000;
 
 /// What some items need between the two passes over their tokens, one after another.
 struct State {
@@ -122,7 +124,7 @@ class Forward {
     const int64_t floats_per_row = 3 * (C_ + E_);
     if (N_ <= WHOLE_ROWS && by_items_)
       return divide_items(call_.batch, N_, WHOLE_FLOATS / floats_per_row, threads_);
-    return divide_tokens(N_, floats_per_row, by_items_ ? 1 : threads_);
+    return divide_tokens(N_, tile_rows(TILE_FLOATS, floats_per_row), by_items_ ? 1 : threads_);
   }
 
   State make_state(Pieces& pieces) const {

@@ -176,9 +176,9 @@ inline int64_t slices_of(int64_t tokens) {
   return (tokens + slice_rows(tokens) - 1) / slice_rows(tokens);
 }
 
-/// Rows of a tile whose `floats_per_row` should stay in the second-level cache.
-inline int64_t tile_rows(int64_t floats_per_row) {
-  const int64_t rows = 40000 / floats_per_row / SLICE * SLICE;
+/// Rows of a tile of which at most that many floats should be in the cache.
+inline int64_t tile_rows(int64_t floats, int64_t floats_per_row) {
+  const int64_t rows = floats / floats_per_row / SLICE * SLICE;
   return std::min<int64_t>(192, std::max<int64_t>(64, rows));
 }
 
@@ -205,9 +205,9 @@ inline Division divide_items(int64_t batch, int64_t tokens, int64_t rows, int th
   return {true, items, items * tokens, (batch + items - 1) / items};
 }
 
-/// Tiles of an item; small enough for `threads` to share it.
-inline Division divide_tokens(int64_t tokens, int64_t floats_per_row, int threads) {
+/// Tiles of an item of at most that many rows; small enough for `threads` to share it.
+inline Division divide_tokens(int64_t tokens, int64_t most_rows, int threads) {
   const int64_t slice = slice_rows(tokens), share = (tokens + threads - 1) / threads;
-  const int64_t rows = round_up(std::min(tile_rows(floats_per_row), share), slice);
+  const int64_t rows = round_up(std::min(most_rows, share), slice);
   return {false, 1, rows, (tokens + rows - 1) / rows};
 }
