@@ -34,7 +34,7 @@ def test_auto_takes_the_kernels_where_they_run(layers):
 )
 def test_opcheck(test):
     tensors = make_tensors(2, 9, 16, 16, 1, dtype=torch.float32, seed=0)
-    arguments = [*tensors, None, "l2", True, 0.25, 1e-12, "triton"]
+    arguments = [*tensors, None, "l2", True, 0.25, 1e-12, "triton", ""]
     name = f"test_{test}"
     operator = torch.ops.swiftkernels.additive_self_attention.default
     torch.library.opcheck(operator, arguments, test_utils=name)
