@@ -1008,7 +1008,7 @@ def test_weights_made_in_inference_mode_have_no_version(quickly):
             layer(x)
         layer.proj.weight[1, 3] += 1
         assert_right(layer, x, layer(x))
-    assert not any(quickly)
+    assert any(quickly)  # and are not packed at every call all the same
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -48,7 +48,7 @@ class Weights(NamedTuple):
 
 
 # `struct Layer` and `struct RawLayer` in layer.h.
-_LAYER = struct.Struct("5q2d12Pd7P21qQ")
+_LAYER = struct.Struct("5q2d12Pd7P22qQ")
 _RAW_LAYER = struct.Struct("5q2d9P")
 _SOURCES = 10
 
@@ -73,10 +73,17 @@ State = tuple[tuple[Any, ...] | None, ...]
 
 
 class _Entry(NamedTuple):
-    tensors: tuple[weakref.ref[Tensor] | None, ...]
-    """The weights; of views (w_g is flattened) what they are views of."""
+    matrices: tuple[weakref.ref[Tensor], ...]
+    """Vectors may be views made anew for every call; the kernels look at all of their numbers."""
     state: State
     packed: Packed
+
+    def holds(self, weights: Weights, state: State) -> bool:
+        """Whether it is of these weights in this state."""
+        wk, wp, wf = self.matrices
+        return (
+            state == self.state and wk() is weights.wk and wp() is weights.wp and wf() is weights.wf
+        )
 
 
 class _Layer:
@@ -99,18 +106,18 @@ def packed_layer(library: ctypes.CDLL, weights: Weights, options: Options, form:
 
     It is packed once for each version of the weights: for as long as they are the same tensors, at
     the same addresses, with the same version counters. Writes through `.data` do not count there,
-    as they do not for autograd; the kernels look at samples of every weight and report those.
+    as they do not for autograd; the kernels look at all numbers of the vectors and samples of the
+    matrices, and report those. Of weights made in inference mode, which have no counters, they look
+    at everything.
     """
     state = _state(weights)
-    if state is None:
-        return pack(library, weights, options, form)
     layer = _layer(weights)
     entry = layer.packed.get((form, options))
-    if entry is not None and entry.state == state and _are(entry.tensors, weights):
+    if entry is not None and entry.holds(weights, state):
         return entry.packed
     packed = pack(library, weights, options, form)
-    tensors = tuple(None if w is None else weakref.ref(_origin(w)) for w in weights)
-    layer.packed[form, options] = _Entry(tensors, state, packed)
+    matrices = tuple(map(weakref.ref, _matrices(weights)))
+    layer.packed[form, options] = _Entry(matrices, state, packed)
     return packed
 
 
@@ -120,9 +127,7 @@ def find_packed(weights: Weights, options: Options, form: int) -> Packed | None:
     if layer is None or layer.query_weight() is not weights.wq:
         return None
     entry = layer.packed.get((form, options))
-    if entry is None or entry.state != _state(weights) or not _are(entry.tensors, weights):
-        return None
-    return entry.packed
+    return entry.packed if entry is not None and entry.holds(weights, _state(weights)) else None
 
 
 def forget(weights: Weights) -> None:
@@ -148,8 +153,7 @@ def sizes(weights: Weights) -> State:
     return tuple([(w.data_ptr(), w.shape, w.stride(), w.dtype) for w in weights if w is not None])
 
 
-def _state(weights: Weights) -> State | None:
-    """None for inference tensors, which have no version counter."""
+def _state(weights: Weights) -> State:
     try:
         return tuple(
             [
@@ -157,24 +161,15 @@ def _state(weights: Weights) -> State | None:
                 for w in weights
             ]
         )
-    except RuntimeError:
-        return None
+    except RuntimeError:  # inference tensors have no version counter
+        return tuple(
+            [None if w is None else (w.data_ptr(), w.numel(), w.is_contiguous()) for w in weights]
+        )
 
 
-def _origin(w: Tensor) -> Tensor:
-    return w if w._base is None else w._base
-
-
-def _are(tensors: tuple[weakref.ref[Tensor] | None, ...], weights: Weights) -> bool:
-    for reference, w in zip(tensors, weights, strict=True):
-        if w is None or reference is None:
-            if w is not reference:
-                return False
-        else:
-            tensor = reference()
-            if tensor is None or (tensor is not w and tensor is not w._base):
-                return False
-    return True
+def _matrices(weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """Beside the query weight, which is the key: a new tensor may have a dead one's address."""
+    return weights.wk, weights.wp, weights.wf
 
 
 def _layer(weights: Weights) -> _Layer:
@@ -196,9 +191,10 @@ def pack(
     sources = [w for w in weights if watched and w is not None and w.is_contiguous()]
     numbers = [number for w in sources for number in (w.data_ptr(), w.nbytes // 4)]
     numbers += [0] * (2 * _SOURCES - len(numbers))
-    blank = _LAYER.pack(*fields, *numbers, len(sources), 0)
-    fingerprint = library.swiftkernels_fingerprint(blank)
-    return Packed(_LAYER.pack(*fields, *numbers, len(sources), fingerprint), packer.buffers)
+    thorough = any(w.is_inference() for w in sources)
+    watch = (*numbers, len(sources), thorough)
+    fingerprint = library.swiftkernels_fingerprint(_LAYER.pack(*fields, *watch, 0))
+    return Packed(_LAYER.pack(*fields, *watch, fingerprint), packer.buffers)
 
 
 def raw_layer(weights: Weights, options: Options) -> tuple[bytes, list[Tensor | None]]:

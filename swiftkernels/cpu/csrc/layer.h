@@ -20,19 +20,21 @@ enum Pooling : int64_t { L2 = 0, SOFTMAX = 1, SUM = 2, LINEAR = 3 };
 /// How the output is computed; the algebra is in `swiftkernels.cpu.weights`.
 enum Form : int64_t { PLAIN = 0, TRIANGULAR = 1, FOLDED = 2 };
 
-/// Notices changes of the weights that went past PyTorch's version counters, by samples.
+/// Notices changes of the weights that went past PyTorch's version counters: of vectors any, of
+/// matrices by samples.
 struct Fingerprint {
   struct {
     const char* bytes;
     int64_t count;  // of words
   } sources[10];
   int64_t source_count;
+  int64_t thorough;  // look at every number of the matrices too
   uint64_t value;
 
   uint64_t compute() const {
     uint64_t hash = 0;
     for (int64_t i = 0; i < source_count; i++) {
-      const int64_t step = std::max<int64_t>(1, sources[i].count / 32);
+      const int64_t step = thorough || sources[i].count <= 1024 ? 1 : sources[i].count / 32;
       for (int64_t j = 0; j < sources[i].count; j += step) {
         uint32_t word;  // at any address
         std::memcpy(&word, sources[i].bytes + 4 * j, 4);
