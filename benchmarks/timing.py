@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from swiftkernels.cpu import library
 
 Call = Callable[[], object]
 
@@ -163,10 +163,4 @@ def device_name(device: torch.device | str) -> str:
     """What the CPU or GPU calls itself."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+    return library.processor_name()

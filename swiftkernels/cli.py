@@ -59,7 +59,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def _cpu() -> Iterator[tuple[str, str]]:
-    yield "processor", _processor()
+    yield "processor", library.processor_name()
     yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} logical processors"
     yield "compiler", _compiler()
 
@@ -170,13 +170,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _compiler() -> str:

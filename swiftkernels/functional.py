@@ -199,8 +199,13 @@ def additive_self_attention(
     options = _options(pooling, qk_norm, scale, eps, x.shape[1], final_weight.shape[0])
     chosen = ops.choose_backend(backend, x, width)
     layer = Weights(*projections, *weights, residual_scale)
-    plain = chosen == "cpu" and x is residual and compat.nothing_listens()
-    if plain and residual_scale is not None and ops.is_inference(x, *layer):
+    plain = (
+        chosen == "cpu"
+        and x is residual
+        and compat.nothing_listens()
+        and compat.is_plain(x, *layer)
+    )
+    if plain and residual_scale is not None and not ops.needs_gradient(x, *layer):
         out = ops.infer_residual(x, layer, mask, options)
     else:
         if chosen == "reference":
@@ -211,7 +216,7 @@ def additive_self_attention(
             )
         if residual_scale is not None:
             out = residual + residual_scale.flatten() * out
-    if plain and compat.is_plain(x, *layer):
+    if plain:
         cpu_quick.remember(layer, (pooling, qk_norm, scale, eps), options, x)
     if not return_weights:
         return out

@@ -101,10 +101,9 @@ def _why_no_kernels() -> str:
     return library.why_not()
 
 
-def is_inference(*tensors: Tensor | None) -> bool:
-    """Whether a call on these plain tensors needs no gradient."""
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return not needs_grad and compat.is_plain(*tensors)
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd wants to know of a call on these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def infer_residual(x: Tensor, layer: Weights, mask: Tensor | None, options: Options) -> Tensor:
@@ -173,9 +172,7 @@ class _Operator:
     ) -> Tensor:
         """The output [B, N, D], differentiable."""
         keep = "nothing"
-        needs_grad = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in tensors
-        )
+        needs_grad = needs_gradient(*tensors)
         if needs_grad:
             if recompute is None:
                 final_weight = tensors[-2]

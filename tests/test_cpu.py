@@ -32,6 +32,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import timing
 from swiftkernels import AdditiveAttention, additive_attention, additive_self_attention, ops
 from swiftkernels.cpu import config, launch, library, weights
 from swiftkernels.cpu.weights import Weights
@@ -1608,18 +1609,7 @@ def test_only_the_gradients_asked_for_are_given(n_tokens, wanted):
 def test_what_is_kept_for_the_backward(recompute, most, dtype):
     layer = make_layer(48, 48, recompute=recompute).to(dtype)
     x = random_tokens(1, 3136, 48, dtype=dtype).requires_grad_()
-    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    storages = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = (storage.nbytes(), t)  # t keeps the address in use
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        layer(x)
-    kept = sum(nbytes for nbytes, _ in storages.values()) / x.untyped_storage().nbytes()
+    kept = timing.saved_bytes(lambda: layer(x), layer.parameters()) / x.untyped_storage().nbytes()
     statistics = 3 * 4 / (48 * dtype.itemsize)  # float32 in every type
     assert 1 <= kept <= most + statistics - 3 / 48
 

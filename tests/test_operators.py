@@ -18,6 +18,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import timing
 from swiftkernels import (
     AdditiveAttention,
     additive_attention,
@@ -453,19 +454,9 @@ def bytes_kept(backend: str, mask: Tensor | None) -> float:
     """Bytes kept for the backward beside the parameters, in units of the input's."""
     attention = AdditiveAttention(48, 48, 1, backend=backend)
     x = torch.randn(4, 784, 48, requires_grad=True)
-    parameters = {p.untyped_storage().data_ptr() for p in attention.parameters()}
-    storages = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = (storage.nbytes(), t)  # t keeps the address in use
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = attention(x, mask)
-    assert out.requires_grad
-    return sum(nbytes for nbytes, _ in storages.values()) / x.untyped_storage().nbytes()
+    assert attention(x, mask).requires_grad
+    kept = timing.saved_bytes(lambda: attention(x, mask), attention.parameters())
+    return kept / x.untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize("masked", [False, True])

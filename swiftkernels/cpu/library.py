@@ -13,6 +13,7 @@ import ctypes
 import functools
 import json
 import os
+import platform
 import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,6 +139,14 @@ def problem(isa: str) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def processor_name() -> str:
+    """What the CPU calls itself."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def build_record() -> dict[str, Any]:

@@ -123,10 +123,8 @@ def packed_layer(library: ctypes.CDLL, weights: Weights, options: Options, form:
 
 def find_packed(weights: Weights, options: Options, form: int) -> Packed | None:
     """What `packed_layer` would find, None if it would have to pack."""
-    layer = _layers.get(id(weights.wq))
-    if layer is None or layer.query_weight() is not weights.wq:
-        return None
-    entry = layer.packed.get((form, options))
+    layer = _known_layer(weights)
+    entry = None if layer is None else layer.packed.get((form, options))
     return entry.packed if entry is not None and entry.holds(weights, _state(weights)) else None
 
 
@@ -142,10 +140,8 @@ def notes(weights: Weights) -> dict[Any, Any]:
 
 def find_note(weights: Weights, key: object) -> Any:
     """One of the notes, None if there is none."""
-    layer = _layers.get(id(weights.wq))
-    if layer is None or layer.query_weight() is not weights.wq:
-        return None
-    return layer.notes.get(key)
+    layer = _known_layer(weights)
+    return None if layer is None else layer.notes.get(key)
 
 
 def sizes(weights: Weights) -> State:
@@ -172,9 +168,15 @@ def _matrices(weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
     return weights.wk, weights.wp, weights.wf
 
 
-def _layer(weights: Weights) -> _Layer:
+def _known_layer(weights: Weights) -> _Layer | None:
     layer = _layers.get(id(weights.wq))
-    if layer is None or layer.query_weight() is not weights.wq:
+    # Another tensor may have come to a dead one's id.
+    return layer if layer is not None and layer.query_weight() is weights.wq else None
+
+
+def _layer(weights: Weights) -> _Layer:
+    layer = _known_layer(weights)
+    if layer is None:
         layer = _layers[id(weights.wq)] = _Layer(weights.wq)
     return layer
 

@@ -138,13 +138,12 @@ class Backward {
       if (levels == 2 && all_sums[thread].tiles[side] >= CHAIN)
         move(all_sums[thread], totals[thread], side);
     };
-    auto sums = [&](int thread) { return all_sums[thread]; };
 
     if (division_.whole) {
       parallel_for(division_.blocks, threads_, [&](int64_t block, int thread) {
         const int64_t first = block * division_.items;
         const int64_t count = std::min(division_.items, call_.batch - first);
-        whole_items(workspace(thread), sums(thread), dG + thread * division_.items * padded(E_),
+        whole_items(workspace(thread), all_sums[thread], dG + thread * division_.items * padded(E_),
                     first, count);
         put_away(thread, KEYS);
         put_away(thread, QUERIES);
@@ -154,7 +153,7 @@ class Backward {
         float* partials = dG + thread * (partial_floats + padded(E_));
         float* total = partials + partial_floats;
         const Workspace w = workspace(thread);
-        const Sums s = sums(thread);
+        const Sums s = all_sums[thread];
         for (int64_t i = 0; i < division_.blocks; i++) {
           key_pass(w, s, partials, item, i);
           put_away(thread, KEYS);
@@ -169,12 +168,12 @@ class Backward {
       float* total = dG + partial_floats;
       for (int64_t item = 0; item < call_.batch; item++) {
         parallel_for(division_.blocks, threads_, [&](int64_t i, int thread) {
-          key_pass(workspace(thread), sums(thread), dG, item, i);
+          key_pass(workspace(thread), all_sums[thread], dG, item, i);
           put_away(thread, KEYS);
         });
         add_partials(dG, total);
         parallel_for(division_.blocks, threads_, [&](int64_t i, int thread) {
-          query_pass(workspace(thread), sums(thread), total, item, i);
+          query_pass(workspace(thread), all_sums[thread], total, item, i);
           put_away(thread, QUERIES);
         });
       }
@@ -232,8 +231,8 @@ class Backward {
                    int64_t count) const {
     const int64_t rows = count * N_;
     for (int64_t i = 0; i < count; i++) {
-      load_tile(x_, first + i, 0, N_, C_, from(w.x, i * N_));
-      load_tile(dout_, first + i, 0, N_, D_, from(w.dout, i * N_));
+      load_tile(x_, first + i, 0, N_, C_, w.x.from(i * N_));
+      load_tile(dout_, first + i, 0, N_, D_, w.dout.from(i * N_));
     }
     query_rows_again(w, first, count, 0, N_);
     key_rows_again(w, first, count, 0, N_);
@@ -254,7 +253,7 @@ class Backward {
     sum_query_gradients(w, s, rows);
     if (!call_.needs_tokens) return;
     gemm(w.dy, rows, matrices_.query_rows, nullptr, w.dx, w.panel, w.dx);
-    for (int64_t i = 0; i < count; i++) store_tile(from(w.dx, i * N_), N_, C_, dx_, first + i, 0);
+    for (int64_t i = 0; i < count; i++) store_tile(w.dx.from(i * N_), N_, C_, dx_, first + i, 0);
   }
 
   void key_pass(const Workspace& w, const Sums& s, float* partials, int64_t item,
@@ -360,16 +359,16 @@ class Backward {
               int64_t p_end) const {
     const Tile wf{const_cast<float*>(layer_.wf), E_};
     if (!call_.direct) {
-      const Tile dWf = from(s.V, f);
-      gemm(from(s.U, f), f_end - f, Matrix::transposed(layer_.wp, E_, E_), nullptr, dWf, w.panel,
+      const Tile dWf = s.V.from(f);
+      gemm(s.U.from(f), f_end - f, Matrix::transposed(layer_.wp, E_, E_), nullptr, dWf, w.panel,
            dWf);
       for (int64_t d = f; d < f_end && layer_.bp; d++)
         for (int64_t j = 0; j < E_; j++) s.V.row(d)[j] += s.dbf[d] * layer_.bp[j];
       // A few rows at a time need no scratch.
-      const int64_t step = std::max<int64_t>(1, LARGE_TILE / std::max(E_, padded(E_)));
+      const int64_t step = std::max<int64_t>(1, LARGE_TILE / padded(E_));
       for (int64_t d = 0; d < D_; d += step)
-        gram({wf.row(d) + p, E_}, p_end - p, from(s.U, d), E_, std::min(step, D_ - d),
-             from(s.dWp, p), d > 0, nullptr);
+        gram({wf.row(d) + p, E_}, p_end - p, s.U.from(d), E_, std::min(step, D_ - d), s.dWp.from(p),
+             d > 0, nullptr);
     }
     std::fill(s.dbp + p, s.dbp + p_end, 0.f);
     for (int64_t d = 0; d < D_; d++)
@@ -388,8 +387,6 @@ class Backward {
     copy_rows({s.dbp, 0}, 1, E_, g.dbp);
     copy_rows({s.dbf, 0}, 1, D_, g.dbf);
   }
-
-  static Tile from(Tile tile, int64_t row) { return {tile.row(row), tile.stride}; }
 
   static void add(const float* vector, int64_t width, float* total) {
     for (int64_t j = 0; j < padded(width); j += LANES)
@@ -418,7 +415,7 @@ class Backward {
                        const float* norms, Tile unit) const {
     if (kept.data) {
       for (int64_t i = 0; i < count; i++)
-        load_tile(kept, item + i, first, rows, E_, from(unit, i * rows));
+        load_tile(kept, item + i, first, rows, E_, unit.from(i * rows));
       return;
     }
     gemm(w.x, count * rows, matrix, bias, unit, w.panel);
@@ -504,12 +501,10 @@ class Backward {
     std::fill(w.factors, w.factors + rows, 1.f);
     add_rows(w, w.dt, rows, E_, s.dbk);
     add_rows(w, w.dout, rows, D_, s.dbf);
-    gram(w.dt, E_, w.x, C_, rows, s.dWk, s.tiles[0] > 0, w.columns);
-    if (call_.direct)
-      gram(w.dy, E_, w.k, E_, rows, s.U, s.tiles[0] > 0, w.columns);
-    else
-      gram(w.dout, D_, w.k, E_, rows, s.U, s.tiles[0] > 0, w.columns);
-    s.tiles[0]++;
+    gram(w.dt, E_, w.x, C_, rows, s.dWk, s.tiles[KEYS] > 0, w.columns);
+    gram(call_.direct ? w.dy : w.dout, call_.direct ? E_ : D_, w.k, E_, rows, s.U,
+         s.tiles[KEYS] > 0, w.columns);
+    s.tiles[KEYS]++;
   }
 
   void sum_query_gradients(const Workspace& w, const Sums& s, int64_t rows) const {
@@ -517,9 +512,9 @@ class Backward {
     add_rows(w, w.q, rows, E_, s.dw_g);  // the factors are those of the scores
     std::fill(w.factors, w.factors + rows, 1.f);
     add_rows(w, w.dy, rows, E_, s.dbq);
-    gram(w.dy, E_, w.x, C_, rows, s.dWq, s.tiles[1] > 0, w.columns);
-    gram(w.dout, D_, call_.direct ? w.y : w.q, E_, rows, s.V, s.tiles[1] > 0, w.columns);
-    s.tiles[1]++;
+    gram(w.dy, E_, w.x, C_, rows, s.dWq, s.tiles[QUERIES] > 0, w.columns);
+    gram(w.dout, D_, call_.direct ? w.y : w.q, E_, rows, s.V, s.tiles[QUERIES] > 0, w.columns);
+    s.tiles[QUERIES]++;
   }
 
   /// total += sum_r factors[r] tile[r]; a few rows are summed first, then the tile, for accuracy.
@@ -528,7 +523,7 @@ class Backward {
     std::fill(w.vector, w.vector + padded(width), 0.f);
     for (int64_t r = 0; r < rows; r += FEW) {
       std::fill(w.few, w.few + padded(width), 0.f);
-      add_weighted_rows(w.factors + r, from(tile, r), std::min(FEW, rows - r), width, w.few);
+      add_weighted_rows(w.factors + r, tile.from(r), std::min(FEW, rows - r), width, w.few);
       add(w.few, width, w.vector);
     }
     add(w.vector, width, total);

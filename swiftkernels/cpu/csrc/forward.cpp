@@ -172,11 +172,10 @@ class Forward {
 
   /// Short items, both passes on one tile: x is read once.
   void whole_items(const Workspace& w, const State& s, int64_t first, int64_t count) const {
-    for (int64_t i = 0; i < count; i++)
-      load_tile(x_, first + i, 0, N_, C_, {w.x.row(i * N_), w.x.stride});
+    for (int64_t i = 0; i < count; i++) load_tile(x_, first + i, 0, N_, C_, w.x.from(i * N_));
     score(w, s, 0, count * N_);
     for (int64_t i = 0; i < count; i++) {
-      if (unit_q_.data) store_tile({w.q.row(i * N_), w.q.stride}, N_, E_, unit_q_, first + i, 0);
+      if (unit_q_.data) store_tile(w.q.from(i * N_), N_, E_, unit_q_, first + i, 0);
       pool(w, s, i * N_, i * N_, N_, mask_of(call_, first + i), s.partials + i * partial_floats_);
     }
     finish(s, first, count);
@@ -254,8 +253,8 @@ class Forward {
     const float* scores = s.scores ? s.scores + first : w.scores + row;
     for (int64_t i = 0; i < rows; i += slice_) {
       pool_slice(layer_, scores + i, form_ == PLAIN ? nullptr : s.query_norms + first + i,
-                 {pooled.row(row + i), pooled.stride}, std::min(slice_, rows - i), pool_width_,
-                 mask.from(i), Partial{partials + i / slice_ * Partial::floats(pool_width_)});
+                 pooled.from(row + i), std::min(slice_, rows - i), pool_width_, mask.from(i),
+                 Partial{partials + i / slice_ * Partial::floats(pool_width_)});
     }
   }
 
@@ -298,8 +297,8 @@ class Forward {
           store(w.fold.row(r) + j, load(layer_.key_rows + (k + r) * padded(E_) + j) * load(G + j));
       if (!layer_.qk_norm && k + rows == C_ + 1) {
         rows--;
-        gemm({w.fold.row(rows), w.fold.stride}, 1, product, layer_.output_bias,
-             {s.folded_bias, padded(D_)}, nullptr);
+        gemm(w.fold.from(rows), 1, product, layer_.output_bias, {s.folded_bias, padded(D_)},
+             nullptr);
       }
       if (rows > 0)
         gemm_to_panels(w.fold, rows, product, s.folded, operand_width_, k,
@@ -316,7 +315,7 @@ class Forward {
     if (unit_k_.data) {
       scale_rows(w.t, count * rows, E_, key_norms);
       for (int64_t i = 0; i < count; i++)
-        store_tile({w.t.row(i * rows), w.t.stride}, rows, E_, unit_k_, item + i, first);
+        store_tile(w.t.from(i * rows), rows, E_, unit_k_, item + i, first);
     }
     for (int64_t i = 0; i < count; i++) {
       const float* G = s.G + i * padded(E_);
@@ -346,7 +345,7 @@ class Forward {
                      int64_t state_first, int64_t first, int64_t rows) const {
     const Matrix folded = Matrix::packed(s.folded, operand_width_, D_);
     if (!layer_.qk_norm)
-      return emit(w, {w.x.row(row), w.x.stride}, folded, s.folded_bias, item, 1, row, first, rows);
+      return emit(w, w.x.from(row), folded, s.folded_bias, item, 1, row, first, rows);
     for (int64_t r = 0; r < rows; r++) {
       const float* x = w.x.row(row + r);
       float* operand = w.operand.row(r);
@@ -364,14 +363,14 @@ class Forward {
   /// of x has the first of these tokens.
   void emit(const Workspace& w, Tile operand, const Matrix& matrix, const float* bias, int64_t item,
             int64_t count, int64_t row, int64_t first, int64_t rows) const {
-    const Tile input = call_.add_input ? Tile{w.x.row(row), w.x.stride} : Tile{nullptr, 0};
+    const Tile input = call_.add_input ? w.x.from(row) : Tile{nullptr, 0};
     const bool joined = count == 1 || out_.batch_stride == rows * out_.token_stride;
     if (has_plain_rows(out_) && joined)
       return gemm(operand, count * rows, matrix, bias, rows_of(out_, item, first), w.panel, input,
                   false);
     gemm(operand, count * rows, matrix, bias, w.out, w.panel, input);
     for (int64_t i = 0; i < count; i++)
-      store_tile({w.out.row(i * rows), w.out.stride}, rows, D_, out_, item + i, first);
+      store_tile(w.out.from(i * rows), rows, D_, out_, item + i, first);
   }
 
   const Layer& layer_;

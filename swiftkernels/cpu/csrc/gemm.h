@@ -262,6 +262,8 @@ struct Tile {
   float* data;
   int64_t stride;
   float* row(int64_t r) const { return data + r * stride; }
+  /// The rows from r on.
+  Tile from(int64_t r) const { return {row(r), stride}; }
 };
 
 /// Rows of a that stay in the second-level cache while all panels of b pass by.
