@@ -79,18 +79,18 @@ def autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]:
     return _NO_GUARD
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether nothing listens in PyTorch's dispatcher, so that a call on these may go past it."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and all(type(t) in _PLAIN for t in tensors)
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
+        return False
+    for t in tensors:  # a loop: it is asked at every call, and generators take twice as long
         # Those negated lazily are made real by the dispatcher alone.
-        and not any(t is not None and (t.is_meta or t.is_neg()) for t in tensors)
-    )
+        if t is not None and (type(t) not in _PLAIN or t.is_meta or t.is_neg()):
+            return False
+    return True
 
 
 def nothing_listens() -> bool:

@@ -150,6 +150,18 @@ def additive_self_attention(
         >>> additive_self_attention(x, w, b, w, b, torch.randn(64), w, b, w, b).shape
         torch.Size([2, 49, 64])
     """
+    given = Weights(
+        query_weight,
+        query_bias,
+        key_weight,
+        key_bias,
+        w_g,
+        proj_weight,
+        proj_bias,
+        final_weight,
+        final_bias,
+        residual_scale,
+    )
     checks.check_w_g(w_g)
     checks.check_weight("query_weight", query_weight, "[E, C]")
     w_g = w_g.flatten()
@@ -217,7 +229,7 @@ def additive_self_attention(
         if residual_scale is not None:
             out = residual + residual_scale.flatten() * out
     if plain:
-        cpu_quick.remember(layer, (pooling, qk_norm, scale, eps), options, x)
+        cpu_quick.remember(given, (pooling, qk_norm, scale, eps), options, x)
     if not return_weights:
         return out
     with torch.no_grad():

@@ -9,6 +9,7 @@ numbers for each token) or "rows" (the unit rows of q and k too); the other back
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -103,7 +104,11 @@ def _why_no_kernels() -> str:
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd wants to know of a call on these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def infer_residual(x: Tensor, layer: Weights, mask: Tensor | None, options: Options) -> Tensor:
@@ -112,6 +117,7 @@ def infer_residual(x: Tensor, layer: Weights, mask: Tensor | None, options: Opti
     return out
 
 
+@functools.cache
 def _implementation(backend: str) -> ModuleType:
     if backend == "cpu":
         from swiftkernels.cpu import launch as cpu_launch
@@ -161,6 +167,7 @@ class _Operator:
         compat.when_imported("torch.utils.flop_counter", self.register_flops)
 
     # Tensors below are the inputs, then the weights: 1 + 9 or 2 + 5 of them, biases may be None.
+    # The CPU kernels also take w_g as [E, 1], as layers have it.
 
     def __call__(
         self,
@@ -284,7 +291,9 @@ class _Operator:
             for t, need in zip(tensors, needs, strict=True)
         ]
         wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
-        out = self.definition(*tensors, mask, options)
+        *inputs, w_g, wp, bp, wf, bf = tensors
+        assert w_g is not None
+        out = self.definition(*inputs, w_g.flatten(), wp, bp, wf, bf, mask, options)
         grads = iter(
             torch.autograd.grad(out, wanted, dout, create_graph=True, materialize_grads=True)
         )

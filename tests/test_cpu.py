@@ -1121,11 +1121,13 @@ def outcome(call: Callable[[], Any]) -> Any:
         return type(error), str(error)
 
 
-def warm_and_cold(residual: bool = False) -> tuple[Callable[[Tensor], Any], Callable]:
+def warm_and_cold(
+    residual: bool = False, training: bool = False
+) -> tuple[Callable[[Tensor], Any], Callable]:
     """A layer that has gone the short way, and the same that has not."""
     warm, scale = make_layer(), random_tokens(16) if residual else None
     cold = copy.deepcopy(warm)
-    with torch.no_grad():
+    with torch.set_grad_enabled(training):
         for _ in range(2):
             warm(random_tokens(2, 9, 16), residual_scale=scale)
             warm(random_tokens(2, 16, 3, 3), residual_scale=scale)
@@ -1154,12 +1156,13 @@ ODD_INPUTS = {
 }
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("kind", ODD_INPUTS)
-def test_odd_inputs_fare_as_at_the_first_call(kind, residual):
+def test_odd_inputs_fare_as_at_the_first_call(kind, residual, training):
     x = ODD_INPUTS[kind]()
-    warm, cold = warm_and_cold(residual)
-    with torch.no_grad():
+    warm, cold = warm_and_cold(residual, training)
+    with torch.set_grad_enabled(training):
         results = warm(x), cold(x)
     if isinstance(results[1], Tensor):
         assert results[0].shape == results[1].shape
@@ -1189,6 +1192,27 @@ def test_a_gradient_with_the_negative_bit_is_right():
     expected = gradients(tensors, dout.resolve_neg())
     for name, t in gradients(tensors, dout).items():
         assert torch.equal(t, expected[name]), name
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 16), (2, 16, 3, 3)])
+def test_training_goes_the_short_way_to_the_same_gradients(shape, quickly):
+    layer, x = make_layer(), random_tokens(*shape).requires_grad_()
+    inputs = (x, *layer.parameters())
+    results = []
+    for _ in range(2):
+        out = layer(x)
+        grads = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
+        results.append([out, *torch.autograd.grad(layer(x).square().sum(), inputs), *second])
+    assert quickly == [False, True, True, True]
+    for first, again in zip(*results, strict=True):
+        assert torch.equal(first, again)
+    with torch.no_grad():
+        layer.proj.weight.mul_(2)
+    layer(x)
+    layer.proj.weight.data = layer.proj.weight.detach().t()
+    torch.testing.assert_close(layer(x), by_definition(layer, x))
+    assert quickly[-2:] == [True, False]
 
 
 def test_gradients_are_recorded_after_a_short_call(quickly):

@@ -197,13 +197,14 @@ def additive_self_attention_backward(
     few = batch * n_tokens < 2 * width
     whole = n_tokens <= config.WHOLE_ROWS and (batch >= threads or few)
     direct = whole and few
-    fields, _alive = weights.raw_layer(Weights(wq, bq, wk, bk, w_g, wp, bp, wf, bf), options)
+    layer = Weights(wq, bq, wk, bk, w_g, wp, bp, wf, bf)
+    fields, _alive = weights.raw_layer(layer, options)
     dx = torch.empty_like(x) if needs_tokens else None
     gradients = [
-        None
-        if w is None or not needs_weights
-        else torch.empty(w.shape, dtype=torch.float32, device="cpu")
-        for w in (wq, bq, wk, bk, w_g, wp, bp, wf, bf)
+        torch.empty_like(w, dtype=torch.float32, memory_format=torch.contiguous_format)
+        if w is not None and needs_weights
+        else None
+        for w in layer[:9]
     ]
     call = _BACKWARD_CALL.pack(
         batch, n_tokens, whole, threads, TYPES[x.dtype], direct, needs_tokens, needs_weights,

@@ -114,9 +114,7 @@ def train(
     tokens = x.flatten(2).transpose(1, 2) if channels_first else x
     out = ops.additive_self_attention(
         tokens,
-        *layer[:4],
-        layer.w_g.flatten(),
-        *layer[5:9],
+        *layer[:9],
         mask=None,
         options=checked.options,
         backend="cpu",

@@ -171,8 +171,8 @@ class Forward {
   }
 
   /// Short items, both passes on one tile: x is read once.
-  void whole_items(const Workspace& w, const State& s, int64_t first, int64_t count) const {
-    for (int64_t i = 0; i < count; i++) load_tile(x_, first + i, 0, N_, C_, w.x.from(i * N_));
+  void whole_items(Workspace w, const State& s, int64_t first, int64_t count) const {
+    w.x = tile_of(x_, first, count, 0, N_, C_, w.x);
     score(w, s, 0, count * N_);
     for (int64_t i = 0; i < count; i++) {
       if (unit_q_.data) store_tile(w.q.from(i * N_), N_, E_, unit_q_, first + i, 0);
@@ -186,18 +186,18 @@ class Forward {
     }
   }
 
-  void first_pass(const Workspace& w, const State& s, int64_t item, int64_t tile) const {
+  void first_pass(Workspace w, const State& s, int64_t item, int64_t tile) const {
     const int64_t first = tile * division_.rows, rows = std::min(division_.rows, N_ - first);
-    load_tile(x_, item, first, rows, C_, w.x);
+    w.x = tile_of(x_, item, 1, first, rows, C_, w.x);
     score(w, s, first, rows);
     if (form_ == PLAIN && waiting_q_.data) store_tile(w.q, rows, E_, waiting_q_, item, first);
     pool(w, s, 0, first, rows, mask_of(call_, item).from(first),
          s.partials + first / slice_ * Partial::floats(pool_width_));
   }
 
-  void second_pass(const Workspace& w, const State& s, int64_t item, int64_t tile) const {
+  void second_pass(Workspace w, const State& s, int64_t item, int64_t tile) const {
     const int64_t first = tile * division_.rows, rows = std::min(division_.rows, N_ - first);
-    load_tile(x_, item, first, rows, C_, w.x);
+    w.x = tile_of(x_, item, 1, first, rows, C_, w.x);
     if (form_ == FOLDED) return attend_folded(w, s, item, 0, first, first, rows);
     if (form_ == PLAIN && waiting_q_.data) {
       load_tile(waiting_q_, item, first, rows, E_, w.q);

@@ -121,32 +121,10 @@ struct Matrix {
 /// errors of wide layers would grow beyond those of PyTorch's products.
 constexpr int64_t SUM_LENGTH = 64;
 
-/// A block of the product: R rows times V vectors, summed over K in registers.
-template <int R, int V>
-INLINE void multiply(const float* __restrict a, int64_t a_stride, const float* __restrict b,
-                     int64_t K, vec (&sums)[R][V]) {
-  const int64_t pieces = (K + SUM_LENGTH - 1) / SUM_LENGTH;
-  int64_t k = 0;
-  for (int64_t i = 1; i <= pieces; i++) {
-    const int64_t end = K * i / pieces;
-    vec piece[R][V] = {};
-#pragma GCC unroll 2
-    for (; k < end; k++, b += V * LANES) {
-      vec columns[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) columns[v] = load(b + v * LANES);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r++) {
-        const vec row = broadcast(a[r * a_stride + k]);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) piece[r][v] += row * columns[v];
-      }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) sums[r][v] += piece[r][v];
-  }
+/// The length of such a piece: all of a sum of K products are about equally long.
+inline int64_t piece_length(int64_t K) {
+  const int64_t pieces = std::max<int64_t>(1, (K + SUM_LENGTH - 1) / SUM_LENGTH);
+  return (K + pieces - 1) / pieces;
 }
 
 /// What a block kernel works on; the pointers are those of its first row and column.
@@ -154,7 +132,7 @@ struct Block {
   const float* a;
   int64_t a_stride;
   const float* b;
-  int64_t K;
+  int64_t K, piece;
   const float* bias;     // [width] or null
   const float* initial;  // added to the product, [rows, width] or null
   int64_t initial_stride;
@@ -163,43 +141,78 @@ struct Block {
   int64_t columns;  // that exist: the last vector may be partly padding
 };
 
+/// sums += the products [begin, end) of a block of R rows and V vectors, in registers.
 template <int R, int V>
-INLINE void start(const Block& block, vec (&sums)[R][V]) {
+INLINE void multiply(const Block& block, int64_t begin, int64_t end, vec (&sums)[R][V]) {
+  const float* __restrict a = block.a;
+  const float* __restrict b = block.b + begin * V * LANES;
+  const int64_t a_stride = block.a_stride;
+#pragma GCC unroll 2
+  for (int64_t k = begin; k < end; k++, b += V * LANES) {
+    vec columns[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) columns[v] = load(b + v * LANES);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const vec row = broadcast(a[r * a_stride + k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) sums[r][v] += row * columns[v];
+    }
+  }
+}
+
+/// Call use(sums) with the block of the product a b + bias.
+template <int R, int V, class Use>
+INLINE void product(const Block& block, Use use) {
+  vec sums[R][V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; v++) {
     const vec bias = block.bias ? load(block.bias + v * LANES) : vec{};
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) sums[r][v] = bias;
   }
+  multiply<R, V>(block, 0, std::min(block.K, block.piece), sums);
+  if (block.K <= block.piece) return use(sums);  // without a detour through memory
+  vec totals[R][V];
+  std::memcpy(totals, sums, sizeof(sums));
+  for (int64_t k = block.piece; k < block.K; k += block.piece) {
+    vec piece[R][V] = {};
+    multiply<R, V>(block, k, std::min(block.K, k + block.piece), piece);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) totals[r][v] += piece[r][v];
+  }
+  use(totals);
 }
 
 /// c = initial + bias + a b
 struct Store {
   template <int R, int V>
   static void run(const Block& block) {
-    vec sums[R][V];
-    start(block, sums);
-    multiply<R, V>(block.a, block.a_stride, block.b, block.K, sums);
-    if (block.initial) {
+    product<R, V>(block, [&](vec(&sums)[R][V]) INLINE_LAMBDA {
+      if (block.initial) {
 #pragma GCC unroll 16
-      for (int r = 0; r < R; r++)
+        for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++)
-          sums[r][v] += load(block.initial + r * block.initial_stride + v * LANES);
-    }
-    if (block.columns >= V * LANES) {
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) store(block.c + r * block.c_stride + v * LANES, sums[r][v]);
-    } else {
-      for (int r = 0; r < R; r++) {
-        alignas(64) float row[V * LANES];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) store(row + v * LANES, sums[r][v]);
-        std::memcpy(block.c + r * block.c_stride, row, block.columns * sizeof(float));
+          for (int v = 0; v < V; v++)
+            sums[r][v] += load(block.initial + r * block.initial_stride + v * LANES);
       }
-    }
+      if (block.columns >= V * LANES) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; v++) store(block.c + r * block.c_stride + v * LANES, sums[r][v]);
+      } else {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+          alignas(64) float row[V * LANES];
+#pragma GCC unroll 4
+          for (int v = 0; v < V; v++) store(row + v * LANES, sums[r][v]);
+          std::memcpy(block.c + r * block.c_stride, row, block.columns * sizeof(float));
+        }
+      }
+    });
   }
 };
 
@@ -207,16 +220,15 @@ struct Store {
 struct SumSquares {
   template <int R, int V>
   static void run(const Block& block) {
-    vec sums[R][V];
-    start(block, sums);
-    multiply<R, V>(block.a, block.a_stride, block.b, block.K, sums);
+    product<R, V>(block, [&](vec(&sums)[R][V]) INLINE_LAMBDA {
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      vec squares = load(block.c + r * block.c_stride);
+      for (int r = 0; r < R; r++) {
+        vec squares = load(block.c + r * block.c_stride);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; v++) squares += sums[r][v] * sums[r][v];
-      store(block.c + r * block.c_stride, squares);
-    }
+        for (int v = 0; v < V; v++) squares += sums[r][v] * sums[r][v];
+        store(block.c + r * block.c_stride, squares);
+      }
+    });
   }
 };
 
@@ -286,6 +298,7 @@ inline void gemm(Tile a, int64_t rows, const Matrix& b, const float* bias, Tile 
                         a.stride,
                         b.panel(group, scratch),
                         b.K,
+                        piece_length(b.K),
                         bias ? bias + column : nullptr,
                         initial.data ? initial.row(first) + column : nullptr,
                         initial.stride,
@@ -306,9 +319,16 @@ inline void gemm_to_panels(Tile a, int64_t rows, const Matrix& b, float* c, int6
     const Panel group = groups[i];
     const int64_t width = group.vectors * LANES;
     const int64_t offset = panel_rows * group.column + first * width;
-    const Block block{a.data, a.stride,   b.panel(group, nullptr),
-                      b.K,    nullptr,    initial ? initial + offset : nullptr,
-                      width,  c + offset, width,
+    const Block block{a.data,
+                      a.stride,
+                      b.panel(group, nullptr),
+                      b.K,
+                      piece_length(b.K),
+                      nullptr,
+                      initial ? initial + offset : nullptr,
+                      width,
+                      c + offset,
+                      width,
                       width};
     run_panel<Store>(block, group.vectors, rows);
   }
@@ -339,8 +359,17 @@ inline void triangular_norms2(Tile a, int64_t rows, const float* panels, int64_t
     const Panel group = groups[i];
     const int64_t first = std::min(group.column, K);
     const float* panel = panels + K * group.column + first * group.vectors * LANES;
-    const Block block{a.data + first, a.stride, panel,   K - first, bias + group.column,
-                      nullptr,        0,        scratch, LANES,     LANES};
+    const Block block{a.data + first,
+                      a.stride,
+                      panel,
+                      K - first,
+                      piece_length(K - first),
+                      bias + group.column,
+                      nullptr,
+                      0,
+                      scratch,
+                      LANES,
+                      LANES};
     run_panel<SumSquares>(block, group.vectors, rows);
   }
   sum_each_row(rows, norms2, [&](int64_t r) { return load(scratch + r * LANES); });

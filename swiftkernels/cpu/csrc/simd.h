@@ -21,6 +21,7 @@ constexpr int LANES = 4;
 // product and a sum differs from copy to copy, and results would depend on who calls.
 #define ONE_COPY __attribute__((noinline))
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 // `vec` lives in registers; `unaligned_vec` is the same in memory, at any address.
 typedef float vec __attribute__((vector_size(LANES * 4)));

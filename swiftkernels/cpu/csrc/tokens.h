@@ -237,6 +237,21 @@ inline Tile rows_of(const Tokens& t, int64_t item, int64_t first) {
           t.token_stride};
 }
 
+/// Narrow rows need no copy. Wide ones do better with one: it reads them faster than products do.
+constexpr int64_t IN_PLACE_WIDTH = 96;
+
+/// Rows [first, first + rows) of `count` items, one item after the other, as float32 rows of whole
+/// vectors: where they are, if they are such rows there, else copied to `room`.
+inline Tile tile_of(const Tokens& t, int64_t item, int64_t count, int64_t first, int64_t rows,
+                    int64_t width, Tile room) {
+  const bool joined = count == 1 || t.batch_stride == rows * t.token_stride;
+  if (has_plain_rows(t) && width == padded(width) && width <= IN_PLACE_WIDTH && joined)
+    return rows_of(t, item, first);
+  for (int64_t i = 0; i < count; i++)
+    load_tile(t, item + i, first, rows, width, room.from(i * rows));
+  return room;
+}
+
 /// Memory for one call, handed out piece by piece, every piece at a cache line.
 class Scratch {
  public:
