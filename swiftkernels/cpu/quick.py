@@ -78,14 +78,12 @@ def infer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Tensor |
     if layer.layer_scale is not None:
         out = torch.empty_like(x)
     elif channels_first:
-        out = torch.empty_strided(
+        out = x.new_empty_strided(
             (batch, token_dim, height, width),
             (n_tokens * token_dim, 1, width * token_dim, token_dim),
-            dtype=x.dtype,
-            device="cpu",
         )
     else:
-        out = torch.empty((batch, n_tokens, token_dim), dtype=x.dtype, device="cpu")
+        out = x.new_empty((batch, n_tokens, token_dim))
     out_strides = out.stride()
     if channels_first:
         if out_strides[2] != width * out_strides[3]:
