@@ -1,17 +1,21 @@
-"""Measures from how many tokens per channel on the CPU kernels' folded form is the faster one.
+"""Measures from how many tokens per channel on the CPU kernels' folded forms are the faster ones.
 
     python -m benchmarks.cpu_forms
 
-times both forms (see `swiftkernels.cpu.weights`) side by side on one thread, at widths from 48 to
-512 and growing numbers of tokens, and writes what it finds for this instruction set into
-`swiftkernels/cpu/forms.json`, which the kernels' choice of form is read from.
+times the folded forward beside the triangular one (see `swiftkernels.cpu.weights`), and the
+backward without queries and keys (`csrc/folded_backward.cpp`) beside the one that has kept them, on
+one thread, at several widths and growing numbers of tokens, and writes what it finds for this
+instruction set into `swiftkernels/cpu/forms.json`, which the kernels' choice is read from.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
+from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -24,29 +28,64 @@ from swiftkernels.cpu.weights import FOLDED, TRIANGULAR, Packed, Weights, pack
 from swiftkernels.reference import Options
 
 WIDTHS = (48, 64, 128, 256, 512)
+BACKWARD_WIDTHS = (96, 128, 256)
+"""Narrower rows are not kept in any case."""
+
 RATIOS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Tokens per channel, in growing order."""
 
 
-def gain(width: int, ratio: float, qk_norm: bool, seconds: float) -> float:
-    """Time of the triangular form over that of the folded one."""
+def problem(width: int, ratio: float) -> tuple[Tensor, Weights]:
+    """Tokens, `ratio` to a channel in every item, and a layer."""
     torch.manual_seed(0)
     layer = AdditiveAttention(width, width, 1).requires_grad_(False)
     x = torch.randn(max(1, 16384 // int(ratio * width)), int(ratio * width), width)
-    options = Options("l2", qk_norm, width**-0.5, 1e-12)
     weights = Weights(
         layer.to_query.weight, layer.to_query.bias, layer.to_key.weight, layer.to_key.bias,
-        layer.w_g, layer.proj.weight, layer.proj.bias, layer.final.weight, layer.final.bias,
+        layer.w_g.flatten(), layer.proj.weight, layer.proj.bias, layer.final.weight,
+        layer.final.bias,
     )  # fmt: skip
+    return x, weights
+
+
+def options(width: int, qk_norm: bool = True) -> Options:
+    return Options("l2", qk_norm, width**-0.5, 1e-12)
+
+
+def forward_gain(width: int, ratio: float, seconds: float, qk_norm: bool) -> float:
+    """Time of the triangular form over that of the folded one."""
+    x, weights = problem(width, ratio)
     out = torch.empty_like(x)
 
     def call(form: int) -> timing.Call:
-        packed = pack(launch.kernels(), weights, options, form)
+        packed = pack(launch.kernels(), weights, options(width, qk_norm), form)
         return lambda: _run(form, x, out, packed)
 
-    calls = {"triangular": call(TRIANGULAR), "folded": call(FOLDED)}
-    times = timing.interleave(calls, "cpu", seconds)
+    times = timing.interleave(
+        {"triangular": call(TRIANGULAR), "folded": call(FOLDED)}, "cpu", seconds
+    )
     return times["triangular"].median / times["folded"].median
+
+
+def backward_gain(width: int, ratio: float, seconds: float) -> float:
+    """Time of forward and backward with the rows kept over that of the folded ones."""
+    x, weights = problem(width, ratio)
+    tensors = (x, *weights[:-1], None)
+
+    def call(folded: bool) -> timing.Call:
+        def run() -> None:
+            out, G, kept, rows = launch.additive_self_attention_forward(
+                *tensors, options(width), "statistics" if folded else "rows"
+            )
+            with mock.patch.object(config, "folds_backward", return_value=folded):
+                launch.additive_self_attention_backward(
+                    out, *tensors, (G, kept, rows), options(width), True, True
+                )
+
+        return run
+
+    times = timing.interleave({"rows": call(False), "folded": call(True)}, "cpu", seconds)
+    return times["rows"].median / times["folded"].median
 
 
 def _run(form: int, x: Tensor, out: Tensor, packed: Packed) -> None:
@@ -79,14 +118,20 @@ def main() -> None:
     if loaded is None:
         parser.error(f"the CPU backend {library.why_not()}")
     torch.set_num_threads(1)
+    kinds: dict[str, tuple[Callable[..., float], tuple[int, ...]]] = {
+        "folded_from": (functools.partial(forward_gain, qk_norm=True), WIDTHS),
+        "folded_from_without_norms": (functools.partial(forward_gain, qk_norm=False), WIDTHS),
+        "folded_backward_from": (backward_gain, BACKWARD_WIDTHS),
+    }
     found = {}
-    with tqdm(total=2 * len(WIDTHS) * len(RATIOS), unit="comparison") as progress:
-        for name, qk_norm in (("folded_from", True), ("folded_from_without_norms", False)):
+    total = len(RATIOS) * sum(len(widths) for _, widths in kinds.values())
+    with tqdm(total=total, unit="comparison") as progress:
+        for name, (gain, widths) in kinds.items():
             gains = {}
             for ratio in RATIOS:
                 values = []
-                for width in WIDTHS:
-                    values.append(gain(width, ratio, qk_norm, arguments.seconds))
+                for width in widths:
+                    values.append(gain(width, ratio, arguments.seconds))
                     progress.update()
                 gains[ratio] = statistics.geometric_mean(values)
                 progress.write(f"{name}, {ratio:g} tokens per channel: {gains[ratio]:.3f}")

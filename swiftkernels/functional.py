@@ -134,8 +134,9 @@ def additive_self_attention(
             residual branch of a SwiftFormer block, with the strides of x. The CPU kernels add it in
             inference without another pass over memory. Needs D = C.
         recompute: what the CPU kernels keep for a backward. True: x and a few numbers for each
-            token, and queries and keys are computed again; False: unit queries and keys too, 3 x
-            the bytes of x; None: the faster one. The other backends have no choice.
+            token, and queries and keys are computed again or, with many tokens, not needed; False:
+            unit queries and keys too, 3 x the bytes of x; None: the faster one. The other backends
+            have no choice.
 
     Returns:
         The output [B, N, D], contiguous unless `residual_scale` is given; with ``return_weights``

@@ -18,16 +18,13 @@ import torch
 from torch import Tensor
 
 from swiftkernels import aten, checks, compat, reference
+from swiftkernels.cpu import config as cpu_config
 from swiftkernels.cpu import library
 from swiftkernels.cpu.weights import Weights
 from swiftkernels.reference import Options
 from swiftkernels.triton import config
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
-
-RECOMPUTE_WIDTH = 64
-"""Up to this width E the CPU kernels compute q and k again in a backward: memory is slower than the
-products."""
 
 
 def choose_backend(backend: str, x: Tensor, width: int, from_tokens: bool = True) -> str:
@@ -182,9 +179,11 @@ class _Operator:
         needs_grad = needs_gradient(*tensors)
         if needs_grad:
             if recompute is None:
-                final_weight = tensors[-2]
+                tokens, final_weight = tensors[0], tensors[-2]
+                assert tokens is not None
                 assert final_weight is not None
-                recompute = final_weight.shape[1] <= RECOMPUTE_WIDTH
+                batch, n_tokens, _ = tokens.shape
+                recompute = not cpu_config.keeps_rows(batch, n_tokens, final_weight.shape[1])
             keep = "statistics" if recompute else "rows"
         if torch.compiler.is_compiling():
             return self.op(*tensors, mask, *options, backend, keep)[0]

@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import timing
-from swiftkernels import AdditiveAttention, additive_attention, additive_self_attention, ops
+from swiftkernels import AdditiveAttention, additive_attention, additive_self_attention
 from swiftkernels.cpu import config, launch, library, weights
 from swiftkernels.cpu.weights import Weights
 from swiftkernels.reference import Options
@@ -48,12 +48,14 @@ from tests.cases import (
     relative_error,
 )
 from tests.cpu_cases import (
+    BACKWARDS,
     FORMS,
     SIZES,
     Tensors,
     assert_accurate,
     assert_forms_accurate,
     attend,
+    backward_in_use,
     form_in_use,
     gradients,
     kernels_in_use,
@@ -547,6 +549,8 @@ DIVISIONS = {
     "tokens": (1, 700, 24, 20),
     "tokens of several items": (2, 300, 24, 20),
     "few tokens": (2, 7, 24, 20),
+    "chunks of tokens": (1, 1700, 24, 20),
+    "items of chunks": (4, 1100, 8, 9),
 }
 """Batch, tokens, C, D where threads share the work in that way, whatever their number here."""
 
@@ -564,8 +568,8 @@ def test_the_output_does_not_depend_on_the_number_of_threads(isa, form, division
 
 
 @pytest.mark.parametrize("division", DIVISIONS)
-@pytest.mark.parametrize("recompute", [True, False])
-def test_gradients_do_not_depend_on_threads(isa, recompute, division):
+@pytest.mark.parametrize("kind", BACKWARDS)
+def test_gradients_do_not_depend_on_threads(isa, kind, division):
     """Of tokens to the bit; of weights to rounding, and to the bit for a number of threads."""
     tensors = make_tensors(*DIVISIONS[division], dtype=torch.float32)
     exact = gradients(convert(tensors, torch.float64), None, "reference")
@@ -575,8 +579,9 @@ def test_gradients_do_not_depend_on_threads(isa, recompute, division):
     results = []
 
     def run() -> dict[str, Tensor]:
-        out = additive_self_attention(*leaves, backend="cpu", recompute=recompute)
-        grads = torch.autograd.grad(out, leaves, dout)
+        with backward_in_use(kind) as recompute:
+            out = additive_self_attention(*leaves, backend="cpu", recompute=recompute)
+            grads = torch.autograd.grad(out, leaves, dout)
         return {"output": out.detach(), **dict(zip(SELF_NAMES, grads, strict=True))}
 
     for threads in (1, 2, 3, 5):
@@ -1642,7 +1647,20 @@ def test_recompute_is_chosen_by_width(forward_calls):
     for width in (64, 65):
         make_layer(width, width)(random_tokens(1, 9, width).requires_grad_())
     assert forward_calls == ["statistics", "rows"]
-    assert ops.RECOMPUTE_WIDTH == 64
+    assert config.RECOMPUTE_WIDTH == 64
+
+
+def test_very_wide_layers_fold_as_well():
+    """Their tiles are too large to be multiplied as they are."""
+    for in_dims, token_dim in ((4, 1064), (1064, 4), (1064, 1064)):
+        assert_accurate(make_tensors(1, 70, in_dims, token_dim, dtype=torch.float32))
+
+
+def test_long_inputs_need_no_rows_at_any_width(forward_calls):
+    make_layer(72, 72)(random_tokens(1, 72 * 8, 72).requires_grad_())
+    make_layer(72, 72)(random_tokens(2, 72 * 3, 72).requires_grad_())
+    make_layer(72, 72)(random_tokens(9, 72, 72).requires_grad_())
+    assert forward_calls == ["statistics", "rows", "rows"]
 
 
 # Memory: nothing is touched beside the tensors.
@@ -1689,8 +1707,9 @@ def work_between_forbidden_pages() -> None:
             fenced = [guarded(t, at_end) for t in tensors]
             assert all(t.stride() == f.stride() for t, f in zip(tensors, fenced, strict=True))
             fence = {"mask": guarded(mask, at_end), "scale": 0.5}
-            for recompute in (True, False):
-                ours = gradients(fenced, guarded(dout, at_end), recompute=recompute, **fence)
+            for kind in BACKWARDS:
+                with backward_in_use(kind) as recompute:
+                    ours = gradients(fenced, guarded(dout, at_end), recompute=recompute, **fence)
                 for name, t in ours.items():
                     torch.testing.assert_close(t, expected[name], rtol=1e-2, atol=1e-2)
             for form in FORMS.values():
@@ -1763,7 +1782,8 @@ def test_kernels_may_be_switched_off():
 
 
 def test_the_folded_form_is_for_many_tokens(monkeypatch):
-    monkeypatch.setattr(config, "_folded_from", lambda qk_norm: 4.0 if qk_norm else 1.0)
+    measured = {"folded_from": 4.0, "folded_from_without_norms": 1.0}
+    monkeypatch.setattr(config, "_measured", measured.__getitem__)
     assert config.form(63, 16, 8, True) == FORMS["triangular"]
     assert config.form(64, 16, 8, True) == FORMS["folded"]
     assert config.form(16, 8, 16, False) == FORMS["folded"]

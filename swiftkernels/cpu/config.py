@@ -1,4 +1,4 @@
-"""Which form of the output to compute, by shape; and a size that the kernels share."""
+"""What to compute in which form, by shape; and a size that the kernels share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import json
 from pathlib import Path
 
+from swiftkernels import compat
 from swiftkernels.cpu import library
 from swiftkernels.cpu.weights import FOLDED, PLAIN, TRIANGULAR
 
@@ -14,6 +15,9 @@ TABLE = Path(__file__).with_name("forms.json")
 
 WHOLE_ROWS = 256
 """Items up to this length are worked on in one piece; as in layer.h."""
+
+RECOMPUTE_WIDTH = 64
+"""Widest q and k that a backward computes again rather than reads."""
 
 NARROW = 8
 """Below this width folding saves nothing, and rows of one number are exactly 1 or -1 plain."""
@@ -27,14 +31,34 @@ def form(n_tokens: int, in_dims: int, width: int, qk_norm: bool) -> int:
     """
     if width < NARROW:
         return PLAIN
+    name = "folded_from" if qk_norm else "folded_from_without_norms"
     ratio = n_tokens / max(in_dims, width)
-    return FOLDED if ratio >= _folded_from(qk_norm) else TRIANGULAR
+    return FOLDED if ratio >= _measured(name) else TRIANGULAR
 
 
+def keeps_rows(batch: int, n_tokens: int, width: int) -> bool:
+    """Whether a backward is faster with the unit rows of q and k that the forward had.
+
+    Narrow ones are computed again: memory is slower than their products.
+    """
+    return width > RECOMPUTE_WIDTH and not folds_backward(batch, n_tokens, width)
+
+
+def folds_backward(batch: int, n_tokens: int, width: int) -> bool:
+    """Whether the backward does without queries and keys.
+
+    That saves products for every token; it makes some E x E matrices for every item, and more of
+    them once.
+    """
+    if width < NARROW:
+        return False
+    return n_tokens >= _measured("folded_backward_from") * width and batch * n_tokens >= 8 * width
+
+
+@compat.constant_under_compile
 @functools.cache
-def _folded_from(qk_norm: bool) -> float:
-    """Tokens per channel from which on the folded form is faster."""
+def _measured(name: str) -> float:
+    """Tokens per channel from which on what `name` says is faster."""
     table = json.loads(TABLE.read_text())
     loaded = library.loaded()
-    measured = table.get(loaded.name if loaded else "", table["default"])
-    return float(measured["folded_from" if qk_norm else "folded_from_without_norms"])
+    return float(table.get(loaded.name if loaded else "", table["default"])[name])

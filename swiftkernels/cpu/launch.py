@@ -24,7 +24,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # `struct Call` and `struct BackwardCall` in layer.h.
 _CALL = struct.Struct("6qP3qP3qP2q3P")
-_BACKWARD_CALL = struct.Struct("8qP3qP3qP3qP2q12P")
+_BACKWARD_CALL = struct.Struct("9qP3qP3qP3qP2q12P")
 
 _NOTHING = (0, 0, 0)
 _NOTHING_AT_ALL = (0, 0, 0, 0)
@@ -197,6 +197,7 @@ def additive_self_attention_backward(
     few = batch * n_tokens < 2 * width
     whole = n_tokens <= config.WHOLE_ROWS and (batch >= threads or few)
     direct = whole and few
+    folded = saved[2].numel() == 0 and config.folds_backward(batch, n_tokens, width)
     layer = Weights(wq, bq, wk, bk, w_g, wp, bp, wf, bf)
     fields, _alive = weights.raw_layer(layer, options)
     dx = torch.empty_like(x) if needs_tokens else None
@@ -207,7 +208,8 @@ def additive_self_attention_backward(
         for w in layer[:9]
     ]
     call = _BACKWARD_CALL.pack(
-        batch, n_tokens, whole, threads, TYPES[x.dtype], direct, needs_tokens, needs_weights,
+        batch, n_tokens, whole, threads, TYPES[x.dtype], direct, folded, needs_tokens,
+        needs_weights,
         x.data_ptr(), *x.stride(), dout.data_ptr(), *dout.stride(),
         *(_NOTHING_AT_ALL if dx is None else (dx.data_ptr(), *dx.stride())),
         *(_NOTHING if mask is None else (mask.data_ptr(), *mask.stride())),

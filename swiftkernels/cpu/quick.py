@@ -78,12 +78,14 @@ def infer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Tensor |
     if layer.layer_scale is not None:
         out = torch.empty_like(x)
     elif channels_first:
-        out = x.new_empty_strided(
+        out = torch.empty_strided(
             (batch, token_dim, height, width),
             (n_tokens * token_dim, 1, width * token_dim, token_dim),
+            dtype=x.dtype,
+            device="cpu",
         )
     else:
-        out = x.new_empty((batch, n_tokens, token_dim))
+        out = torch.empty((batch, n_tokens, token_dim), dtype=x.dtype, device="cpu")
     out_strides = out.stride()
     if channels_first:
         if out_strides[2] != width * out_strides[3]:

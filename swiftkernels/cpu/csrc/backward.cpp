@@ -14,7 +14,7 @@
 #include <array>
 #include <vector>
 
-#include "training.h"
+#include "folded_backward.h"
 
 namespace {
 
@@ -57,22 +57,16 @@ struct Sums {
   }
 };
 
-/// to = from, without the padding, unless they are the same.
-void copy_rows(Tile from, int64_t rows, int64_t width, float* to) {
-  if (!to || to == from.data) return;
-  for (int64_t r = 0; r < rows; r++) std::copy(from.row(r), from.row(r) + width, to + r * width);
-}
-
 /// What a thread needs for a tile of tokens.
 struct Workspace {
   Tile x, dout;
   Tile q, k;    // unit rows; k becomes t
   Tile dy, dt;  // become dq and dk
   Tile y, dx;
-  float* factors;  // one number for each row
-  float *G, *vector, *few;
-  float* panel;    // of a matrix that is not packed
-  float* columns;  // of a large tile
+  float* factors;      // one number for each row
+  float *G, *vectors;  // two
+  float* panel;        // of a matrix that is not packed
+  float* columns;      // of a large tile
 };
 
 class Backward {
@@ -98,7 +92,7 @@ class Backward {
         query_norms_(weights_ + call.batch * N_),
         key_norms_(query_norms_ + call.batch * N_),
         normalisers_(key_norms_ + call.batch * N_),
-        limit_(1.f / static_cast<float>(layer.eps)) {}
+        limit_(inverse_eps(layer)) {}
 
   Status run() {
     Pieces sums_size(nullptr), workspace_size(nullptr);
@@ -218,8 +212,7 @@ class Backward {
     if (call_.direct || (!division_.whole && N_ <= WHOLE_ROWS)) w.y = pieces.tile(rows, E_);
     w.factors = pieces.take(rows);
     w.G = pieces.take(padded(E_));
-    w.vector = pieces.take(padded(std::max(E_, D_)));
-    w.few = pieces.take(padded(std::max(E_, D_)));
+    w.vectors = pieces.take(2 * padded(std::max(E_, D_)));
     const Tile widest = pieces.tile(0, std::max(E_, D_));
     if (rows * widest.stride > LARGE_TILE) w.columns = pieces.take(rows * widest.stride);
     w.panel = pieces.take(Matrix::panel_scratch(std::max({C_, D_, E_})));
@@ -241,8 +234,8 @@ class Backward {
     std::fill(dG, dG + count * padded(E_), 0.f);
     for (int64_t i = 0; i < count; i++)
       for (int64_t n = 0; n < N_; n += slice_) {
-        key_rows(w, i * N_ + n, std::min(slice_, N_ - n), first + i, n, w.vector);
-        add(w.vector, E_, dG + i * padded(E_));
+        key_rows(w, i * N_ + n, std::min(slice_, N_ - n), first + i, n, w.vectors);
+        add(w.vectors, E_, dG + i * padded(E_));
       }
     sum_key_gradients(w, s, rows);
     if (call_.direct && call_.needs_weights)
@@ -371,8 +364,7 @@ class Backward {
              d > 0, nullptr);
     }
     std::fill(s.dbp + p, s.dbp + p_end, 0.f);
-    for (int64_t d = 0; d < D_; d++)
-      for (int64_t j = p; j < p_end; j++) s.dbp[j] += s.dbf[d] * wf.row(d)[j];
+    add_weight_rows(s.dbf, wf.data + p, E_, D_, p_end - p, w.vectors, s.dbp + p);
   }
 
   void copy_out(const Sums& s) const {
@@ -386,11 +378,6 @@ class Backward {
     copy_rows({s.dw_g, 0}, 1, E_, g.dw_g);
     copy_rows({s.dbp, 0}, 1, E_, g.dbp);
     copy_rows({s.dbf, 0}, 1, D_, g.dbf);
-  }
-
-  static void add(const float* vector, int64_t width, float* total) {
-    for (int64_t j = 0; j < padded(width); j += LANES)
-      store(total + j, load(total + j) + load(vector + j));
   }
 
   void add_partials(const float* partials, float* total) const {
@@ -467,15 +454,8 @@ class Backward {
         w_g_sum += unit * load(matrices_.w_g + j);
       }
       const float weight = weights_[item * N_ + n], d_weight = sum(dG_sum);
-      float d_score = 0.f;
-      if (layer_.pooling == SOFTMAX) {
-        d_score = weight * (d_weight - along_G);
-      } else if (layer_.pooling != SUM && mask.keeps(n)) {
-        // Below eps the norm of the scores is a constant: no projection.
-        const bool project = layer_.pooling == L2 && normaliser < limit_;
-        d_score = (d_weight - (project ? weight * along_G : 0.f)) * normaliser;
-      }
-      d_score *= static_cast<float>(layer_.scale);
+      const float d_score =
+          score_gradient(layer_, mask.keeps(n), weight, d_weight, along_G, normaliser);
       w.factors[r] = d_score;
       const float norm = query_norms_[item * N_ + n];
       const float along = sum(dy_sum) + weight * d_weight + d_score * sum(w_g_sum);
@@ -499,8 +479,8 @@ class Backward {
   void sum_key_gradients(const Workspace& w, const Sums& s, int64_t rows) const {
     if (!call_.needs_weights) return;
     std::fill(w.factors, w.factors + rows, 1.f);
-    add_rows(w, w.dt, rows, E_, s.dbk);
-    add_rows(w, w.dout, rows, D_, s.dbf);
+    add_rows(w.factors, w.dt, rows, E_, w.vectors, s.dbk);
+    add_rows(w.factors, w.dout, rows, D_, w.vectors, s.dbf);
     gram(w.dt, E_, w.x, C_, rows, s.dWk, s.tiles[KEYS] > 0, w.columns);
     gram(call_.direct ? w.dy : w.dout, call_.direct ? E_ : D_, w.k, E_, rows, s.U,
          s.tiles[KEYS] > 0, w.columns);
@@ -509,24 +489,13 @@ class Backward {
 
   void sum_query_gradients(const Workspace& w, const Sums& s, int64_t rows) const {
     if (!call_.needs_weights) return;
-    add_rows(w, w.q, rows, E_, s.dw_g);  // the factors are those of the scores
+    // The factors are those of the scores here.
+    add_rows(w.factors, w.q, rows, E_, w.vectors, s.dw_g);
     std::fill(w.factors, w.factors + rows, 1.f);
-    add_rows(w, w.dy, rows, E_, s.dbq);
+    add_rows(w.factors, w.dy, rows, E_, w.vectors, s.dbq);
     gram(w.dy, E_, w.x, C_, rows, s.dWq, s.tiles[QUERIES] > 0, w.columns);
     gram(w.dout, D_, call_.direct ? w.y : w.q, E_, rows, s.V, s.tiles[QUERIES] > 0, w.columns);
     s.tiles[QUERIES]++;
-  }
-
-  /// total += sum_r factors[r] tile[r]; a few rows are summed first, then the tile, for accuracy.
-  static void add_rows(const Workspace& w, Tile tile, int64_t rows, int64_t width, float* total) {
-    constexpr int64_t FEW = 16;
-    std::fill(w.vector, w.vector + padded(width), 0.f);
-    for (int64_t r = 0; r < rows; r += FEW) {
-      std::fill(w.few, w.few + padded(width), 0.f);
-      add_weighted_rows(w.factors + r, tile.from(r), std::min(FEW, rows - r), width, w.few);
-      add(w.few, width, w.vector);
-    }
-    add(w.vector, width, total);
   }
 
   const RawLayer& layer_;
@@ -544,6 +513,7 @@ class Backward {
 }  // namespace
 
 EXPORT int swiftkernels_backward(const RawLayer* layer, const BackwardCall* call) {
+  if (call->folded && !biases_cancel(*layer, *call)) return folded_backward(*layer, *call);
   Prepared weights(*layer, usable_threads(call->threads));
   if (!call->kept.unit_rows) {
     weights.add(weights.plain.query);

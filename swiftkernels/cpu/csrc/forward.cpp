@@ -301,7 +301,7 @@ class Forward {
              nullptr);
       }
       if (rows > 0)
-        gemm_to_panels(w.fold, rows, product, s.folded, operand_width_, k,
+        gemm_to_panels(w.fold, rows, product, s.folded, operand_width_, k, nullptr,
                        layer_.qk_norm ? nullptr : layer_.folded_output);
     }
   }

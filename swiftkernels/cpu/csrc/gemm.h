@@ -310,10 +310,9 @@ inline void gemm(Tile a, int64_t rows, const Matrix& b, const float* bias, Tile 
   }
 }
 
-/// The same for a packed b, with c, and `initial`, in panels of `panel_rows` rows, from row `first`
-/// on.
+/// The same with c, and `initial`, in panels of `panel_rows` rows, from row `first` on.
 inline void gemm_to_panels(Tile a, int64_t rows, const Matrix& b, float* c, int64_t panel_rows,
-                           int64_t first, const float* initial = nullptr) {
+                           int64_t first, float* scratch, const float* initial = nullptr) {
   const Panels groups(b.columns);
   for (int64_t i = 0; i < groups.count(); i++) {
     const Panel group = groups[i];
@@ -321,7 +320,7 @@ inline void gemm_to_panels(Tile a, int64_t rows, const Matrix& b, float* c, int6
     const int64_t offset = panel_rows * group.column + first * width;
     const Block block{a.data,
                       a.stride,
-                      b.panel(group, nullptr),
+                      b.panel(group, scratch),
                       b.K,
                       piece_length(b.K),
                       nullptr,
@@ -446,6 +445,19 @@ inline void pack_columns(Tile a, int64_t a_columns, int64_t rows, int block_colu
 /// apart for the cache then.
 constexpr int64_t LARGE_TILE = 65536;
 
+inline void gram_panel(const GramBlock& block, int vectors, int64_t a_columns, bool packed) {
+  switch (vectors) {
+    case 1:
+      return gram_rows<1>(block, a_columns, packed);
+    case 2:
+      return gram_rows<2>(block, a_columns, packed);
+    case 3:
+      return gram_rows<3>(block, a_columns, packed);
+    default:
+      return gram_rows<MAX_VECTORS>(block, a_columns, packed);
+  }
+}
+
 /// c [a_columns, b_columns] = a^T b for tiles a and b of `rows` rows, or (`add`) that on top of c;
 /// b and c have whole vectors. `scratch` holds a tile if it is a large one.
 inline void gram(Tile a, int64_t a_columns, Tile b, int64_t b_columns, int64_t rows, Tile c,
@@ -467,18 +479,19 @@ inline void gram(Tile a, int64_t a_columns, Tile b, int64_t b_columns, int64_t r
                           c.data + group.column,
                           c.stride,
                           add};
-    switch (group.vectors) {
-      case 1:
-        gram_rows<1>(block, a_columns, packed);
-        break;
-      case 2:
-        gram_rows<2>(block, a_columns, packed);
-        break;
-      case 3:
-        gram_rows<3>(block, a_columns, packed);
-        break;
-      default:
-        gram_rows<MAX_VECTORS>(block, a_columns, packed);
-    }
+    gram_panel(block, group.vectors, a_columns, packed);
+  }
+}
+
+/// The same for a symmetric product of no large tiles: its upper triangle, and some of the rest.
+inline void gram_upper(Tile a, Tile b, int64_t columns, int64_t rows, Tile c, bool add) {
+  const Panels groups(columns);
+  for (int64_t i = 0; i < groups.count(); i++) {
+    const Panel group = groups[i];
+    const int64_t end = group.column + group.vectors * LANES;
+    const GramBlock block{a.data,   a.stride, b.data + group.column,
+                          b.stride, rows,     c.data + group.column,
+                          c.stride, add};
+    gram_panel(block, group.vectors, std::min(columns, end), false);
   }
 }

@@ -141,6 +141,7 @@ struct BackwardCall {
   int64_t threads;
   int64_t type;
   int64_t direct;  // sum dWp and dWf themselves (whole items only), not the moments U and V
+  int64_t folded;  // without queries and keys (folded_backward.h)
   int64_t needs_tokens, needs_weights;
   void* x;
   int64_t x_strides[3];

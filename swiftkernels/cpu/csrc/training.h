@@ -88,3 +88,59 @@ class Prepared {
   Matrix* matrices_[8];
   int count_ = 0;
 };
+
+inline void add(const float* vector, int64_t width, float* total) {
+  for (int64_t j = 0; j < padded(width); j += LANES)
+    store(total + j, load(total + j) + load(vector + j));
+}
+
+/// to = from, without the padding, unless they are the same.
+inline void copy_rows(Tile from, int64_t rows, int64_t width, float* to) {
+  if (!to || to == from.data) return;
+  for (int64_t r = 0; r < rows; r++) std::copy(from.row(r), from.row(r) + width, to + r * width);
+}
+
+/// total += sum_r factors[r] tile[r]; a few rows are summed first, then the tile, for accuracy.
+/// `scratch` holds two rows.
+inline void add_rows(const float* factors, Tile tile, int64_t rows, int64_t width, float* scratch,
+                     float* total) {
+  constexpr int64_t FEW = 16;
+  float *few = scratch, *all = scratch + padded(width);
+  std::fill(all, all + padded(width), 0.f);
+  for (int64_t r = 0; r < rows; r += FEW) {
+    std::fill(few, few + padded(width), 0.f);
+    add_weighted_rows(factors + r, tile.from(r), std::min(FEW, rows - r), width, few);
+    add(few, width, all);
+  }
+  add(all, width, total);
+}
+
+/// to += sum_r factors[r] rows[r] for the rows of a weight, without padding and `stride` apart;
+/// some rows are summed first, for accuracy. `scratch` holds a row.
+inline void add_weight_rows(const float* factors, const float* rows, int64_t stride, int64_t count,
+                            int64_t width, float* scratch, float* to) {
+  for (int64_t r = 0; r < count; r += SUM_LENGTH) {
+    std::fill(scratch, scratch + width, 0.f);
+    for (int64_t i = r; i < std::min(count, r + SUM_LENGTH); i++)
+      for (int64_t j = 0; j < width; j++) scratch[j] += factors[i] * rows[i * stride + j];
+    for (int64_t j = 0; j < width; j++) to[j] += scratch[j];
+  }
+}
+
+/// The inverse of a norm from which on it is that of eps, and no longer of the row.
+inline float inverse_eps(const RawLayer& layer) { return 1.f / static_cast<float>(layer.eps); }
+
+/// The gradient of a token's score, times the scale. `d_weight` is that of its weight, `along` is
+/// G . dG = sum a da, `normaliser` the inverse norm of the item's scores.
+inline float score_gradient(const RawLayer& layer, bool live, float weight, float d_weight,
+                            float along, float normaliser) {
+  float gradient = 0.f;
+  if (layer.pooling == SOFTMAX) {
+    gradient = weight * (d_weight - along);
+  } else if (layer.pooling != SUM && live) {
+    // Below eps the norm of the scores is a constant: no projection.
+    const bool project = layer.pooling == L2 && normaliser < inverse_eps(layer);
+    gradient = (d_weight - (project ? weight * along : 0.f)) * normaliser;
+  }
+  return gradient * static_cast<float>(layer.scale);
+}

@@ -1,0 +1,626 @@
+// Queries and keys are linear in x. So are, but for a few factors for each token, their gradients;
+// and all that the weights' gradients need are sums over outer products of dout and x. With
+//
+//     M = Wf Wp    C = Wf Wq    A = Wq^T Wq    B = Wk^T Wk    F = M diag(G) Wk (for every item)
+//
+// and pq = C^T dout, pk = F^T dout, the gradients of x are (biases left out here)
+//
+//     dx    = rq pq + rk pk + rq a Wq^T dG + rq ds Wq^T w_g - alpha rq^2 A x - beta rk^2 B x
+//     alpha = qn . dqn = rq x . pq + a (qn . dG) + ds (qn . w_g)
+//     beta  = kn . dkn = rk x . pk
+//
+// where qn . dG = rq x . Wq^T dG, and so on. With the sums over all tokens
+//
+//     Zq = sum rq dout x^T    Sq = sum -alpha rq^2 x x^T    xs = sum rq ds x
+//     Zk = sum rk dout x^T    Sk = sum -beta rk^2 x x^T     xa = sum rq a x     (Zk, xa: by item)
+//
+// the gradients of the weights are
+//
+//     dWq  = Wf^T Zq + sum_items dG xa^T + w_g xs^T + Wq Sq
+//     dWk  = sum_items diag(G) M^T Zk + Wk Sk
+//     dG   = column sums of M * (Zk Wk^T)
+//     dw_g = Wq xs
+//     dWf  = U Wp^T + V, dWp = Wf^T U    with U = sum_items Zk Wk^T diag(G), V = Zq Wq^T
+//
+// That makes 7 products of N E^2 (the symmetric ones count half) where the other backward makes 8,
+// or 10 if it computes q and k again; and 3 E^3 for each item.
+#include "folded_backward.h"
+
+#include <vector>
+
+namespace {
+
+/// Tiles take that much.
+constexpr int64_t TILE_FLOATS = 200000;
+
+/// Tokens whose sums are formed by themselves, at least: the gradient of x depends on these chunks,
+/// not on how threads share them.
+constexpr int64_t CHUNK = 512;
+
+/// c [a_columns, b_columns] = a^T b, or (`more`) that on top of c, for many rows: a few of them are
+/// summed in one chain, and no more than lie close together in memory.
+void gram_of_weights(Tile a, int64_t a_columns, Tile b, int64_t b_columns, int64_t rows, Tile c,
+                     bool more = false) {
+  const int64_t step = std::max<int64_t>(1, std::min(SUM_LENGTH, LARGE_TILE / a.stride));
+  for (int64_t r = 0; r < rows; r += step, more = true)
+    gram(a.from(r), a_columns, b.from(r), b_columns, std::min(step, rows - r), c, more, nullptr);
+}
+
+/// Sums over tokens. Rows are whole vectors.
+struct Sums {
+  Tile Zq, Zk;               // [D, C]
+  Tile Sq, Sk;               // [C, C], upper triangles
+  float *zq, *zk, *dbf;      // sums of rq dout, rk dout, dout
+  float *xq, *xk, *xs, *xa;  // sums of x times the factors of a token
+  float* numbers;            // sums of these factors
+
+  static Sums make(int64_t C, int64_t D, Pieces& pieces) {
+    auto matrix = [&](int64_t rows) { return Tile{pieces.take(rows * padded(C)), padded(C)}; };
+    Sums s{};
+    s.Zq = matrix(D), s.Zk = matrix(D), s.Sq = matrix(C), s.Sk = matrix(C);
+    s.zq = pieces.take(padded(D)), s.zk = pieces.take(padded(D)), s.dbf = pieces.take(padded(D));
+    s.xq = pieces.take(padded(C)), s.xk = pieces.take(padded(C));
+    s.xs = pieces.take(padded(C)), s.xa = pieces.take(padded(C));
+    s.numbers = pieces.take(4);
+    return s;
+  }
+};
+
+/// Sums over items.
+struct Totals {
+  Sums tokens;
+  Tile U;            // [D, E]
+  Tile dWq, dWk;     // [E, C]
+  float *dbq, *dbk;  // [E]
+};
+
+/// What belongs to one item.
+struct Item {
+  Sums tokens;
+  float *G, *dG;   // [E]
+  float* panels;   // of F [D, C]
+  float* bias;     // F's: M (G * bk) [D]
+  float* dG_rows;  // Wq^T dG [C]
+  float dG_bias;   // bq . dG
+  float along;     // G . dG
+};
+
+/// What a thread needs for a tile of tokens, and for an item's matrices.
+struct Workspace {
+  Tile x, dout;
+  Tile scaled;  // dout or x times a factor
+  Tile pq, pk;
+  float* factors[4];  // of x in xq, xk, xs, xa
+  float *along_q, *along_k, *along_dG, *along_w_g;
+  float* vectors;  // two
+  float* panel;    // of a matrix that is not packed
+  float* columns;  // of a large tile
+};
+
+float dot(const float* a, const float* b, int64_t width) {
+  vec total{};
+  for (int64_t j = 0; j < padded(width); j += LANES) total += load(a + j) * load(b + j);
+  return sum(total);
+}
+
+/// to += factor * from
+void add_scaled(const float* from, float factor, int64_t width, float* to) {
+  const vec by = broadcast(factor);
+  for (int64_t j = 0; j < padded(width); j += LANES)
+    store(to + j, load(to + j) + by * load(from + j));
+}
+
+/// Two passes over the tokens of every item: the first leads to dG, the second needs it.
+class FoldedBackward {
+ public:
+  FoldedBackward(const RawLayer& layer, const Prepared& weights, const BackwardCall& call)
+      : layer_(layer),
+        weights_(weights),
+        call_(call),
+        C_(layer.in_dims),
+        E_(layer.width),
+        D_(layer.token_dim),
+        N_(call.tokens),
+        threads_(usable_threads(call.threads)),
+        by_items_(by_items(call.batch, threads_)),
+        x_(tokens_of(call.x, call.x_strides, call.type)),
+        dout_(tokens_of(call.dout, call.dout_strides, call.type)),
+        dx_(tokens_of(call.dx, call.dx_strides, call.type)),
+        token_weights_(call.kept.statistics),
+        query_norms_(token_weights_ + call.batch * N_),
+        key_norms_(query_norms_ + call.batch * N_),
+        normalisers_(key_norms_ + call.batch * N_),
+        M_{const_cast<float*>(weights.product_rows.raw), weights.product_rows.k_stride} {
+    const int64_t least = std::max(CHUNK, 2 * std::max(C_, D_));
+    chunks_ = std::max<int64_t>(1, N_ / least);
+    tile_rows_ = tile_rows(TILE_FLOATS, 5 * C_ + 2 * D_);
+  }
+
+  Status run() {
+    Pieces size(nullptr);
+    lay_out(size);
+    const Scratch scratch(size.used());
+    if (!scratch) return OUT_OF_MEMORY;
+    Pieces pieces(scratch.data());
+    lay_out(pieces);
+    prepare();
+    for (Totals& total : totals_) clear(total);
+
+    if (by_items_) {
+      parallel_for(call_.batch, threads_, [&](int64_t i, int thread) {
+        Item& item = items_[thread];
+        const Workspace& w = workspaces_[thread];
+        Totals& total = totals_[thread];
+        const Sums& chunk = chunks_sums_[thread];
+        begin(item, i);
+        for (int64_t c = 0; c < chunks_; c++) {
+          first_pass(w, chunk, i, c);
+          add_first(chunk, item, total);
+        }
+        between(w, item, total);
+        for (int64_t c = 0; c < chunks_; c++) {
+          second_pass(w, chunk, item, i, c);
+          add_second(chunk, item, total);
+        }
+        end(item, total);
+      });
+    } else {
+      Item& item = items_[0];
+      Totals& total = totals_[0];
+      for (int64_t i = 0; i < call_.batch; i++) {
+        begin(item, i);
+        parallel_for(chunks_, threads_, [&](int64_t c, int thread) {
+          first_pass(workspaces_[thread], chunks_sums_[c], i, c);
+        });
+        for (int64_t c = 0; c < chunks_; c++) add_first(chunks_sums_[c], item, total);
+        between(workspaces_[0], item, total);
+        parallel_for(chunks_, threads_, [&](int64_t c, int thread) {
+          second_pass(workspaces_[thread], chunks_sums_[c], item, i, c);
+        });
+        for (int64_t c = 0; c < chunks_; c++) add_second(chunks_sums_[c], item, total);
+        end(item, total);
+      }
+    }
+    if (!call_.needs_weights) return DONE;
+    for (size_t i = 1; i < totals_.size(); i++) add_totals(totals_[i], totals_[0]);
+    finish(workspaces_[0], totals_[0]);
+    return DONE;
+  }
+
+ private:
+  void lay_out(Pieces& pieces) {
+    wq_ = {pieces.take(E_ * padded(C_)), padded(C_)};
+    wk_ = {pieces.take(E_ * padded(C_)), padded(C_)};
+    square_ = {pieces.take(std::max(C_, D_) * padded(C_)), padded(C_)};
+    output_panels_ = pieces.take(panel_floats(D_, C_));
+    query_panels_ = pieces.take(panel_floats(C_, C_));
+    key_panels_ = pieces.take(panel_floats(C_, C_));
+    query_bias_ = pieces.take(padded(C_));
+    key_bias_ = pieces.take(padded(C_));
+    output_bias_ = pieces.take(padded(D_));
+    scores_ = pieces.take(padded(C_));
+    const int states = by_items_ ? threads_ : 1;
+    items_.resize(states), totals_.resize(states), workspaces_.resize(threads_);
+    chunks_sums_.resize(by_items_ ? threads_ : chunks_);
+    for (Sums& s : chunks_sums_) s = Sums::make(C_, D_, pieces);
+    for (Item& item : items_) {
+      item.tokens.Zk = {pieces.take(D_ * padded(C_)), padded(C_)};
+      item.tokens.zk = pieces.take(padded(D_));
+      item.tokens.xa = pieces.take(padded(C_));
+      item.tokens.numbers = pieces.take(4);
+      item.G = pieces.take(padded(E_));
+      item.dG = pieces.take(padded(E_));
+      item.panels = pieces.take(panel_floats(D_, C_));
+      item.bias = pieces.take(padded(D_));
+      item.dG_rows = pieces.take(padded(C_));
+    }
+    for (Totals& total : totals_) {
+      total.tokens = Sums::make(C_, D_, pieces);
+      total.U = {pieces.take(D_ * padded(E_)), padded(E_)};
+      total.dWq = {pieces.take(E_ * padded(C_)), padded(C_)};
+      total.dWk = {pieces.take(E_ * padded(C_)), padded(C_)};
+      total.dbq = pieces.take(padded(E_));
+      total.dbk = pieces.take(padded(E_));
+    }
+    for (Workspace& w : workspaces_) {
+      const int64_t rows = std::max({tile_rows_, D_, E_});
+      w.x = pieces.tile(tile_rows_, C_);
+      w.dout = pieces.tile(tile_rows_, D_);
+      w.scaled = pieces.tile(tile_rows_, std::max(C_, D_));
+      w.pq = pieces.tile(rows, std::max(C_, E_));
+      w.pk = pieces.tile(tile_rows_, C_);
+      for (float*& factors : w.factors) factors = pieces.take(tile_rows_);
+      w.along_q = pieces.take(tile_rows_);
+      w.along_k = pieces.take(tile_rows_);
+      w.along_dG = pieces.take(tile_rows_);
+      w.along_w_g = pieces.take(tile_rows_);
+      w.vectors = pieces.take(2 * padded(std::max({C_, D_, E_})));
+      w.panel = pieces.take(Matrix::panel_scratch(std::max({C_, D_, E_})));
+      const int64_t floats = tile_rows_ * w.scaled.stride;
+      w.columns = floats > LARGE_TILE ? pieces.take(floats) : nullptr;
+    }
+  }
+
+  /// What depends on the weights alone.
+  void prepare() {
+    copy_weight(layer_.wq, wq_);
+    copy_weight(layer_.wk, wk_);
+    gemm(final_rows(), D_, weights_.query_rows, nullptr, square_, workspaces_[0].panel);
+    (output_ = matrix_of(square_, D_)).pack(output_panels_);
+    gram_of_weights(wq_, C_, wq_, C_, E_, square_);
+    (query_square_ = matrix_of(square_, C_)).pack(query_panels_);
+    gram_of_weights(wk_, C_, wk_, C_, E_, square_);
+    (key_square_ = matrix_of(square_, C_)).pack(key_panels_);
+    times_weight(wq_, weights_.query_bias, query_bias_);
+    times_weight(wk_, weights_.key_bias, key_bias_);
+    times_weight(wq_, weights_.w_g, scores_);
+    score_bias_ = dot(weights_.query_bias, weights_.w_g, E_);
+    std::fill(output_bias_, output_bias_ + padded(D_), 0.f);
+    for (int64_t d = 0; d < D_; d++)
+      for (int64_t j = 0; j < E_; j++)
+        output_bias_[d] += layer_.wf[d * E_ + j] * weights_.query_bias[j];
+  }
+
+  /// Room for a matrix [D, E] or [E, C]: where the tiles of tokens are at other times.
+  Tile matrix_room(const Workspace& w) const { return {w.pq.data, padded(std::max(C_, E_))}; }
+
+  Tile final_rows() const { return {const_cast<float*>(layer_.wf), E_}; }
+
+  void copy_weight(const float* weight, Tile to) const {
+    for (int64_t r = 0; r < E_; r++) {
+      std::fill(to.row(r), to.row(r) + padded(C_), 0.f);
+      std::copy(weight + r * C_, weight + (r + 1) * C_, to.row(r));
+    }
+  }
+
+  /// A matrix [K, C] of these rows, not packed.
+  Matrix matrix_of(Tile rows, int64_t K) const {
+    return {K, C_, nullptr, rows.data, rows.stride, 1};
+  }
+
+  /// to [C] = weight^T vector [E]
+  void times_weight(Tile weight, const float* vector, float* to) const {
+    std::fill(to, to + padded(C_), 0.f);
+    for (int64_t r = 0; r < E_; r++) add_scaled(weight.row(r), vector[r], C_, to);
+  }
+
+  void clear(Totals& total) const {
+    auto fill = [](Tile tile, int64_t rows) { std::fill(tile.data, tile.row(rows), 0.f); };
+    const Sums& s = total.tokens;
+    fill(s.Zq, D_), fill(s.Sq, C_), fill(s.Sk, C_), fill(total.U, D_);
+    fill(total.dWq, E_), fill(total.dWk, E_);
+    for (float* v : {s.zq, s.dbf}) std::fill(v, v + padded(D_), 0.f);
+    for (float* v : {s.xq, s.xk, s.xs}) std::fill(v, v + padded(C_), 0.f);
+    for (float* v : {total.dbq, total.dbk}) std::fill(v, v + padded(E_), 0.f);
+    std::fill(s.numbers, s.numbers + 4, 0.f);
+  }
+
+  static void add_matrix(Tile from, int64_t rows, int64_t width, Tile to) {
+    for (int64_t r = 0; r < rows; r++) add(from.row(r), width, to.row(r));
+  }
+
+  void add_totals(const Totals& from, const Totals& to) const {
+    const Sums &a = from.tokens, &b = to.tokens;
+    add_matrix(a.Zq, D_, C_, b.Zq), add_matrix(a.Sq, C_, C_, b.Sq), add_matrix(a.Sk, C_, C_, b.Sk);
+    add_matrix(from.U, D_, E_, to.U);
+    add_matrix(from.dWq, E_, C_, to.dWq), add_matrix(from.dWk, E_, C_, to.dWk);
+    add(a.zq, D_, b.zq), add(a.dbf, D_, b.dbf);
+    add(a.xq, C_, b.xq), add(a.xk, C_, b.xk), add(a.xs, C_, b.xs);
+    add(from.dbq, E_, to.dbq), add(from.dbk, E_, to.dbk);
+    for (int i = 0; i < 4; i++) b.numbers[i] += a.numbers[i];
+  }
+
+  void begin(const Item& item, int64_t i) const {
+    std::fill(item.G, item.G + padded(E_), 0.f);
+    std::copy(call_.kept.global_query + i * E_, call_.kept.global_query + (i + 1) * E_, item.G);
+    std::fill(item.tokens.Zk.data, item.tokens.Zk.row(D_), 0.f);
+    std::fill(item.tokens.zk, item.tokens.zk + padded(D_), 0.f);
+    std::fill(item.tokens.xa, item.tokens.xa + padded(C_), 0.f);
+    item.tokens.numbers[XA] = 0.f;
+  }
+
+  /// visit(first, rows) for the tiles of a chunk.
+  template <class Visit>
+  void for_tiles(int64_t chunk, Visit visit) const {
+    const int64_t begin = N_ * chunk / chunks_, end = N_ * (chunk + 1) / chunks_;
+    for (int64_t n = begin; n < end; n += tile_rows_) visit(n, std::min(tile_rows_, end - n));
+  }
+
+  Workspace with_tokens(Workspace w, int64_t item, int64_t first, int64_t rows) const {
+    w.x = tile_of(x_, item, 1, first, rows, C_, w.x);
+    w.dout = tile_of(dout_, item, 1, first, rows, D_, w.dout);
+    return w;
+  }
+
+  static void scale(Tile from, const float* factors, int64_t rows, int64_t width, Tile to) {
+    for (int64_t r = 0; r < rows; r++) copy_scaled(from.row(r), factors[r], width, to.row(r));
+  }
+
+  /// Zk and Zq, and what belongs to them.
+  void first_pass(const Workspace& workspace, const Sums& s, int64_t item, int64_t chunk) const {
+    for (float* v : {s.zk, s.zq, s.dbf}) std::fill(v, v + padded(D_), 0.f);
+    bool more = false;
+    for_tiles(chunk, [&](int64_t first, int64_t rows) {
+      const Workspace w = with_tokens(workspace, item, first, rows);
+      const float* key_norms = key_norms_ + item * N_ + first;
+      scale(w.dout, key_norms, rows, D_, w.scaled);
+      gram(w.scaled, D_, w.x, C_, rows, s.Zk, more, w.columns);
+      add_rows(key_norms, w.dout, rows, D_, w.vectors, s.zk);
+      if (call_.needs_weights) {
+        const float* query_norms = query_norms_ + item * N_ + first;
+        scale(w.dout, query_norms, rows, D_, w.scaled);
+        gram(w.scaled, D_, w.x, C_, rows, s.Zq, more, w.columns);
+        add_rows(query_norms, w.dout, rows, D_, w.vectors, s.zq);
+        std::fill(w.along_q, w.along_q + rows, 1.f);
+        add_rows(w.along_q, w.dout, rows, D_, w.vectors, s.dbf);
+      }
+      more = true;
+    });
+  }
+
+  void add_first(const Sums& chunk, const Item& item, const Totals& total) const {
+    add_matrix(chunk.Zk, D_, C_, item.tokens.Zk);
+    add(chunk.zk, D_, item.tokens.zk);
+    if (!call_.needs_weights) return;
+    add_matrix(chunk.Zq, D_, C_, total.tokens.Zq);
+    add(chunk.zq, D_, total.tokens.zq);
+    add(chunk.dbf, D_, total.tokens.dbf);
+  }
+
+  /// Between the passes: what the item's Zk leads to.
+  void between(const Workspace& w, Item& item, const Totals& total) const {
+    const Tile Zk = item.tokens.Zk;
+    const float *zk = item.tokens.zk, *G = item.G;
+    const Tile product = matrix_room(w);
+    // dout^T kn [D, E]
+    gemm(Zk, D_, weights_.plain.key, nullptr, product, w.panel);
+    std::fill(item.dG, item.dG + padded(E_), 0.f);
+    for (int64_t d = 0; d < D_; d++) {
+      add_scaled(weights_.key_bias, zk[d], E_, product.row(d));
+      for (int64_t j = 0; j < padded(E_); j += LANES) {
+        const vec t = load(product.row(d) + j);
+        store(item.dG + j, load(item.dG + j) + load(M_.row(d) + j) * t);
+        store(total.U.row(d) + j, load(total.U.row(d) + j) + t * load(G + j));
+      }
+    }
+    item.along = dot(G, item.dG, E_);
+    item.dG_bias = dot(weights_.query_bias, item.dG, E_);
+    times_weight(wq_, item.dG, item.dG_rows);
+    if (call_.needs_weights) {  // dkn^T x / rk [E, C]
+      gram_of_weights(M_, E_, Zk, C_, D_, product);
+      for (int64_t j = 0; j < E_; j++) add_scaled(product.row(j), G[j], C_, total.dWk.row(j));
+      std::fill(w.vectors, w.vectors + padded(E_), 0.f);
+      for (int64_t d = 0; d < D_; d++) add_scaled(M_.row(d), zk[d], E_, w.vectors);
+      for (int64_t j = 0; j < E_; j++) total.dbk[j] += G[j] * w.vectors[j];
+    }
+    // F and its bias, from M diag(G).
+    std::fill(item.bias, item.bias + padded(D_), 0.f);
+    for (int64_t d = 0; d < D_; d++) {
+      for (int64_t j = 0; j < padded(E_); j += LANES)
+        store(product.row(d) + j, load(M_.row(d) + j) * load(G + j));
+      item.bias[d] = dot(product.row(d), weights_.key_bias, E_);
+    }
+    gemm_to_panels(product, D_, weights_.key_rows, item.panels, D_, 0, w.panel);
+  }
+
+  /// The gradient of x, and the sums that the tokens' own gradients go into.
+  void second_pass(const Workspace& workspace, const Sums& s, const Item& item, int64_t i,
+                   int64_t chunk) const {
+    float* const sums[] = {s.xq, s.xk, s.xs, s.xa};
+    for (float* v : sums) std::fill(v, v + padded(C_), 0.f);
+    std::fill(s.numbers, s.numbers + 4, 0.f);
+    const Matrix F = Matrix::packed(item.panels, D_, C_);
+    bool more = false;
+    for_tiles(chunk, [&](int64_t first, int64_t rows) {
+      const Workspace w = with_tokens(workspace, i, first, rows);
+      gemm(w.dout, rows, output_, nullptr, w.pq, nullptr);
+      gemm(w.dout, rows, F, nullptr, w.pk, nullptr);
+      token_factors(w, item, i, first, rows, s.numbers);
+      combine(w, item, i, first, rows);
+      for (int which = 0; which < 4 && call_.needs_weights; which++)
+        add_rows(w.factors[which], w.x, rows, C_, w.vectors, sums[which]);
+      for (int side : {XQ, XK}) {
+        scale(w.x, w.factors[side], rows, C_, w.scaled);
+        if (call_.needs_weights)
+          gram_upper(w.scaled, w.x, C_, rows, side == XQ ? s.Sq : s.Sk, more);
+        if (call_.needs_tokens)
+          gemm(w.scaled, rows, side == XQ ? query_square_ : key_square_, nullptr, w.pq, nullptr,
+               w.pq);
+      }
+      if (call_.needs_tokens) store_tile(w.pq, rows, C_, dx_, i, first);
+      more = true;
+    });
+  }
+
+  /// The factors of x in xq, xk, xs and xa: -alpha rq^2, -beta rk^2, rq ds, rq a.
+  ONE_COPY void token_factors(const Workspace& w, const Item& item, int64_t i, int64_t first,
+                              int64_t rows, float* numbers) const {
+    auto along = [&](Tile tile, const float* bias, float* to) {  // x . p + dout . bias
+      sum_each_row(rows, to, [&](int64_t r) {
+        vec total{};
+        for (int64_t j = 0; j < padded(C_); j += LANES)
+          total += load(w.x.row(r) + j) * load(tile.row(r) + j);
+        for (int64_t j = 0; j < padded(D_); j += LANES)
+          total += load(w.dout.row(r) + j) * load(bias + j);
+        return total;
+      });
+    };
+    along(w.pq, output_bias_, w.along_q);
+    along(w.pk, item.bias, w.along_k);
+    auto x_dot = [&](const float* vector, float* to) {
+      sum_each_row(rows, to, [&](int64_t r) {
+        vec total{};
+        for (int64_t j = 0; j < padded(C_); j += LANES)
+          total += load(w.x.row(r) + j) * load(vector + j);
+        return total;
+      });
+    };
+    x_dot(item.dG_rows, w.along_dG);
+    x_dot(scores_, w.along_w_g);
+    const Mask mask = mask_of(call_, i);
+    const float limit = inverse_eps(layer_), normaliser = normalisers_[i];
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t n = first + r;
+      const float rq = query_norms_[i * N_ + n], rk = key_norms_[i * N_ + n];
+      const float weight = token_weights_[i * N_ + n];
+      const float d_weight = rq * (w.along_dG[r] + item.dG_bias);
+      const float d_score =
+          score_gradient(layer_, mask.keeps(n), weight, d_weight, item.along, normaliser);
+      float alpha = 0.f, beta = 0.f;  // without a norm, or below eps, there is no projection
+      if (layer_.qk_norm && rq < limit)
+        alpha =
+            rq * w.along_q[r] + weight * d_weight + d_score * (rq * (w.along_w_g[r] + score_bias_));
+      if (layer_.qk_norm && rk < limit) beta = rk * w.along_k[r];
+      const float factors[] = {-alpha * rq * rq, -beta * rk * rk, rq * d_score, rq * weight};
+      for (int which = 0; which < 4; which++) {
+        w.factors[which][r] = factors[which];
+        numbers[which] += factors[which];
+      }
+    }
+  }
+
+  /// pq = dx but for A x and B x
+  void combine(const Workspace& w, const Item& item, int64_t i, int64_t first, int64_t rows) const {
+    if (!call_.needs_tokens) return;
+    for (int64_t r = 0; r < rows; r++) {
+      const vec rq = broadcast(query_norms_[i * N_ + first + r]);
+      const vec rk = broadcast(key_norms_[i * N_ + first + r]);
+      const vec fq = broadcast(w.factors[XQ][r]), fk = broadcast(w.factors[XK][r]);
+      const vec fs = broadcast(w.factors[XS][r]), fa = broadcast(w.factors[XA][r]);
+      float *pq = w.pq.row(r), *pk = w.pk.row(r);
+      for (int64_t j = 0; j < padded(C_); j += LANES)
+        store(pq + j, rq * load(pq + j) + rk * load(pk + j) + fq * load(query_bias_ + j) +
+                          fk * load(key_bias_ + j) + fs * load(scores_ + j) +
+                          fa * load(item.dG_rows + j));
+    }
+  }
+
+  void add_second(const Sums& chunk, const Item& item, const Totals& total) const {
+    if (!call_.needs_weights) return;
+    add(chunk.xa, C_, item.tokens.xa);
+    item.tokens.numbers[XA] += chunk.numbers[XA];
+    const Sums& s = total.tokens;
+    add_matrix(chunk.Sq, C_, C_, s.Sq);
+    add_matrix(chunk.Sk, C_, C_, s.Sk);
+    add(chunk.xq, C_, s.xq), add(chunk.xk, C_, s.xk), add(chunk.xs, C_, s.xs);
+    for (int which : {XQ, XK, XS}) s.numbers[which] += chunk.numbers[which];
+  }
+
+  void end(const Item& item, const Totals& total) const {
+    if (!call_.needs_weights) return;
+    for (int64_t j = 0; j < E_; j++) add_scaled(item.tokens.xa, item.dG[j], C_, total.dWq.row(j));
+    add_scaled(item.dG, item.tokens.numbers[XA], E_, total.dbq);
+  }
+
+  /// to [E] += weight vector, + bias * number
+  void add_product(Tile weight, const float* vector, const float* bias, float number,
+                   float* to) const {
+    for (int64_t j = 0; j < E_; j++) to[j] += dot(weight.row(j), vector, C_) + bias[j] * number;
+  }
+
+  void mirror(Tile square) const {
+    for (int64_t r = 0; r < C_; r++)
+      for (int64_t c = 0; c < r; c++) square.row(r)[c] = square.row(c)[r];
+  }
+
+  /// Sums to gradients.
+  void finish(const Workspace& w, const Totals& total) const {
+    const Gradients& g = call_.gradients;
+    const Sums& s = total.tokens;
+    mirror(s.Sq), mirror(s.Sk);
+    auto add_square = [&](Tile weight, Tile square, Tile to) {
+      gemm(weight, E_, matrix_of(square, C_), nullptr, to, w.panel, to);
+    };
+    gram_of_weights(final_rows(), E_, s.Zq, C_, D_, total.dWq, true);
+    add_square(wq_, s.Sq, total.dWq);
+    add_square(wk_, s.Sk, total.dWk);
+    for (int64_t j = 0; j < E_; j++) {
+      add_scaled(s.xs, weights_.w_g[j], C_, total.dWq.row(j));
+      add_scaled(s.xq, weights_.query_bias[j], C_, total.dWq.row(j));
+      add_scaled(s.xk, weights_.key_bias[j], C_, total.dWk.row(j));
+    }
+    copy_rows(total.dWq, E_, C_, g.dwq);
+    copy_rows(total.dWk, E_, C_, g.dwk);
+    add_weight_rows(s.zq, layer_.wf, E_, D_, E_, w.vectors, total.dbq);
+    add_scaled(weights_.w_g, s.numbers[XS], E_, total.dbq);
+    add_product(wq_, s.xq, weights_.query_bias, s.numbers[XQ], total.dbq);
+    add_product(wk_, s.xk, weights_.key_bias, s.numbers[XK], total.dbk);
+    copy_rows({total.dbq, 0}, 1, E_, g.dbq);
+    copy_rows({total.dbk, 0}, 1, E_, g.dbk);
+    for (int64_t j = 0; j < E_; j++)
+      w.vectors[j] = dot(wq_.row(j), s.xs, C_) + weights_.query_bias[j] * s.numbers[XS];
+    copy_rows({w.vectors, 0}, 1, E_, g.dw_g);
+    const Tile matrix = matrix_room(w);
+    gram_of_weights(final_rows(), E_, total.U, E_, D_, matrix);
+    copy_rows(matrix, E_, E_, g.dwp);
+    gemm(s.Zq, D_, weights_.plain.query, nullptr, matrix, w.panel);  // V
+    gemm(total.U, D_, weights_.plain.proj, nullptr, matrix, w.panel, matrix);
+    for (int64_t d = 0; d < D_; d++) {
+      add_scaled(weights_.query_bias, s.zq[d], E_, matrix.row(d));
+      add_scaled(weights_.proj_bias, s.dbf[d], E_, matrix.row(d));
+    }
+    copy_rows(matrix, D_, E_, g.dwf);
+    float* dbp = total.dbk;  // which is done with
+    std::fill(dbp, dbp + padded(E_), 0.f);
+    add_weight_rows(s.dbf, layer_.wf, E_, D_, E_, w.vectors, dbp);
+    copy_rows({dbp, 0}, 1, E_, g.dbp);
+    copy_rows({s.dbf, 0}, 1, D_, g.dbf);
+  }
+
+  enum Which { XQ = 0, XK = 1, XS = 2, XA = 3 };
+
+  const RawLayer& layer_;
+  const Prepared& weights_;
+  const BackwardCall& call_;
+  const int64_t C_, E_, D_, N_;
+  const int threads_;
+  const bool by_items_;
+  const Tokens x_, dout_, dx_;
+  const float *token_weights_, *query_norms_, *key_norms_, *normalisers_;
+  const Tile M_;  // [D, E]
+  int64_t chunks_, tile_rows_;
+
+  Tile wq_, wk_;  // [E, C]
+  Tile square_;   // room for a matrix of C columns
+  float *output_panels_, *query_panels_, *key_panels_;
+  Matrix output_, query_square_, key_square_;     // C [D, C], A, B [C, C]
+  float *output_bias_, *query_bias_, *key_bias_;  // Wf bq [D], Wq^T bq, Wk^T bk [C]
+  float* scores_;                                 // Wq^T w_g [C]
+  float score_bias_;                              // bq . w_g
+  std::vector<Sums> chunks_sums_;
+  std::vector<Item> items_;
+  std::vector<Totals> totals_;
+  std::vector<Workspace> workspaces_;
+};
+
+float largest(const float* numbers, int64_t count) {
+  float found = 0.f;
+  for (int64_t i = 0; i < count; i++) found = std::max(found, numbers[i]);
+  return found;
+}
+
+float norm2_of(const float* bias, int64_t width) {
+  float total = 0.f;
+  for (int64_t j = 0; j < width && bias; j++) total += bias[j] * bias[j];
+  return total;
+}
+
+}  // namespace
+
+bool biases_cancel(const RawLayer& layer, const BackwardCall& call) {
+  if (!layer.qk_norm) return false;
+  const int64_t tokens = call.batch * call.tokens;
+  const float* query_norms = call.kept.statistics + tokens;  // inverse ones
+  const float q = largest(query_norms, tokens), k = largest(query_norms + tokens, tokens);
+  return norm2_of(layer.bq, layer.width) * q * q > 4 || norm2_of(layer.bk, layer.width) * k * k > 4;
+}
+
+Status folded_backward(const RawLayer& layer, const BackwardCall& call) {
+  Prepared weights(layer, usable_threads(call.threads));
+  weights.add(weights.plain.key);
+  weights.add(weights.query_rows);
+  weights.add(weights.key_rows);
+  weights.add(weights.product_rows);
+  if (!weights.finish(call.batch * call.tokens)) return OUT_OF_MEMORY;
+  return FoldedBackward(layer, weights, call).run();
+}
