@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swiftkernels import checks, compat, ops, reference
+from swiftkernels import checks, compat, ops, quick, reference
 from swiftkernels.compat import autocast_off
-from swiftkernels.cpu import quick as cpu_quick
 from swiftkernels.cpu.weights import Weights
 from swiftkernels.reference import Options
 
@@ -213,12 +212,13 @@ def additive_self_attention(
     chosen = ops.choose_backend(backend, x, width)
     layer = Weights(*projections, *weights, residual_scale)
     plain = (
-        chosen == "cpu"
+        chosen in ("cpu", "triton")
         and x is residual
         and compat.nothing_listens()
         and compat.is_plain(x, *layer)
     )
-    if plain and residual_scale is not None and not ops.needs_gradient(x, *layer):
+    by_kernel = plain and chosen == "cpu"  # which adds x itself
+    if by_kernel and residual_scale is not None and not ops.needs_gradient(x, *layer):
         out = ops.infer_residual(x, layer, mask, options)
     else:
         if chosen == "reference":
@@ -230,7 +230,7 @@ def additive_self_attention(
         if residual_scale is not None:
             out = residual + residual_scale.flatten() * out
     if plain:
-        cpu_quick.remember(given, (pooling, qk_norm, scale, eps), options, x)
+        quick.remember(given, (backend, pooling, qk_norm, scale, eps), chosen, options, x)
     if not return_weights:
         return out
     with torch.no_grad():

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swiftkernels import checks
-from swiftkernels.cpu import quick
+from swiftkernels import checks, quick
 from swiftkernels.cpu.weights import Weights
 from swiftkernels.functional import AttentionOutput, additive_self_attention
 from swiftkernels.reference import POOLINGS
@@ -111,7 +110,7 @@ class AdditiveAttention(nn.Module):
         """
         checks.check_tensor("x", x)
         channels_first = self.layout == "channels_first" or (self.layout == "auto" and x.dim() > 3)
-        if mask is None and not return_weights and self.backend in ("auto", "cpu"):
+        if mask is None and not return_weights and self.backend in ("auto", "cpu", "triton"):
             out = self._attend_quickly(x, residual_scale, channels_first)
             if out is not None:
                 return out
@@ -167,10 +166,10 @@ class AdditiveAttention(nn.Module):
             )  # fmt: skip
         except (AttributeError, KeyError):
             return None
-        options = (self.pooling, self.qk_norm, self.scale_factor, self.eps)
+        key = (self.backend, self.pooling, self.qk_norm, self.scale_factor, self.eps)
         if torch.is_grad_enabled():
-            return quick.train(x, layer, options, channels_first, self.recompute)
-        return quick.infer(x, layer, options, channels_first)
+            return quick.train(x, layer, key, channels_first, self.recompute)
+        return quick.infer(x, layer, key, channels_first)
 
     def _spatial_shape(self, x: Tensor, channels_first: bool) -> torch.Size:
         if x.dim() < 3:

@@ -29,6 +29,25 @@ def test_auto_takes_the_kernels_where_they_run(layers):
     assert torch.equal(ours(x), expected)
 
 
+@pytest.mark.parametrize("shape", [(2, 9, 24), (2, 24, 3, 3)])
+def test_later_calls_go_past_the_checks_to_the_same_results(layers, shape, monkeypatch):
+    ours, _ = layers
+    x = torch.randn(shape, requires_grad=True)
+
+    def results() -> list[Tensor]:
+        with torch.no_grad():
+            inferred = ours(x)
+        out = ours(x)
+        grads = torch.autograd.grad(out.square().sum(), [x, *ours.parameters()])
+        return [inferred, out.detach(), *grads]
+
+    first = results()
+    monkeypatch.setattr("swiftkernels.modules.additive_self_attention", None)
+    for name, (expected, again) in enumerate(zip(first, results(), strict=True)):
+        assert torch.equal(expected, again), name
+        assert expected.stride() == again.stride(), name
+
+
 @pytest.mark.parametrize(
     "test", ["schema", "autograd_registration", "faketensor", "aot_dispatch_dynamic"]
 )

@@ -17,15 +17,18 @@ from swiftkernels.cpu import launch, weights
 from swiftkernels.cpu.weights import Weights
 from swiftkernels.reference import Options
 
-Key = tuple[str, bool, float | None, float]
-"""pooling, qk_norm, scale, eps: as `additive_self_attention` is given them."""
+Key = tuple[str, str, bool, float | None, float]
+"""backend, pooling, qk_norm, scale, eps: as `additive_self_attention` is given them."""
 
 
 class Checked(NamedTuple):
     """A layer that passed all checks."""
 
+    backend: str
+    """The one that was chosen."""
     options: Options
     dtype: torch.dtype
+    device: torch.device
     in_dims: int
     width: int
     token_dim: int
@@ -33,11 +36,12 @@ class Checked(NamedTuple):
     """And addresses of the weights."""
 
 
-def remember(layer: Weights, key: Key, options: Options, x: Tensor) -> None:
+def remember(layer: Weights, key: Key, chosen: str, options: Options, x: Tensor) -> None:
     """Note that a call with this layer and options on tokens like x passed all checks."""
     token_dim, width = layer.wf.shape
-    widths = (x.shape[2], width, token_dim)
-    weights.notes(layer)[key] = Checked(options, x.dtype, *widths, weights.sizes(layer))
+    weights.notes(layer)[key] = Checked(
+        chosen, options, x.dtype, x.device, x.shape[2], width, token_dim, weights.sizes(layer)
+    )
 
 
 def checked_layer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Checked | None:
@@ -46,11 +50,12 @@ def checked_layer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> 
         type(x) is not Tensor
         or (layer.layer_scale is not None and not isinstance(layer.layer_scale, Tensor))
         or not compat.nothing_listens()
-        or torch.is_autocast_enabled("cpu")
     ):
         return None
     checked: Checked | None = weights.find_note(layer, key)
-    if checked is None or x.dtype is not checked.dtype or not x.is_cpu:
+    if checked is None or x.dtype is not checked.dtype or x.device != checked.device:
+        return None
+    if torch.is_autocast_enabled(checked.device.type):
         return None
     dims, channels = (4, 1) if channels_first else (3, 2)
     if x.dim() != dims or x.shape[channels] != checked.in_dims or x.numel() == 0:
@@ -66,6 +71,20 @@ def infer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Tensor |
     checked = checked_layer(x, layer, key, channels_first)
     if checked is None:
         return None
+    if checked.backend == "cpu":
+        return _infer_on_cpu(x, layer, checked, channels_first)
+    if layer.layer_scale is not None or checked.sizes != weights.sizes(layer):
+        return None
+    tensors = (_tokens(x, channels_first), *layer[:9])
+    operator = ops.additive_self_attention
+    out = operator.call(tensors, None, checked.options, checked.backend, "nothing")[0]
+    return _restored(out, x, channels_first)
+
+
+def _infer_on_cpu(
+    x: Tensor, layer: Weights, checked: Checked, channels_first: bool
+) -> Tensor | None:
+    """The same by the CPU kernels, which the packed weights lead to at once."""
     shape, strides, token_dim = x.shape, x.stride(), checked.token_dim
     if channels_first:
         batch, _, height, width = shape
@@ -111,13 +130,26 @@ def train(
     checked = checked_layer(x, layer, key, channels_first)
     if checked is None or layer.layer_scale is not None or checked.sizes != weights.sizes(layer):
         return None
-    tokens = x.flatten(2).transpose(1, 2) if channels_first else x
+    # A view of w_g is one more node for autograd: the CPU kernels do without.
+    w_g = layer.w_g if checked.backend == "cpu" else layer.w_g.flatten()
     out = ops.additive_self_attention(
-        tokens,
-        *layer[:9],
+        _tokens(x, channels_first),
+        *layer[:4],
+        w_g,
+        *layer[5:9],
         mask=None,
         options=checked.options,
-        backend="cpu",
+        backend=checked.backend,
         recompute=recompute,
     )
+    return _restored(out, x, channels_first)
+
+
+def _tokens(x: Tensor, channels_first: bool) -> Tensor:
+    """x [B, C, H, W] as tokens [B, H W, C], if `channels_first`."""
+    return x.flatten(2).transpose(1, 2) if channels_first else x
+
+
+def _restored(out: Tensor, x: Tensor, channels_first: bool) -> Tensor:
+    """Output tokens with the axes of x."""
     return out.transpose(1, 2).unflatten(2, x.shape[2:]) if channels_first else out
