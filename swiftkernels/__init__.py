@@ -6,6 +6,7 @@ from swiftkernels.functional import (
     additive_self_attention,
 )
 from swiftkernels.modules import AdditiveAttention
+from swiftkernels._warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -14,4 +15,5 @@ __all__ = [
     "AttentionOutput",
     "additive_attention",
     "additive_self_attention",
+    "warmup",
 ]

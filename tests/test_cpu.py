@@ -33,7 +33,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import timing
-from swiftkernels import AdditiveAttention, additive_attention, additive_self_attention
+from swiftkernels import (
+    AdditiveAttention,
+    additive_attention,
+    additive_self_attention,
+    warmup,
+)
 from swiftkernels.cpu import config, launch, library, weights
 from swiftkernels.cpu.weights import Weights
 from swiftkernels.reference import Options
@@ -771,6 +776,28 @@ def quickly(monkeypatch) -> list[bool]:
 
     monkeypatch.setattr(AdditiveAttention, "_attend_quickly", watching)
     return taken
+
+
+def test_a_warm_layer_packs_nothing_and_goes_the_short_way(packings, quickly):
+    model = nn.Sequential(make_layer(), nn.Identity(), make_layer())
+    before = copy.deepcopy(model.state_dict())
+    assert warmup(model, training=True, image_sizes=[(3, 3), (12, 12)]) == ["0", "2"]
+    assert len(packings) == 2 * 2  # layers, forms
+    packings.clear()
+    quickly.clear()
+    with torch.no_grad():
+        for x in (
+            random_tokens(2, 16, 3, 3),
+            random_tokens(1, 16, 12, 12),
+            random_tokens(2, 9, 16),
+        ):
+            model(x)
+    model(random_tokens(1, 9, 16).requires_grad_()).sum()
+    assert not packings
+    assert len(quickly) == 8
+    assert all(quickly)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 def test_weights_are_packed_once(packings, quickly):

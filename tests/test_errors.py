@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swiftkernels import AdditiveAttention, additive_attention, additive_self_attention, compat
+from swiftkernels import (
+    AdditiveAttention,
+    additive_attention,
+    additive_self_attention,
+    compat,
+    warmup,
+)
 from tests.cases import QUERY_KEY_NAMES, SELF_NAMES, make_query_key_tensors, make_tensors
 
 BATCH, N, C, D, E = 2, 3, 5, 4, 8
@@ -378,3 +384,18 @@ def test_triton_refuses_wider_rows_than_it_can_hold(monkeypatch, token_dim, num_
             starts="backend='triton' takes",
         )  # fmt: skip
         assert attend("auto").shape == (1, N, token_dim)
+
+
+def test_warming_up_names_what_it_cannot_do():
+    model = AdditiveAttention(C, D, 1)
+    assert_raises(TypeError, lambda: warmup(model.proj.weight), "got Parameter", starts="model")
+    nothing = torch.nn.Linear(2, 2)
+    assert_raises(ValueError, lambda: warmup(nothing), "Linear holds none", starts="model")
+    for size in ((4,), (4, 0), (1, 2, 3)):
+        assert_raises(
+            ValueError,
+            lambda size=size: warmup(model, image_sizes=[size]),
+            str(size),
+            "image_sizes=[(14, 14)]",
+            starts="image_sizes",
+        )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import swiftkernels
-from swiftkernels import functional, modules
+from swiftkernels import _warmup, functional, modules
 
 ROOT = Path(__file__).parent.parent
 OPTIONAL = ("triton", "numpy", "matplotlib", "sklearn", "tqdm", "PIL", "timm", "transformers")
@@ -99,7 +99,7 @@ def test_every_public_name_is_documented(name):
                 assert inspect.getdoc(getattr(value, method)), method
 
 
-@pytest.mark.parametrize("name", ["AdditiveAttention", "additive_attention"])
+@pytest.mark.parametrize("name", ["AdditiveAttention", "additive_attention", "warmup"])
 def test_every_argument_is_explained(name):
     value = getattr(swiftkernels, name)
     arguments = value.__doc__[value.__doc__.index("Args:") : value.__doc__.index("Example:")]
@@ -107,7 +107,7 @@ def test_every_argument_is_explained(name):
         assert re.search(rf"\b{parameter}\b.*:", arguments), parameter
 
 
-@pytest.mark.parametrize("module", [functional, modules])
+@pytest.mark.parametrize("module", [functional, modules, _warmup])
 def test_examples_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
