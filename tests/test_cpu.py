@@ -255,6 +255,17 @@ def test_zero_rows_are_treated_as_by_normalize(isa, pooling, dtype, bias):
     assert_accurate(tensors, pooling=pooling)
 
 
+@pytest.mark.parametrize("pooling", ["l2", "softmax"])
+@pytest.mark.parametrize(("batch", "n_tokens"), [(4, 49), (1, 700), (3, 300), (2, 1300)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_scores_of_almost_equal_tokens_have_exact_gradients(isa, threads, batch, n_tokens, pooling):
+    """Their weights are almost the same too, and most of what reaches the scores cancels."""
+    torch.set_num_threads(threads)
+    tensors = make_tensors(batch, n_tokens, 24, 20)
+    tensors[0] = tensors[0][:, :1] + 1e-3 * tensors[0]
+    assert_accurate(convert(tensors, torch.float32), pooling=pooling)
+
+
 @poolings
 def test_zero_rows_give_no_nan_in_float16(pooling):
     """There eps is 0 and eager divides 0 by 0."""

@@ -12,6 +12,7 @@
 // The moments U and V cost two products of E x E matrices at the end. For few tokens dWp = dy^T t
 // and dWf = dout^T y are summed themselves ("direct"), for one more product per token.
 #include <array>
+#include <numeric>
 #include <vector>
 
 #include "folded_backward.h"
@@ -153,13 +154,16 @@ class Backward {
           put_away(thread, KEYS);
         }
         add_partials(partials, total);
+        float residues = 0.f;
         for (int64_t i = 0; i < division_.blocks; i++) {
-          query_pass(w, s, total, item, i);
+          residues += query_pass(w, s, total, item, i);
           put_away(thread, QUERIES);
         }
+        if (needs_weights) remove_residues(w, totals[thread], item, residues);
       });
     } else {
       float* total = dG + partial_floats;
+      std::vector<float> residues(division_.blocks);
       for (int64_t item = 0; item < call_.batch; item++) {
         parallel_for(division_.blocks, threads_, [&](int64_t i, int thread) {
           key_pass(workspace(thread), all_sums[thread], dG, item, i);
@@ -167,9 +171,12 @@ class Backward {
         });
         add_partials(dG, total);
         parallel_for(division_.blocks, threads_, [&](int64_t i, int thread) {
-          query_pass(workspace(thread), all_sums[thread], total, item, i);
+          residues[i] = query_pass(workspace(thread), all_sums[thread], total, item, i);
           put_away(thread, QUERIES);
         });
+        if (needs_weights)
+          remove_residues(workspace(0), totals[0], item,
+                          std::accumulate(residues.begin(), residues.end(), 0.f));
       }
     }
     if (needs_weights) {
@@ -241,8 +248,10 @@ class Backward {
     if (call_.direct && call_.needs_weights)
       gemm(w.k, rows, matrices_.plain.proj, matrices_.proj_bias, w.y, w.panel, w.q);
     if (call_.needs_tokens) gemm(w.dt, rows, matrices_.key_rows, nullptr, w.dx, w.panel);
-    for (int64_t i = 0; i < count; i++)
-      query_rows(w, i * N_, N_, first + i, 0, dG + i * padded(E_));
+    for (int64_t i = 0; i < count; i++) {
+      const float residues = query_rows(w, i * N_, N_, first + i, 0, dG + i * padded(E_));
+      if (call_.needs_weights) remove_residues(w, s, first + i, residues);
+    }
     sum_query_gradients(w, s, rows);
     if (!call_.needs_tokens) return;
     gemm(w.dy, rows, matrices_.query_rows, nullptr, w.dx, w.panel, w.dx);
@@ -270,19 +279,21 @@ class Backward {
     store_tile(w.dx, rows, C_, dx_, item, first);
   }
 
-  void query_pass(const Workspace& w, const Sums& s, const float* dG, int64_t item,
-                  int64_t tile) const {
+  /// Returns the sum of the residues.
+  float query_pass(const Workspace& w, const Sums& s, const float* dG, int64_t item,
+                   int64_t tile) const {
     const int64_t first = tile * division_.rows, rows = std::min(division_.rows, N_ - first);
     load_tile(x_, item, first, rows, C_, w.x);
     load_tile(dout_, item, first, rows, D_, w.dout);
     query_rows_again(w, item, 1, first, rows);
     gemm(w.dout, rows, matrices_.final_rows, nullptr, w.dy, w.panel);
-    query_rows(w, 0, rows, item, first, dG);
+    const float residues = query_rows(w, 0, rows, item, first, dG);
     sum_query_gradients(w, s, rows);
-    if (!call_.needs_tokens) return;
+    if (!call_.needs_tokens) return residues;
     load_tile(dx_, item, first, rows, C_, w.dx);
     gemm(w.dy, rows, matrices_.query_rows, nullptr, w.dx, w.panel, w.dx);
     store_tile(w.dx, rows, C_, dx_, item, first);
+    return residues;
   }
 
   /// Sums that the two passes make.
@@ -434,14 +445,16 @@ class Backward {
     }
   }
 
-  /// Rows of dy become those of dq; the gradients of their scores are left in `factors`.
-  ONE_COPY void query_rows(const Workspace& w, int64_t row, int64_t rows, int64_t item,
-                           int64_t first, const float* dG) const {
+  /// Rows of dy become those of dq; the gradients of their scores are left in `factors`. Returns
+  /// the sum of the residues.
+  ONE_COPY float query_rows(const Workspace& w, int64_t row, int64_t rows, int64_t item,
+                            int64_t first, const float* dG) const {
     load_G(item, w.G);
     vec G_dG{};
     for (int64_t j = 0; j < padded(E_); j += LANES) G_dG += load(w.G + j) * load(dG + j);
     const float along_G = sum(G_dG), normaliser = normalisers_[item];
     const Mask mask = mask_of(call_, item);
+    float residues = 0.f;
     for (int64_t r = row; r < row + rows; r++) {
       const int64_t n = first + r - row;
       const float* q = w.q.row(r);
@@ -457,6 +470,7 @@ class Backward {
       const float d_score =
           score_gradient(layer_, mask.keeps(n), weight, d_weight, along_G, normaliser);
       w.factors[r] = d_score;
+      residues += residue(layer_, weight, d_score, normaliser);
       const float norm = query_norms_[item * N_ + n];
       const float along = sum(dy_sum) + weight * d_weight + d_score * sum(w_g_sum);
       const vec projection = broadcast(has_projection(norm) ? along : 0.f);
@@ -466,6 +480,13 @@ class Backward {
         store(dy + j, factor * (d_unit - projection * load(q + j)));
       }
     }
+    return residues;
+  }
+
+  /// Take what the residues of an item put into dw_g out again.
+  void remove_residues(const Workspace& w, const Sums& s, int64_t item, float residues) const {
+    load_G(item, w.G);
+    add_scaled(w.G, -residues, E_, s.dw_g);
   }
 
   /// Whether a unit row has a gradient along the row: where it was divided by its norm, not by eps.

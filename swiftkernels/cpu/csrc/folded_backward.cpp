@@ -46,13 +46,16 @@ void gram_of_weights(Tile a, int64_t a_columns, Tile b, int64_t b_columns, int64
     gram(a.from(r), a_columns, b.from(r), b_columns, std::min(step, rows - r), c, more, nullptr);
 }
 
+/// Factors of x, and what else is summed with them.
+enum Number { XQ = 0, XK = 1, XS = 2, XA = 3, RESIDUE = 4, NUMBERS = 5 };
+
 /// Sums over tokens. Rows are whole vectors.
 struct Sums {
   Tile Zq, Zk;               // [D, C]
   Tile Sq, Sk;               // [C, C], upper triangles
   float *zq, *zk, *dbf;      // sums of rq dout, rk dout, dout
   float *xq, *xk, *xs, *xa;  // sums of x times the factors of a token
-  float* numbers;            // sums of these factors
+  float* numbers;            // sums of these factors, and of the residues
 
   static Sums make(int64_t C, int64_t D, Pieces& pieces) {
     auto matrix = [&](int64_t rows) { return Tile{pieces.take(rows * padded(C)), padded(C)}; };
@@ -61,7 +64,7 @@ struct Sums {
     s.zq = pieces.take(padded(D)), s.zk = pieces.take(padded(D)), s.dbf = pieces.take(padded(D));
     s.xq = pieces.take(padded(C)), s.xk = pieces.take(padded(C));
     s.xs = pieces.take(padded(C)), s.xa = pieces.take(padded(C));
-    s.numbers = pieces.take(4);
+    s.numbers = pieces.take(NUMBERS);
     return s;
   }
 };
@@ -101,13 +104,6 @@ float dot(const float* a, const float* b, int64_t width) {
   vec total{};
   for (int64_t j = 0; j < padded(width); j += LANES) total += load(a + j) * load(b + j);
   return sum(total);
-}
-
-/// to += factor * from
-void add_scaled(const float* from, float factor, int64_t width, float* to) {
-  const vec by = broadcast(factor);
-  for (int64_t j = 0; j < padded(width); j += LANES)
-    store(to + j, load(to + j) + by * load(from + j));
 }
 
 /// Two passes over the tokens of every item: the first leads to dG, the second needs it.
@@ -207,7 +203,7 @@ class FoldedBackward {
       item.tokens.Zk = {pieces.take(D_ * padded(C_)), padded(C_)};
       item.tokens.zk = pieces.take(padded(D_));
       item.tokens.xa = pieces.take(padded(C_));
-      item.tokens.numbers = pieces.take(4);
+      item.tokens.numbers = pieces.take(NUMBERS);
       item.G = pieces.take(padded(E_));
       item.dG = pieces.take(padded(E_));
       item.panels = pieces.take(panel_floats(D_, C_));
@@ -292,7 +288,7 @@ class FoldedBackward {
     for (float* v : {s.zq, s.dbf}) std::fill(v, v + padded(D_), 0.f);
     for (float* v : {s.xq, s.xk, s.xs}) std::fill(v, v + padded(C_), 0.f);
     for (float* v : {total.dbq, total.dbk}) std::fill(v, v + padded(E_), 0.f);
-    std::fill(s.numbers, s.numbers + 4, 0.f);
+    std::fill(s.numbers, s.numbers + NUMBERS, 0.f);
   }
 
   static void add_matrix(Tile from, int64_t rows, int64_t width, Tile to) {
@@ -307,7 +303,7 @@ class FoldedBackward {
     add(a.zq, D_, b.zq), add(a.dbf, D_, b.dbf);
     add(a.xq, C_, b.xq), add(a.xk, C_, b.xk), add(a.xs, C_, b.xs);
     add(from.dbq, E_, to.dbq), add(from.dbk, E_, to.dbk);
-    for (int i = 0; i < 4; i++) b.numbers[i] += a.numbers[i];
+    for (int i = 0; i < NUMBERS; i++) b.numbers[i] += a.numbers[i];
   }
 
   void begin(const Item& item, int64_t i) const {
@@ -316,7 +312,7 @@ class FoldedBackward {
     std::fill(item.tokens.Zk.data, item.tokens.Zk.row(D_), 0.f);
     std::fill(item.tokens.zk, item.tokens.zk + padded(D_), 0.f);
     std::fill(item.tokens.xa, item.tokens.xa + padded(C_), 0.f);
-    item.tokens.numbers[XA] = 0.f;
+    std::fill(item.tokens.numbers, item.tokens.numbers + NUMBERS, 0.f);
   }
 
   /// visit(first, rows) for the tiles of a chunk.
@@ -408,7 +404,7 @@ class FoldedBackward {
                    int64_t chunk) const {
     float* const sums[] = {s.xq, s.xk, s.xs, s.xa};
     for (float* v : sums) std::fill(v, v + padded(C_), 0.f);
-    std::fill(s.numbers, s.numbers + 4, 0.f);
+    std::fill(s.numbers, s.numbers + NUMBERS, 0.f);
     const Matrix F = Matrix::packed(item.panels, D_, C_);
     bool more = false;
     for_tiles(chunk, [&](int64_t first, int64_t rows) {
@@ -476,6 +472,7 @@ class FoldedBackward {
         w.factors[which][r] = factors[which];
         numbers[which] += factors[which];
       }
+      numbers[RESIDUE] += residue(layer_, weight, d_score, normaliser);
     }
   }
 
@@ -498,7 +495,7 @@ class FoldedBackward {
   void add_second(const Sums& chunk, const Item& item, const Totals& total) const {
     if (!call_.needs_weights) return;
     add(chunk.xa, C_, item.tokens.xa);
-    item.tokens.numbers[XA] += chunk.numbers[XA];
+    for (int which : {XA, RESIDUE}) item.tokens.numbers[which] += chunk.numbers[which];
     const Sums& s = total.tokens;
     add_matrix(chunk.Sq, C_, C_, s.Sq);
     add_matrix(chunk.Sk, C_, C_, s.Sk);
@@ -510,6 +507,9 @@ class FoldedBackward {
     if (!call_.needs_weights) return;
     for (int64_t j = 0; j < E_; j++) add_scaled(item.tokens.xa, item.dG[j], C_, total.dWq.row(j));
     add_scaled(item.dG, item.tokens.numbers[XA], E_, total.dbq);
+    const float residue = item.tokens.numbers[RESIDUE];
+    add_scaled(item.tokens.xa, -residue, C_, total.tokens.xs);
+    total.tokens.numbers[XS] -= residue * item.tokens.numbers[XA];
   }
 
   /// to [E] += weight vector, + bias * number
@@ -566,8 +566,6 @@ class FoldedBackward {
     copy_rows({dbp, 0}, 1, E_, g.dbp);
     copy_rows({s.dbf, 0}, 1, D_, g.dbf);
   }
-
-  enum Which { XQ = 0, XK = 1, XS = 2, XA = 3 };
 
   const RawLayer& layer_;
   const Prepared& weights_;

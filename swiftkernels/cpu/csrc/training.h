@@ -94,6 +94,13 @@ inline void add(const float* vector, int64_t width, float* total) {
     store(total + j, load(total + j) + load(vector + j));
 }
 
+/// to += factor * from
+inline void add_scaled(const float* from, float factor, int64_t width, float* to) {
+  const vec by = broadcast(factor);
+  for (int64_t j = 0; j < padded(width); j += LANES)
+    store(to + j, load(to + j) + by * load(from + j));
+}
+
 /// to = from, without the padding, unless they are the same.
 inline void copy_rows(Tile from, int64_t rows, int64_t width, float* to) {
   if (!to || to == from.data) return;
@@ -143,4 +150,12 @@ inline float score_gradient(const RawLayer& layer, bool live, float weight, floa
     gradient = (d_weight - (project ? weight * along : 0.f)) * normaliser;
   }
   return gradient * static_cast<float>(layer.scale);
+}
+
+/// What is to sum up to nothing over the tokens of an item, whose weights have a fixed norm or sum.
+/// With the sum c, d_score - c weight is right; c is what rounding left, mostly of `along`, and
+/// matters where the tokens are almost the same.
+inline float residue(const RawLayer& layer, float weight, float d_score, float normaliser) {
+  if (layer.pooling == SOFTMAX) return d_score;
+  return layer.pooling == L2 && normaliser < inverse_eps(layer) ? weight * d_score : 0.f;
 }
