@@ -275,8 +275,7 @@ class _Backward:
         d_product = (d_final @ self.wp).to(self.acc)  # gradient of G * kn, [b, N, E]
         dG = (rows.k * d_product).sum(1)  # [b, E]
         d_weights = torch.bmm(rows.q, dG.unsqueeze(2)).squeeze(2)
-        d_scores = _score_gradients(rows, d_weights, (G * dG).sum(1, True), mask, self.options)
-        d_scores = d_scores * scale
+        d_scores = scale * _score_gradients(rows, d_weights, mask, self.options)
         dq = d_final.to(self.acc) + rows.weights.unsqueeze(2) * dG.unsqueeze(1)
         dq += d_scores.unsqueeze(2) * w_g
         dq = _normalize_backward(dq, rows.q, rows.q_norms, self.options)
@@ -304,18 +303,24 @@ class _Backward:
 
 
 def _score_gradients(
-    rows: _Rows, d_weights: Tensor, along: Tensor, mask: Tensor | None, options: Options
+    rows: _Rows, d_weights: Tensor, mask: Tensor | None, options: Options
 ) -> Tensor:
-    """ds [b, N] from da [b, N]; `along` [b, 1] is G . dG = sum_n a_n da_n."""
+    """ds [b, N] from da [b, N]."""
+    # What lies along the weights is taken out twice: what rounding left of it the first time would
+    # be most of the gradient of w_g where the tokens are almost equal.
+    weights = rows.weights
     if options.pooling == "softmax":
-        return rows.weights * (d_weights - along)
+        grads = weights * (d_weights - (weights * d_weights).sum(1, keepdim=True))
+        return grads - weights * grads.sum(1, keepdim=True)
     if options.pooling == "sum":
         return torch.zeros_like(d_weights)
     grads = d_weights
     if options.pooling == "l2":
         norms = torch.linalg.vector_norm(rows.scores, dim=1, keepdim=True)
         # Below eps the norm is a constant: no projection.
-        grads = grads - torch.where(norms >= options.eps, rows.weights * along, 0)
+        unit = torch.where(norms >= options.eps, weights, 0)
+        for _ in range(2):
+            grads = grads - unit * (unit * grads).sum(1, keepdim=True)
         grads = grads / norms.clamp_min(options.eps)
     return grads if mask is None else grads.masked_fill(~mask, 0)
 
