@@ -57,7 +57,7 @@ def kernels_in_use(handle: Any) -> Iterator[None]:
 
     def forget() -> None:
         weights._layers.clear()  # packed for the other library's vectors
-        config._measured.cache_clear()
+        config._table.cache_clear()
 
     forget()
     with mock.patch.object(launch, "kernels", return_value=handle):

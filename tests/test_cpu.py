@@ -1573,6 +1573,15 @@ def test_compiled_layers_take_the_kernels(forward_calls, training):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(("n_tokens", "kept"), [(9, "rows"), (72 * 8, "statistics")])
+def test_compiled_wide_layers_keep_what_they_would(forward_calls, n_tokens, kept):
+    layer, x = make_layer(72, 72, backend="auto"), random_tokens(1, n_tokens, 72)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_gradients(with_gradients(compiled, layer, x), layer, x)
+    assert forward_calls == [kept]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("recompute", [True, False])
 def test_compiled_between_other_operators(forward_calls, recompute):
     """Through the whole compiler but for its code generator."""

@@ -56,9 +56,15 @@ def folds_backward(batch: int, n_tokens: int, width: int) -> bool:
 
 
 @compat.constant_under_compile
-@functools.cache
 def _measured(name: str) -> float:
     """Tokens per channel from which on what `name` says is faster."""
+    return _table()[name]
+
+
+@functools.cache
+def _table() -> dict[str, float]:
+    """What was measured for the library in use."""
     table = json.loads(TABLE.read_text())
     loaded = library.loaded()
-    return float(table.get(loaded.name if loaded else "", table["default"])[name])
+    found: dict[str, float] = table.get(loaded.name if loaded else "", table["default"])
+    return found
