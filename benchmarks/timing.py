@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import random
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,30 +12,21 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from swiftkernels.cpu import library
+from swiftkernels import bench, devices
+from swiftkernels.bench import Timing
+
+__all__ = [
+    "Timing",
+    "clock",
+    "clock_name",
+    "device_name",
+    "flops",
+    "interleave",
+    "measure",
+    "saved_bytes",
+]
 
 Call = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Times of one callable, in seconds."""
-
-    samples: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.samples)
-
-    @property
-    def spread(self) -> float:
-        """Interquartile range."""
-        lower, _, upper = statistics.quantiles(self.samples, n=4)
-        return upper - lower
-
-    @property
-    def minimum(self) -> float:
-        return min(self.samples)
 
 
 def interleave(
@@ -62,22 +50,14 @@ def interleave(
         >>> timings["sum"].median < 1
         True
     """
-    order = list(calls)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    generator = random.Random(0)
-    for call in calls.values():
-        measure(call, device)
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < min_rounds or time.perf_counter() < end:
-        generator.shuffle(order)
-        for name in order:
-            if rest:
-                time.sleep(rest)
-                calls[name]()
-            samples[name].append(measure(calls[name], device))
-        rounds += 1
-    return {name: Timing(tuple(times)) for name, times in samples.items()}
+
+    def measure_one(call: Call) -> float:
+        if rest:
+            time.sleep(rest)
+            call()
+        return measure(call, device)
+
+    return bench.interleave(calls, measure_one, seconds, min_rounds)
 
 
 def measure(call: Call, device: torch.device | str) -> float:
@@ -161,6 +141,4 @@ def _convolution_backward_flops(
 
 def device_name(device: torch.device | str) -> str:
     """What the CPU or GPU calls itself."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return library.processor_name()
+    return devices.name(torch.device(device))

@@ -15,13 +15,7 @@ import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-WIDTHS = {
-    "XS": (48, 56, 112, 220),
-    "S": (48, 64, 168, 224),
-    "L1": (48, 96, 192, 384),
-    "L3": (64, 128, 320, 512),
-}
-"""Width of each of the four stages."""
+from swiftkernels.bench import WIDTHS
 
 IMAGE_SIZE = 224
 

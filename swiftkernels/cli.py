@@ -1,13 +1,15 @@
-"""The command line: `swiftkernels doctor` tells what works here and how to mend the rest."""
+"""The command line: `doctor` tells what works here, `verify` checks it, `bench` measures it."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -16,20 +18,94 @@ import torch
 from torch import Tensor
 
 import swiftkernels
-from swiftkernels import checks, compat, ops
+from swiftkernels import checks, compat, devices, ops, verify
 from swiftkernels.cpu import library
 
 SHAPE = (8, 196, 64)
 """The tokens that the doctor asks about, [B, N, C], with E = C."""
 
+TRIAL = verify.Case(1, 16, 16, 16, 1)
+"""What is compiled and run on every GPU."""
+
+DRIVERS = {"/dev/nvidiactl": "an NVIDIA", "/dev/kfd": "an AMD"}
+"""What a driver puts there -> whose."""
+
+HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
+"""Variables that choose among the GPUs."""
+
+GET_TORCH = "install a build of torch for it: https://pytorch.org/get-started/locally"
+
+REMEDIES = {
+    "C compiler": "Triton builds its launcher with one: apt install gcc",
+    "CalledProcessError": (
+        "What the C compiler said stands above; Python's headers are often missing: "
+        "apt install python3-dev"
+    ),
+    "libcuda.so": (
+        "The driver's library is not found: run ldconfig, or start the container with --gpus all"
+    ),
+    "active drivers": "Triton and torch do not fit each other: reinstall both, torch brings triton",
+    "no kernel image": f"This torch has no code for the GPU: {GET_TORCH}",
+    "ptxas": "This Triton is too old for the GPU: take a newer torch, which brings a newer one",
+    "out of memory": "Other programs hold the memory of the GPU: nvidia-smi or rocm-smi tell which",
+    "budget": "The kernels compute wrongly there; swiftkernels verify tells more: please report it",
+}
+"""Words in an error -> what to do; the first that is found."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status."""
+    """Run a subcommand; returns the exit status, 2 for arguments that are wrong."""
     parser = argparse.ArgumentParser(prog="swiftkernels", description=swiftkernels.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="tell what works here, and how to mend what does not")
-    parser.parse_args(arguments)
-    return doctor()
+    _add_verify(commands.add_parser("verify", help="check every kernel that runs here"))
+    _add_bench(commands.add_parser("bench", help="time the operator beside others, and report"))
+    given = vars(parser.parse_args(arguments))
+    command = given.pop("command")
+    if command == "doctor":
+        return doctor()
+    try:
+        if command == "verify":
+            return verify.run(**given)
+        from swiftkernels import bench
+
+        return bench.run(**given)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Run every kernel that runs on a device, forward and backward, against the definition in "
+        "float64. Exit status: 0 all is right, 1 something is wrong, 2 nothing could run."
+    )
+    _add_device(parser)
+    parser.add_argument("--backend", choices=verify.BACKENDS, help="this one alone")
+    parser.add_argument("--quick", action="store_true", help="about half of the cases")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Time the operator beside eager PyTorch, torch.compile and other attentions at the shapes "
+        "of SwiftFormers, and write a CSV file, plots and a report. What is wrong is not timed. A "
+        "full run takes long, as torch.compile compiles anew for every shape; stopped by Ctrl-C, "
+        "it reports what was measured. Exit status: 0, or 1 if an engine was wrong."
+    )
+    _add_device(parser)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("results"), help="folder to write to (%(default)s)")
+    add("--quick", action="store_true", help="a look at it: few shapes and types, less time each")
+    add("--threads", type=int, default=1, help="on a CPU (%(default)s: process time is measured)")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, xpu (default: the first GPU or cpu)"
+    )
 
 
 def doctor() -> int:
@@ -51,7 +127,7 @@ def doctor() -> int:
 
 def _versions() -> Iterator[tuple[str, str]]:
     yield "swiftkernels", swiftkernels.__version__
-    yield "torch", torch.__version__
+    yield "torch", f"{torch.__version__}, built for {devices.built_for()}"
     yield "triton", _version("triton")
     yield "python", platform.python_version()
     yield "platform", platform.platform()
@@ -96,27 +172,65 @@ def _state(isa: str, chosen: library.Library | None) -> str:
 
 
 def _gpus() -> Iterator[tuple[str, str]]:
-    for device in _gpu_devices():
-        name = torch.get_device_module(device).get_device_name(device)
-        too_old = compat.too_old_for_triton(device)
-        note = f" (compute capability {too_old}: too old for the kernels)" if too_old else ""
-        yield str(device), f"{name}{note}"
-    if not _gpu_devices():
-        yield "none", "torch sees no CUDA, ROCm or XPU device"
+    for device in devices.gpus():
+        try:
+            text = "\n".join(_gpu(device))
+        except RuntimeError as error:
+            text = f"cannot be used: {_first_line(error)}"
+        yield str(device), _indented(text)
+    if not devices.gpus():
+        yield "none", f"torch sees no CUDA, ROCm or XPU device ({_why_no_gpu()})"
+
+
+def _gpu(device: torch.device) -> Iterator[str]:
+    """Name, architecture and memory, and whether the kernels run."""
+    yield devices.name(device)
+    free = ""
+    if device.type == "cuda":
+        free = f", {torch.cuda.mem_get_info(device)[0] / 2**30:.1f} free"
+    yield devices.facts(device) + free
+    too_old = compat.too_old_for_triton(device)
+    if too_old:
+        yield f"compute capability {too_old}: too old for the kernels, which need 8.0"
+    elif compat.has_triton():
+        yield _trial(device) or "the kernels compile and run there, and give the right numbers"
+
+
+@functools.cache
+def _trial(device: torch.device) -> str:
+    """What goes wrong when a small layer is compiled and run on a GPU; empty if nothing."""
+    return verify.verify_case(TRIAL, "triton", torch.float32, device).failure
+
+
+def _why_no_gpu() -> str:
+    if not (torch.version.cuda or torch.version.hip):
+        return f"it is built for {devices.built_for()}"
+    hiding = [f"{name}={os.environ[name]}" for name in HIDING if name in os.environ]
+    if hiding:
+        return f"{', '.join(hiding)} may hide it"
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        return _first_line(error)
+    return "the driver names none"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _choices() -> Iterator[tuple[str, str]]:
     # One of each type is enough: what the choice depends on rarely differs among several GPUs.
-    devices = {"cpu": torch.device("cpu")} | {d.type: d for d in reversed(_gpu_devices())}
-    for device in devices.values():
+    kinds = {"cpu": torch.device("cpu")} | {d.type: d for d in reversed(devices.gpus())}
+    for device in kinds.values():
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            x = torch.empty(SHAPE, dtype=dtype, device=device)
             try:
+                x = torch.empty(SHAPE, dtype=dtype, device=device)
                 with torch.no_grad():
                     chosen = ops.choose_backend("auto", x, SHAPE[-1])
                 text = "\n".join((chosen, *_why_not(x, chosen)))
-            except ValueError as error:
-                text = f"error: {error}"
+            except (RuntimeError, ValueError) as error:
+                text = f"error: {_first_line(error)}"
             yield f"{device.type} {str(dtype).removeprefix('torch.')}", _indented(text)
 
 
@@ -124,14 +238,8 @@ def _why_not(x: Tensor, chosen: str) -> Iterator[str]:
     """Why "auto" took none of the backends that stand before the chosen one."""
     others = checks.BACKENDS[1:]
     for backend in others[: others.index(chosen)]:
-        try:
-            ops.choose_backend(backend, x, SHAPE[-1])
-        except ValueError as error:
-            yield "  " + str(error).removesuffix(
-                " Use backend='auto', which takes the best there is."
-            )
-        else:
-            yield f"  backend={backend!r} works as well, when asked for."
+        reason = verify.why_not(backend, x, SHAPE[-1])
+        yield "  " + (reason or f"backend={backend!r} works as well, when asked for.")
 
 
 def _faults() -> Iterator[str]:
@@ -147,11 +255,33 @@ def _faults() -> Iterator[str]:
                 problem = library.problem(isa)
                 if problem and can_run:
                     yield f"CPU kernels for {isa} cannot be used: {problem} ({library.remedy()})."
-    if _gpu_devices() and not compat.has_triton():
+    yield from _gpu_faults()
+
+
+def _gpu_faults() -> Iterator[str]:
+    gpus = devices.gpus()
+    if not gpus and not any(name in os.environ for name in HIDING):
+        for path, whose in DRIVERS.items():
+            if Path(path).exists():
+                yield (
+                    f"{path} is the driver of {whose} GPU, which torch does not see "
+                    f"({_why_no_gpu()}): {GET_TORCH}."
+                )
+    if gpus and not compat.has_triton():
         yield (
-            f"{_gpu_devices()[0]} needs the package triton for backend='triton': "
+            f"{gpus[0]} needs the package triton for backend='triton': "
             "pip install swiftkernels[triton]."
         )
+        return
+    for device in gpus:
+        failure = "" if compat.too_old_for_triton(device) else _trial(device)
+        if failure:
+            yield f"backend='triton' fails on {device}: {failure}. {_remedy(failure)}."
+
+
+def _remedy(failure: str) -> str:
+    unknown = "swiftkernels verify tells more: please report it"
+    return next((text for words, text in REMEDIES.items() if words in failure), unknown)
 
 
 def _section(title: str, rows: Iterator[tuple[str, str]]) -> None:
@@ -183,8 +313,3 @@ def _compiler() -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         return f"{shlex.join(command)} does not run: {getattr(error, 'strerror', error)}"
     return f"{shlex.join(command)}: {(done.stdout.splitlines() or [''])[0]}"
-
-
-def _gpu_devices() -> list[torch.device]:
-    counts = {"cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count()}
-    return [torch.device(kind, i) for kind, count in counts.items() for i in range(count)]

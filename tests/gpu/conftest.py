@@ -1,0 +1,45 @@
+"""Tests on a real GPU; skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swiftkernels import devices, verify
+
+NO_GPU = "needs a GPU that runs the Triton kernels (swiftkernels doctor tells more)"
+
+
+def usable_gpus() -> list[torch.device]:
+    """The GPUs on which backend="triton" may be asked for."""
+    return [d for d in devices.gpus() if not verify.why_not("triton", _probe(d), 16)]
+
+
+def _probe(device: torch.device) -> torch.Tensor:
+    return torch.empty(1, 1, 16, device=device)
+
+
+@pytest.fixture(autouse=True)
+def gpu() -> torch.device:
+    """The first GPU."""
+    found = usable_gpus()
+    if not found:
+        pytest.skip(NO_GPU)
+    return found[0]
+
+
+@pytest.fixture
+def other_gpu(gpu) -> torch.device:
+    """A second one, which is not the current device."""
+    found = usable_gpus()
+    if len(found) < 2:
+        pytest.skip("needs two GPUs")
+    return found[1]
+
+
+@pytest.fixture
+def cuda(gpu) -> torch.device:
+    """The first GPU, of CUDA or ROCm: the others have no graphs."""
+    if gpu.type != "cuda":
+        pytest.skip("needs a GPU of CUDA or ROCm")
+    return gpu
