@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,123 @@ from swiftkernels.reference import POOLINGS
 LAYOUTS = ("auto", "channels_first", "channels_last")
 
 
-class AdditiveAttention(nn.Module):
+class Names(NamedTuple):
+    """What the parts of an additive attention are called in a module: four linear layers, w_g."""
+
+    query: str = "to_query"
+    key: str = "to_key"
+    proj: str = "proj"
+    final: str = "final"
+    w_g: str = "w_g"
+
+
+class AttentionForward(nn.Module):
+    """The forward of additive attention, for modules that hold its weights under some names."""
+
+    names = Names()
+    in_dims: int
+    pooling: str
+    qk_norm: bool
+    layout: str
+    eps: float
+    backend: str
+    recompute: bool | None
+    scale_factor: float
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        return_weights: bool = False,
+        residual_scale: Tensor | None = None,
+    ) -> Tensor | AttentionOutput:
+        """Attend; shapes as in the class, errors as in `additive_self_attention`.
+
+        With `residual_scale`, [C] in any shape: x + residual_scale * attention(x).
+        """
+        checks.check_tensor("x", x)
+        channels_first = self.layout == "channels_first" or (self.layout == "auto" and x.dim() > 3)
+        if mask is None and not return_weights and self.backend in ("auto", "cpu", "triton"):
+            out = self._attend_quickly(x, residual_scale, channels_first)
+            if out is not None:
+                return out
+        spatial = self._spatial_shape(x, channels_first)
+        tokens = x.flatten(2).transpose(1, 2) if channels_first else x.flatten(1, -2)
+        if isinstance(mask, Tensor) and mask.dim() > 2:
+            if mask.shape[1:] != spatial:
+                raise ValueError(
+                    f"mask must have shape [B, N] or [B, *spatial] = {(x.shape[0], *spatial)}; "
+                    f"got {tuple(mask.shape)}. One value per token: drop the channel axis."
+                )
+            mask = mask.flatten(1)
+        query, key, proj, final = (getattr(self, name) for name in self.names[:4])
+        result = additive_self_attention(
+            tokens,
+            query.weight,
+            query.bias,
+            key.weight,
+            key.bias,
+            getattr(self, self.names.w_g),
+            proj.weight,
+            proj.bias,
+            final.weight,
+            final.bias,
+            mask=mask,
+            pooling=self.pooling,
+            qk_norm=self.qk_norm,
+            scale=self.scale_factor,
+            eps=self.eps,
+            backend=self.backend,
+            return_weights=return_weights,
+            residual_scale=residual_scale,
+            recompute=self.recompute,
+        )
+        if isinstance(result, AttentionOutput):
+            return result._replace(output=_restore(result.output, spatial, channels_first))
+        return _restore(result, spatial, channels_first)
+
+    def _attend_quickly(
+        self, x: Tensor, residual_scale: Tensor | None, channels_first: bool
+    ) -> Tensor | None:
+        # Past the attribute lookup of nn.Module, which takes a third of the time of a small call.
+        # Layers whose weights are no plain parameters (parametrised, replaced) go the long way.
+        layers: dict[str, Any] = self._modules
+        own: dict[str, Any] = self._parameters
+        to_query, to_key, to_proj, to_final, w_g = self.names
+        try:
+            query, key = layers[to_query]._parameters, layers[to_key]._parameters
+            proj, final = layers[to_proj]._parameters, layers[to_final]._parameters
+            layer = Weights(
+                query["weight"], query["bias"], key["weight"], key["bias"],
+                own[w_g],
+                proj["weight"], proj["bias"], final["weight"], final["bias"],
+                residual_scale,
+            )  # fmt: skip
+        except (AttributeError, KeyError):
+            return None
+        options = (self.backend, self.pooling, self.qk_norm, self.scale_factor, self.eps)
+        if torch.is_grad_enabled():
+            return quick.train(x, layer, options, channels_first, self.recompute)
+        return quick.infer(x, layer, options, channels_first)
+
+    def _spatial_shape(self, x: Tensor, channels_first: bool) -> torch.Size:
+        if x.dim() < 3:
+            raise ValueError(
+                f"x must be [B, N, {self.in_dims}] or [B, {self.in_dims}, *spatial]; got shape "
+                f"{tuple(x.shape)}. Add the missing axis with x.unsqueeze(0)."
+            )
+        width = x.shape[1 if channels_first else -1]
+        if width != self.in_dims:
+            order = "[B, C, *spatial]" if channels_first else "[B, *spatial, C]"
+            raise ValueError(
+                f"x must have {self.in_dims} channels (in_dims), read as {order}; got {width} in "
+                f"shape {tuple(x.shape)}. If the axes are in another order, set "
+                "layout='channels_first' or layout='channels_last'."
+            )
+        return x.shape[2:] if channels_first else x.shape[1:-1]
+
+
+class AdditiveAttention(AttentionForward):
     """Efficient additive attention (arXiv 2303.15446), a drop-in for the layer of SwiftFormer.
 
     Takes the constructor arguments, parameter names and state dicts (`Proj` or `proj`) of the
@@ -96,96 +212,6 @@ class AdditiveAttention(nn.Module):
         self.w_g = nn.Parameter(torch.randn(width, 1, **factory))
         self.proj = nn.Linear(width, width, bias=bias, **factory)
         self.final = nn.Linear(width, token_dim, bias=bias, **factory)
-
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        return_weights: bool = False,
-        residual_scale: Tensor | None = None,
-    ) -> Tensor | AttentionOutput:
-        """Attend; shapes as in the class, errors as in `additive_self_attention`.
-
-        With `residual_scale`, [C] in any shape: x + residual_scale * attention(x).
-        """
-        checks.check_tensor("x", x)
-        channels_first = self.layout == "channels_first" or (self.layout == "auto" and x.dim() > 3)
-        if mask is None and not return_weights and self.backend in ("auto", "cpu", "triton"):
-            out = self._attend_quickly(x, residual_scale, channels_first)
-            if out is not None:
-                return out
-        spatial = self._spatial_shape(x, channels_first)
-        tokens = x.flatten(2).transpose(1, 2) if channels_first else x.flatten(1, -2)
-        if isinstance(mask, Tensor) and mask.dim() > 2:
-            if mask.shape[1:] != spatial:
-                raise ValueError(
-                    f"mask must have shape [B, N] or [B, *spatial] = {(x.shape[0], *spatial)}; "
-                    f"got {tuple(mask.shape)}. One value per token: drop the channel axis."
-                )
-            mask = mask.flatten(1)
-        result = additive_self_attention(
-            tokens,
-            self.to_query.weight,
-            self.to_query.bias,
-            self.to_key.weight,
-            self.to_key.bias,
-            self.w_g,
-            self.proj.weight,
-            self.proj.bias,
-            self.final.weight,
-            self.final.bias,
-            mask=mask,
-            pooling=self.pooling,
-            qk_norm=self.qk_norm,
-            scale=self.scale_factor,
-            eps=self.eps,
-            backend=self.backend,
-            return_weights=return_weights,
-            residual_scale=residual_scale,
-            recompute=self.recompute,
-        )
-        if isinstance(result, AttentionOutput):
-            return result._replace(output=_restore(result.output, spatial, channels_first))
-        return _restore(result, spatial, channels_first)
-
-    def _attend_quickly(
-        self, x: Tensor, residual_scale: Tensor | None, channels_first: bool
-    ) -> Tensor | None:
-        # Past the attribute lookup of nn.Module, which takes a third of the time of a small call.
-        # Layers whose weights are no plain parameters (parametrised, replaced) go the long way.
-        layers: dict[str, Any] = self._modules
-        own: dict[str, Any] = self._parameters
-        try:
-            query, key = layers["to_query"]._parameters, layers["to_key"]._parameters
-            proj, final = layers["proj"]._parameters, layers["final"]._parameters
-            layer = Weights(
-                query["weight"], query["bias"], key["weight"], key["bias"],
-                own["w_g"],
-                proj["weight"], proj["bias"], final["weight"], final["bias"],
-                residual_scale,
-            )  # fmt: skip
-        except (AttributeError, KeyError):
-            return None
-        key = (self.backend, self.pooling, self.qk_norm, self.scale_factor, self.eps)
-        if torch.is_grad_enabled():
-            return quick.train(x, layer, key, channels_first, self.recompute)
-        return quick.infer(x, layer, key, channels_first)
-
-    def _spatial_shape(self, x: Tensor, channels_first: bool) -> torch.Size:
-        if x.dim() < 3:
-            raise ValueError(
-                f"x must be [B, N, {self.in_dims}] or [B, {self.in_dims}, *spatial]; got shape "
-                f"{tuple(x.shape)}. Add the missing axis with x.unsqueeze(0)."
-            )
-        width = x.shape[1 if channels_first else -1]
-        if width != self.in_dims:
-            order = "[B, C, *spatial]" if channels_first else "[B, *spatial, C]"
-            raise ValueError(
-                f"x must have {self.in_dims} channels (in_dims), read as {order}; got {width} in "
-                f"shape {tuple(x.shape)}. If the axes are in another order, set "
-                "layout='channels_first' or layout='channels_last'."
-            )
-        return x.shape[2:] if channels_first else x.shape[1:-1]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("weight", "bias"):

@@ -1,0 +1,278 @@
+"""`accelerate`: other people's layers with these kernels, and everything else as it was."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swiftkernels import AdditiveAttention, accelerate
+from swiftkernels.patch import Acceleration
+from tests.cases import POOLINGS, assert_as_good_as_eager
+from tests.stubs import import_timm
+
+
+class Fork(nn.Module):
+    """An additive attention as others write it, in any variant."""
+
+    def __init__(self, dim: int = 12, heads: int = 1, pooling: str = "l2", norms: bool = True):
+        super().__init__()
+        width = dim * heads
+        self.pooling_of_the_fork, self.norms = pooling, norms
+        self.scale_factor = dim**-0.5
+        self.to_query, self.to_key = nn.Linear(dim, width), nn.Linear(dim, width)
+        self.w_g = nn.Parameter(torch.randn(width, 1))
+        self.proj, self.final = nn.Linear(width, width), nn.Linear(width, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.to_query(x), self.to_key(x)
+        if self.norms:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        scores = q @ self.w_g * self.scale_factor
+        if self.pooling_of_the_fork == "l2":
+            weights = F.normalize(scores, dim=1)
+        elif self.pooling_of_the_fork == "softmax":
+            weights = scores.softmax(dim=1)
+        else:
+            weights = scores if self.pooling_of_the_fork == "linear" else scores.softmax(dim=-1)
+        global_query = (weights * q).sum(dim=1, keepdim=True)
+        return self.final(self.proj(global_query * k) + q)
+
+
+class OnImages(Fork):
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x.flatten(2).transpose(1, 2))
+        return out.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Renamed(nn.Module):
+    def __init__(self, dim: int = 12) -> None:
+        super().__init__()
+        self.q, self.k, self.g = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Parameter(randn(dim))
+        self.Proj, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = F.normalize(self.q(x), dim=-1), F.normalize(self.k(x), dim=-1)
+        weights = F.normalize(q @ self.g * q.shape[-1] ** -0.5, dim=1).unsqueeze(-1)
+        return self.out(self.Proj((weights * q).sum(1, keepdim=True) * k) + q)
+
+
+NAMES = {"to_query": "q", "to_key": "k", "proj": "Proj", "final": "out", "w_g": "g"}
+
+
+class Extended(Fork):
+    """One that does something more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def results(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    layer, x = copy.deepcopy(layer).to(dtype), x.to(dtype).requires_grad_()
+    out = layer(x)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    grads = torch.autograd.grad(out.square().sum(), (x, *parameters))
+    return {"output": out.detach(), "x": grads[0], **dict(zip(names, grads[1:], strict=True))}
+
+
+def assert_accelerated(layer: nn.Module, x: Tensor, **options: Any) -> Acceleration:
+    """The layer computes what it did, no worse, by the kernels."""
+    exact, eager = results(layer, x, torch.float64), results(layer, x, torch.float32)
+    done = accelerate(layer, **options)
+    assert [found.reason for found in done.layers] == [""]
+    for name, t in results(layer, x, torch.float32).items():
+        assert_as_good_as_eager(t, eager[name], exact[name], ulps=8, name=name)
+    return done
+
+
+@pytest.mark.parametrize("kind", [Fork, OnImages])
+@pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_every_variant_is_told_and_computed(pooling, norms, kind):
+    layer = kind(pooling=pooling, norms=norms, heads=2)
+    x = randn(2, 9, 12) if kind is Fork else randn(2, 12, 3, 3)
+    ((found,)) = assert_accelerated(layer, x).layers
+    layout = "channels_last" if kind is Fork else "channels_first"
+    assert found.variant == (pooling, norms, layout)
+
+
+def test_the_kernels_are_what_runs(monkeypatch):
+    layer, x = Fork(), randn(2, 9, 12)
+    accelerate(layer)
+    monkeypatch.setattr(layer.to_query, "forward", None)  # whoever calls it fails
+    with torch.no_grad():
+        assert layer(x).shape == x.shape
+
+
+def test_forks_with_other_names():
+    x = randn(2, 9, 12)
+    with pytest.raises(ValueError, match="holds none"):
+        accelerate(Renamed())
+    assert_accelerated(Renamed(), x, names=NAMES)
+
+
+def test_undo_leaves_nothing_behind():
+    model = nn.Sequential(Fork(), nn.ReLU(), Fork(pooling="sum"))
+    x = randn(2, 9, 12)
+    before, attributes = model(x), [dict(vars(m)) for m in model.modules()]
+    done = accelerate(model)
+    assert isinstance(model[0], Fork)
+    assert type(model[0]) is not Fork
+    done.undo()
+    assert [type(m) for m in model] == [Fork, nn.ReLU, Fork]
+    assert [dict(vars(m)) for m in model.modules()] == attributes
+    assert torch.equal(model(x), before)
+    done.undo()
+
+
+def test_as_a_context_manager_it_ends_with_the_block():
+    layer, x = Fork(), randn(2, 9, 12)
+    before = layer(x)
+    with accelerate(layer):
+        assert type(layer) is not Fork
+    assert type(layer) is Fork
+    with pytest.raises(TypeError), accelerate(layer):
+        layer(None)
+    assert type(layer) is Fork
+    assert torch.equal(layer(x), before)
+
+
+def test_what_others_hold_of_the_layer_stays():
+    layer, seen = Fork(), []
+    names = list(layer.state_dict())
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    layer.eval()
+    accelerate(layer)
+    assert not seen  # the probe is silent
+    assert not layer.training
+    assert list(layer.state_dict()) == names
+    before = layer.w_g.detach().clone()
+    layer(randn(2, 9, 12)).square().sum().backward()
+    optimizer.step()
+    assert seen == [1]
+    assert not torch.equal(layer.w_g, before)
+
+
+def test_copies_and_pickles_are_accelerated_too():
+    layer, x = Fork(), randn(2, 9, 12)
+    accelerate(layer)
+    expected = layer(x)
+    memory = io.BytesIO()
+    torch.save(layer, memory)
+    memory.seek(0)
+    for twin in (
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(memory, weights_only=False),
+    ):
+        assert type(twin) is type(layer)
+        assert torch.equal(twin(x), expected)
+
+
+def test_random_numbers_and_gradient_mode_stay():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    model = Fork()
+    torch.manual_seed(3)
+    accelerate(model)
+    assert torch.equal(torch.rand(1), expected)
+    assert model(randn(1, 9, 12)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (Extended, "computes something else"),
+        (lambda: AdditiveAttention(12, 12, 1), "has these kernels"),
+        (lambda: Fork().to("meta"), "no values yet"),
+        (lambda: nn.ModuleDict(dict(Fork().named_children())), "neither"),
+    ],
+)
+def test_others_are_left_alone_and_named(layer, reason):
+    layer = layer()
+    if isinstance(layer, nn.ModuleDict):  # the parts of an attention, and no forward
+        layer.w_g = nn.Parameter(torch.ones(12, 1))
+    model = nn.Sequential(layer, Fork())
+    done = accelerate(model)
+    assert [bool(found.variant) for found in done.layers] == [False, True]
+    assert reason in done.layers[0].reason
+    assert type(model[0]) is type(layer)
+    assert "1 of 2 additive attentions accelerated" in str(done)
+    assert f"0: {type(layer).__name__} left alone, " in str(done)
+
+
+def test_weights_that_tell_no_variant_are_left_alone():
+    layer = Fork()
+    nn.init.zeros_(layer.proj.weight)
+    (found,) = accelerate(layer).layers
+    assert "several poolings" in found.reason
+
+
+def test_a_second_time_finds_nothing_to_do():
+    layer = Fork()
+    first, second = accelerate(layer), accelerate(layer)
+    assert second.layers[0].reason == "it has these kernels"
+    second.undo()
+    assert type(layer) is not Fork
+    first.undo()
+    assert type(layer) is Fork
+
+
+def test_half_precision_and_backends_are_honoured():
+    layer = Fork().to(torch.bfloat16)
+    accelerate(layer, backend="reference")
+    assert layer(randn(2, 9, 12).bfloat16()).dtype == torch.bfloat16
+    assert layer.backend == "reference"
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: accelerate(torch.ones(2)), TypeError, "model must be"),
+        (lambda: accelerate(nn.Linear(2, 2)), ValueError, "Linear holds none"),
+        (lambda: accelerate(Fork(), names={"query": "q"}), ValueError, "names must map"),
+        (lambda: accelerate(Fork(), backend="gpu"), ValueError, "backend"),
+        (lambda: accelerate(Fork(), recompute="yes"), ValueError, "recompute"),
+    ],
+)
+def test_wrong_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_timm():
+    model = import_timm().create_model("swiftformer_xs", num_classes=3).eval()
+    x = randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)
+        done = accelerate(model)
+        assert [found.variant for found in done.layers] == [("l2", True, "channels_first")] * 4
+        torch.testing.assert_close(model(x), before)
+        done.undo()
+        assert torch.equal(model(x), before)
+
+
+def test_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SwiftFormerConfig(num_labels=3)
+    model = transformers.SwiftFormerForImageClassification(config).eval()
+    x = randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x).logits
+        done = accelerate(model)
+        assert [found.variant for found in done.layers] == [("sum", True, "channels_last")] * 4
+        torch.testing.assert_close(model(x).logits, before)
+        done.undo()
+        assert torch.equal(model(x).logits, before)
