@@ -34,9 +34,9 @@ from benchmarks.engines import (
     too_slow,
     version,
 )
-from benchmarks.peers import PEERS
 from benchmarks.speedups import OURS, speedups, table
 from benchmarks.tradeoff import positive, write_csv
+from swiftkernels.peers import PEERS
 
 MEMORY_CSV = "cpu_memory.csv"
 DTYPES = ("float32", "bfloat16")

@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.peers import PEERS
 from benchmarks.speedups import OURS
 from benchmarks.verification import operator_bound, relative_errors, type_bound
 from benchmarks.workloads import STAGES, Stage, stage_tokens
 from swiftkernels import AdditiveAttention
+from swiftkernels.peers import PEERS
 
 BACKEND = "cpu"
 """Of `AdditiveAttention`, in the engine swiftkernels."""

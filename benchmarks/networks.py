@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers import PEERS
 from swiftkernels import AdditiveAttention
+from swiftkernels.peers import PEERS
 from swiftkernels.reference import POOLINGS
 
 WIDTH = 48

@@ -19,9 +19,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from benchmarks import timing, verification
-from benchmarks.peers import PEERS
 from benchmarks.workloads import STAGES, Stage, stage_tokens
 from swiftkernels import AdditiveAttention
+from swiftkernels.peers import PEERS
 
 LAYERS = (*PEERS, "additive", "eager", "compiled")
 """The peers; the operator with the backend "auto"; its definition, as it is and compiled."""

@@ -33,14 +33,15 @@ from torch import Tensor, nn
 import swiftkernels
 from swiftkernels import devices, ops
 from swiftkernels.modules import AdditiveAttention
+from swiftkernels.peers import PEERS
 from swiftkernels.verify import Progress, budget, relative_error
 
 OURS = "swiftkernels"
 WRONG, FAILED = "wrong", "failed"
 """How notes begin that make the command fail."""
 NO_GRAPH = "no graph: "
-PEERS = ("mhsa", "separable", "xca", "linear")
-"""Attentions of the repository's `benchmarks.peers`."""
+COMPARED = ("mhsa", "separable", "xca", "linear")
+"""Some of `swiftkernels.peers`."""
 
 WIDTHS = {
     "XS": (48, 56, 112, 220),
@@ -181,7 +182,7 @@ class Problem:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             if engine in PEERS:
-                module = find_peers()[engine](width)
+                module = PEERS[engine](width)
             else:
                 backend = "auto" if engine == OURS else "reference"
                 module = AdditiveAttention(width, width, num_heads=1, backend=backend)
@@ -260,18 +261,6 @@ def type_bound(dtype: torch.dtype, length: int) -> float:
     """
     accumulation = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     return STEPS * (torch.finfo(dtype).eps + length**0.5 * accumulation)
-
-
-def find_peers() -> dict[str, Callable[[int], nn.Module]]:
-    """The other attentions by their names; none where the package is without its repository."""
-    root = Path(__file__).parent.parent
-    if not (root / "benchmarks" / "peers").is_dir():
-        return {}
-    if str(root) not in sys.path:
-        sys.path.append(str(root))
-    from benchmarks import peers
-
-    return {name: peers.PEERS[name] for name in PEERS}
 
 
 class Stopwatch:
@@ -473,10 +462,7 @@ def run(device: str | None, out: Path, quick: bool = False, threads: int = 1) ->
 
 
 def _run(device: torch.device, out: Path, settings: Settings) -> int:
-    peers = find_peers()
-    engines = (OURS, "eager", "compile", *peers)
-    if not peers:
-        print(f"Without {', '.join(PEERS)}: they are in the repository; run it from a clone.")
+    engines = (OURS, "eager", "compile", *COMPARED)
     watch = Stopwatch(device)
     rate = copy_rate(watch)
     rows: list[Row] = []
@@ -503,7 +489,7 @@ def _run(device: torch.device, out: Path, settings: Settings) -> int:
         except KeyboardInterrupt:
             print("\ninterrupted; reporting what was measured", file=sys.stderr)
             status = 130
-    (out / REPORT).write_text(report(rows, device, rate, peers=bool(peers)))
+    (out / REPORT).write_text(report(rows, device, rate))
     written = [CSV, REPORT]
     try:
         draw(rows, device, out / PLOT)
@@ -554,7 +540,7 @@ def ratio_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def report(rows: Sequence[Row], device: torch.device, rate: float, peers: bool) -> str:
+def report(rows: Sequence[Row], device: torch.device, rate: float) -> str:
     """The Markdown text that can be sent in."""
     lines = [
         f"# swiftkernels on {devices.name(device)}",
@@ -567,8 +553,6 @@ def report(rows: Sequence[Row], device: torch.device, rate: float, peers: bool) 
         *_method(device),
         "",
     ]
-    if not peers:
-        lines += [f"Without {', '.join(PEERS)}, which are in the repository only.", ""]
     lines += [
         "## Ratios",
         "",

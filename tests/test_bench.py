@@ -42,7 +42,7 @@ def test_every_engine_is_measured_and_reported(tiny, tmp_path, capsys):
     assert cli.main(["bench", "--device", "cpu", "--out", str(tmp_path / "new")]) == 0
     assert torch.get_num_threads() == before
     rows = read(tmp_path / "new" / bench.CSV)
-    engines = (bench.OURS, "eager", "compile", *bench.PEERS)
+    engines = (bench.OURS, "eager", "compile", *bench.COMPARED)
     assert [row["engine"] for row in rows] == [*engines, *engines]
     assert {row["direction"] for row in rows} == {"forward", "forward+backward"}
     for row in rows:
@@ -116,18 +116,6 @@ def test_an_interruption_keeps_what_was_measured(tiny, monkeypatch, tmp_path, ca
     assert {row["direction"] for row in read(tmp_path / bench.CSV)} == {"forward"}
     assert "float32 | forward |" in (tmp_path / bench.REPORT).read_text()
     assert "interrupted" in capsys.readouterr().err
-
-
-def test_without_the_repository_there_are_no_peers(tiny, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "swiftkernels" / "bench.py"))
-    assert bench.run("cpu", tmp_path) == 0
-    assert {row["engine"] for row in read(tmp_path / bench.CSV)} == {
-        bench.OURS,
-        "eager",
-        "compile",
-    }
-    assert "Without mhsa, separable" in capsys.readouterr().out
-    assert "Without mhsa, separable" in (tmp_path / bench.REPORT).read_text()
 
 
 def test_without_matplotlib_there_are_no_plots(tiny, monkeypatch, tmp_path, capsys):

@@ -99,7 +99,10 @@ def test_every_public_name_is_documented(name):
                 assert inspect.getdoc(getattr(value, method)), method
 
 
-@pytest.mark.parametrize("name", ["AdditiveAttention", "accelerate", "additive_attention", "warmup"])
+EXPLAINED = ("AdditiveAttention", "accelerate", "additive_attention", "warmup")
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
 def test_every_argument_is_explained(name):
     value = getattr(swiftkernels, name)
     arguments = value.__doc__[value.__doc__.index("Args:") : value.__doc__.index("Example:")]

@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.peers import (
+from swiftkernels.peers import (
     MDTA,
     PEERS,
     MultiHeadSelfAttention,
     SeparableAttention,
 )
-from benchmarks.peers.heads import choose_heads
+from swiftkernels.peers.heads import choose_heads
 from tests.stubs import import_timm
 
 Array = NDArray[np.float64]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.peers.heads import choose_heads
+from swiftkernels.peers.heads import choose_heads
 
 
 class CrossCovarianceAttention(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from benchmarks.peers.heads import choose_heads
+from swiftkernels.peers.heads import choose_heads
 
 
 class Fastformer(nn.Module):

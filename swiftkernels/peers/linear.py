@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.peers.heads import choose_heads
+from swiftkernels.peers.heads import choose_heads
 
 
 class LinearAttention(nn.Module):

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 from torch import nn
 
-from benchmarks.peers.fastformer import Fastformer
-from benchmarks.peers.linear import LinearAttention
-from benchmarks.peers.mdta import MDTA
-from benchmarks.peers.mhsa import MultiHeadSelfAttention
-from benchmarks.peers.separable import SeparableAttention
-from benchmarks.peers.xca import CrossCovarianceAttention
+from swiftkernels.peers.fastformer import Fastformer
+from swiftkernels.peers.linear import LinearAttention
+from swiftkernels.peers.mdta import MDTA
+from swiftkernels.peers.mhsa import MultiHeadSelfAttention
+from swiftkernels.peers.separable import SeparableAttention
+from swiftkernels.peers.xca import CrossCovarianceAttention
 
 PEERS: dict[str, Callable[[int], nn.Module]] = {
     "mhsa": MultiHeadSelfAttention,
