@@ -2,78 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
+pytest.importorskip("triton")
+pytest.importorskip("tqdm")
+
+from benchmarks.gpu import cross_compile
+from benchmarks.gpu.cross_compile import ARCHITECTURES, Cell
 from swiftkernels.reference import Options
+from swiftkernels.triton import launch
 from tests.cases import make_tensors
 
-triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
-
-from swiftkernels.triton import launch  # noqa: E402
-
-SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448}
-"""Bytes a block may use, by compute capability (CUDA C programming guide)."""
-
-TYPES = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.uint8: "*u8",
-}
-COMPILE_OPTIONS = ("num_warps", "num_stages")
-
-
-def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[JITFunction, dict[str, Any]]]:
-    """Every launch becomes an entry (kernel, arguments by name) instead of running."""
-    launches: list[tuple[JITFunction, dict[str, Any]]] = []
-
-    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append((self, {**dict(zip(self.arg_names, args, strict=False)), **kwargs}))
-
-    monkeypatch.setattr(JITFunction, "run", record)
-    return launches
-
-
-def compile_launch(kernel: JITFunction, arguments: dict[str, Any], capability: int) -> Any:
-    """What the just-in-time compiler would make of this launch."""
-    signature, constants, aligned = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if isinstance(value, Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-            aligned[(i,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or value is None:
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-        else:
-            signature[parameter.name] = "i32"
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {name: arguments[name] for name in COMPILE_OPTIONS}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+@pytest.fixture(autouse=True)
+def compiler_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Compile each time."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 @pytest.mark.parametrize("images", [False, True])
 @pytest.mark.parametrize("width", [24, 80, 264])
-def test_every_promised_alignment_holds(monkeypatch, width, images):
+def test_every_promised_alignment_holds(width, images):
     """Of a slice of wider tokens, whose gradient is narrower; a GPU would fault or write astray."""
-    launches = record_launches(monkeypatch)
     tensors = make_tensors(2, 21, width + 8, width, 1, dtype=torch.float16)
     x = tensors[0].transpose(1, 2).contiguous().transpose(1, 2) if images else tensors[0]
     tensors[0] = x[..., :width]
     tensors[1], tensors[3] = tensors[1][:, :width], tensors[3][:, :width]
     options = Options("l2", True, width**-0.5, 1e-12)
-    out, *saved = launch.additive_self_attention_forward(*tensors, None, options)
-    launch.additive_self_attention_backward(
-        torch.ones_like(out), *tensors, None, tuple(saved), options, True, True
-    )
+    with cross_compile.recorded_launches() as launches:
+        out, *saved = launch.additive_self_attention_forward(*tensors, None, options)
+        launch.additive_self_attention_backward(
+            torch.ones_like(out), *tensors, None, tuple(saved), options, True, True
+        )
     assert launches
     for kernel, arguments in launches:
         for prefix, align in (("", "ALIGN"), ("dx_", "ALIGN"), ("dout_", "DOUT_ALIGN")):
@@ -82,36 +45,88 @@ def test_every_promised_alignment_holds(monkeypatch, width, images):
 
 
 @pytest.mark.parametrize(
-    ("width", "dtype", "pooling", "images", "capability"),
+    ("width", "dtype", "pooling", "images", "architecture", "allowed"),
     [
-        (48, torch.float16, "l2", True, 80),
-        (56, torch.bfloat16, "softmax", False, 90),
-        (112, torch.float32, "sum", False, 80),
-        (220, torch.float16, "l2", False, 80),
-        (512, torch.bfloat16, "softmax", False, 90),
-        (512, torch.float32, "l2", False, 86),
-        (1024, torch.float16, "l2", False, 86),
+        # Reading images, the fused rows kernel spills a few of sm_80's registers.
+        (48, "fp16", "l2", True, "sm_80", ["spills"]),
+        (56, "bf16", "softmax", False, "sm_90", []),
+        (112, "fp32", "sum", False, "sm_80", []),
+        (220, "fp16", "l2", False, "sm_80", []),
+        (64, "fp16", "l2", False, "gfx942", []),
+        (384, "bf16", "softmax", False, "sm_86", []),
+        pytest.param(512, "bf16", "softmax", False, "sm_90", [], marks=pytest.mark.slow),
+        pytest.param(512, "fp32", "l2", False, "sm_86", [], marks=pytest.mark.slow),
+        # The widest of all keeps only a part of its tiles in registers.
+        pytest.param(1024, "fp16", "l2", False, "sm_86", ["spills"], marks=pytest.mark.slow),
     ],
 )
-def test_every_kernel_compiles_for_a_gpu(
-    monkeypatch, tmp_path, width, dtype, pooling, images, capability
-):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    launches = record_launches(monkeypatch)
-    tensors = make_tensors(2, 49, width, width, 1, dtype=dtype)
-    if images:
-        tensors[0] = tensors[0].transpose(1, 2).contiguous().transpose(1, 2)
-    mask = torch.ones(2, 49, dtype=torch.bool)
-    options = Options(pooling, True, width**-0.5, 1e-12)
-    out, *saved = launch.additive_self_attention_forward(*tensors, mask, options)
-    launch.additive_self_attention_backward(
-        torch.ones_like(out), *tensors, mask, tuple(saved), options, True, True
+def test_every_kernel_fits_a_gpu(width, dtype, pooling, images, architecture, allowed):
+    """It compiles, fits into shared memory and registers, uses tensor cores and wide loads."""
+    cell = Cell(ARCHITECTURES[architecture], dtype, width)
+    launches = cross_compile.launches_of(
+        width,
+        cross_compile.DTYPES[dtype],
+        class_=cell.architecture.class_,
+        pooling=pooling,
+        images=images,
+        masked=True,
     )
-    assert len(launches) == (4 if width <= 64 else 5)
-    monkeypatch.undo()
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for kernel, arguments in launches:
-        compiled = compile_launch(kernel, arguments, capability)
-        assert compiled.metadata.shared <= SHARED_MEMORY[capability], kernel.__name__
-        # Half precision runs on tensor cores, by the instructions of Ampere or of Hopper.
-        assert dtype == torch.float32 or "mma" in compiled.asm["ptx"], kernel.__name__
+    assert len(launches) == (5 if width <= 64 else 6)
+    for recorded in launches:
+        found = cross_compile.examine(recorded, cell.architecture)
+        wrong = cross_compile.unexpected(cell, recorded, found)
+        assert set(wrong) <= set(allowed), (recorded.name, found)
+
+
+@pytest.mark.slow
+def test_the_whole_grid_fits(tmp_path):
+    """What is in docs/results and has not changed since is not compiled again."""
+    results = cross_compile.Results(cross_compile.DOCS / "results" / "gpu_kernels.json")
+    results.path = tmp_path / "gpu_kernels.json"
+    cells = cross_compile.grid()
+    cross_compile.compile_all(cells, results)
+    wrong = [
+        (cell.key(recorded), problem)
+        for cell in cells
+        for recorded in cell.launches
+        for problem in cross_compile.unexpected(cell, recorded, results.get(cell, recorded))
+    ]
+    assert not wrong
+
+
+def test_a_fact_is_forgotten_when_its_launch_changes(tmp_path):
+    """By another tile size, and by other source."""
+    cell = Cell(ARCHITECTURES["sm_80"], "fp16", 48)
+    recorded, *_ = cell.launches
+    results = cross_compile.Results(tmp_path / "facts.json")
+    results.put(cell, recorded, {"spills": 0})
+    results.save()
+    results = cross_compile.Results(tmp_path / "facts.json")
+    assert results.get(cell, recorded)["spills"] == 0
+    changed = recorded._replace(arguments=recorded.arguments | {"BLOCK_N": 16})
+    assert results.get(cell, changed) is None
+    assert cross_compile.digest(recorded) != cross_compile.digest(cell.launches[1])
+
+
+def test_problems_are_found():
+    cell = Cell(ARCHITECTURES["sm_80"], "fp16", 48)
+    recorded, *_ = cell.launches
+    good = {"shared": 0, "spills": 0, "stack": 0, "tensor": ["HMMA"], "load": 128}
+    assert cross_compile.problems(cell, recorded, good) == []
+    for change, problem in (
+        ({"error": "CompilationError"}, "does not compile"),
+        ({"shared": 166_913}, "over shared memory"),
+        ({"spills": 1}, "spills"),
+        ({"stack": 8}, "spills"),
+        ({"tensor": []}, "no tensor cores"),
+        ({"load": 64}, "narrow loads"),
+    ):
+        assert cross_compile.problems(cell, recorded, good | change) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "bits"),
+    [(48, "fp16", 128), (220, "fp16", 64), (220, "fp32", 128), (37, "bf16", 16), (37, "fp32", 32)],
+)
+def test_rows_are_aligned_as_their_width_allows(width, dtype, bits):
+    assert cross_compile.row_alignment(width, dtype) == bits

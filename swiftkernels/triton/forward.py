@@ -119,8 +119,8 @@ def _combine_splits(
     """G and the two pooling statistics of one item from its splits -> [BLOCK_E], [1], [1]."""
     top = tl.full([1], float("-inf"), ACC)
     total = tl.zeros([1], ACC)
+    cols = tl.arange(0, BLOCK_E)
     if POOLING == "softmax":
-        cols = tl.arange(0, BLOCK_E)
         G = tl.zeros([BLOCK_E], ACC)
         for s0 in range(0, num_splits, BLOCK_S):
             splits = s0 + tl.arange(0, BLOCK_S)
@@ -140,7 +140,7 @@ def _combine_splits(
         G = G / tl.where(total > 0.0, total, 1.0)
         top = tl.where(total > 0.0, top, 0.0)
     else:
-        G = sum_partials(pooled_ptr, num_splits, E, BLOCK_S, BLOCK_E, ACC)
+        G = sum_partials(pooled_ptr, cols, num_splits, E, BLOCK_S, ACC)
         if POOLING == "l2":
             for s0 in range(0, num_splits, BLOCK_S):
                 splits = s0 + tl.arange(0, BLOCK_S)

@@ -17,6 +17,7 @@ from swiftkernels.compat import allow_tf32, device_guard
 from swiftkernels.reference import Options
 from swiftkernels.triton import config
 from swiftkernels.triton.backward import (
+    _finish_backward_kernel,
     _pool_backward_kernel,
     _rows_backward_kernel,
     _weights_backward_kernel,
@@ -150,7 +151,7 @@ def _forward(
     global_query = q.new_empty(batch, width, dtype=acc)
     statistics = q.new_empty(batch, 2, dtype=acc)
     folded = q.new_empty(token_dim, width)
-    cfg = config.choose_config(width, q.dtype)
+    cfg = config.choose_config(width, q.dtype, config.architecture(q.device))
     # Without tokens there is nothing to pool, but a backward may still ask for M, G and statistics.
     splits, tiles_per_split = _split_tokens(max(n_tokens, 1), cfg.block_n)
     pooled = q.new_empty(batch, splits, width, dtype=acc)
@@ -176,21 +177,21 @@ def _forward(
         "BLOCK_E": config.next_power_of_two(width),
         "BLOCK_K": cfg.block_k,
         "num_warps": cfg.num_warps,
-        "num_stages": cfg.num_stages,
     }
     tiles = _cdiv(n_tokens, cfg.block_n)
     with device_guard(q):
         _pool_forward_kernel[(batch * splits + fold_programs,)](
             view.data, wq, bq, w_g, _mask_bytes(mask), wp, wf, pooled, split_statistics, folded,
             n_tokens, splits, tiles_per_split, batch * splits, view.stride_b, view.stride,
-            SCALE=options.scale, BLOCK_M=block_m, **shared,
+            SCALE=options.scale, BLOCK_M=block_m, num_stages=cfg.num_stages, **shared,
         )  # fmt: skip
         if batch * tiles:
             _output_forward_kernel[(batch * tiles,)](
                 view.data, key_view.data, wq, bq, wk, bk, bp, wf, bf, folded, pooled,
                 split_statistics, out, global_query, statistics,
                 n_tokens, splits, tiles, view.stride_b, view.stride,
-                BLOCK_J=cfg.block_j, BLOCK_S=config.BLOCK_S, **shared,
+                BLOCK_J=cfg.block_j, BLOCK_S=config.BLOCK_S, num_stages=cfg.output_num_stages,
+                **shared,
             )  # fmt: skip
     return out, global_query, statistics, folded
 
@@ -225,7 +226,7 @@ class _Backward:
         self.batch, self.n_tokens, self.in_dims = q.data.shape
         self.token_dim, self.width = wf.shape
         self.acc = accumulator(wf.dtype)
-        self.config = config.choose_config(self.width, wf.dtype)
+        self.config = config.choose_config(self.width, wf.dtype, config.architecture(wf.device))
         self.shared: dict[str, Any] = {
             "E": self.width,
             "D": self.token_dim,
@@ -255,7 +256,8 @@ class _Backward:
     ) -> tuple[Tensor, Tensor]:
         """Fill dx, dq, dk and sides (t, z) where given.
 
-        Returns sums [groups, 3 E + D] and, with `fuse`, moments [groups, 2 E (C + D)]; else empty.
+        Returns, by groups of tokens, dw_g [groups, E] and with `fuse` the moments; else nothing in
+        them.
         """
         wq, bq, wk, bk = self.projections
         global_query, statistics, folded = self.saved
@@ -276,17 +278,16 @@ class _Backward:
         tiles_per_group = min(tiles, tokens // block_n)
         groups = _cdiv(tiles, tiles_per_group)
         programs = self.batch * groups
-        sum_width = 3 * self.width + self.token_dim if needs_weights else 0
-        moment_width = 2 * self.width * (self.in_dims + self.token_dim) if fuse else 0
-        sums = self.wf.new_empty(programs, sum_width, dtype=self.acc)
-        moments = self.wf.new_empty(programs, moment_width, dtype=self.acc)
+        new, acc = self.wf.new_empty, self.acc
+        dw_g = new(programs, self.width if needs_weights else 0, dtype=acc)
+        moments = new(programs, self.moment_width(2, self.in_dims) if fuse else 0, dtype=acc)
         dx_view = self.q if dx is None else _tokens(dx)
         # The kernel takes one alignment for x and dx, whose strides differ where x has gaps.
         shared = self.shared | {"ALIGN": min(self.q.align, dx_view.align)}
         _rows_backward_kernel[(programs,)](
             self.q.data, self.k.data, wq, bq, wk, bk, self.w_g, self.mask, self.bp, self.wf, folded,
             global_query, statistics, grad_g, self.dout.data, dx, dq, dk, sides,
-            sums if needs_weights else None, moments if fuse else None,
+            dw_g if needs_weights else None, moments if fuse else None,
             n_tokens, splits, groups, tiles_per_group,
             self.q.stride_b, self.q.stride, self.dout.stride_b, self.dout.stride,
             dx_view.stride_b, dx_view.stride, self.batch * n_tokens * self.width,
@@ -297,7 +298,12 @@ class _Backward:
             num_warps=cfg.rows_num_warps, num_stages=cfg.rows_num_stages,
             **shared, **self.by_rows,
         )  # fmt: skip
-        return sums, moments
+        return dw_g, moments
+
+    def moment_width(self, x_planes: int, in_dims: int) -> int:
+        """Numbers in a set of moments: (dq, dk)^T x, (t, z)^T dout, and the sums for biases."""
+        width, token_dim = self.width, self.token_dim
+        return x_planes * width * (in_dims + 1) + (2 * width + 1) * token_dim
 
     def moments(self, x: _Tokens | None, planes: Tensor) -> Tensor:
         """Moments of planes [2 or 4, B, N, E]: dq and dk (if four) with x, t and z with dout."""
@@ -306,11 +312,11 @@ class _Backward:
         in_dims = x.data.shape[2]
         block = 64
         tiles = self.batch * _cdiv(self.n_tokens, block)
-        tiles_per_split = _cdiv(tiles, config.MOMENT_SPLITS)
-        splits = _cdiv(tiles, tiles_per_split)
         down = _cdiv(self.width, block)
         jobs = down * (x_planes * _cdiv(in_dims, block) + 2 * _cdiv(self.token_dim, block))
-        moment_width = self.width * (x_planes * in_dims + 2 * self.token_dim)
+        tiles_per_split = _cdiv(tiles, config.moment_splits(jobs, tiles))
+        splits = _cdiv(tiles, tiles_per_split)
+        moment_width = self.moment_width(x_planes, in_dims)
         moments = self.wf.new_empty(splits, moment_width, dtype=self.acc)
         shared = self.shared | {"CHANNELS_LAST": x.channels_last, "ALIGN": x.align}
         _weights_backward_kernel[(jobs * splits,)](
@@ -318,36 +324,36 @@ class _Backward:
             self.n_tokens, tiles, splits, tiles_per_split, planes.stride(0),
             x.stride_b, x.stride, self.dout.stride_b, self.dout.stride,
             C=in_dims, X_PLANES=x_planes, BLOCK_R=block, BLOCK_J=block, BLOCK_N=block,
-            num_warps=4, num_stages=2, **shared,
+            num_warps=4 if self.wf.dtype in config.HALVES else 8, num_stages=2, **shared,
         )  # fmt: skip
         return moments
 
     def weight_gradients(
-        self, sums: Tensor, moments: Tensor, in_dims: int, biases: Sequence[Tensor | None]
+        self, dw_g_parts: Tensor, moments: Tensor, in_dims: int, biases: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
         """dWq, dbq, dWk, dbk (None if in_dims is 0), dw_g, dWp, dbp, dWf, dbf."""
-        width, token_dim, dtype = self.width, self.token_dim, self.wf.dtype
+        width, token_dim, new = self.width, self.token_dim, self.wf.new_empty
         bq, bk, bp, bf = biases
-        dw_g, dbq, dbk, dbf = (
-            part.sum(0) for part in sums.split([width, width, width, token_dim], dim=1)
-        )
-        x_part, dout_part = 2 * width * in_dims, 2 * width * token_dim
-        projections = moments[:, :x_part].unflatten(1, (2, width, in_dims))
-        sides = moments[:, x_part : x_part + dout_part].sum(0).view(2, width, token_dim)
-        U, V = sides[0].t(), sides[1].t()  # [D, E]: dout^T t and dout^T z
-        wp, wf = self.wp.to(self.acc), self.wf.to(self.acc)
-        grads = [
-            projections[:, 0].sum(0) if in_dims else None,
-            None if bq is None else dbq,
-            projections[:, 1].sum(0) if in_dims else None,
-            None if bk is None else dbk,
-            dw_g,
-            wf.t() @ U,
-            None if bp is None else wf.t() @ dbf,
-            torch.addmm(V, U, wp.t()),
-            None if bf is None else dbf,
-        ]
-        return [None if g is None else g.to(dtype) for g in grads]
+        dwq, dwk = (new(width, in_dims), new(width, in_dims)) if in_dims else (None, None)
+        dw_g = new(width)
+        dbq, dbk = (None if bias is None else new(width) for bias in (bq, bk))
+        dbf = None if bp is None and bf is None else new(token_dim)
+        # U and V are rounded to the storage type, as eager rounds the operands of its GEMMs.
+        U, V = new(token_dim, width), new(token_dim, width)
+        block, partials = config.finish_blocks(moments.shape[1])
+        programs = _cdiv(width, block) + _cdiv(moments.shape[1], block)
+        _finish_backward_kernel[(programs,)](
+            dw_g_parts, moments, dw_g, dwq, dwk, U, V, dbq, dbk, dbf,
+            dw_g_parts.shape[0], moments.shape[0],
+            C=in_dims, E=width, D=token_dim, X_PLANES=2 if in_dims else 0,
+            BLOCK_J=block, BLOCK_S=partials, num_warps=8, num_stages=2,
+        )  # fmt: skip
+        wf_t = self.wf.t()
+        dwp = wf_t @ U
+        dbp = None if bp is None else wf_t @ dbf
+        # In place: out of place, addmm would copy V first.
+        dwf = V.addmm_(U, self.wp.t())
+        return [dwq, dbq, dwk, dbk, dw_g, dwp, dbp, dwf, None if bf is None else dbf]
 
 
 def additive_self_attention_backward(
@@ -385,11 +391,11 @@ def additive_self_attention_backward(
             planes = x.new_empty(4 if needs_weights else 2, batch, n_tokens, width)
             dq, dk, sides = planes[0], planes[1], planes[2:] if needs_weights else None
         dx = _empty_tokens_like(view) if needs_tokens and project else None
-        sums, moments = call.rows(dx, dq, dk, sides, needs_weights, fuse)
+        dw_g_parts, moments = call.rows(dx, dq, dk, sides, needs_weights, fuse)
         if needs_tokens and not project:
             assert dq is not None
             assert dk is not None
-            dx = torch.matmul(dq, wq) + torch.matmul(dk, wk)
+            dx = torch.mm(dq.view(-1, width), wq).addmm_(dk.view(-1, width), wk).view(x.shape)
         if dx is not None and dx.stride() != x.stride():
             # The strides that an operator promises: those of the input where it is dense.
             dx = torch.empty_like(x).copy_(dx)
@@ -397,7 +403,7 @@ def additive_self_attention_backward(
             return [dx, *[None] * 9]
         if planes is not None:
             moments = call.moments(view, planes)
-        return [dx, *call.weight_gradients(sums, moments, in_dims, (bq, bk, bp, bf))]
+        return [dx, *call.weight_gradients(dw_g_parts, moments, in_dims, (bq, bk, bp, bf))]
 
 
 def additive_attention_backward(
@@ -423,10 +429,10 @@ def additive_attention_backward(
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk = torch.empty_like(dq)
         sides = q.new_empty(2, *q.shape) if needs_weights else None
-        sums, _ = call.rows(None, dq, dk, sides, needs_weights, fuse=False)
+        dw_g_parts, _ = call.rows(None, dq, dk, sides, needs_weights, fuse=False)
         grads: list[Tensor | None] = [dq, dk] if needs_tokens else [None, None]
         if sides is None:
             return [*grads, *[None] * 5]
         moments = call.moments(None, sides)
-        weights = call.weight_gradients(sums, moments, 0, (None, None, bp, bf))
+        weights = call.weight_gradients(dw_g_parts, moments, 0, (None, None, bp, bf))
         return [*grads, *weights[4:]]

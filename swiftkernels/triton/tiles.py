@@ -168,15 +168,13 @@ def pool_tokens(scores, live, stat_ptr, EPS: tl.constexpr, POOLING: tl.constexpr
 
 @triton.jit
 def sum_partials(
-    ptr, num_splits, E: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Sum of one item's [num_splits, E] partial vectors, in fixed order -> [BLOCK_E]."""
-    cols = tl.arange(0, BLOCK_E)
-    total = tl.zeros([BLOCK_E], ACC)
-    for s0 in range(0, num_splits, BLOCK_S):
-        splits = s0 + tl.arange(0, BLOCK_S)
-        mask = (splits < num_splits)[:, None] & (cols < E)[None, :]
-        part = tl.load(ptr + splits[:, None] * E + cols[None, :], mask=mask, other=0.0)
-        total += tl.sum(part, 0)
+    ptr, cols, num_partials, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr
+):
+    """Sum of `num_partials` rows of WIDTH numbers, in fixed order, at columns `cols` [S] -> [S]."""
+    total = tl.zeros([cols.shape[0]], ACC)
+    for s0 in range(0, num_partials, BLOCK_S):
+        partials = s0 + tl.arange(0, BLOCK_S)
+        mask = (partials < num_partials)[:, None] & (cols < WIDTH)[None, :]
+        offsets = partials.to(tl.int64)[:, None] * WIDTH + cols[None, :]
+        total += tl.sum(tl.load(ptr + offsets, mask=mask, other=0.0), 0)
     return total

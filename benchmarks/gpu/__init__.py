@@ -1,0 +1,1 @@
+"""What can be proved of the GPU kernels without a GPU, and measured with one."""

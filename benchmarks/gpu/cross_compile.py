@@ -1,0 +1,720 @@
+"""Compile every Triton kernel for GPUs that are not there, and read what the binaries use.
+
+`python -m benchmarks.gpu.cross_compile` records what `swiftkernels.triton.launch` would launch for
+each width and type, compiles it for each architecture with Triton's own ptxas and LLVM, and keeps
+what it finds in docs/results/gpu_kernels.json: registers, spills, shared memory, tensor-core
+instructions, the widest loads and stores. A second run compiles only what has changed. From that
+file it writes the tables of docs/gpu_kernels.md. No GPU and no driver are needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction
+
+from swiftkernels.reference import Options
+from swiftkernels.triton import config, launch
+
+Facts = dict[str, Any]
+"""What is known of one compiled kernel; the keys are listed at `facts`."""
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+class Architecture(NamedTuple):
+    """A GPU architecture to compile for."""
+
+    name: str
+    sold_as: str
+    shared_memory: int
+    """Bytes a block may use. NVIDIA: CUDA C++ programming guide, table of technical specifications
+    by compute capability; AMD: the LDS of a compute unit, CDNA 2, 3 and 4 ISA guides."""
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.name.startswith("sm_")
+
+    @property
+    def class_(self) -> str:
+        """As `config.architecture` has it."""
+        if not self.is_cuda:
+            return "amd"
+        return "small" if self.shared_memory < 150_000 else "large"
+
+    @property
+    def target(self) -> GPUTarget:
+        if self.is_cuda:
+            return GPUTarget("cuda", int(self.name.removeprefix("sm_")), 32)
+        return GPUTarget("hip", self.name, 64)
+
+
+ARCHITECTURES = {
+    architecture.name: architecture
+    for architecture in (
+        Architecture("sm_80", "A100", 166_912),
+        Architecture("sm_90", "H100", 232_448),
+        Architecture("gfx942", "MI300X", 65_536),
+        Architecture("sm_86", "A10, RTX 30", 101_376),
+        Architecture("sm_89", "L4, RTX 40", 101_376),
+        Architecture("sm_100", "B200", 232_448),
+        Architecture("sm_103", "B300", 232_448),
+        Architecture("sm_120", "RTX 50", 101_376),
+        Architecture("gfx90a", "MI200", 65_536),
+        Architecture("gfx950", "MI350", 163_840),
+        Architecture("sm_75", "T4", 65_536),
+    )
+}
+"""In the order in which they are compiled."""
+
+UNSUPPORTED = ("sm_75",)
+"""Compiled to be able to say why; the library gives such GPUs to other backends."""
+
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+WIDTHS = (48, 56, 64, 96, 112, 128, 168, 192, 220, 224, 320, 384, 512)
+"""Of the public SwiftFormers and of the usual transformers; 220 is no multiple of 8."""
+
+ODD_WIDTHS = (37, 40)
+"""For sm_80 alone: what a width that is no multiple of anything costs, and its neighbour."""
+
+UNSUPPORTED_WIDTHS = (48, 128)
+
+
+class Launch(NamedTuple):
+    """One launch as `launch.py` asked for it."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        name: str = self.kernel.__name__
+        return name.removeprefix("_").removesuffix("_kernel")
+
+
+@contextlib.contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Inside, every launch becomes an entry of this list instead of running."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        launches.append(Launch(self, arguments))
+
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+@functools.cache
+def launches_of(
+    width: int,
+    dtype: torch.dtype,
+    *,
+    class_: str = "large",
+    pooling: str = "l2",
+    images: bool = False,
+    masked: bool = False,
+) -> list[Launch]:
+    """The launches of a forward and a backward with all gradients, C = E = D = width.
+
+    `class_` is the GPU's, see `config.architecture`. Tokens [2, 64, width], contiguous or, with
+    `images`, a transposed [2, width, 64]. Neither number enters the kernels.
+    """
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    x = zeros(2, width, 64).transpose(1, 2) if images else zeros(2, 64, width)
+    matrix, vector = zeros(width, width), zeros(width)
+    tensors = (x, matrix, vector, matrix, vector, vector, matrix, vector, matrix, vector)
+    mask = torch.ones(2, 64, dtype=torch.bool) if masked else None
+    options = Options(pooling, True, width**-0.5, 1e-12)
+    on_class = mock.patch.object(config, "architecture", return_value=class_)
+    with on_class, recorded_launches() as launches:
+        out, *rest = launch.additive_self_attention_forward(*tensors, mask, options)
+        saved = (rest[0], rest[1], rest[2])
+        launch.additive_self_attention_backward(
+            torch.zeros_like(out), *tensors, mask, saved, options, True, True
+        )
+    return launches
+
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+}
+COMPILE_OPTIONS = ("num_warps", "num_stages")
+
+
+def compile_launch(recorded: Launch, architecture: Architecture) -> Any:
+    """The kernel as the just-in-time compiler would make it for this launch on that GPU."""
+    backend = make_backend(architecture.target)
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(recorded.kernel.params):
+        value = recorded.arguments[parameter.name]
+        if isinstance(value, Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            described = backend.get_tensor_specialization(value, align=True)
+            attributes[(i,)] = backend.parse_attr(described)
+        elif parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+        else:
+            signature[parameter.name] = "i32"
+    source = ASTSource(recorded.kernel, signature, constants, attributes)
+    options = {name: recorded.arguments[name] for name in COMPILE_OPTIONS}
+    return triton.compile(source, target=architecture.target, options=options)
+
+
+def digest(recorded: Launch) -> str:
+    """Of all that decides what is compiled: sources, constants, types, alignments, Triton."""
+    text = [triton.__version__, *_sources(recorded.kernel)]
+    for name, value in sorted(recorded.arguments.items()):
+        if isinstance(value, Tensor):
+            text.append(f"{name}: {value.dtype} {value.data_ptr() % 16 == 0}")
+        elif value is None or name in COMPILE_OPTIONS or _is_constexpr(recorded.kernel, name):
+            text.append(f"{name}={value!r}")
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:12]
+
+
+def _is_constexpr(kernel: JITFunction, name: str) -> bool:
+    return any(p.is_constexpr for p in kernel.params if p.name == name)
+
+
+def _sources(kernel: JITFunction) -> list[str]:
+    """The source of a kernel and of the functions that it calls, without their place in a file."""
+    found: dict[str, str] = {}
+
+    def visit(function: JITFunction) -> None:
+        found[function.__name__] = function.src
+        for name in function.fn.__code__.co_names:
+            called = function.fn.__globals__.get(name)
+            if isinstance(called, JITFunction) and called.__name__ not in found:
+                visit(called)
+
+    visit(kernel)
+    return [found[name] for name in sorted(found)]
+
+
+def facts(compiled: Any, architecture: Architecture) -> Facts:
+    """What the binary uses.
+
+    shared: bytes of shared memory. registers: of a thread (AMD: vector registers, both kinds).
+    spills: instructions that touch local memory (AMD: spilled registers). stack: bytes of local
+    memory (AMD: scratch) of a thread. tensor: the kinds of tensor-core instructions. load, store:
+    widest access of global memory in bits. warps: of a block.
+    """
+    read = _cuda_facts if architecture.is_cuda else _amd_facts
+    common = {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
+    return common | read(compiled)
+
+
+def _cuda_facts(compiled: Any) -> Facts:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("-res-usage", file.name)
+        sass = _cuobjdump("-sass", file.name)
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    counts = collections.Counter(
+        re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.M)
+    )
+    tensor = {op.split(".")[0] for op in counts if re.match(r"[A-Z]*MMA\b", op)}
+    return {
+        "registers": int(numbers["REG"]),
+        "spills": sum(n for op, n in counts.items() if re.match("LDL|STL", op)),
+        "stack": int(numbers["STACK"]) + int(numbers["LOCAL"]),
+        "tensor": sorted(tensor),
+        "load": max((_cuda_bits(op) for op in counts if re.match("LDG", op)), default=0),
+        "store": max((_cuda_bits(op) for op in counts if re.match(r"STG\b", op)), default=0),
+    }
+
+
+def _cuda_bits(op: str) -> int:
+    """Bits of one lane's access: LDG.E.128.CONSTANT -> 128, LDG.E -> 32, LDG.E.U16 -> 16."""
+    explicit = re.findall(r"\.[US]?(8|16|64|128|256)(?=\.|$)", op)
+    return max(map(int, explicit), default=32)
+
+
+def _cuobjdump(option: str, file: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
+
+
+def _amd_facts(compiled: Any) -> Facts:
+    text = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert found, f"no {name} in the kernel's metadata"
+        return int(found[1])
+
+    ops = set(re.findall(r"^\s+((?:v|global|buffer|flat)_[a-z0-9_]+)", text, re.M))
+    tensor = {op.split("_")[1].upper() for op in ops if re.match("v_(mfma|smfmac|wmma)", op)}
+    return {
+        "registers": number("vgpr_count"),
+        # Scalar registers spill into lanes of vector registers, not into memory.
+        "spills": number("vgpr_spill_count"),
+        "stack": number("private_segment_fixed_size"),
+        "tensor": sorted(tensor),
+        "load": max((_amd_bits(op) for op in ops if "_load_" in op), default=0),
+        "store": max((_amd_bits(op) for op in ops if "_store_" in op), default=0),
+    }
+
+
+def _amd_bits(op: str) -> int:
+    """Bits of one lane's access: global_load_dwordx4 -> 128, buffer_store_short -> 16."""
+    words = re.search(r"_dword(?:x(\d))?(?:_|$)", op)
+    if words:
+        return 32 * int(words[1] or 1)
+    return 16 if "short" in op or "b16" in op else 8
+
+
+class Cell(NamedTuple):
+    """What is compiled and judged together: all launches of one forward and backward."""
+
+    architecture: Architecture
+    dtype: str
+    width: int
+
+    @property
+    def launches(self) -> list[Launch]:
+        return launches_of(self.width, DTYPES[self.dtype], class_=self.architecture.class_)
+
+    def key(self, recorded: Launch) -> str:
+        return f"{recorded.name} {self.architecture.name} {self.dtype} {self.width}"
+
+
+def grid(
+    architectures: Sequence[str] = tuple(ARCHITECTURES),
+    dtypes: Sequence[str] = tuple(DTYPES),
+    widths: Sequence[int] = (*WIDTHS, *ODD_WIDTHS),
+) -> list[Cell]:
+    """Every cell of these that there is."""
+    return [
+        Cell(ARCHITECTURES[architecture], dtype, width)
+        for architecture, dtype, width in itertools.product(architectures, dtypes, widths)
+        if (architecture not in UNSUPPORTED or (width in UNSUPPORTED_WIDTHS and dtype != "bf16"))
+        and (architecture == "sm_80" or width not in ODD_WIDTHS)
+    ]
+
+
+def examine(recorded: Launch, architecture: Architecture) -> Facts:
+    """The facts of one launch; {"error": first line} where it does not compile."""
+    try:
+        return facts(compile_launch(recorded, architecture), architecture)
+    except Exception as error:  # whatever the compiler raises is the finding
+        lines = str(error).strip().splitlines() or [""]
+        return {"error": f"{type(error).__name__}: {lines[0]}"}
+
+
+def problems(cell: Cell, recorded: Launch, found: Facts) -> list[str]:
+    """What is wrong with a compiled kernel; empty if nothing is.
+
+    It has to compile, to fit into shared memory, to keep everything in registers; half precision
+    has to run on tensor cores, and tokens to be read 128 bits at a time, or what their row allows.
+    """
+    if "error" in found:
+        return ["does not compile"]
+    wrong = []
+    if found["shared"] > cell.architecture.shared_memory:
+        wrong.append("over shared memory")
+    if found["spills"] or found["stack"]:
+        wrong.append("spills")
+    if cell.dtype != "fp32" and not found["tensor"] and recorded.name != "finish_backward":
+        wrong.append("no tensor cores")
+    if found["load"] < row_alignment(cell.width, cell.dtype):
+        wrong.append("narrow loads")
+    return wrong
+
+
+def row_alignment(width: int, dtype: str) -> int:
+    """Bits that every row of a contiguous [N, width] tensor is aligned to, at most 128."""
+    size = width * DTYPES[dtype].itemsize
+    return 8 * min(16, size & -size)
+
+
+class Known(NamedTuple):
+    """Kernels that are not as they should be, and why they stay so."""
+
+    problem: str
+    kernels: tuple[str, ...]
+    architectures: tuple[str, ...]
+    reason: str
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    widths: tuple[int, ...] = (*WIDTHS, *ODD_WIDTHS)
+
+    def covers(self, problem: str, cell: Cell, recorded: Launch) -> bool:
+        return (
+            problem == self.problem
+            and recorded.name in self.kernels
+            and cell.architecture.name in self.architectures
+            and cell.dtype in self.dtypes
+            and cell.width in self.widths
+        )
+
+
+CUDA = tuple(name for name in ARCHITECTURES if name.startswith("sm_"))
+
+KNOWN = (
+    Known(
+        "spills",
+        ("pool_backward", "rows_backward"),
+        CUDA,
+        "products without tensor cores take all 255 registers and a few more; no other steps, "
+        "stages or warps were found that need fewer",
+        ("fp32",),
+        (168, 192, 220, 224, 320, 384, 512),
+    ),
+    Known(
+        "spills",
+        ("rows_backward",),
+        ("sm_80",),
+        "a few registers too many; two stages cure it and make 220 (masked) and 224 spill",
+        ("fp16", "bf16"),
+        (168,),
+    ),
+    Known(
+        "spills",
+        ("weights_backward",),
+        ("sm_90",),
+        "a few registers above the 128 that ptxas keeps to at this size",
+        ("fp32",),
+        (128, 512),
+    ),
+    Known(
+        "spills",
+        ("output_forward",),
+        ("sm_86", "sm_89", "sm_120"),
+        "the second stage that avoids it takes 128 KiB of shared memory, of which these have 99",
+        ("fp32",),
+        (320, 384, 512),
+    ),
+    Known(
+        "spills",
+        ("pool_backward", "rows_backward"),
+        CUDA,
+        "rows of an odd width are loaded one number at a time, each with an address of its own",
+        widths=(37,),
+    ),
+)
+
+
+def unexpected(cell: Cell, recorded: Launch, found: Facts) -> list[str]:
+    """The problems that are not known."""
+    return [
+        problem
+        for problem in problems(cell, recorded, found)
+        if cell.architecture.name not in UNSUPPORTED
+        and not any(known.covers(problem, cell, recorded) for known in KNOWN)
+    ]
+
+
+class Results:
+    """The facts of all compiled kernels, in a JSON file with a line for each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, Facts] = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, cell: Cell, recorded: Launch) -> Facts | None:
+        """The facts of this very launch; None if it has changed or was never compiled."""
+        entry = self.entries.get(cell.key(recorded))
+        return entry if entry and entry["digest"] == digest(recorded) else None
+
+    def put(self, cell: Cell, recorded: Launch, found: Facts) -> None:
+        entry = {"digest": digest(recorded), "triton": triton.__version__}
+        self.entries[cell.key(recorded)] = entry | found
+
+    def save(self) -> None:
+        """Write the file as a whole, so that a run cut off leaves one that can be read."""
+        lines = (f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(self.entries.items()))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_suffix(".part")
+        draft.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        draft.replace(self.path)
+
+
+def compile_all(cells: Sequence[Cell], results: Results) -> None:
+    """Compile what has changed, cell by cell, and keep the facts."""
+    pending = [
+        (cell, [recorded for recorded in cell.launches if results.get(cell, recorded) is None])
+        for cell in tqdm(cells, desc="looking for changes", unit="cell")
+    ]
+    with tqdm(total=sum(len(launches) for _, launches in pending), unit="kernel") as bar:
+        for cell, launches in pending:
+            for recorded in launches:
+                bar.set_description(cell.key(recorded))
+                found = examine(recorded, cell.architecture)
+                results.put(cell, recorded, found)
+                for problem in unexpected(cell, recorded, found):
+                    tqdm.write(f"{cell.key(recorded)}: {problem}: {found}")
+                bar.update()
+            if launches:
+                results.save()
+
+
+def report(results: Results) -> str:
+    """docs/gpu_kernels.md from what is in the file, judged by the kernels as they are now."""
+    judged = [
+        (cell, recorded, results.get(cell, recorded))
+        for cell in grid()
+        for recorded in cell.launches
+    ]
+    verdicts = _verdict_table(judged)
+    versions = sorted({found["triton"] for _, _, found in judged if found}) or ["none"]
+    return f"""\
+# The GPU kernels, compiled for GPUs that are not there
+
+Written by `python -m benchmarks.gpu.cross_compile` from
+[results/gpu_kernels.json](results/gpu_kernels.json); not to be edited. Compiled by
+Triton {", ".join(versions)} with the arguments that the library launches its kernels with: forward
+and backward of a layer with C = E = D = width, tokens [B, N, C], pooling l2, no mask, all
+gradients. Nothing here ran on a GPU and nothing here is a time.
+
+## Which form a width takes
+
+Up to E = {config.MAX_PROJECTED_WIDTH} the kernels project q and k themselves, above a GEMM does;
+up to {config.MAX_FUSED_WIDTH} the moments for the weight gradients are summed inside the rows
+kernel, above by a kernel of their own. Launches are forward + backward, GEMMs not counted. A kernel
+fits if it stays within shared memory and registers; counted are those compiled, on all GPUs from
+sm_80 on. The ones that do not fit are under "Exceptions".
+
+{_form_table(judged)}
+
+## Verdicts
+
+Kernels compiled, of those there are (the rest were not compiled yet, or changed since), and how
+many of them spill registers or use local memory, are over the shared memory of a block, make no use
+of tensor cores, read tokens by less than 128 bits although their rows are aligned. float32 is
+computed in float32 (`ieee`), unless PyTorch is told to allow TF32: without tensor cores on NVIDIA's
+GPUs; AMD's have them for float32 too. The last kernel of a backward adds up partial sums and has no
+products for a tensor core.
+
+{verdicts}
+
+## Exceptions
+
+{_exceptions(judged)}
+
+## Widths that are no multiple of 8
+
+A row of such a width does not begin at a multiple of 16 bytes, so that loads are narrower; and
+every width is padded to the next power of two inside the tiles, where the padding is computed with.
+
+{_odd_table(judged)}
+
+## GPUs before sm_80
+
+The library gives them to its other backends. Compiled for sm_75 (T4) all the same:
+
+{_old_gpus(judged)}
+"""
+
+
+Judged = list[tuple[Cell, Launch, Facts | None]]
+
+
+def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _verdict_table(judged: Judged) -> str:
+    kinds = ("does not compile", "spills", "over shared memory", "no tensor cores", "narrow loads")
+    rows = []
+    for architecture, dtype in itertools.product(ARCHITECTURES.values(), DTYPES):
+        of_these = [
+            (cell, recorded, found)
+            for cell, recorded, found in judged
+            if cell.architecture is architecture and cell.dtype == dtype
+        ]
+        if not of_these or architecture.name in UNSUPPORTED:
+            continue
+        done = [(cell, recorded, found) for cell, recorded, found in of_these if found]
+        counts = collections.Counter(
+            problem for cell, recorded, found in done for problem in problems(cell, recorded, found)
+        )
+        name = f"{architecture.name} ({architecture.sold_as})"
+        if done:
+            numbers = [counts[kind] for kind in kinds]
+            rows.append([name, dtype, f"{len(done)} of {len(of_these)}", *numbers])
+        else:
+            rows.append([name, dtype, "not yet", *[""] * len(kinds)])
+    return _table(["GPU", "type", "compiled", *kinds], rows)
+
+
+UNFIT = {"does not compile", "over shared memory", "spills"}
+
+
+def _form_table(judged: Judged) -> str:
+    rows = []
+    for width in WIDTHS:
+        launches = launches_of(width, torch.float16)
+        names = [recorded.name for recorded in launches]
+        rows_kernel = launches[names.index("rows_backward")].arguments
+        forward = sum(name.endswith("forward") for name in names)
+        fits = []
+        for dtype in DTYPES:
+            wrong = [
+                problems(cell, recorded, found)
+                for cell, recorded, found in judged
+                if (cell.width, cell.dtype) == (width, dtype) and found
+                if cell.architecture.name not in UNSUPPORTED
+            ]
+            fit = sum(not set(of_one) & UNFIT for of_one in wrong)
+            fits.append(f"{fit} of {len(wrong)}" if wrong else "not compiled")
+        rows.append(
+            [
+                width,
+                "projected" if rows_kernel["PROJECT"] else "GEMM",
+                "fused" if rows_kernel["FUSE"] else "own kernel",
+                f"{forward} + {len(names) - forward}",
+                *fits,
+            ]
+        )
+    kernels = (f"{dtype} kernels that fit" for dtype in DTYPES)
+    return _table(["width", "q and k", "moments", "launches", *kernels], rows)
+
+
+def _exceptions(judged: Judged) -> str:
+    """Every kernel with a problem, by name, under the reason if it has one."""
+    lines = []
+    for cell, recorded, found in judged:
+        if not found or cell.architecture.name in UNSUPPORTED:
+            continue
+        for problem in problems(cell, recorded, found):
+            known = [known for known in KNOWN if known.covers(problem, cell, recorded)]
+            reason = known[0].reason if known else "not explained"
+            lines.append((problem, reason, cell, recorded, found))
+    if not lines:
+        return "None."
+    text = []
+    for (problem, reason), group in itertools.groupby(
+        sorted(lines, key=lambda line: line[:2]), key=lambda line: line[:2]
+    ):
+        text.append(f"**{problem}**: {reason}\n")
+        for _, _, cell, recorded, found in group:
+            detail = {
+                "spills": lambda f: f"{f['spills']} spills, {f['stack']} bytes of local memory",
+                "over shared memory": lambda f: f"{f['shared']} bytes",
+                "narrow loads": lambda f: f"{f['load']} bits",
+                "no tensor cores": lambda f: f"{f['registers']} registers",
+                "does not compile": lambda f: f["error"],
+            }[problem](found)
+            text.append(f"* {cell.key(recorded)}: {detail}")
+        text.append("")
+    return "\n".join(text).rstrip()
+
+
+def _odd_table(judged: Judged) -> str:
+    rows = []
+    for width in (37, 40, 220, 224):
+        tile = config.next_power_of_two(width)
+        for dtype in ("fp16", "fp32"):
+            found = {
+                recorded.name: facts_
+                for cell, recorded, facts_ in judged
+                if cell.architecture.name == "sm_80" and (cell.width, cell.dtype) == (width, dtype)
+                if facts_
+            }
+            loads = [f["load"] for name, f in found.items() if name == "pool_forward"]
+            stores = [f["store"] for name, f in found.items() if name == "output_forward"]
+            rows.append(
+                [
+                    width,
+                    dtype,
+                    f"{row_alignment(width, dtype) // 8} bytes",
+                    f"{loads[0]} bits" if loads else "not compiled",
+                    f"{stores[0]} bits" if stores else "not compiled",
+                    f"{tile} ({tile / width:.2f} x, products of E x E {(tile / width) ** 2:.2f} x)",
+                ]
+            )
+    header = ["width", "type", "rows aligned to", "widest load", "widest store of the output"]
+    return _table([*header, "computed as"], rows)
+
+
+def _old_gpus(judged: Judged) -> str:
+    rows = [
+        [
+            cell.key(recorded),
+            *([found["error"], "", ""] if "error" in found else _old_facts(found)),
+        ]
+        for cell, recorded, found in judged
+        if cell.architecture.name in UNSUPPORTED and found
+    ]
+    if not rows:
+        return "Not compiled yet."
+    return _table(["kernel", "tensor cores", "spills", "shared memory"], rows)
+
+
+def _old_facts(found: Facts) -> list[object]:
+    return [", ".join(found["tensor"]) or "none", found["spills"], found["shared"]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile what has changed, write both files; 1 if a kernel has a problem that is not known."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.cross_compile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--arch", nargs="+", choices=ARCHITECTURES, default=[*ARCHITECTURES], help="default: all")
+    add("--dtype", nargs="+", choices=DTYPES, default=[*DTYPES], help="default: all")
+    widths = (*WIDTHS, *ODD_WIDTHS)
+    add("--width", nargs="+", type=int, choices=widths, default=[*widths], help="default: all")
+    add("--report", action="store_true", help="compile nothing, write the tables again")
+    add("--docs", type=Path, default=DOCS, help="folder of gpu_kernels.md (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    results = Results(options.docs / "results" / "gpu_kernels.json")
+    cells = grid(options.arch, options.dtype, options.width)
+    if not options.report:
+        with (
+            tempfile.TemporaryDirectory() as cache,
+            mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),
+        ):
+            compile_all(cells, results)
+    text = options.docs / "gpu_kernels.md"
+    text.write_text(report(results))
+    print(f"Written: {results.path}, {text}")
+    wrong = [
+        f"{cell.key(recorded)}: {problem}"
+        for cell in cells
+        for recorded in cell.launches
+        if (found := results.get(cell, recorded))
+        for problem in unexpected(cell, recorded, found)
+    ]
+    print("\n".join(wrong) or "No kernel has a problem that is not known.")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,281 @@
+"""The plots of `benchmarks.gpu.traffic` and `benchmarks.gpu.roofline`, from their CSV files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from benchmarks.gpu.report import GRID_FILL_CSV, LOWER_BOUNDS_CSV, TRAFFIC_CSV
+from benchmarks.plots import COLOURS, INK, MARKERS, NAMES, _caption, _read, _title
+from benchmarks.speedups import OURS
+
+TRAFFIC_PNG = "gpu_traffic.png"
+LOWER_BOUNDS_PNG = "gpu_lower_bounds.png"
+GRID_FILL_PNG = "gpu_grid_fill.png"
+
+Rows = Sequence[dict[str, str]]
+
+
+class Style(NamedTuple):
+    name: str
+    colour: str
+    marker: str
+
+
+STYLES = {
+    OURS: Style(OURS, "#D55E00", "o"),
+    "eager": Style("additive, eager", "#7F7F7F", "s"),
+    "inductor": Style("additive, torch.compile", "#B8860B", "^"),
+    **{peer: Style(f"{NAMES[peer]}, eager", COLOURS[peer], MARKERS[peer])
+       for peer in ("mhsa", "separable", "linear")},
+}  # fmt: skip
+"""Engines in the order of the legend."""
+
+CASE = ("batch", "tokens", "width")
+
+
+def draw_traffic(folder: Path) -> Path:
+    """Draw gpu_traffic.png from gpu_traffic.csv in `folder`; returns its path.
+
+    Raises:
+        ValueError: the CSV file is missing or has no rows.
+    """
+    rows = _read(folder / TRAFFIC_CSV, "benchmarks.gpu.traffic")
+    return _save(traffic([r for r in rows if r["dtype"] == "float16"]), folder / TRAFFIC_PNG)
+
+
+def draw_lower_bounds(folder: Path) -> list[Path]:
+    """Draw the lower bounds and the grid fill from their CSV files; returns the paths.
+
+    Raises:
+        ValueError: a CSV file is missing or has no rows.
+    """
+    command = "benchmarks.gpu.roofline"
+    bounds = _read(folder / LOWER_BOUNDS_CSV, command)
+    fills = _read(folder / GRID_FILL_CSV, command)
+    return [
+        _save(
+            lower_bounds([r for r in bounds if r["dtype"] == "float16"]), folder / LOWER_BOUNDS_PNG
+        ),
+        _save(grid_fill([r for r in fills if r["dtype"] == "float16"]), folder / GRID_FILL_PNG),
+    ]
+
+
+def traffic(rows: Rows) -> Figure:
+    """Bytes, in multiples of the minimum, and launches by shape; a column for each direction."""
+    directions = list(dict.fromkeys(row["direction"] for row in rows))
+    figure, panels = _grid(11.5, 7.8, 2, len(directions), sharey="row")
+    cases = _cases(rows)
+    for column, direction in enumerate(directions):
+        upper, lower = panels[0][column], panels[1][column]
+        upper.set_title(direction, fontsize=10, color=INK, loc="left")
+        for row in rows:
+            if row["direction"] == direction:
+                place = _place(row, cases)
+                minimum = int(row["minimum_bytes"])
+                _point(upper, place, int(row["bytes"]) / minimum, row["engine"])
+                _point(lower, place, int(row["launches"]), row["engine"])
+                if row["requested_bytes"]:
+                    requested = int(row["requested_bytes"]) / minimum
+                    _point(upper, place, requested, row["engine"], hollow=True)
+        upper.axhline(1, color=INK, linewidth=1, zorder=2)
+        for axes in (upper, lower):
+            _logarithmic(axes)
+            _name_cases(axes, cases)
+        upper.tick_params(labelbottom=False)
+    panels[0][0].set_ylabel("bytes / minimum", color=INK)
+    panels[1][0].set_ylabel("kernels launched", color=INK)
+    _legend(figure, hollow="the same, requested by all lanes")
+    _title(figure, "Bytes that cross the boundaries of kernels, and launches")
+    versions = f"torch {rows[-1]['torch']}, triton {rows[-1]['triton']}"
+    _caption(
+        figure,
+        "Counted, not measured: no GPU has run this. float16, [batch x tokens x width]. 1 is the "
+        f"minimum: every input read once, every output written once. {OURS}: distinct 32-byte "
+        "sectors, launch by launch; requested counts every lane. torch.compile: code written for "
+        "an H100, forward and backward in one graph. Caches may hold such bytes between kernels. "
+        f"{versions}.",
+    )
+    return figure
+
+
+def lower_bounds(rows: Rows) -> Figure:
+    """Lower bounds by shape, a panel for each GPU and direction."""
+    names = list(dict.fromkeys(row["gpu"] for row in rows))
+    directions = list(dict.fromkeys(row["direction"] for row in rows))
+    figure, panels = _grid(14, 8.2, len(directions), len(names), sharey="all")
+    cases = _cases(rows)
+    for r, direction in enumerate(directions):
+        for c, name in enumerate(names):
+            axes = panels[r][c]
+            own = [row for row in rows if row["gpu"] == name and row["direction"] == direction]
+            for row in own:
+                microseconds = 1e6 * float(row["lower_bound_seconds"])
+                hollow = row["fits_in_cache"] == "True"
+                _point(axes, _place(row, cases), microseconds, row["engine"], hollow)
+            if r == 0:
+                axes.set_title(name, fontsize=10, color=INK, loc="left")
+            _logarithmic(axes)
+            _name_cases(axes, cases)
+            axes.tick_params(labelbottom=r == len(directions) - 1)
+        panels[r][0].set_ylabel(f"{direction}\nlower bound, microseconds", color=INK, fontsize=8.5)
+    _legend(figure, hollow="hollow: the layer fits in the cache")
+    _title(
+        figure, "Lower bounds, not times: what bytes and operations take at the datasheet's peaks"
+    )
+    _caption(
+        figure,
+        "Lower bound, not a time: no GPU has run this, and how far above its bound an engine ends "
+        "the bound does not tell, so their ratios are no speed-ups. float16; the larger of bytes / "
+        "memory bandwidth and operations / peak (not known of torch.compile: bytes alone). Hollow: "
+        "the layer's tensors fit in the GPU's last cache, where bytes between kernels may stay, "
+        "and even less time may do.",
+    )
+    return figure
+
+
+def grid_fill(rows: Rows) -> Figure:
+    """Programs of every kernel at each shape, against the multiprocessors of the GPUs."""
+    cases = _cases(rows)
+    first = rows[0]["gpu"]
+    launches = [row for row in rows if row["gpu"] == first]
+    figure, (panels,) = _grid(14, 5.6, 1, len(cases), sharey="all")
+    limits = {row["gpu"]: int(row["multiprocessors"]) for row in rows}
+    for axes, case in zip(panels, cases, strict=True):
+        own = [row for row in launches if _case(row) == case]
+        for x, row in enumerate(own):
+            colour = COLOURS["mhsa"] if row["direction"] == "forward" else STYLES[OURS].colour
+            axes.bar(x, int(row["programs"]), color=colour, width=0.7, zorder=3)
+        axes.set_title(_label(case).replace("\n", " "), fontsize=9, color=INK, loc="left")
+        axes.set_xticks(
+            range(len(own)), [_short(row["kernel"]) for row in own],
+            rotation=60, ha="right", rotation_mode="anchor", fontsize=7.5,
+        )  # fmt: skip
+        for limit in limits.values():
+            axes.axhline(limit, color=INK, linewidth=0.8, linestyle=":", zorder=4)
+        _logarithmic(axes)
+        axes.grid(visible=False, axis="x")
+    panels[0].set_ylabel("programs", color=INK)
+    panels[0].set_ylim(bottom=0.7)
+    last = panels[-1]
+    shift = {"A100": -3, "H100": 4}  # their lines nearly coincide
+    for name, limit in limits.items():
+        last.annotate(
+            f"{name}: {limit}", (1, limit), xycoords=("axes fraction", "data"),
+            xytext=(4, shift.get(name, 0)), textcoords="offset points", fontsize=8, va="center",
+            color=INK,
+            annotation_clip=False,
+        )  # fmt: skip
+    figure.subplots_adjust(right=1 - 1.0 / figure.get_figwidth(), bottom=0.32, wspace=0.1)
+    _title(figure, "Grid fill: programs of each kernel against the multiprocessors of a GPU")
+    _caption(
+        figure,
+        "Below a dotted line, multiprocessors of that GPU have nothing to do. Black: forward; "
+        "vermilion: backward. float16, [batch, tokens, width] above each panel.",
+    )
+    return figure
+
+
+def _grid(
+    width: float, height: float, down: int, across: int, sharey: Literal["all", "row"]
+) -> tuple[Figure, list[list[Axes]]]:
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(down, across, sharey=sharey, squeeze=False)
+    figure.subplots_adjust(
+        left=0.95 / width, right=1 - 0.2 / width, top=1 - 0.75 / height, bottom=2.1 / height,
+        wspace=0.06, hspace=0.14,
+    )  # fmt: skip
+    for a in axes.flat:
+        a.spines[["top", "right"]].set_visible(False)
+        a.spines[["left", "bottom"]].set_color("#999999")
+        a.tick_params(colors=INK, labelsize=8.5)
+        a.grid(color="#E6E6E6", linewidth=0.7)
+        a.set_axisbelow(True)
+    return figure, [list(row) for row in axes]
+
+
+def _place(row: dict[str, str], cases: Sequence[tuple[str, ...]]) -> float:
+    """Across: the engines of one shape side by side."""
+    engines = list(STYLES)
+    middle = (len(engines) - 1) / 2
+    return cases.index(_case(row)) + 0.13 * (engines.index(row["engine"]) - middle)
+
+
+def _point(axes: Axes, x: float, y: float, engine: str, hollow: bool = False) -> None:
+    style = STYLES[engine]
+    ours = engine == OURS
+    axes.plot(
+        x, y, linestyle="", color=style.colour, marker=style.marker, markersize=7 if ours else 5,
+        markerfacecolor="none" if hollow else style.colour, zorder=5 if ours else 3,
+    )  # fmt: skip
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _cases(rows: Rows) -> list[tuple[str, ...]]:
+    """The shapes, by width, then batch and tokens."""
+
+    def order(case: tuple[str, ...]) -> tuple[int, ...]:
+        batch, tokens, width = map(int, case)
+        return width, batch, tokens
+
+    return sorted({_case(row) for row in rows}, key=order)
+
+
+def _case(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row[name] for name in CASE)
+
+
+def _label(case: tuple[str, ...]) -> str:
+    batch, tokens, width = case
+    return f"{batch} x {int(tokens):,}\nx {width}"
+
+
+def _name_cases(axes: Axes, cases: Sequence[tuple[str, ...]]) -> None:
+    axes.set_xticks(
+        range(len(cases)), [_label(c).replace("\n", " ") for c in cases],
+        rotation=50, ha="right", rotation_mode="anchor",
+    )  # fmt: skip
+    axes.set_xlim(-0.5, len(cases) - 0.5)
+    axes.grid(visible=False, axis="x")
+    for x in range(1, len(cases)):
+        axes.axvline(x - 0.5, color="#E6E6E6", linewidth=0.7, zorder=1)
+
+
+def _short(kernel: str) -> str:
+    return kernel.strip("_").removesuffix("_kernel").replace("_", " ")
+
+
+def _legend(figure: Figure, hollow: str) -> None:
+    """All engines, and what hollow markers are."""
+    handles = [
+        Line2D([], [], linestyle="", color=s.colour, marker=s.marker, label=s.name)
+        for s in STYLES.values()
+    ]
+    ours = STYLES[OURS]
+    empty = Line2D(
+        [], [], linestyle="", color=ours.colour, marker=ours.marker, markerfacecolor="none",
+        label=hollow,
+    )  # fmt: skip
+    figure.legend(
+        handles=[handles[0], empty, *handles[1:]], ncols=4, loc="lower left",
+        bbox_to_anchor=(figure.subplotpars.left, 0.66 / figure.get_figheight()),
+        fontsize=8.5, labelcolor=INK, frameon=False, borderaxespad=0, columnspacing=1.8,
+    )  # fmt: skip
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=160, facecolor="white")
+    return path

@@ -1,0 +1,407 @@
+"""Bytes that cross the boundaries of kernels, counted without a GPU.
+
+    python -m benchmarks.gpu.traffic
+
+Four ways to compute the layer, forward alone and with its backward: the Triton kernels, traced lane
+by lane in Triton's interpreter (`trace`), and PyTorch's GEMMs around them; eager PyTorch (`eager`);
+what Inductor writes for a GPU (`inductor`); and eager layers of other attentions. Beside them
+stands the minimum: every input read once, every output written once, forward and backward each.
+Writes gpu_traffic.csv and, kernel by kernel, gpu_launches.csv, draws gpu_traffic.png and writes the
+page docs/gpu_evidence.md. Rows of what was counted before are replaced.
+
+Where the kernels' bytes are affine in the batch (up to `MAX_AFFINE_WIDTH`), long inputs are counted
+at two small batches and extrapolated; `counted_batches` says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import itertools
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from benchmarks.gpu import eager, inductor, plots, report
+from benchmarks.gpu.eager import EagerTraffic, Operator
+from benchmarks.gpu.report import ENGINES, LAUNCHES_CSV, TRAFFIC_CSV
+from benchmarks.speedups import OURS
+from benchmarks.tradeoff import write_csv
+from swiftkernels import AdditiveAttention
+from swiftkernels.peers import PEERS
+from swiftkernels.reference import Options
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.trace import Launch
+
+DTYPES = ("float16", "float32")
+
+MAX_AFFINE_WIDTH = 64
+"""Up to this width partial sums of weight gradients are per item; above, a number of them that
+depends on the batch."""
+
+LONG_INPUT = 784
+"""Tokens from which on a batch is extrapolated from batches 1 and 2."""
+
+FORWARD, BOTH = "forward", "forward+backward"
+
+
+class Shape(NamedTuple):
+    """Size of the input, [batch, tokens, width]."""
+
+    batch: int
+    tokens: int
+    width: int
+
+
+SHAPES = tuple(
+    Shape(*shape)
+    for shape in (
+        (1, 3136, 48),
+        (8, 3136, 48),
+        (256, 3136, 48),
+        (8, 784, 56),
+        (8, 196, 112),
+        (1, 49, 220),
+        (8, 49, 220),
+        (1, 196, 384),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Count:
+    """One row of gpu_traffic.csv."""
+
+    engine: str
+    dtype: str
+    direction: str
+    batch: int
+    tokens: int
+    width: int
+    launches: int
+    """Kernels of all kinds."""
+    matmuls: int
+    """How many of them are matrix products of a library."""
+    bytes: int
+    """Distinct bytes, launch by launch."""
+    requested_bytes: int | str
+    """Of all lanes; known of traced kernels alone."""
+    flops: int | str
+    """Of matrix products, with the padding of tiles; not known of Inductor."""
+    minimum_bytes: int
+    two_pass_bytes: int
+    """The minimum where the forward, and the backward, read their tokens twice."""
+    counted_batches: str
+    how: str
+    torch: str
+    triton: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What a row is a count of."""
+        return tuple(map(str, astuple(self)[:6]))
+
+
+class Part(NamedTuple):
+    """What the forward, or the backward, of one call launches and moves."""
+
+    launches: list[Launch]
+    """Of Triton kernels."""
+    operators: list[Operator]
+    """Of PyTorch, around them."""
+
+
+@functools.cache
+def count_ours(shape: Shape, dtype: torch.dtype) -> tuple[Part, Part]:
+    """Trace forward and backward of one call; needs TRITON_INTERPRET=1.
+
+    Raises:
+        MemoryFaultError: a kernel did what it must not.
+    """
+    from benchmarks.gpu.trace import trace
+    from swiftkernels.triton import launch
+
+    width = shape.width
+    generator = torch.Generator().manual_seed(0)
+    # A layer's own parameter comes before those of its linear layers.
+    x, w_g, wq, bq, wk, bk, wp, bp, wf, bf = (
+        (torch.randn(size, generator=generator) * size[-1] ** -0.5).to(dtype)
+        for size in (shape, *(p.shape for p in _layer(width, dtype).parameters()))
+    )
+    tensors = (x, wq, bq, wk, bk, w_g.flatten(), wp, bp, wf, bf)
+    options = Options("l2", True, width**-0.5, 1e-12)
+    with torch.no_grad():
+        with trace() as forward, EagerTraffic() as around_forward:
+            out, G, statistics, folded = launch.additive_self_attention_forward(
+                *tensors, None, options
+            )
+        with trace() as backward, EagerTraffic() as around_backward:
+            saved = G, statistics, folded
+            launch.additive_self_attention_backward(out, *tensors, None, saved, options, True, True)
+    return Part(forward, around_forward.operators), Part(backward, around_backward.operators)
+
+
+def extrapolate(one: Part, two: Part, batch: int) -> Part:
+    """The part at a batch, from those at batches 1 and 2, if all of it is affine in the batch.
+
+    Raises:
+        ValueError: the two differ in what they launch.
+    """
+    from benchmarks.gpu.trace import Bytes, Launch
+
+    names = [[a.kernel for a in p.launches] + [o.name for o in p.operators] for p in (one, two)]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"extrapolation needs the same kernels at batches 1 and 2; got {names[0]} and "
+            f"{names[1]}."
+        )
+
+    def line(first: int, second: int) -> int:
+        return first + (batch - 1) * (second - first)
+
+    def line_of_bytes(first: Bytes, second: Bytes) -> Bytes:
+        return Bytes(line(first.requested, second.requested), line(first.distinct, second.distinct))
+
+    launches = [
+        Launch(
+            a.kernel,
+            (line(a.programs, b.programs), 1, 1),
+            line_of_bytes(a.loads, b.loads),
+            line_of_bytes(a.stores, b.stores),
+            line(a.dot_flops, b.dot_flops),
+            (),
+        )
+        for a, b in zip(one.launches, two.launches, strict=True)
+    ]
+    operators = [
+        Operator(
+            a.name,
+            line(a.read, b.read),
+            line(a.written, b.written),
+            line(a.flops, b.flops),
+            b.shapes,
+        )
+        for a, b in zip(one.operators, two.operators, strict=True)
+    ]
+    return Part(launches, operators)
+
+
+def minimum_bytes(shape: Shape, dtype: torch.dtype, backward: bool, passes: int = 1) -> int:
+    """Bytes of a layer that reads its tokens `passes` times and all else once.
+
+    The forward reads x and the weights and writes the output; the backward reads x, dout and the
+    weights and writes dx and the gradients of the weights.
+    """
+    tokens = shape.batch * shape.tokens * shape.width
+    weights = sum(p.numel() for p in _layer(shape.width, dtype).parameters())
+    elements = passes * tokens + tokens + weights
+    if backward:
+        elements += 2 * passes * tokens + tokens + 2 * weights
+    return elements * dtype.itemsize
+
+
+def _layer(width: int, dtype: torch.dtype) -> AdditiveAttention:
+    return AdditiveAttention(width, width, 1, backend="reference", device="meta", dtype=dtype)
+
+
+def _count(
+    engine: str,
+    case: tuple[Shape, str, bool],
+    launches: int,
+    matmuls: int,
+    moved: int,
+    flops: int | str,
+    how: str,
+    requested: int | str = "",
+    counted_batches: str = "",
+) -> Count:
+    shape, dtype_name, backward = case
+    dtype = getattr(torch, dtype_name)
+    return Count(
+        engine, dtype_name, BOTH if backward else FORWARD, *shape, launches, matmuls, moved,
+        requested, flops, minimum_bytes(shape, dtype, backward),
+        minimum_bytes(shape, dtype, backward, passes=2), counted_batches or str(shape.batch), how,
+        torch.__version__, importlib.metadata.version("triton"),
+    )  # fmt: skip
+
+
+def _count_ours(shape: Shape, dtype: str) -> tuple[list[Count], list[dict[str, Any]]]:
+    """Rows of both directions, and a row of every launch."""
+    scaled = shape.batch > 2 and shape.tokens >= LONG_INPUT and shape.width <= MAX_AFFINE_WIDTH
+    batches = (1, 2) if scaled else (shape.batch,)
+    counted = " ".join(map(str, batches))
+    how = "traced in the interpreter" + (", extrapolated in the batch" if scaled else "")
+    found = [count_ours(shape._replace(batch=b), getattr(torch, dtype)) for b in batches]
+    parts: Sequence[Part] = found[0]
+    if scaled:
+        parts = [extrapolate(one, two, shape.batch) for one, two in zip(*found, strict=True)]
+    rows = []
+    for backward in (False, True):
+        launches = [a for part in parts[: 1 + backward] for a in part.launches]
+        operators = [o for part in parts[: 1 + backward] for o in part.operators]
+        around = sum(o.bytes for o in operators)
+        rows.append(
+            _count(
+                OURS,
+                (shape, dtype, backward),
+                len(launches) + len(operators),
+                sum(o.is_matmul for o in operators),
+                sum(a.distinct for a in launches) + around,
+                sum(a.dot_flops for a in launches) + sum(o.flops for o in operators),
+                how,
+                sum(a.requested for a in launches) + around,
+                counted,
+            )
+        )
+    kernels = [
+        {
+            "dtype": dtype,
+            "batch": shape.batch,
+            "tokens": shape.tokens,
+            "width": shape.width,
+            "direction": direction,
+            "kernel": a.kernel,
+            "programs": a.programs,
+            "loads_requested": a.loads.requested,
+            "stores_requested": a.stores.requested,
+            "loads_distinct": a.loads.distinct,
+            "stores_distinct": a.stores.distinct,
+            "dot_flops": a.dot_flops,
+            "counted_batches": counted,
+        }
+        for direction, part in zip(("forward", "backward"), parts, strict=True)
+        for a in part.launches
+    ]
+    return rows, kernels
+
+
+def _count_eager(engine: str, case: tuple[Shape, str, bool]) -> Count:
+    shape, dtype_name, backward = case
+    dtype = getattr(torch, dtype_name)
+    module: nn.Module = (
+        _layer(shape.width, dtype)
+        if engine == "eager"
+        else PEERS[engine](shape.width).to("meta", dtype)
+    )
+    found = eager.count(module, torch.empty(shape, dtype=dtype, device="meta"), backward)
+    how = "operators on meta tensors"
+    return _count(engine, case, found.launches, found.matmuls, found.bytes, found.flops, how)
+
+
+def run(
+    shapes: Iterable[Shape], dtypes: Iterable[str], engines: Iterable[str], out: Path
+) -> list[dict[str, Any]]:
+    """Count, and write the CSV files as rows are ready; returns all rows of gpu_traffic.csv."""
+    out.mkdir(parents=True, exist_ok=True)
+    shapes, dtypes, engines = list(shapes), list(dtypes), list(engines)
+    cases = [(s, d, b) for s in shapes for d in dtypes for b in (False, True)]
+    path = out / TRAFFIC_CSV
+    rows = {_key(row): row for row in report.read(path)}
+
+    def keep(count: Count) -> None:
+        row = vars(count)
+        rows[count.key] = row
+        write_csv(path, list(rows.values()))
+
+    with tqdm(total=len(cases) * len(engines), unit="count") as progress:
+        for engine in engines:
+            progress.set_description(engine)
+            if engine == "inductor":
+                wanted = [
+                    inductor.Case(*shape, dtype, backward) for shape, dtype, backward in cases
+                ]
+                for case, (_, counted) in zip(cases, inductor.count(wanted), strict=True):
+                    how = "code for an H100 by Inductor"
+                    keep(_count(engine, case, *counted, "", how))
+                    progress.update()
+            elif engine == OURS:
+                for shape, dtype in itertools.product(shapes, dtypes):
+                    own, kernels = _count_ours(shape, dtype)
+                    for count in own:
+                        keep(count)
+                        progress.update()
+                    _keep_launches(out / LAUNCHES_CSV, kernels)
+            else:
+                for case in cases:
+                    keep(_count_eager(engine, case))
+                    progress.update()
+    return list(rows.values())
+
+
+def _keep_launches(path: Path, kernels: list[dict[str, Any]]) -> None:
+    """Write rows of gpu_launches.csv in place of those of the same shape and type."""
+    names = ("dtype", "batch", "tokens", "width")
+    new = {tuple(str(row[n]) for n in names) for row in kernels}
+    others = [row for row in report.read(path) if tuple(row[n] for n in names) not in new]
+    write_csv(path, [*others, *kernels])
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(value) for value in list(row.values())[:6])
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Launches and MB of every engine, one line a shape, type and direction."""
+    engines = report.engines_in(rows)
+    lines = [
+        f"{'[B, N, E]':<16}{'type':<9}{'direction':<18}{'minimum':>9}"
+        + "".join(f"{engine:>19}" for engine in engines),
+        f"{'':<43}{'MB':>9}" + f"{'launches':>11}{'MB':>8}" * len(engines),
+    ]
+    cases = dict.fromkeys(tuple(str(v) for v in list(row.values())[1:6]) for row in rows)
+    for case in cases:
+        own = {row["engine"]: row for row in rows if _key(row)[1:] == case}
+        first = next(iter(own.values()))
+        dtype, direction, *shape = case
+        line = f"{', '.join(shape):<16}{dtype:<9}{direction:<18}"
+        line += f"{int(first['minimum_bytes']) / 1e6:>9.2f}"
+        for engine in engines:
+            row = own.get(engine)
+            line += f"{row['launches']:>11}{int(row['bytes']) / 1e6:>8.2f}" if row else f"{'':>19}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _shape(text: str) -> Shape:
+    parts = text.split(",")
+    if len(parts) != 3 or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise argparse.ArgumentTypeError(f"expected batch,tokens,width as 8,3136,48; got {text!r}")
+    return Shape(*map(int, parts))
+
+
+def _main() -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton looks when it is imported, and PyTorch's FLOP counter has done that above.
+        command = [sys.executable, "-m", "benchmarks.gpu.traffic", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
+    assert __doc__
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="for CSV and PNG")
+    parser.add_argument(
+        "--shapes", type=_shape, nargs="+", default=SHAPES, help="batch,tokens,width"
+    )
+    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=DTYPES)
+    parser.add_argument("--engines", choices=ENGINES, nargs="+", default=ENGINES)
+    parser.add_argument("--report", action="store_true", help="count nothing: table, plot and page")
+    options = parser.parse_args()
+    if not options.report:
+        run(options.shapes, options.dtypes, options.engines, options.out)
+    rows = report.read(options.out / TRAFFIC_CSV)
+    if not rows:
+        parser.error(f"{options.out / TRAFFIC_CSV} has no rows; run without --report.")
+    print(table(rows))
+    print(plots.draw_traffic(options.out))
+    print(report.write(options.out))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,56 @@
+"""Bytes that cross the boundaries of kernels: how they are counted, and what was promised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.gpu.trace import SECTOR, trace
+from benchmarks.gpu.traffic import Shape, count_ours, extrapolate, minimum_bytes
+from swiftkernels import AdditiveAttention
+
+TENSORS = 8
+"""Outputs and partial sums of one launch, at most."""
+
+
+@pytest.mark.parametrize("batch", [3, 5])
+def test_the_bytes_of_narrow_layers_are_affine_in_the_batch(batch):
+    """What extrapolation rests on: exact, but for sectors that two items share."""
+    one, two, more = (count_ours(Shape(b, 64, 16), torch.float16) for b in (1, 2, batch))
+    for a, b, counted in zip(one, two, more, strict=True):
+        predicted = extrapolate(a, b, batch)
+        assert predicted.operators == counted.operators
+        for ours, theirs in zip(predicted.launches, counted.launches, strict=True):
+            assert ours.kernel == theirs.kernel
+            assert ours.programs == theirs.programs
+            assert ours.dot_flops == theirs.dot_flops
+            assert ours.requested == theirs.requested
+            shared = SECTOR * batch * TENSORS
+            assert ours.distinct == pytest.approx(theirs.distinct, abs=shared)
+
+
+def test_extrapolation_needs_the_same_kernels():
+    one, _ = count_ours(Shape(1, 64, 16), torch.float16)
+    with pytest.raises(ValueError, match="the same kernels at batches 1 and 2"):
+        extrapolate(one, one._replace(launches=one.launches[:1]), 8)
+
+
+@pytest.mark.parametrize("shape", [Shape(1, 784, 56), Shape(1, 900, 72)])
+def test_a_forward_moves_little_more_than_two_passes(shape):
+    """At most 1.15 x (2 x + out + weights), in two launches, from 12 E tokens on."""
+    attention = AdditiveAttention(shape.width, shape.width, 1, backend="triton").half()
+    with trace() as launches, torch.no_grad():
+        attention(torch.randn(shape).half())
+    assert len(launches) <= 2
+    two_passes = minimum_bytes(shape, torch.float16, backward=False, passes=2)
+    assert sum(launch.distinct for launch in launches) <= 1.15 * two_passes
+
+
+@pytest.mark.parametrize("width", [24, 72])
+def test_forward_and_backward_are_six_launches_and_gemms_on_weights(width):
+    parts = count_ours(Shape(2, 67, width), torch.float16)
+    operators = [operator for part in parts for operator in part.operators]
+    others = [operator for operator in operators if not operator.is_matmul]
+    assert sum(len(part.launches) for part in parts) + len(others) <= 6
+    for operator in operators:
+        assert all(max(shape) <= width for shape in operator.shapes), operator
