@@ -611,6 +611,13 @@ def test_gradients_do_not_depend_on_threads(isa, kind, division):
         assert all(torch.equal(result[name], results[0][name]) for result in results), name
 
 
+def test_threads_share_an_item_unless_its_matrices_outweigh_it():
+    by_items = functools.partial(config.backward_by_items, threads=2)
+    assert by_items(2, 49, 512)
+    assert by_items(1, 49, 512)
+    assert not by_items(1, 196, 320)
+
+
 @pytest.mark.parametrize(("batch", "n_tokens"), [(2, 200), (4, 49), (3, 100)])
 def test_few_items_for_many_threads(isa, batch, n_tokens):
     """Here the number of threads decides between whole items and tiles."""

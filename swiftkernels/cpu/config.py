@@ -55,6 +55,18 @@ def folds_backward(batch: int, n_tokens: int, width: int) -> bool:
     return n_tokens >= _measured("folded_backward_from") * width and batch * n_tokens >= 8 * width
 
 
+def backward_by_items(batch: int, n_tokens: int, width: int, threads: int) -> bool:
+    """Whether threads of a backward take whole short items rather than share one after another.
+
+    Shared, a token takes 8 products of E x E and the end 2 of matrices, and threads wait for each
+    other; in whole items a token takes 9, and each item has one thread.
+    """
+    if batch >= threads:
+        return True
+    shared = 1.5 * (8 + 2 * width / (batch * n_tokens)) / threads
+    return shared >= 9 / batch
+
+
 @compat.constant_under_compile
 def _measured(name: str) -> float:
     """Tokens per channel from which on what `name` says is faster."""

@@ -192,11 +192,11 @@ def additive_self_attention_backward(
     batch, n_tokens, _ = x.shape
     width = wf.shape[1]
     threads = torch.get_num_threads()
-    # One long item at a time leaves the threads something to share; few tokens in all make the
-    # products of E x E matrices behind the moments too expensive.
-    few = batch * n_tokens < 2 * width
-    whole = n_tokens <= config.WHOLE_ROWS and (batch >= threads or few)
-    direct = whole and few
+    whole = n_tokens <= config.WHOLE_ROWS and config.backward_by_items(
+        batch, n_tokens, width, threads
+    )
+    # Few tokens in all make the products of E x E matrices behind the moments too expensive.
+    direct = whole and batch * n_tokens < 2 * width
     folded = saved[2].numel() == 0 and config.folds_backward(batch, n_tokens, width)
     layer = Weights(wq, bq, wk, bk, w_g, wp, bp, wf, bf)
     fields, _alive = weights.raw_layer(layer, options)
