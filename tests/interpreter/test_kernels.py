@@ -138,7 +138,14 @@ def test_gradcheck_of_the_kernels_element_by_element():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("n_tokens", "width"), [(65, 48), (49, 37), (49, 56), (33, 112), (20, 220)]
+    ("n_tokens", "width"),
+    [
+        (65, 48),
+        (49, 37),
+        pytest.param(49, 56, marks=pytest.mark.slow),
+        (33, 112),
+        pytest.param(20, 220, marks=pytest.mark.slow),
+    ],
 )
 def test_errors_are_at_most_twice_those_of_eager(dtype, n_tokens, width):
     tensors = make_tensors(2, n_tokens, width, width, 1, dtype=dtype, seed=6)
@@ -201,6 +208,7 @@ def test_large_rows_in_half_precision_stay_finite(pooling):
         assert result.isfinite().all(), name
 
 
+@pytest.mark.slow
 def test_seventy_thousand_tokens_in_half_precision_stay_finite():
     """Where a sum in float16 would overflow: 70,000 equal tokens have |G| = 70,000."""
     tensors = make_tensors(1, 1, 16, 16, 1, dtype=torch.float16, seed=11)

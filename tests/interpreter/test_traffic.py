@@ -13,7 +13,7 @@ TENSORS = 8
 """Outputs and partial sums of one launch, at most."""
 
 
-@pytest.mark.parametrize("batch", [3, 5])
+@pytest.mark.parametrize("batch", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_the_bytes_of_narrow_layers_are_affine_in_the_batch(batch):
     """What extrapolation rests on: exact, but for sectors that two items share."""
     one, two, more = (count_ours(Shape(b, 64, 16), torch.float16) for b in (1, 2, batch))
