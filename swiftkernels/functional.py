@@ -164,7 +164,6 @@ def additive_self_attention(
     )
     checks.check_w_g(w_g)
     checks.check_weight("query_weight", query_weight, "[E, C]")
-    w_g = w_g.flatten()
     residual = x
     (
         x,
@@ -177,18 +176,7 @@ def additive_self_attention(
         proj_bias,
         final_weight,
         final_bias,
-    ) = _autocast(
-        x,
-        query_weight,
-        query_bias,
-        key_weight,
-        key_bias,
-        w_g,
-        proj_weight,
-        proj_bias,
-        final_weight,
-        final_bias,
-    )
+    ) = _autocast(x, *given[:4], w_g.flatten(), *given[5:9])
     width = w_g.shape[0]
     in_dims = query_weight.shape[-1]
     checks.check_tokens("x", x, in_dims, "C, the width of query_weight")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import doctest
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from swiftkernels import models
 from swiftkernels.models import SwiftFormer, checkpoints, convert_state_dict, swiftformer
 from swiftkernels.models.checkpoints import SOURCES, guess_source
 from tests.cases import assert_as_good_as_eager
-from tests.stubs import import_timm
 
 PUBLISHED = {
     "swiftformer_xs": (3_475_360, 0.60),
@@ -58,16 +56,6 @@ def test_parameters_and_multiply_adds_are_those_of_the_paper(name):
     with FlopCounterMode(display=False) as counter:
         model(x)
     assert counter.get_total_flops() / 2e9 == pytest.approx(multiply_adds, abs=0.01)
-
-
-@pytest.fixture(scope="module")
-def timm() -> ModuleType:
-    return import_timm()
-
-
-@pytest.fixture(scope="module")
-def transformers() -> ModuleType:
-    return pytest.importorskip("transformers")
 
 
 def results(

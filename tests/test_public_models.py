@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from swiftkernels import AdditiveAttention
 from tests.cases import EXACT, assert_as_good_as_eager, assert_exact, relative_error
-from tests.stubs import import_timm
 
 BACKENDS = ("auto", "aten", "reference")
 SIZES = [(48, 48, 1), (56, 28, 2), (37, 64, 2)]
@@ -38,16 +37,6 @@ class OfficialLayer(nn.Module):
         weights = F.normalize(scores, dim=1) if self.pooling == "l2" else scores.softmax(dim=-1)
         global_query = (weights * q).sum(dim=1, keepdim=True)
         return self.final(self.Proj(global_query * k) + q)
-
-
-@pytest.fixture(scope="module")
-def timm() -> ModuleType:
-    return import_timm()
-
-
-@pytest.fixture(scope="module")
-def transformers() -> ModuleType:
-    return pytest.importorskip("transformers")
 
 
 def timm_layer(timm: ModuleType, *sizes: int) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from swiftkernels.bench import capture
 from swiftkernels.verify import budget, relative_error
 from tests.gpu.layers import make_layer, random_images, train
 
@@ -83,18 +84,9 @@ def test_a_graph_replays_on_new_inputs(cuda, width, backward):
             return [layer(x)]
 
     torch.cuda.set_device(cuda)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
+    replay = capture(call)
     for seed in (2, 3):
         x.copy_(random_images(width, torch.float16, cuda, seed=seed))
-        graph.replay()
-        replayed = [t.clone() for t in results]
+        replayed = [t.clone() for t in replay()]
         for ours, theirs in zip(replayed, call(), strict=True):
             assert torch.equal(ours, theirs)

@@ -100,12 +100,6 @@ struct Workspace {
   float* columns;  // of a large tile
 };
 
-float dot(const float* a, const float* b, int64_t width) {
-  vec total{};
-  for (int64_t j = 0; j < padded(width); j += LANES) total += load(a + j) * load(b + j);
-  return sum(total);
-}
-
 /// Two passes over the tokens of every item: the first leads to dG, the second needs it.
 class FoldedBackward {
  public:

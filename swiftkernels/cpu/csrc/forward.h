@@ -3,11 +3,13 @@
 
 #include "pooling.h"
 
-inline float norm2(const float* vector, int64_t width) {
+inline float dot(const float* a, const float* b, int64_t width) {
   vec total{};
-  for (int64_t j = 0; j < padded(width); j += LANES) total += load(vector + j) * load(vector + j);
+  for (int64_t j = 0; j < padded(width); j += LANES) total += load(a + j) * load(b + j);
   return sum(total);
 }
+
+inline float norm2(const float* vector, int64_t width) { return dot(vector, vector, width); }
 
 /// Squares of norms to 1 / max(norm, eps), as torch.nn.functional.normalize divides.
 inline void invert_norms(const Layer& layer, float* norms2, int64_t rows) {
