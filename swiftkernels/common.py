@@ -22,3 +22,29 @@ def pack_projections(
         zeros = wq.new_zeros(wq.shape[0])
         bq, bk = zeros if bq is None else bq, zeros if bk is None else bk
     return weight, torch.cat((bq, bk))
+
+
+def tokens_of(t: Tensor) -> tuple[int, int, int, tuple[int, ...]] | None:
+    """B, N, C and the strides of tokens [B, N, C], or of an image [B, C, H, W] as such.
+
+    None for an image with gaps between its rows, which has no stride from token to token.
+    """
+    shape, strides = t.shape, t.stride()
+    if len(shape) == 3:
+        return shape[0], shape[1], shape[2], strides
+    batch, width, rows, columns = shape
+    if strides[2] != columns * strides[3] and rows > 1:
+        return None
+    return batch, rows * columns, width, (strides[0], strides[3], strides[1])
+
+
+def output_like(t: Tensor, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of an output of that width for tokens or an image t.
+
+    Its tokens are contiguous: those of an image are in the order of channels_last.
+    """
+    if t.dim() == 3:
+        batch, n_tokens, _ = t.shape
+        return (batch, n_tokens, width), (n_tokens * width, width, 1)
+    batch, _, rows, columns = t.shape
+    return (batch, width, rows, columns), (rows * columns * width, 1, columns * width, width)

@@ -30,12 +30,29 @@ def device_guard(t: Tensor) -> contextlib.AbstractContextManager[object]:
     return _NO_GUARD
 
 
+_fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
 def allow_tf32() -> bool:
     """Whether the user lets float32 matrix products round their operands to TF32."""
-    matmul = torch.backends.cuda.matmul
+    if _fp32_precision is None:
+        return torch.backends.cuda.matmul.allow_tf32
     # The newer setting; the older raises once the newer has been used.
-    precision = getattr(matmul, "fp32_precision", None)
-    return matmul.allow_tf32 if precision is None else precision == "tf32"
+    return bool(_fp32_precision("cuda", "matmul") == "tf32")
+
+
+def fits_kernels(t: Tensor) -> bool:
+    """Whether t lies as the Triton kernels expect that are started by address.
+
+    Triton compiles for addresses that are multiples of 16 or not and, on AMD's GPUs, for tensors
+    that 32-bit offsets reach or not.
+    """
+    if t.data_ptr() % 16:
+        return False
+    return _ANY_SIZE or t.untyped_storage().nbytes() < 2**31
+
+
+_ANY_SIZE = torch.version.hip is None
 
 
 @functools.cache

@@ -10,6 +10,7 @@ numbers for each token) or "rows" (the unit rows of q and k too); the other back
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -110,12 +111,13 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 def infer_residual(x: Tensor, layer: Weights, mask: Tensor | None, options: Options) -> Tensor:
     """x + layer.layer_scale * attention(x) by the CPU kernels, with the strides of x."""
-    out: Tensor = _implementation("cpu").run(x, torch.empty_like(x), layer, mask, options)
+    out: Tensor = implementation("cpu").run(x, torch.empty_like(x), layer, mask, options)
     return out
 
 
 @functools.cache
-def _implementation(backend: str) -> ModuleType:
+def implementation(backend: str) -> ModuleType:
+    """The module that launches the kernels of a backend."""
     if backend == "cpu":
         from swiftkernels.cpu import launch as cpu_launch
 
@@ -164,7 +166,8 @@ class _Operator:
         compat.when_imported("torch.utils.flop_counter", self.register_flops)
 
     # Tensors below are the inputs, then the weights: 1 + 9 or 2 + 5 of them, biases may be None.
-    # The CPU kernels also take w_g as [E, 1], as layers have it.
+    # The CPU and Triton kernels also take w_g as [E, 1], as layers have it, and the Triton kernels
+    # x as an image [B, C, H, W]: every view made before would be one more node for autograd.
 
     def __call__(
         self,
@@ -178,7 +181,7 @@ class _Operator:
         keep = "nothing"
         needs_grad = needs_gradient(*tensors)
         if needs_grad:
-            if recompute is None:
+            if recompute is None and backend == "cpu":
                 tokens, final_weight = tensors[0], tensors[-2]
                 assert tokens is not None
                 assert final_weight is not None
@@ -207,7 +210,7 @@ class _Operator:
         """What the operator runs; arguments by its schema."""
         *tensors, mask, pooling, qk_norm, scale, eps, backend, keep = args
         options = Options(pooling, qk_norm, scale, eps)
-        forward = getattr(_implementation(backend), f"{self.name}_forward")
+        forward = getattr(implementation(backend), f"{self.name}_forward")
         with compat.autocast_off(tensors[0].device.type):
             return forward(*tensors, mask, options, keep)
 
@@ -218,7 +221,7 @@ class _Operator:
         if dout.numel() == 0:
             return [torch.zeros_like(fake) for fake in self.fake_backward(dout, *args)]
         options = Options(pooling, qk_norm, scale, eps)
-        backward = getattr(_implementation(backend), f"{self.name}_backward")
+        backward = getattr(implementation(backend), f"{self.name}_backward")
         with compat.autocast_off(dout.device.type):
             grads = backward(
                 dout, *tensors, mask, tuple(saved), options, needs_inputs, needs_weights
@@ -291,7 +294,11 @@ class _Operator:
         ]
         wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
         *inputs, w_g, wp, bp, wf, bf = tensors
+        x = inputs[0]
         assert w_g is not None
+        assert x is not None
+        if x.dim() == 4:
+            inputs[0], dout = x.flatten(2).mT, dout.flatten(2).mT
         out = self.definition(*inputs, w_g.flatten(), wp, bp, wf, bf, mask, options)
         grads = iter(
             torch.autograd.grad(out, wanted, dout, create_graph=True, materialize_grads=True)
@@ -315,10 +322,11 @@ class _Operator:
 
     def flops(self, *shapes: Any, **_: Any) -> int:
         """The GEMMs of the definition: query, key, proj and final."""
-        batch, n_tokens, in_dims = shapes[0]
         token_dim, width = shapes[-9]
-        projections = 2 * in_dims if self.n_inputs == 1 else 0
-        return 2 * batch * n_tokens * width * (projections + width + token_dim)
+        projected = self.n_inputs == 1
+        in_dims = shapes[1][1] if projected else width
+        tokens = math.prod(shapes[0]) // in_dims
+        return 2 * tokens * width * (2 * in_dims * projected + width + token_dim)
 
     def backward_flops(self, dout_shape: Any, *shapes: Any, **_: Any) -> int:
         """Twice the forward, as for any chain of GEMMs."""

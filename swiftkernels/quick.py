@@ -7,18 +7,23 @@ had, the next calls need to look at the input alone.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from swiftkernels import compat, ops
+from swiftkernels.common import output_like, tokens_of
 from swiftkernels.cpu import launch, weights
 from swiftkernels.cpu.weights import Weights
 from swiftkernels.reference import Options
 
 Key = tuple[str, str, bool, float | None, float]
 """backend, pooling, qk_norm, scale, eps: as `additive_self_attention` is given them."""
+
+MAX_KINDS = 64
+"""Kinds of input kept in mind for a layer."""
 
 
 class Checked(NamedTuple):
@@ -32,15 +37,21 @@ class Checked(NamedTuple):
     in_dims: int
     width: int
     token_dim: int
-    sizes: weights.State
-    """And addresses of the weights."""
+    addresses: weights.Addresses
+    """Of the weights."""
+    aligned: bool
+    """All of them lie as the Triton kernels expect."""
+    kinds: dict[Any, _Infer]
+    """What was prepared for kinds of input."""
 
 
 def remember(layer: Weights, key: Key, chosen: str, options: Options, x: Tensor) -> None:
     """Note that a call with this layer and options on tokens like x passed all checks."""
     token_dim, width = layer.wf.shape
+    addresses = weights.addresses(layer)
+    aligned = all(w is None or compat.fits_kernels(w) for w in layer)
     weights.notes(layer)[key] = Checked(
-        chosen, options, x.dtype, x.device, x.shape[2], width, token_dim, weights.sizes(layer)
+        chosen, options, x.dtype, x.device, x.shape[2], width, token_dim, addresses, aligned, {}
     )
 
 
@@ -72,44 +83,74 @@ def infer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Tensor |
     if checked is None:
         return None
     if checked.backend == "cpu":
-        return _infer_on_cpu(x, layer, checked, channels_first)
-    if layer.layer_scale is not None or checked.sizes != weights.sizes(layer):
+        return _infer_on_cpu(x, layer, checked)
+    if layer.layer_scale is not None or not _same_places(layer, checked):
         return None
-    tensors = (_tokens(x, channels_first), *layer[:9])
+    quickest = _infer_by_triton(x, checked)
+    if quickest is not None:
+        return quickest
     operator = ops.additive_self_attention
-    out = operator.call(tensors, None, checked.options, checked.backend, "nothing")[0]
-    return _restored(out, x, channels_first)
+    return operator.call((x, *layer[:9]), None, checked.options, checked.backend, "nothing")[0]
 
 
-def _infer_on_cpu(
-    x: Tensor, layer: Weights, checked: Checked, channels_first: bool
-) -> Tensor | None:
-    """The same by the CPU kernels, which the packed weights lead to at once."""
-    shape, strides, token_dim = x.shape, x.stride(), checked.token_dim
-    if channels_first:
-        batch, _, height, width = shape
-        if strides[2] != width * strides[3]:
-            return None  # rows of pixels with gaps: the long way makes a copy
-        n_tokens = height * width
-        strides = (strides[0], strides[3], strides[1])
-    else:
-        batch, n_tokens, _ = shape
-    if layer.layer_scale is not None:
+def _same_places(layer: Weights, checked: Checked) -> bool:
+    """Whether the weights, which may have been replaced through `.data`, stand where they stood."""
+    if weights.addresses(layer) != checked.addresses or layer.wq.dtype is not checked.dtype:
+        return False
+    for w in layer:  # noqa: SIM110 - a generator takes twice as long
+        if w is not None and not w.is_contiguous():
+            return False
+    return True
+
+
+class _Infer(NamedTuple):
+    """How the Triton kernels are started for one kind of input, and what the output is."""
+
+    start: Callable[[Tensor, Tensor, Sequence[int | None]], None]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _infer_by_triton(x: Tensor, checked: Checked) -> Tensor | None:
+    """By address, once the kernels for inputs like x are compiled; till then None."""
+    if not (checked.aligned and compat.fits_kernels(x)):
+        return None
+    key = (x.shape, x.stride(), checked.dtype is torch.float32 and compat.allow_tf32())
+    infer = checked.kinds.get(key)
+    if infer is None:
+        infer = _prepare(x, checked)
+        if infer is None:
+            return None
+        if len(checked.kinds) >= MAX_KINDS:
+            checked.kinds.clear()
+        checked.kinds[key] = infer
+    out = torch.empty_strided(
+        infer.shape, infer.strides, dtype=checked.dtype, device=checked.device
+    )
+    infer.start(x, out, checked.addresses)
+    return out
+
+
+def _prepare(x: Tensor, checked: Checked) -> _Infer | None:
+    width, token_dim = checked.width, checked.token_dim
+    start = ops.implementation("triton").compiled_forward(
+        x, width, token_dim, checked.addresses[:9], checked.options
+    )
+    return None if start is None else _Infer(start, *output_like(x, token_dim))
+
+
+def _infer_on_cpu(x: Tensor, layer: Weights, checked: Checked) -> Tensor | None:
+    """By the CPU kernels, which the packed weights lead to at once."""
+    scaled = layer.layer_scale is not None
+    if scaled:
         out = torch.empty_like(x)
-    elif channels_first:
-        out = torch.empty_strided(
-            (batch, token_dim, height, width),
-            (n_tokens * token_dim, 1, width * token_dim, token_dim),
-            dtype=x.dtype,
-            device="cpu",
-        )
     else:
-        out = torch.empty((batch, n_tokens, token_dim), dtype=x.dtype, device="cpu")
-    out_strides = out.stride()
-    if channels_first:
-        if out_strides[2] != width * out_strides[3]:
-            return None  # those of an x without a dense order of its own
-        out_strides = (out_strides[0], out_strides[3], out_strides[1])
+        shape, strides = output_like(x, checked.token_dim)
+        out = torch.empty_strided(shape, strides, dtype=x.dtype, device="cpu")
+    tokens, out_tokens = tokens_of(x), tokens_of(out)
+    if tokens is None or out_tokens is None:
+        return None  # rows of pixels with gaps: the long way makes a copy
+    batch, n_tokens, _, x_strides = tokens
     form = launch.config.form(n_tokens, checked.in_dims, checked.width, checked.options.qk_norm)
     packed = weights.find_packed(layer, checked.options, form)
     if packed is not None and packed.cancels:
@@ -118,7 +159,7 @@ def _infer_on_cpu(
     if packed is None:
         return None
     done = launch.call_forward(
-        packed, batch, n_tokens, form, x, strides, out, out_strides, layer.layer_scale is not None
+        packed, batch, n_tokens, form, x, x_strides, out, out_tokens[3], scaled
     )
     return out if done else None
 
@@ -128,28 +169,15 @@ def train(
 ) -> Tensor | None:
     """The output for x, differentiable; None: take the long way."""
     checked = checked_layer(x, layer, key, channels_first)
-    if checked is None or layer.layer_scale is not None or checked.sizes != weights.sizes(layer):
+    if checked is None or layer.layer_scale is not None or not _same_places(layer, checked):
         return None
-    # A view of w_g is one more node for autograd: the CPU kernels do without.
-    w_g = layer.w_g if checked.backend == "cpu" else layer.w_g.flatten()
+    images = channels_first and checked.backend == "cpu"  # which takes tokens alone
     out = ops.additive_self_attention(
-        _tokens(x, channels_first),
-        *layer[:4],
-        w_g,
-        *layer[5:9],
+        x.flatten(2).transpose(1, 2) if images else x,
+        *layer[:9],
         mask=None,
         options=checked.options,
         backend=checked.backend,
         recompute=recompute,
     )
-    return _restored(out, x, channels_first)
-
-
-def _tokens(x: Tensor, channels_first: bool) -> Tensor:
-    """x [B, C, H, W] as tokens [B, H W, C], if `channels_first`."""
-    return x.flatten(2).transpose(1, 2) if channels_first else x
-
-
-def _restored(out: Tensor, x: Tensor, channels_first: bool) -> Tensor:
-    """Output tokens with the axes of x."""
-    return out.transpose(1, 2).unflatten(2, x.shape[2:]) if channels_first else out
+    return out.transpose(1, 2).unflatten(2, x.shape[2:]) if images else out

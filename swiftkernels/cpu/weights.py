@@ -92,8 +92,8 @@ class _Layer:
     __slots__ = ("notes", "packed", "query_weight")
 
     def __init__(self, query_weight: Tensor) -> None:
-        address = id(query_weight)
-        self.query_weight = weakref.ref(query_weight, lambda _: _layers.pop(address, None))
+        address, layers = id(query_weight), _layers  # a local: at exit the module's may be gone
+        self.query_weight = weakref.ref(query_weight, lambda _: layers.pop(address, None))
         self.packed: dict[tuple[int, Options], _Entry] = {}
         self.notes: dict[Any, Any] = {}
 
@@ -144,9 +144,12 @@ def find_note(weights: Weights, key: object) -> Any:
     return None if layer is None else layer.notes.get(key)
 
 
-def sizes(weights: Weights) -> State:
-    """All of the state but the versions."""
-    return tuple([(w.data_ptr(), w.shape, w.stride(), w.dtype) for w in weights if w is not None])
+Addresses = tuple[int | None, ...]
+
+
+def addresses(weights: Weights) -> Addresses:
+    """Where the weights' data begin."""
+    return tuple([None if w is None else w.data_ptr() for w in weights])
 
 
 def _state(weights: Weights) -> State:

@@ -6,14 +6,15 @@ that `swiftkernels.aten` has too. Nothing here is differentiable.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from swiftkernels.common import accumulator, pack_projections
-from swiftkernels.compat import allow_tf32, device_guard
+from swiftkernels.common import accumulator, output_like, pack_projections, tokens_of
+from swiftkernels.compat import allow_tf32, device_guard, fits_kernels
 from swiftkernels.reference import Options
 from swiftkernels.triton import config
 from swiftkernels.triton.backward import (
@@ -23,39 +24,64 @@ from swiftkernels.triton.backward import (
     _weights_backward_kernel,
 )
 from swiftkernels.triton.forward import _output_forward_kernel, _pool_forward_kernel
+from swiftkernels.triton.prepared import Pointer, Prepared
 
 
-class _Tokens(NamedTuple):
-    """A [B, N, C] tensor of which one of the last two strides is 1."""
+class Layout(NamedTuple):
+    """How tokens [B, N, C] lie in memory; one of the last two strides is 1."""
 
-    data: Tensor
     stride_b: int
     stride: int
     channels_last: bool
     align: int
 
 
-def _tokens(t: Tensor) -> _Tokens:
-    """Describe t by its strides; copy it only where neither tokens nor channels are adjacent."""
-    batch_stride, token_stride, channel_stride = t.stride()
-    if channel_stride == 1 or t.shape[2] == 1:
+@functools.lru_cache(maxsize=1024)
+def layout(
+    stride_b: int, token_stride: int, channel_stride: int, n_tokens: int, width: int
+) -> Layout | None:
+    """The layout of tokens with these strides; None: neither tokens nor channels are adjacent."""
+    if channel_stride == 1 or width == 1:
         stride, channels_last = token_stride, True
-    elif token_stride == 1 or t.shape[1] == 1:
+    elif token_stride == 1 or n_tokens == 1:
         stride, channels_last = channel_stride, False
     else:
-        return _tokens(t.contiguous())
+        return None
     align = 16
-    while stride % align or batch_stride % align:
+    while stride % align or stride_b % align:
         align //= 2
-    return _Tokens(t, batch_stride, stride, channels_last, align)
+    return Layout(stride_b, stride, channels_last, align)
 
 
-def _empty_tokens_like(tokens: _Tokens) -> Tensor:
-    """An uninitialised tensor of that shape and order of axes, without gaps."""
-    batch, n_tokens, width = tokens.data.shape
-    if tokens.channels_last:
-        return tokens.data.new_empty(batch, n_tokens, width)
-    return tokens.data.new_empty(batch, width, n_tokens).transpose(1, 2)
+class _Tokens(NamedTuple):
+    """Tokens, or an image, that the kernels can read as [B, N, C]."""
+
+    data: Tensor
+    batch: int
+    n_tokens: int
+    width: int
+    layout: Layout
+
+
+def _tokens(t: Tensor) -> _Tokens:
+    """t [B, N, C] or [B, C, H, W], or a copy of it where the kernels cannot read its strides."""
+    tokens = tokens_of(t)
+    if tokens is not None:
+        batch, n_tokens, width, strides = tokens
+        found = layout(*strides, n_tokens, width)
+        if found is not None:
+            return _Tokens(t, batch, n_tokens, width, found)
+    return _tokens(t.contiguous())
+
+
+def _empty_like(tokens: _Tokens) -> _Tokens:
+    """Uninitialised tokens in that order of axes, without gaps."""
+    data = tokens.data
+    if data.dim() == 3 and not tokens.layout.channels_last:
+        return _tokens(data.new_empty(data.mT.shape).mT)
+    contiguous = data.dim() == 3 or not tokens.layout.channels_last
+    memory_format = torch.contiguous_format if contiguous else torch.channels_last
+    return _tokens(torch.empty_like(data, memory_format=memory_format))
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -74,6 +100,27 @@ def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
+def _reusable(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a launch for these fits others of their kind."""
+    for t in tensors:  # noqa: SIM110 - a generator takes twice as long
+        if t is not None and not fits_kernels(t):
+            return False
+    return True
+
+
+def _missing(inputs: Sequence[object]) -> tuple[bool, ...]:
+    return tuple([t is None for t in inputs])
+
+
+def _lay_out(sizes: Sequence[int]) -> tuple[int, list[int]]:
+    """(bytes in all, offsets) of pieces of that many bytes, each at a multiple of 16."""
+    offsets, end = [], 0
+    for size in sizes:
+        offsets.append(end)
+        end += _cdiv(size, 16) * 16
+    return end, offsets
+
+
 def _split_tokens(n_tokens: int, block_n: int) -> tuple[int, int]:
     """(splits, tiles in each) of an item's tokens for the pooling kernels: a function of N only."""
     tiles = _cdiv(n_tokens, block_n)
@@ -85,6 +132,7 @@ def _queries_and_keys(
     x: Tensor, wq: Tensor, bq: Tensor | None, wk: Tensor, bk: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Queries and keys [B, N, E] of a wide layer by one GEMM; views of one buffer."""
+    x = x if x.dim() == 3 else x.flatten(2).mT
     return torch.nn.functional.linear(x, *pack_projections(wq, bq, wk, bk)).chunk(2, dim=2)
 
 
@@ -103,15 +151,16 @@ def additive_self_attention_forward(
     options: Options,
     keep: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out [B, N, D], and for the backward G [B, E], pooling statistics [B, 2], M = Wf Wp [D, E].
+    """out, and for the backward G [B, E], pooling statistics [B, 2], M = Wf Wp [D, E].
 
-    `keep` means something to the CPU kernels only.
+    x may be an image [B, C, H, W]; then out is one, in the order of channels_last. w_g may be
+    [E, 1]. `keep` means something to the CPU kernels only.
     """
     if wq.shape[0] > config.MAX_PROJECTED_WIDTH:
         with device_guard(x):
             q, k = _queries_and_keys(x, wq, bq, wk, bk)
-        return additive_attention_forward(q, k, w_g, wp, bp, wf, bf, mask, options)
-    return _forward(x, x, (wq, bq, wk, bk), w_g, wp, bp, wf, bf, mask, options)
+        return _forward(q, k, None, w_g, wp, bp, wf, bf, mask, options, x)
+    return _forward(x, x, (wq, bq, wk, bk), w_g, wp, bp, wf, bf, mask, options, x)
 
 
 def additive_attention_forward(
@@ -129,7 +178,7 @@ def additive_attention_forward(
     """As `additive_self_attention_forward`, from queries and keys [B, N, E]."""
     if q.stride() != k.stride():
         q, k = q.contiguous(), k.contiguous()
-    return _forward(q, k, None, w_g, wp, bp, wf, bf, mask, options)
+    return _forward(q, k, None, w_g, wp, bp, wf, bf, mask, options, q)
 
 
 def _forward(
@@ -143,217 +192,396 @@ def _forward(
     bf: Tensor | None,
     mask: Tensor | None,
     options: Options,
+    like: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, n_tokens, in_dims = q.shape
+    """`like`: tokens or an image in whose form the output is."""
     token_dim, width = wf.shape
-    acc = accumulator(q.dtype)
-    out = q.new_empty(batch, n_tokens, token_dim)
-    global_query = q.new_empty(batch, width, dtype=acc)
-    statistics = q.new_empty(batch, 2, dtype=acc)
-    folded = q.new_empty(token_dim, width)
-    cfg = config.choose_config(width, q.dtype, config.architecture(q.device))
-    # Without tokens there is nothing to pool, but a backward may still ask for M, G and statistics.
-    splits, tiles_per_split = _split_tokens(max(n_tokens, 1), cfg.block_n)
-    pooled = q.new_empty(batch, splits, width, dtype=acc)
-    split_statistics = q.new_empty(batch, splits, 2, dtype=acc)
     view = _tokens(q)
+    _, batch, n_tokens, in_dims, _ = view
     key_view = view if k is q else _tokens(k)
-    wq, bq, wk, bk = _contiguous(*(projections or (None,) * 4))
-    w_g, wp, bp, wf, bf = _contiguous(w_g, wp, bp, wf, bf)
-    block_m = 32 if width <= 64 else 64
-    fold_programs = _cdiv(token_dim, block_m) * _cdiv(width, block_m)
-    shared: dict[str, Any] = {
-        "C": in_dims,
-        "E": width,
-        "D": token_dim,
-        "EPS": options.eps,
-        "POOLING": options.pooling,
-        "QK_NORM": options.qk_norm,
-        "PROJECT": projections is not None,
-        "CHANNELS_LAST": view.channels_last,
-        "ALIGN": view.align,
-        "PRECISION": _precision(q.dtype),
-        "BLOCK_N": cfg.block_n,
-        "BLOCK_E": config.next_power_of_two(width),
-        "BLOCK_K": cfg.block_k,
-        "num_warps": cfg.num_warps,
-    }
-    tiles = _cdiv(n_tokens, cfg.block_n)
+    inputs = (
+        view.data, key_view.data, *_contiguous(*(projections or (None,) * 4)),
+        *_contiguous(w_g, wp, bp, wf, bf), _mask_bytes(mask),
+    )  # fmt: skip
+    plan = _forward_plan(
+        _Kind(
+            batch, n_tokens, in_dims, width, token_dim, view.layout, q.dtype, q.device, options,
+            projections is not None, _precision(q.dtype), _missing(inputs), _reusable(inputs),
+        )
+    )  # fmt: skip
+    new, acc = q.new_empty, accumulator(q.dtype)
+    out = q.new_empty_strided(*output_like(like, token_dim))
+    global_query = new(batch, width, dtype=acc)
+    statistics = new(batch, 2, dtype=acc)
+    folded = new(token_dim, width)
+    pooled = new(batch, plan.splits, width, dtype=acc)
+    split_statistics = new(batch, plan.splits, 2, dtype=acc)
+    results = (out, global_query, statistics, folded, pooled, split_statistics)
     with device_guard(q):
-        _pool_forward_kernel[(batch * splits + fold_programs,)](
-            view.data, wq, bq, w_g, _mask_bytes(mask), wp, wf, pooled, split_statistics, folded,
-            n_tokens, splits, tiles_per_split, batch * splits, view.stride_b, view.stride,
-            SCALE=options.scale, BLOCK_M=block_m, num_stages=cfg.num_stages, **shared,
-        )  # fmt: skip
-        if batch * tiles:
-            _output_forward_kernel[(batch * tiles,)](
-                view.data, key_view.data, wq, bq, wk, bk, bp, wf, bf, folded, pooled,
-                split_statistics, out, global_query, statistics,
-                n_tokens, splits, tiles, view.stride_b, view.stride,
-                BLOCK_J=cfg.block_j, BLOCK_S=config.BLOCK_S, num_stages=cfg.output_num_stages,
-                **shared,
-            )  # fmt: skip
+        plan.start(inputs, results)
     return out, global_query, statistics, folded
 
 
-class _Backward:
-    """One backward call: what its kernels share, and a method for each of its two stages.
+class _Kind(NamedTuple):
+    """Everything that the kernels of a call are compiled for, or their grids computed from."""
 
-    `projections` are (wq, bq, wk, bk) if the kernels project x themselves; else None, and `q` and
-    `k` describe queries and keys.
+    batch: int
+    n_tokens: int
+    in_dims: int
+    width: int
+    token_dim: int
+    tokens: Layout
+    dtype: torch.dtype
+    device: torch.device
+    options: Options
+    project: bool
+    precision: str
+    missing: tuple[bool, ...]
+    """Which of the inputs are None."""
+    reusable: bool
+    """As `Prepared` has it."""
+
+
+class _ForwardPlan:
+    """The two launches of a forward for one kind of call.
+
+    Attributes:
+        splits: partial sums of an item that the first launch leaves.
     """
 
-    def __init__(
-        self,
-        dout: Tensor,
-        q: _Tokens,
-        k: _Tokens,
-        projections: Sequence[Tensor | None] | None,
-        w_g: Tensor,
-        wp: Tensor,
-        bp: Tensor | None,
-        wf: Tensor,
-        mask: Tensor | None,
-        saved: tuple[Tensor, Tensor, Tensor],
-        options: Options,
-    ) -> None:
-        self.q, self.k, self.dout = q, k, _tokens(dout)
-        self.projections = _contiguous(*(projections or (None,) * 4))
-        self.w_g, self.wp, self.bp, self.wf = _contiguous(w_g, wp, bp, wf)
-        self.mask = _mask_bytes(mask)
-        self.saved = saved
-        self.options = options
-        self.batch, self.n_tokens, self.in_dims = q.data.shape
-        self.token_dim, self.width = wf.shape
-        self.acc = accumulator(wf.dtype)
-        self.config = config.choose_config(self.width, wf.dtype, config.architecture(wf.device))
-        self.shared: dict[str, Any] = {
-            "E": self.width,
-            "D": self.token_dim,
-            "CHANNELS_LAST": q.channels_last,
-            "ALIGN": q.align,
-            "DOUT_CHANNELS_LAST": self.dout.channels_last,
-            "DOUT_ALIGN": self.dout.align,
-            "PRECISION": _precision(wf.dtype),
+    def __init__(self, kind: _Kind) -> None:
+        batch, n_tokens, in_dims, width, token_dim, tokens, dtype, device, options, *_ = kind
+        cfg = config.choose_config(width, dtype, config.architecture(device))
+        # Without tokens there is nothing to pool, but a backward may ask for M, G and statistics.
+        splits, tiles_per_split = _split_tokens(max(n_tokens, 1), cfg.block_n)
+        self.splits = splits
+        block_m = 32 if width <= 64 else 64
+        fold_programs = _cdiv(token_dim, block_m) * _cdiv(width, block_m)
+        tiles = _cdiv(n_tokens, cfg.block_n)
+        shared: dict[str, Any] = {
+            "C": in_dims,
+            "E": width,
+            "D": token_dim,
+            "EPS": options.eps,
+            "POOLING": options.pooling,
+            "QK_NORM": options.qk_norm,
+            "PROJECT": kind.project,
+            "CHANNELS_LAST": tokens.channels_last,
+            "ALIGN": tokens.align,
+            "PRECISION": kind.precision,
+            "BLOCK_N": cfg.block_n,
+            "BLOCK_E": config.next_power_of_two(width),
+            "BLOCK_K": cfg.block_k,
+            "num_warps": cfg.num_warps,
         }
-        self.by_rows: dict[str, Any] = {
-            "C": self.in_dims,
+        self._pool = Prepared(
+            _pool_forward_kernel,
+            batch * splits + fold_programs,
+            (n_tokens, splits, tiles_per_split, batch * splits, tokens.stride_b, tokens.stride),
+            {"SCALE": options.scale, "BLOCK_M": block_m, "num_stages": cfg.num_stages} | shared,
+            kind.reusable,
+        )
+        self._output = Prepared(
+            _output_forward_kernel,
+            batch * tiles,
+            (n_tokens, splits, tiles, tokens.stride_b, tokens.stride),
+            {
+                "BLOCK_J": cfg.block_j,
+                "BLOCK_S": config.BLOCK_S,
+                "num_stages": cfg.output_num_stages,
+            }
+            | shared,
+            kind.reusable,
+        )
+        numbers = torch.finfo(accumulator(dtype)).bits // 8
+        sizes = [
+            batch * width * numbers,
+            batch * 2 * numbers,
+            token_dim * width * dtype.itemsize,
+            batch * splits * width * numbers,
+            batch * splits * 2 * numbers,
+        ]
+        self._temporary_bytes, self._offsets = _lay_out(sizes)
+
+    @property
+    def ready(self) -> bool:
+        """Whether `start` takes addresses."""
+        return self._output.ready
+
+    def start(self, inputs: Sequence[Pointer], results: Sequence[Pointer]) -> None:
+        """Launch both kernels in the current stream.
+
+        Args:
+            inputs: q, k (both x if the kernels project it), the nine weights, the mask.
+            results: out, G, statistics, M, and the two temporary ones of the first launch.
+        """
+        q, k, wq, bq, wk, bk, w_g, wp, bp, wf, bf, mask = inputs
+        out, global_query, statistics, folded, pooled, split_statistics = results
+        self._pool(q, wq, bq, w_g, mask, wp, wf, pooled, split_statistics, folded)
+        self._output(
+            q, k, wq, bq, wk, bk, bp, wf, bf, folded, pooled, split_statistics, out, global_query,
+            statistics,
+        )  # fmt: skip
+
+    def infer(self, x: Tensor, out: Tensor, weights: Sequence[int | None]) -> None:
+        """Fill out [B, N, D], contiguous, by address; for when `ready`.
+
+        Args:
+            weights: addresses of the nine weights; more is ignored.
+        """
+        temporary = x.new_empty(self._temporary_bytes, dtype=torch.uint8)
+        at, address = temporary.data_ptr(), x.data_ptr()
+        wq, bq, wk, bk, w_g, wp, bp, wf, bf, *_ = weights
+        global_query, statistics, folded, pooled, split_statistics = self._offsets
+        with device_guard(x):
+            self._pool(
+                address, wq, bq, w_g, None, wp, wf, at + pooled, at + split_statistics, at + folded
+            )
+            self._output(
+                address, address, wq, bq, wk, bk, bp, wf, bf, at + folded, at + pooled,
+                at + split_statistics, out.data_ptr(), at + global_query, at + statistics,
+            )  # fmt: skip
+
+
+_forward_plan = functools.lru_cache(maxsize=512)(_ForwardPlan)
+
+
+def compiled_forward(
+    x: Tensor, width: int, token_dim: int, weights: Sequence[int | None], options: Options
+) -> Callable[[Tensor, Tensor, Sequence[int | None]], None] | None:
+    """`_ForwardPlan.infer` for tokens or images like x, if such a call was made before; else None.
+
+    Args:
+        weights: addresses of the nine weights, contiguous.
+    """
+    view = _tokens(x)
+    if view.data is not x or width > config.MAX_PROJECTED_WIDTH:
+        return None
+    plan = _forward_plan(
+        _Kind(
+            view.batch, view.n_tokens, view.width, width, token_dim, view.layout, x.dtype, x.device,
+            options, True, _precision(x.dtype), _missing((x, x, *weights, None)), True,
+        )
+    )  # fmt: skip
+    return plan.infer if plan.ready else None
+
+
+class _BackwardKind(NamedTuple):
+    """As `_Kind`, of whose `tokens` the queries and keys (or x, if the kernels project it) are."""
+
+    forward: _Kind
+    dout: Layout
+    dx: Layout | None
+    """None: rows leave no gradient of x."""
+    x: Layout | None
+    """Of the tokens that queries and keys were made of; None if they were given."""
+    x_width: int
+    needs_weights: bool
+
+
+class _BackwardPlan:
+    """The launches of a backward for one kind of call.
+
+    Attributes:
+        fuses: the moments are summed by the rows kernel; else from planes that it leaves.
+        splits: partial sums of dG of an item.
+        dw_g_parts, moment_parts: partial sums of the gradient of w_g and of the moments.
+        moment_width: numbers in a set of moments, see `_finish_backward_kernel`.
+    """
+
+    def __init__(self, kind: _BackwardKind) -> None:
+        batch, n_tokens, in_dims, width, token_dim, tokens, dtype, device, options, *_ = (
+            kind.forward
+        )
+        cfg = config.choose_config(width, dtype, config.architecture(device))
+        widest = max(in_dims, token_dim, width)
+        project, needs_weights = kind.forward.project, kind.needs_weights
+        self.fuses = needs_weights and project and widest <= config.MAX_FUSED_WIDTH
+        strides = (tokens.stride_b, tokens.stride, kind.dout.stride_b, kind.dout.stride)
+        shared: dict[str, Any] = {
+            "E": width,
+            "D": token_dim,
+            "CHANNELS_LAST": tokens.channels_last,
+            "ALIGN": tokens.align,
+            "DOUT_CHANNELS_LAST": kind.dout.channels_last,
+            "DOUT_ALIGN": kind.dout.align,
+            "PRECISION": kind.forward.precision,
+        }
+        by_rows: dict[str, Any] = {
+            "C": in_dims,
             "EPS": options.eps,
             "QK_NORM": options.qk_norm,
-            "PROJECT": projections is not None,
-            "BLOCK_E": config.next_power_of_two(self.width),
-            "BLOCK_K": self.config.block_k,
+            "PROJECT": project,
+            "BLOCK_E": config.next_power_of_two(width),
+            "BLOCK_K": cfg.block_k,
         }
+        reusable = kind.forward.reusable
 
-    def rows(
-        self,
-        dx: Tensor | None,
-        dq: Tensor | None,
-        dk: Tensor | None,
-        sides: Tensor | None,
-        needs_weights: bool,
-        fuse: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Fill dx, dq, dk and sides (t, z) where given.
+        self.splits, tiles_per_split = _split_tokens(n_tokens, cfg.block_n)
+        self._pool = Prepared(
+            _pool_backward_kernel,
+            batch * self.splits,
+            (n_tokens, self.splits, tiles_per_split, *strides),
+            {"BLOCK_N": cfg.block_n, "num_warps": cfg.num_warps, "num_stages": cfg.num_stages}
+            | shared
+            | by_rows,
+            reusable,
+        )
 
-        Returns, by groups of tokens, dw_g [groups, E] and with `fuse` the moments; else nothing in
-        them.
-        """
-        wq, bq, wk, bk = self.projections
-        global_query, statistics, folded = self.saved
-        cfg, n_tokens = self.config, self.n_tokens
-        splits, tiles_per_split = _split_tokens(n_tokens, cfg.block_n)
-        grad_g = self.wf.new_empty(self.batch, splits, self.width, dtype=self.acc)
-        _pool_backward_kernel[(self.batch * splits,)](
-            self.k.data, wk, bk, folded, self.dout.data, grad_g,
-            n_tokens, splits, tiles_per_split,
-            self.k.stride_b, self.k.stride, self.dout.stride_b, self.dout.stride,
-            BLOCK_N=cfg.block_n, num_warps=cfg.num_warps, num_stages=cfg.num_stages,
-            **self.shared, **self.by_rows,
-        )  # fmt: skip
-        block_n = cfg.rows_block_n
-        tiles = _cdiv(n_tokens, block_n)
+        tiles = _cdiv(n_tokens, cfg.rows_block_n)
         # Fused, a program leaves a set of moments; else only a few sums, and may be short.
-        tokens = config.FUSED_GROUP_TOKENS if fuse else config.GROUP_TOKENS
-        tiles_per_group = min(tiles, tokens // block_n)
+        group = config.FUSED_GROUP_TOKENS if self.fuses else config.GROUP_TOKENS
+        tiles_per_group = min(tiles, group // cfg.rows_block_n)
         groups = _cdiv(tiles, tiles_per_group)
-        programs = self.batch * groups
-        new, acc = self.wf.new_empty, self.acc
-        dw_g = new(programs, self.width if needs_weights else 0, dtype=acc)
-        moments = new(programs, self.moment_width(2, self.in_dims) if fuse else 0, dtype=acc)
-        dx_view = self.q if dx is None else _tokens(dx)
-        # The kernel takes one alignment for x and dx, whose strides differ where x has gaps.
-        shared = self.shared | {"ALIGN": min(self.q.align, dx_view.align)}
-        _rows_backward_kernel[(programs,)](
-            self.q.data, self.k.data, wq, bq, wk, bk, self.w_g, self.mask, self.bp, self.wf, folded,
-            global_query, statistics, grad_g, self.dout.data, dx, dq, dk, sides,
-            dw_g if needs_weights else None, moments if fuse else None,
-            n_tokens, splits, groups, tiles_per_group,
-            self.q.stride_b, self.q.stride, self.dout.stride_b, self.dout.stride,
-            dx_view.stride_b, dx_view.stride, self.batch * n_tokens * self.width,
-            SCALE=self.options.scale, POOLING=self.options.pooling, FUSE=fuse,
-            BLOCK_J=cfg.block_j, BLOCK_C=config.next_power_of_two(self.in_dims) if fuse else 16,
-            BLOCK_D=config.next_power_of_two(self.token_dim) if fuse else 16,
-            BLOCK_N=block_n, BLOCK_S=config.BLOCK_S,
-            num_warps=cfg.rows_num_warps, num_stages=cfg.rows_num_stages,
-            **shared, **self.by_rows,
+        self.dw_g_parts = self.moment_parts = batch * groups
+        x_planes = 0 if kind.x is None else 2
+        self.moment_width = x_planes * width * (kind.x_width + 1) + (2 * width + 1) * token_dim
+        dx = kind.dx or tokens
+        self._rows = Prepared(
+            _rows_backward_kernel,
+            batch * groups,
+            (
+                n_tokens, self.splits, groups, tiles_per_group, *strides, dx.stride_b, dx.stride,
+                batch * n_tokens * width,
+            ),
+            shared
+            | by_rows
+            | {
+                # One alignment for x and dx, whose strides differ where x has gaps.
+                "ALIGN": min(tokens.align, dx.align),
+                "SCALE": options.scale,
+                "POOLING": options.pooling,
+                "FUSE": self.fuses,
+                "BLOCK_J": cfg.block_j,
+                "BLOCK_C": config.next_power_of_two(in_dims) if self.fuses else 16,
+                "BLOCK_D": config.next_power_of_two(token_dim) if self.fuses else 16,
+                "BLOCK_N": cfg.rows_block_n,
+                "BLOCK_S": config.BLOCK_S,
+                "num_warps": cfg.rows_num_warps,
+                "num_stages": cfg.rows_num_stages,
+            },
+            reusable,
         )  # fmt: skip
-        return dw_g, moments
+        if not needs_weights:
+            return
 
-    def moment_width(self, x_planes: int, in_dims: int) -> int:
-        """Numbers in a set of moments: (dq, dk)^T x, (t, z)^T dout, and the sums for biases."""
-        width, token_dim = self.width, self.token_dim
-        return x_planes * width * (in_dims + 1) + (2 * width + 1) * token_dim
+        if not self.fuses:
+            block = 64
+            tiles = batch * _cdiv(n_tokens, block)
+            across = x_planes * _cdiv(kind.x_width, block) + 2 * _cdiv(token_dim, block)
+            jobs = _cdiv(width, block) * across
+            tiles_per_split = _cdiv(tiles, config.moment_splits(jobs, tiles))
+            splits = self.moment_parts = _cdiv(tiles, tiles_per_split)
+            x = kind.x or kind.dout
+            self._moments = Prepared(
+                _weights_backward_kernel,
+                jobs * splits,
+                (
+                    n_tokens, tiles, splits, tiles_per_split, batch * n_tokens * width,
+                    x.stride_b, x.stride, kind.dout.stride_b, kind.dout.stride,
+                ),
+                shared
+                | {
+                    "CHANNELS_LAST": x.channels_last,
+                    "ALIGN": x.align,
+                    "C": kind.x_width,
+                    "X_PLANES": x_planes,
+                    "BLOCK_R": block,
+                    "BLOCK_J": block,
+                    "BLOCK_N": block,
+                    "num_warps": 4 if dtype in config.HALVES else 8,
+                    "num_stages": 2,
+                },
+                reusable,
+            )  # fmt: skip
+        block, partials = config.finish_blocks(self.moment_width)
+        self._finish = Prepared(
+            _finish_backward_kernel,
+            _cdiv(width, block) + _cdiv(self.moment_width, block),
+            (self.dw_g_parts, self.moment_parts),
+            {
+                "C": kind.x_width if x_planes else 0,
+                "E": width,
+                "D": token_dim,
+                "X_PLANES": x_planes,
+                "BLOCK_J": block,
+                "BLOCK_S": partials,
+                "num_warps": 8,
+                "num_stages": 2,
+            },
+            reusable,
+        )
 
-    def moments(self, x: _Tokens | None, planes: Tensor) -> Tensor:
-        """Moments of planes [2 or 4, B, N, E]: dq and dk (if four) with x, t and z with dout."""
-        x_planes = 0 if x is None else 2
-        x = x or self.dout
-        in_dims = x.data.shape[2]
-        block = 64
-        tiles = self.batch * _cdiv(self.n_tokens, block)
-        down = _cdiv(self.width, block)
-        jobs = down * (x_planes * _cdiv(in_dims, block) + 2 * _cdiv(self.token_dim, block))
-        tiles_per_split = _cdiv(tiles, config.moment_splits(jobs, tiles))
-        splits = _cdiv(tiles, tiles_per_split)
-        moment_width = self.moment_width(x_planes, in_dims)
-        moments = self.wf.new_empty(splits, moment_width, dtype=self.acc)
-        shared = self.shared | {"CHANNELS_LAST": x.channels_last, "ALIGN": x.align}
-        _weights_backward_kernel[(jobs * splits,)](
-            x.data, self.dout.data, planes, moments,
-            self.n_tokens, tiles, splits, tiles_per_split, planes.stride(0),
-            x.stride_b, x.stride, self.dout.stride_b, self.dout.stride,
-            C=in_dims, X_PLANES=x_planes, BLOCK_R=block, BLOCK_J=block, BLOCK_N=block,
-            num_warps=4 if self.wf.dtype in config.HALVES else 8, num_stages=2, **shared,
+    def start_rows(
+        self,
+        inputs: Sequence[Tensor | None],
+        saved: tuple[Tensor, Tensor, Tensor],
+        dout: Tensor,
+        grad_g: Tensor,
+        dx: Tensor | None,
+        planes: Sequence[Tensor | None],
+        sums: Sequence[Tensor | None],
+    ) -> None:
+        """The first two launches.
+
+        Args:
+            inputs: as `_ForwardPlan.start` has them.
+            saved: G, statistics, M.
+            planes: dq, dk, and t and z in one, where wanted.
+            sums: partial sums of the gradient of w_g, if weights' gradients are wanted, and of the
+                moments, if it `fuses` them.
+        """
+        q, k, wq, bq, wk, bk, w_g, _, bp, wf, _, mask = inputs
+        global_query, statistics, folded = saved
+        self._pool(k, wk, bk, folded, dout, grad_g)
+        self._rows(
+            q, k, wq, bq, wk, bk, w_g, mask, bp, wf, folded, global_query, statistics, grad_g, dout,
+            dx, *planes, *sums,
         )  # fmt: skip
-        return moments
 
-    def weight_gradients(
-        self, dw_g_parts: Tensor, moments: Tensor, in_dims: int, biases: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
-        """dWq, dbq, dWk, dbk (None if in_dims is 0), dw_g, dWp, dbp, dWf, dbf."""
-        width, token_dim, new = self.width, self.token_dim, self.wf.new_empty
-        bq, bk, bp, bf = biases
-        dwq, dwk = (new(width, in_dims), new(width, in_dims)) if in_dims else (None, None)
-        dw_g = new(width)
+    def start_moments(self, x: Tensor, dout: Tensor, planes: Tensor, moments: Tensor) -> None:
+        """Partial sums of the moments of planes (dq, dk,) t, z [2 or 4, B, N, E]."""
+        self._moments(x, dout, planes, moments)
+
+    def finish(
+        self, dw_g_parts: Tensor, moments: Tensor, gradients: Sequence[Tensor | None]
+    ) -> None:
+        """Add up partial sums to `gradients`: dw_g, dWq, dWk, U, V, dbq, dbk, dbf."""
+        self._finish(dw_g_parts, moments, *gradients)
+
+
+_backward_plan = functools.lru_cache(maxsize=512)(_BackwardPlan)
+
+
+def _weight_gradients(
+    plan: _BackwardPlan,
+    dw_g_parts: Tensor,
+    moments: Tensor,
+    x_width: int,
+    inputs: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """dWq, dbq, dWk, dbk (None if x_width is 0), dw_g, dWp, dbp, dWf, dbf."""
+    _, _, _, bq, _, bk, w_g, wp, bp, wf, bf, _ = inputs
+    assert w_g is not None
+    assert wp is not None
+    assert wf is not None
+    token_dim, width = wf.shape
+    new = wf.new_empty
+    dwq = dwk = dbq = dbk = None
+    if x_width:
+        dwq, dwk = new(width, x_width), new(width, x_width)
         dbq, dbk = (None if bias is None else new(width) for bias in (bq, bk))
-        dbf = None if bp is None and bf is None else new(token_dim)
-        # U and V are rounded to the storage type, as eager rounds the operands of its GEMMs.
-        U, V = new(token_dim, width), new(token_dim, width)
-        block, partials = config.finish_blocks(moments.shape[1])
-        programs = _cdiv(width, block) + _cdiv(moments.shape[1], block)
-        _finish_backward_kernel[(programs,)](
-            dw_g_parts, moments, dw_g, dwq, dwk, U, V, dbq, dbk, dbf,
-            dw_g_parts.shape[0], moments.shape[0],
-            C=in_dims, E=width, D=token_dim, X_PLANES=2 if in_dims else 0,
-            BLOCK_J=block, BLOCK_S=partials, num_warps=8, num_stages=2,
-        )  # fmt: skip
-        wf_t = self.wf.t()
-        dwp = wf_t @ U
-        dbp = None if bp is None else wf_t @ dbf
-        # In place: out of place, addmm would copy V first.
-        dwf = V.addmm_(U, self.wp.t())
-        return [dwq, dbq, dwk, dbk, dw_g, dwp, dbp, dwf, None if bf is None else dbf]
+    dw_g = new(w_g.shape)
+    dbf = None if bp is None and bf is None else new(token_dim)
+    # U and V are rounded to the storage type, as eager rounds the operands of its GEMMs.
+    U, V = new(token_dim, width), new(token_dim, width)
+    plan.finish(dw_g_parts, moments, (dw_g, dwq, dwk, U, V, dbq, dbk, dbf))
+    wf_t = wf.t()
+    dwp = wf_t @ U
+    dbp = None if bp is None or dbf is None else wf_t @ dbf
+    # In place: out of place, addmm would copy V first.
+    dwf = V.addmm_(U, wp.t())
+    return [dwq, dbq, dwk, dbk, dw_g, dwp, dbp, dwf, None if bf is None else dbf]
 
 
 def additive_self_attention_backward(
@@ -375,35 +603,58 @@ def additive_self_attention_backward(
     needs_weights: bool,
 ) -> list[Tensor | None]:
     """Gradients of x and the nine weights; None where not asked for or without bias."""
-    batch, n_tokens, in_dims = x.shape
-    width = wq.shape[0]
+    width, token_dim = wq.shape[0], wf.shape[0]
     project = width <= config.MAX_PROJECTED_WIDTH
     with device_guard(x):
-        view = _tokens(x)
+        view, dout_view = _tokens(x), _tokens(dout)
+        _, batch, n_tokens, in_dims, _ = view
         q = k = view
         if not project:
             q, k = map(_tokens, _queries_and_keys(x, wq, bq, wk, bk))
-        projections = (wq, bq, wk, bk) if project else None
-        call = _Backward(dout, q, k, projections, w_g, wp, bp, wf, mask, saved, options)
-        fuse = needs_weights and project and max(in_dims, *wf.shape) <= config.MAX_FUSED_WIDTH
+        dx_view = _empty_like(view) if needs_tokens and project else None
+        dx = None if dx_view is None else dx_view.data
+        inputs = (
+            q.data, k.data, *_contiguous(wq, bq, wk, bk, w_g, wp, bp, wf, bf), _mask_bytes(mask)
+        )  # fmt: skip
+        reusable = _reusable((*inputs, view.data, dout_view.data))
+        plan = _backward_plan(
+            _BackwardKind(
+                _Kind(
+                    batch, n_tokens, q.width, width, token_dim, q.layout, x.dtype, x.device,
+                    options, project, _precision(x.dtype), _missing(inputs), reusable,
+                ),
+                dout_view.layout, None if dx_view is None else dx_view.layout, view.layout, in_dims,
+                needs_weights,
+            )
+        )  # fmt: skip
         planes = dq = dk = sides = None
-        if not project or (needs_weights and not fuse):
+        if not project or (needs_weights and not plan.fuses):
             planes = x.new_empty(4 if needs_weights else 2, batch, n_tokens, width)
             dq, dk, sides = planes[0], planes[1], planes[2:] if needs_weights else None
-        dx = _empty_tokens_like(view) if needs_tokens and project else None
-        dw_g_parts, moments = call.rows(dx, dq, dk, sides, needs_weights, fuse)
+        acc = accumulator(x.dtype)
+        grad_g = x.new_empty(batch, plan.splits, width, dtype=acc)
+        dw_g_parts = moments = None
+        if needs_weights:
+            dw_g_parts = x.new_empty(plan.dw_g_parts, width, dtype=acc)
+            moments = x.new_empty(plan.moment_parts, plan.moment_width, dtype=acc)
+        plan.start_rows(
+            inputs, saved, dout_view.data, grad_g, dx, (dq, dk, sides),
+            (dw_g_parts, moments if plan.fuses else None),
+        )  # fmt: skip
         if needs_tokens and not project:
             assert dq is not None
             assert dk is not None
-            dx = torch.mm(dq.view(-1, width), wq).addmm_(dk.view(-1, width), wk).view(x.shape)
+            dx = torch.mm(dq.view(-1, width), wq).addmm_(dk.view(-1, width), wk)
+            dx = dx.view(batch, n_tokens, in_dims)
+            dx = dx if x.dim() == 3 else dx.mT.unflatten(2, x.shape[2:])
         if dx is not None and dx.stride() != x.stride():
             # The strides that an operator promises: those of the input where it is dense.
             dx = torch.empty_like(x).copy_(dx)
-        if not needs_weights:
+        if dw_g_parts is None or moments is None:
             return [dx, *[None] * 9]
         if planes is not None:
-            moments = call.moments(view, planes)
-        return [dx, *call.weight_gradients(dw_g_parts, moments, in_dims, (bq, bk, bp, bf))]
+            plan.start_moments(view.data, dout_view.data, planes, moments)
+        return [dx, *_weight_gradients(plan, dw_g_parts, moments, in_dims, inputs)]
 
 
 def additive_attention_backward(
@@ -422,17 +673,38 @@ def additive_attention_backward(
     needs_weights: bool,
 ) -> list[Tensor | None]:
     """Gradients of q, k and the five weights; None where not asked for or without bias."""
+    batch, n_tokens, width = q.shape
+    acc = accumulator(q.dtype)
     with device_guard(q):
         if q.stride() != k.stride():
             q, k = q.contiguous(), k.contiguous()
-        call = _Backward(dout, _tokens(q), _tokens(k), None, w_g, wp, bp, wf, mask, saved, options)
+        view, key_view, dout_view = _tokens(q), _tokens(k), _tokens(dout)
+        inputs = (
+            view.data, key_view.data, *(None,) * 4, *_contiguous(w_g, wp, bp, wf, bf),
+            _mask_bytes(mask),
+        )  # fmt: skip
+        plan = _backward_plan(
+            _BackwardKind(
+                _Kind(
+                    batch, n_tokens, width, width, wf.shape[0], view.layout, q.dtype, q.device,
+                    options, False, _precision(q.dtype), _missing(inputs),
+                    _reusable((*inputs, dout_view.data)),
+                ),
+                dout_view.layout, None, None, 0, needs_weights,
+            )
+        )  # fmt: skip
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk = torch.empty_like(dq)
         sides = q.new_empty(2, *q.shape) if needs_weights else None
-        dw_g_parts, _ = call.rows(None, dq, dk, sides, needs_weights, fuse=False)
+        grad_g = q.new_empty(batch, plan.splits, width, dtype=acc)
+        dw_g_parts = q.new_empty(plan.dw_g_parts, width, dtype=acc) if needs_weights else None
+        plan.start_rows(
+            inputs, saved, dout_view.data, grad_g, None, (dq, dk, sides), (dw_g_parts, None)
+        )
         grads: list[Tensor | None] = [dq, dk] if needs_tokens else [None, None]
-        if sides is None:
+        if sides is None or dw_g_parts is None:
             return [*grads, *[None] * 5]
-        moments = call.moments(None, sides)
-        weights = call.weight_gradients(dw_g_parts, moments, 0, (None, None, bp, bf))
+        moments = q.new_empty(plan.moment_parts, plan.moment_width, dtype=acc)
+        plan.start_moments(dout_view.data, dout_view.data, sides, moments)
+        weights = _weight_gradients(plan, dw_g_parts, moments, 0, inputs)
         return [*grads, *weights[4:]]

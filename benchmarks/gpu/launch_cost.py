@@ -1,0 +1,205 @@
+"""What a call costs the host until its kernels are launched, measured without a GPU.
+
+    python -m benchmarks.gpu.launch_cost
+
+Triton gets a driver for an H100 that is not there: kernels are compiled for it as ever, and the
+launcher, which would hand a kernel to the GPU, does nothing. So this is the time of Python, PyTorch
+and Triton on this machine's processor, on tensors in its memory, in a layer so narrow that the
+GEMMs on its weights, which run, take next to no time. Not in it: asking CUDA for the current device
+and stream, the launcher itself, and CUDA's allocator.
+
+Beside it: a module that does nothing, `nn.Linear`, an autograd function with the same inputs and
+gradients that computes nothing, and the same kernels launched by Triton's own lookup. All in turn,
+in process time on one thread. Writes gpu_launch_cost.csv and the page docs/gpu_evidence.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor, nn
+from triton.backends.compiler import GPUTarget
+
+from benchmarks.gpu import report
+from benchmarks.gpu.report import LAUNCH_COST_CSV
+from benchmarks.timing import device_name, interleave
+from benchmarks.tradeoff import write_csv
+from swiftkernels import AdditiveAttention, compat
+from swiftkernels.triton import launch
+
+WIDTH = 16
+SHAPES = {"tokens": (1, 49, WIDTH), "image": (1, WIDTH, 7, 7)}
+CALLS = 50
+"""In one turn."""
+
+LOOKING_UP = "the same by Triton's lookup"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One row of gpu_launch_cost.csv."""
+
+    what: str
+    input: str
+    dtype: str
+    direction: str
+    microseconds: float
+    """Median of the turns."""
+    spread: float
+    """Interquartile range."""
+    fastest: float
+    device: str
+    torch: str
+    triton: str
+
+
+class Utils:
+    """Of a driver that loads no binaries."""
+
+    def load_binary(self, *_: Any) -> tuple[None, int, int, int, int]:
+        return None, 0, 0, 0, 1024  # module, function, registers, spills, threads
+
+    def get_device_properties(self, _: int) -> dict[str, int]:
+        return {"max_shared_mem": 232_448}
+
+
+class Driver:
+    """As Triton's of a CUDA device, whose launcher launches nothing."""
+
+    utils = Utils()
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+    def launcher_cls(self, *_: Any) -> Callable[..., None]:
+        return lambda *_: None
+
+
+class _Nothing(torch.autograd.Function):
+    """The inputs and gradients of a layer, and no computation."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return torch.empty_like(tensors[0])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return tuple([torch.empty_like(t) for t in ctx.saved_tensors])
+
+
+Calls = dict[tuple[str, str], Callable[[], object]]
+"""By what is called, and the direction."""
+
+
+def measure(seconds: float) -> list[Cost]:
+    """All rows; a direction of one kind of input takes that many seconds."""
+    costs = []
+    for name, shape in SHAPES.items():
+        for dtype in (torch.float16, torch.float32):
+            calls = _calls(torch.randn(shape, dtype=dtype))
+            for direction in ("forward", "forward+backward"):
+                turns = {
+                    what: _turn(what, call) for (what, d), call in calls.items() if d == direction
+                }
+                with torch.set_grad_enabled(direction != "forward"):
+                    timings = interleave(turns, "cpu", seconds)
+                costs += [
+                    Cost(
+                        what=what,
+                        input=name,
+                        dtype=str(dtype).removeprefix("torch."),
+                        direction=direction,
+                        microseconds=_microseconds(timing.median),
+                        spread=_microseconds(timing.spread),
+                        fastest=_microseconds(timing.minimum),
+                        device=device_name("cpu"),
+                        torch=torch.__version__,
+                        triton=triton.__version__,
+                    )
+                    for what, timing in timings.items()
+                ]
+    return costs
+
+
+def _microseconds(turn: float) -> float:
+    return round(1e6 * turn / CALLS, 1)
+
+
+def _calls(x: Tensor) -> Calls:
+    """Warm: all kernels are compiled."""
+    layer = AdditiveAttention(WIDTH, WIDTH, 1, backend="triton", dtype=x.dtype)
+    linear = nn.Linear(WIDTH, WIDTH, dtype=x.dtype)
+    identity = nn.Identity()
+    leaf = x.clone().requires_grad_()
+    dout = torch.ones_like(x)
+    parameters = tuple(layer.parameters())
+
+    def step(call: Callable[[Tensor], Tensor], parameters: tuple[Tensor, ...]) -> object:
+        return torch.autograd.grad(call(leaf), (leaf, *parameters), dout)
+
+    def step_of_nothing() -> object:
+        return step(lambda x: _Nothing.apply(x, *parameters), parameters)
+
+    calls: Calls = {("nn.Identity", "forward"): lambda: identity(x)}
+    for what in ("AdditiveAttention", LOOKING_UP):
+        calls[what, "forward"] = lambda: layer(x)
+        calls[what, "forward+backward"] = lambda: step(layer, parameters)
+    if x.dim() == 3:
+        calls["nn.Linear", "forward"] = lambda: linear(x)
+        calls["nn.Linear", "forward+backward"] = lambda: step(linear, tuple(linear.parameters()))
+    calls["empty autograd function", "forward+backward"] = step_of_nothing
+    for (what, direction), call in calls.items():
+        with torch.set_grad_enabled(direction != "forward"):
+            _turn(what, call, 2)()
+    return calls
+
+
+def _turn(what: str, call: Callable[[], object], calls: int = CALLS) -> Callable[[], None]:
+    def turn() -> None:
+        with contextlib.ExitStack() as stack:
+            if what == LOOKING_UP:  # as tensors are launched that lie anyhow
+                stack.enter_context(mock.patch.object(launch, "_reusable", return_value=False))
+                stack.enter_context(mock.patch.object(compat, "fits_kernels", return_value=False))
+            for _ in range(calls):
+                call()
+
+    return turn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("docs/results"), help="folder to write to (%(default)s)")
+    add("--seconds", type=float, default=3.0, help="for each measurement (%(default)s)")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    triton.runtime.driver.set_active(Driver())
+    with mock.patch.object(compat, "triton_takes", return_value=True):
+        costs = measure(given.seconds)
+    for cost in costs:
+        print(
+            f"{cost.what:29}{cost.input:8}{cost.dtype:9}{cost.direction:18}"
+            f"{cost.microseconds:8.1f} us"
+        )
+    write_csv(given.out / LAUNCH_COST_CSV, [asdict(cost) for cost in costs])
+    print(f"wrote {given.out / LAUNCH_COST_CSV} and {report.write(given.out)}")
+
+
+if __name__ == "__main__":
+    main()
