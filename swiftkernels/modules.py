@@ -230,6 +230,7 @@ class AdditiveAttention(AttentionForward):
 
 def _restore(tokens: Tensor, spatial: torch.Size, channels_first: bool) -> Tensor:
     """[B, N, D] back to the axes of the input, as a view."""
+    batch, _, dim = tokens.shape
     if channels_first:
-        return tokens.transpose(1, 2).unflatten(2, spatial)
-    return tokens if len(spatial) == 1 else tokens.unflatten(1, spatial)
+        return tokens.transpose(1, 2).view(batch, dim, *spatial)
+    return tokens if len(spatial) == 1 else tokens.view(batch, *spatial, dim)

@@ -51,14 +51,24 @@ def pool_weights(scores: Tensor, mask: Tensor | None, pooling: str, eps: float) 
         scores = scores.pow(0)
     if mask is not None:
         scores = scores.masked_fill(~mask, 0)
-    return F.normalize(scores, dim=1, eps=eps) if pooling == "l2" else scores
+    return normalised(scores, 1, eps) if pooling == "l2" else scores
+
+
+def normalised(x: Tensor, dim: int, eps: float) -> Tensor:
+    """x / max(|x|, eps), L2 norms along `dim`.
+
+    `torch.nn.functional.normalize` without its `expand`: exported, that would be a copy.
+    """
+    return x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(eps)
 
 
 def global_query(
     q: Tensor, w_g: Tensor, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Token weights a [B, N] and G = sum_n a_n q_n [B, E] of the normalised q [B, N, E]."""
-    scores = (q @ w_g) * options.scale  # [B, N]
+    # In a trace w_g is a matrix of one column: Core ML's converter takes no vector there.
+    products = (q @ w_g.unsqueeze(1)).squeeze(2) if torch.jit.is_tracing() else q @ w_g
+    scores = products * options.scale  # [B, N]
     weights = pool_weights(scores, mask, options.pooling, options.eps)
     return weights, (weights.unsqueeze(-1) * q).sum(dim=1)
 
@@ -79,8 +89,7 @@ def additive_attention(
     w_g [E]; proj_weight [E, E]; final_weight [D, E]; mask [B, N], True = the token takes part.
     """
     if options.qk_norm:
-        q = F.normalize(q, dim=-1, eps=options.eps)
-        k = F.normalize(k, dim=-1, eps=options.eps)
+        q, k = normalised(q, -1, options.eps), normalised(k, -1, options.eps)
     _, G = global_query(q, w_g, mask, options)
     y = F.linear(G.unsqueeze(1) * k, proj_weight, proj_bias) + q
     return F.linear(y, final_weight, final_bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftkernels import AdditiveAttention, accelerate
-from swiftkernels.patch import Acceleration
+from swiftkernels.modules import AttentionForward
+from swiftkernels.patch import TRANSFORMERS, Acceleration, register
 from tests.cases import POOLINGS, assert_as_good_as_eager
 from tests.stubs import import_timm
+from tests.test_public_models import OfficialLayer
 
 
 class Fork(nn.Module):
@@ -86,12 +89,15 @@ def results(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor
 
 
 def assert_accelerated(layer: nn.Module, x: Tensor, **options: Any) -> Acceleration:
-    """The layer computes what it did, no worse, by the kernels."""
+    """The layer computes what it did, no worse, by the kernels; and after `undo` bit for bit."""
     exact, eager = results(layer, x, torch.float64), results(layer, x, torch.float32)
     done = accelerate(layer, **options)
-    assert [found.reason for found in done.layers] == [""]
+    assert {found.reason for found in done.layers} == {""}
     for name, t in results(layer, x, torch.float32).items():
         assert_as_good_as_eager(t, eager[name], exact[name], ulps=8, name=name)
+    done.undo()
+    for name, t in results(layer, x, torch.float32).items():
+        assert torch.equal(t, eager[name]), name
     return done
 
 
@@ -119,6 +125,44 @@ def test_forks_with_other_names():
     with pytest.raises(ValueError, match="holds none"):
         accelerate(Renamed())
     assert_accelerated(Renamed(), x, names=NAMES)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("pooling", ["l2", "sum"])
+def test_the_official_layer_before_and_after_its_change_of_pooling(pooling, heads):
+    layer = OfficialLayer(12, 12, heads, pooling)
+    ((found,)) = assert_accelerated(layer, randn(2, 9, 12)).layers
+    assert found.kind == "OfficialLayer"
+    assert found.variant == (pooling, True, "channels_last")
+
+
+class OfficialBlock(nn.Module):
+    """The attention among images, as blocks of the official code call it."""
+
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.attn = attn
+        self.layer_scale_1 = nn.Parameter(randn(12, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.attn(x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1]))
+        images = tokens.reshape(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+        return x + self.layer_scale_1 * images
+
+
+@pytest.mark.parametrize("attention", [lambda: OfficialLayer(12, 12, 1, "l2"), Renamed])
+def test_whole_models_of_the_official_code_and_of_forks(attention):
+    """Parts with other names, others of theirs, and convolutions between."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, stride=2), OfficialBlock(attention()),
+        nn.Conv2d(12, 12, 3, stride=2), OfficialBlock(attention()),
+    )  # fmt: skip
+    names = NAMES if attention is Renamed else None
+    keys = list(model.state_dict())
+    done = assert_accelerated(model, randn(2, 3, 23, 31), names=names)
+    assert [found.name for found in done.layers] == ["1.attn", "3.attn"]
+    assert list(model.state_dict()) == keys
 
 
 def test_undo_leaves_nothing_behind():
@@ -276,3 +320,70 @@ def test_transformers():
         torch.testing.assert_close(model(x).logits, before)
         done.undo()
         assert torch.equal(model(x).logits, before)
+
+
+def accelerated(model: nn.Module) -> list[AttentionForward]:
+    return [m for m in model.modules() if isinstance(m, AttentionForward)]
+
+
+def test_transformers_builds_with_the_kernels_while_registered(transformers, tmp_path):
+    config = transformers.SwiftFormerConfig(num_labels=3)
+    plain = transformers.SwiftFormerForImageClassification(config).eval()
+    plain.save_pretrained(tmp_path)
+    build, auto = type(plain).from_pretrained, transformers.AutoModelForImageClassification
+    x = randn(1, 3, 64, 64)
+    with register(backend="reference") as done:
+        model, fresh = build(tmp_path).eval(), auto.from_config(config)
+        assert not accelerated(type(plain)(config))  # a bare constructor is left alone
+    assert str(done).endswith("with these kernels, pooling sum")
+    assert not accelerated(build(tmp_path))
+    assert len(accelerated(fresh)) == 4
+    assert list(model.state_dict()) == list(plain.state_dict())
+    for layer, theirs in zip(
+        accelerated(model), plain.swiftformer.encoder.network[::2], strict=True
+    ):
+        assert isinstance(layer, type(theirs.blocks[-1].attn))
+        assert (layer.pooling, layer.backend) == ("sum", "reference")
+    with torch.no_grad():
+        expected = plain(x).logits
+        for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert len(accelerated(twin)) == 4
+            torch.testing.assert_close(twin(x).logits, expected)
+
+
+def test_a_registration_ends_once_and_only_itself(transformers):
+    patching = pytest.importorskip("transformers.monkey_patching")
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    first = register()
+    assert torch.equal(torch.rand(1), expected)
+    with pytest.raises(ValueError, match="is in the patch mapping of transformers already"):
+        register()
+    first.undo()
+    assert TRANSFORMERS not in patching.get_patch_mapping()
+    with register():
+        first.undo()
+        assert TRANSFORMERS in patching.get_patch_mapping()
+        patching.unregister_patch_mapping([TRANSFORMERS])
+
+
+def test_another_attention_of_transformers_is_not_registered(transformers, monkeypatch):
+    modeling = transformers.models.swiftformer.modeling_swiftformer
+
+    class Other(Extended):
+        def __init__(self, config: object, dim: int) -> None:
+            super().__init__(dim)
+
+    monkeypatch.setattr(modeling, TRANSFORMERS, Other)
+    with pytest.raises(ValueError, match="is left alone: it computes something else"):
+        register()
+
+
+def test_registering_needs_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers.monkey_patching", None)
+    with pytest.raises(ImportError, match="register needs transformers 5 or newer"):
+        register()
+    with pytest.raises(ValueError, match="backend"):
+        register(backend="gpu")
