@@ -1,35 +1,25 @@
 """Peak memory of additive attention on a CPU: how far the resident set of a process grows.
 
 Each case runs in a process of its own, `python -m benchmarks.memory` with the case as arguments. It
-makes the layer and its input, runs a few tokens so that libraries are loaded and thread pools
-exist, gives freed memory back to the system (malloc_trim), and sets the kernel's high-water mark of
-its resident set back (5 to /proc/self/clear_refs). The growth of the mark (VmHWM) over one call,
-without the bytes of the output and of the gradients, is the result. One malloc arena and a low
-threshold for mmap make malloc take tensors from the system and give them back at once, so that the
-mark shows what lived at the same time, not malloc's caches. Linux with glibc only.
+makes the layer and its input and runs a few tokens, so that libraries are loaded and thread pools
+exist. The growth of the resident set (`benchmarks.resident`) over one call, without the bytes of
+the output and of the gradients, is the result.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import statistics
 import subprocess
 import sys
 from dataclasses import astuple, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import resident
 from benchmarks.engines import Problem, Size
 
-ENVIRONMENT = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-}
 WARM_UP_TOKENS = 16
 
 
@@ -73,7 +63,7 @@ def measure(case: Case, repeats: int = 3) -> dict[str, Any]:
     found = []
     for _ in range(repeats):
         done = subprocess.run(
-            command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True
+            command, env={**os.environ, **resident.ENVIRONMENT}, capture_output=True, text=True
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -102,22 +92,8 @@ def peak_growth(case: Case) -> int:
     module = problem.module(case.engine)
     with torch.set_grad_enabled(problem.backward):
         case.warm_up().run(module)
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        results = problem.run(module)
-        peak = _status("VmHWM")
-    return peak - before - sum(t.untyped_storage().nbytes() for t in results)
-
-
-def _status(key: str) -> int:
-    """Bytes, from /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return 1024 * int(value.split()[0])
-    raise RuntimeError(f"/proc/self/status has no {key}; peak memory is measured on Linux only.")
+        peak, results = resident.peak_growth(lambda: problem.run(module))
+    return peak - sum(t.untyped_storage().nbytes() for t in results)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ any size; there is no position encoding.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -149,8 +150,38 @@ class Stage(nn.Module):
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.downsample(x))
+    def forward(self, x: Tensor, again: bool = False) -> Tensor:
+        """[B, C, H, W] -> the stage's map; `again`: blocks are computed again in the backward."""
+        x = self.downsample(x)
+        if not again:
+            return self.blocks(x)
+        for block in self.blocks:
+            x = _checkpointed(block, x)
+        return x
+
+
+def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    """block(x), of which x alone is kept for the backward."""
+    if torch.compiler.is_compiling():  # which computes again without side effects
+        return checkpoint(block, x, use_reentrant=False)
+    contexts = contextlib.nullcontext(), _WithoutStatistics(block)
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: contexts)
+
+
+class _WithoutStatistics:
+    """A context in which a forward is not another batch for BatchNorm's running statistics."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+
+    def __enter__(self) -> None:
+        self.before = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *error: object) -> None:
+        for norm, (momentum, batches) in zip(self.norms, self.before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
 class SwiftFormer(nn.Module):
@@ -173,7 +204,7 @@ class SwiftFormer(nn.Module):
         backend: of the attention.
 
     Attributes:
-        grad_checkpointing: compute the stages again in the backward rather than keep what they
+        grad_checkpointing: compute the blocks again in the backward rather than keep what they
             made.
         feature_channels, feature_strides: of the stages.
 
@@ -268,12 +299,10 @@ class SwiftFormer(nn.Module):
     def forward_features(self, images: Tensor) -> list[Tensor]:
         """The stages' feature maps [B, C, H / stride, W / stride], not normalised."""
         x = self.stem(images)
+        again = self.grad_checkpointing and torch.is_grad_enabled()
         maps = []
         for stage in self.stages:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(stage, x, use_reentrant=False)
-            else:
-                x = stage(x)
+            x = stage(x, again)
             maps.append(x)
         return maps
 

@@ -1,0 +1,211 @@
+"""Images in folders, their augmentation, and an order that a stopped run finds again.
+
+Nothing here keeps a state: order and augmentation follow from the seed, the epoch and the place in
+it. So they depend neither on the number of loading processes nor on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sized
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from swiftkernels import checks
+from swiftkernels.extras import need
+from swiftkernels.training.recipe import Recipe
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's channels, for pixels from 0 to 1."""
+
+CROP = 224 / 256
+"""Evaluation takes this share of the shorter side: resize to 256, crop to 224."""
+
+
+class Place(NamedTuple):
+    """An image at its place in a training."""
+
+    epoch: int
+    position: int
+    image: int
+    """Its index in the dataset."""
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed that differs wherever one of the numbers does."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")
+
+
+class SeededDataset(Dataset[Any]):
+    """The dataset, by `Place`, its random transforms seeded by the place.
+
+    They have to draw from torch's own generator, as torchvision's do.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __getitem__(self, place: Place) -> Any:
+        with _seeded(derived_seed(self.seed, place.epoch, place.position)):
+            return self.dataset[place.image]
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    # Not torch.manual_seed, which queues the seed for GPUs too, with a stack trace each time.
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+
+
+class ShuffledPlaces(Sampler[Place]):
+    """The images of one process in an epoch, shuffled, from the middle of it if need be.
+
+    With `repeats`, an image comes that many times in a row, each time to another process where
+    there are several, and an epoch sees fewer different images (repeated augmentation, arXiv
+    1901.09335).
+    """
+
+    def __init__(
+        self, dataset: Sized, seed: int, repeats: int = 1, rank: int = 0, processes: int = 1
+    ) -> None:
+        self.total = len(dataset)
+        self.seed = seed
+        self.repeats = repeats
+        self.rank = rank
+        self.processes = processes
+        self.epoch = 0
+        self.start = 0
+        """Images of this process to be left out, at the head of the epoch."""
+
+    def __len__(self) -> int:
+        return self.total // self.processes - self.start
+
+    def __iter__(self) -> Iterator[Place]:
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
+        order = torch.randperm(self.total, generator=generator).repeat_interleave(self.repeats)
+        last = self.total // self.processes * self.processes
+        first = self.rank + self.start * self.processes
+        for position in range(first, last, self.processes):
+            yield Place(self.epoch, position, int(order[position]))
+
+
+def image_folders(recipe: Recipe) -> tuple[Any, Any]:
+    """Training and validation images of the folder `recipe.data`, with their transforms.
+
+    Raises:
+        ValueError: a folder that is not there, or other classes in the two.
+    """
+    if recipe.data is None:
+        raise ValueError("data must be a folder with train/ and val/ in it; got none.")
+    torchvision = import_torchvision()
+    for part in ("train", "val"):
+        if not (recipe.data / part).is_dir():
+            raise ValueError(
+                f"data must be a folder with train/ and val/ in it; got {recipe.data}, which has "
+                f"no {part}/. Images belong in {part}/CLASS/."
+            )
+    folder = torchvision.datasets.ImageFolder
+    train = folder(str(recipe.data / "train"), training_transform(recipe))
+    val = folder(str(recipe.data / "val"), evaluation_transform(recipe.image_size))
+    if train.classes != val.classes:
+        differing = sorted(set(train.classes) ^ set(val.classes))
+        raise ValueError(
+            f"data must have the same classes in train/ and val/; got {', '.join(differing[:5])} "
+            "in one of them alone."
+        )
+    return train, val
+
+
+def training_transform(recipe: Recipe) -> Callable[[Any], Tensor]:
+    """Random crop and flip, RandAugment or changed colours, random erasing; bicubic."""
+    v2 = import_torchvision().transforms.v2
+    bicubic = v2.InterpolationMode.BICUBIC
+    grey = [int(255 * channel) for channel in MEAN]
+    steps = [
+        v2.RandomResizedCrop(recipe.image_size, interpolation=bicubic),
+        v2.RandomHorizontalFlip(),
+        v2.RandAugment(interpolation=bicubic, fill=grey)
+        if recipe.rand_augment
+        else v2.ColorJitter(0.4, 0.4, 0.4),
+        *_to_tensor(v2),
+    ]
+    if recipe.erasing:
+        steps.append(v2.RandomErasing(recipe.erasing, value="random"))
+    return v2.Compose(steps)
+
+
+def evaluation_transform(image_size: int) -> Callable[[Any], Tensor]:
+    """The shorter side to image_size / 0.875, bicubic, and the square in the middle."""
+    v2 = import_torchvision().transforms.v2
+    resize = v2.Resize(round(image_size / CROP), interpolation=v2.InterpolationMode.BICUBIC)
+    return v2.Compose([resize, v2.CenterCrop(image_size), *_to_tensor(v2)])
+
+
+def _to_tensor(v2: Any) -> list[Any]:
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, DEVIATION)]
+
+
+def mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Mixup or CutMix of a batch, each for half of the batches if both are on."""
+    mixes = []
+    if recipe.mixup or recipe.cutmix:
+        v2 = import_torchvision().transforms.v2
+        if recipe.mixup:
+            mixes.append(v2.MixUp(alpha=recipe.mixup, num_classes=classes))
+        if recipe.cutmix:
+            mixes.append(v2.CutMix(alpha=recipe.cutmix, num_classes=classes))
+    if not mixes:
+        return lambda images, labels: (images, labels)
+    return v2.RandomChoice(mixes)
+
+
+def teacher_of(recipe: Recipe, classes: int) -> torch.nn.Module | None:
+    """torchvision's classifier that the recipe names, with its weights; None without one.
+
+    Raises:
+        ValueError: no such classifier or weights, or weights for other classes.
+    """
+    if recipe.distillation == "none":
+        return None
+    models = import_torchvision().models
+    checks.check_option("teacher", recipe.teacher, tuple(models.list_models(module=models)))
+    path = Path(recipe.teacher_weights)
+    if path.is_file():
+        teacher = models.get_model(recipe.teacher, weights=None, num_classes=classes)
+        teacher.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    else:
+        known = models.get_model_weights(recipe.teacher)
+        checks.check_option("teacher_weights", recipe.teacher_weights, tuple(known.__members__))
+        weights = known[recipe.teacher_weights]
+        found = len(weights.meta["categories"])
+        if found != classes:
+            raise ValueError(
+                f"teacher must know the {classes} classes of the data; {recipe.teacher} with the "
+                f"weights {recipe.teacher_weights} knows {found}. Pass a file with weights of your "
+                "own as teacher_weights."
+            )
+        teacher = models.get_model(recipe.teacher, weights=weights)
+    return teacher.eval()
+
+
+def import_torchvision() -> Any:
+    """torchvision with all that is used here, or an ImportError that says what to install."""
+    try:
+        need("torchvision.transforms.v2", "train", "Training on images")
+        return need("torchvision", "train", "Training on images")
+    except RuntimeError as error:  # its operators do not load
+        raise ImportError(
+            f"torchvision does not fit torch {torch.__version__} ({error}). Install both from one "
+            "place: https://pytorch.org/get-started/locally."
+        ) from error

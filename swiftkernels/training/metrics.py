@@ -1,0 +1,97 @@
+"""The numbers of a training as a table, and the picture drawn from it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+COLUMNS = (
+    "step",
+    "epoch",
+    "lr",
+    "train_loss",
+    "val_loss",
+    "top1",
+    "top5",
+    "ema_val_loss",
+    "ema_top1",
+    "ema_top5",
+)
+"""train_loss: the mean since the row before, of mixed and smoothed labels. The rest, in rows that
+end an epoch: cross-entropy and percentages of the validation images."""
+
+Row = dict[str, Any]
+
+
+class Replacement:
+    """As a context manager, a file that takes the place of `path` only when all is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.unfinished = path.with_name(path.name + ".tmp")
+
+    def __enter__(self) -> IO[bytes]:
+        self.file = self.unfinished.open("wb")
+        return self.file
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if kind is None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.file.close()
+        if kind is None:
+            self.unfinished.replace(self.path)
+
+
+def write(rows: Sequence[Row], path: Path) -> None:
+    """All rows as a CSV file."""
+    text = io.StringIO(newline="")
+    lines = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    lines.writeheader()
+    lines.writerows(rows)
+    with Replacement(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def draw(table: Path, picture: Path) -> None:
+    """Losses and accuracies against epochs, from the CSV file.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(9, 4.2))
+    panels = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.28, top=0.92)
+    curves = (
+        (0, "train_loss", "training", "#888888", "-"),
+        (0, "val_loss", "validation", "#0072B2", "o-"),
+        (0, "ema_val_loss", "validation, averaged weights", "#D55E00", "o-"),
+        (1, "top1", "top-1", "#0072B2", "o-"),
+        (1, "top5", "top-5", "#0072B2", "o:"),
+        (1, "ema_top1", "top-1, averaged weights", "#D55E00", "o-"),
+        (1, "ema_top5", "top-5, averaged weights", "#D55E00", "o:"),
+    )
+    for panel, column, label, colour, style in curves:
+        points = [(float(r["epoch"]), float(r[column])) for r in rows if r[column]]
+        if points:
+            panels[panel].plot(
+                *zip(*points, strict=True), style, color=colour, label=label, markersize=3
+            )
+    for axes, title in zip(panels, ("loss", "validation accuracy, %"), strict=True):
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("epoch")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#E6E6E6", linewidth=0.7)
+        if axes.lines:
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
+            axes.legend(**below, fontsize=8, frameon=False)
+    with Replacement(picture) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -1,0 +1,471 @@
+"""The loop: steps, evaluation, checkpoints, one or several processes.
+
+All randomness of a step follows from the seed and the step's number, all of an image's from the
+seed and its place (`swiftkernels.training.data`). So a checkpoint needs no states of generators,
+and a run that goes on from one does what it would have done anyway: on a CPU, with the same
+libraries and number of threads, to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Sized
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Subset
+
+from swiftkernels import devices, models
+from swiftkernels.extras import need
+from swiftkernels.training import data, metrics, optimizer
+from swiftkernels.training.losses import DistillationLoss
+from swiftkernels.training.recipe import Recipe
+
+LAST, BEST = "last.pth", "best.pth"
+METRICS, PICTURE = "metrics.csv", "loss.png"
+
+FREE = ("data", "out", "weights", "device", "workers", "save_every", "resume")
+"""Options that may differ when a run goes on."""
+
+
+class Scores(NamedTuple):
+    """Of a model on labelled images."""
+
+    loss: float
+    """Mean cross-entropy."""
+    top1: float
+    """Percentage of images whose class has the highest logit."""
+    top5: float
+    """Percentage whose class is among the five highest."""
+
+
+class World(NamedTuple):
+    """This process among those that train together."""
+
+    rank: int
+    processes: int
+    device: torch.device
+
+    def mean(self, t: Tensor) -> Tensor:
+        """The mean over all processes."""
+        return self.sum(t) / self.processes
+
+    def sum(self, t: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.processes > 1:
+            t = t.clone()
+            dist.all_reduce(t)
+        return t
+
+
+def train(
+    recipe: Recipe,
+    model: nn.Module | None = None,
+    train_set: Any = None,
+    val_set: Any = None,
+) -> list[metrics.Row]:
+    """Train by the recipe, in this process or, under torchrun, together with its siblings.
+
+    Writes to `recipe.out`: last.pth (all that going on needs: "model", "model_ema", "optimizer",
+    "step", "args"), best.pth (the weights of the epoch with the highest top-1), metrics.csv and
+    loss.png.
+
+    Args:
+        recipe: everything that can be chosen.
+        model: in place of the one that the recipe names; it gives logits, or a pair in training.
+        train_set, val_set: datasets of an image [C, H, W] and a class number, in place of the
+            folders of `recipe.data`. Random transforms must draw from torch's generator.
+
+    Returns:
+        The rows of metrics.csv.
+
+    Raises:
+        ValueError: options or data that do not fit each other, or the checkpoint.
+        ImportError: a package is missing; it says which.
+        FloatingPointError: the loss is not finite.
+    """
+    for package in ("matplotlib", "tqdm"):  # at the start, not after an epoch
+        need(package, "train", "Training")
+    with _world(recipe.device) as world:
+        if train_set is None:
+            train_set, val_set = data.image_folders(recipe)
+        elif val_set is None:
+            raise ValueError("val_set must be given with train_set; got None.")
+        if model is None:
+            model = build(recipe, len(train_set.classes))
+        return _Run(recipe, model, train_set, val_set, world).to_the_end()
+
+
+def build(recipe: Recipe, classes: int) -> models.SwiftFormer:
+    """The model that the recipe names, with its seed's weights or those of a file.
+
+    Raises:
+        ValueError: weights that do not fit, or were trained with another pooling.
+    """
+    torch.manual_seed(recipe.seed)
+    make = getattr(models, recipe.model)
+    model: models.SwiftFormer = make(
+        num_classes=classes,
+        drop_path_rate=recipe.drop_path,
+        distillation=recipe.distillation != "none",
+        pooling=recipe.pooling,
+    )
+    model.grad_checkpointing = recipe.grad_checkpointing
+    if recipe.weights is not None:
+        loaded = models.load_checkpoint(model, recipe.weights, fresh_heads=recipe.fresh_heads)
+        if loaded.pooling != recipe.pooling:
+            raise ValueError(
+                f"pooling must be that of the weights; {recipe.weights} has {loaded.pooling!r}, "
+                f"the recipe {recipe.pooling!r}. Pass pooling={loaded.pooling!r}."
+            )
+    return model
+
+
+class _Run:
+    """The state of a training."""
+
+    def __init__(
+        self, recipe: Recipe, model: nn.Module, train_set: Any, val_set: Any, world: World
+    ) -> None:
+        self.recipe = recipe
+        self.world = world
+        self.memory_format = (
+            torch.channels_last if recipe.channels_last else torch.contiguous_format
+        )
+        self.model = model.to(world.device)
+        if recipe.channels_last:
+            self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        classes = _classes(train_set, model)
+        self.mix = data.mixing(recipe, classes)
+        teacher = data.teacher_of(recipe, classes)
+        self.criterion = DistillationLoss(
+            nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing),
+            teacher,
+            recipe.distillation,
+            recipe.alpha,
+            recipe.tau,
+        ).to(world.device)
+        self.parallel = _parallel(self.model, world)
+        self.average: AveragedModel | None = None
+        if recipe.ema:
+            self.average = AveragedModel(
+                self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True
+            )
+        self.optimizer = torch.optim.AdamW(
+            optimizer.parameter_groups(self.model, recipe.weight_decay), recipe.lr
+        )
+
+        self.places = data.ShuffledPlaces(
+            train_set, recipe.seed, recipe.repeats, world.rank, world.processes
+        )
+        images = recipe.batch_size * recipe.accumulate
+        self.steps_per_epoch = len(self.places) // images
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"batch_size must leave a step in an epoch; got {images} images of each process "
+                f"for one, of {len(train_set)} for {world.processes} in all. Take a smaller "
+                "batch_size or accumulate."
+            )
+        self.steps = recipe.epochs * self.steps_per_epoch
+        loading: dict[str, Any] = {
+            "batch_size": recipe.batch_size,
+            "num_workers": recipe.workers,
+            "persistent_workers": recipe.workers > 0,
+            "pin_memory": world.device.type == "cuda",
+        }
+        self.train_loader: DataLoader[Any] = DataLoader(
+            data.SeededDataset(train_set, recipe.seed),
+            sampler=self.places,
+            drop_last=True,
+            **loading,
+        )
+        share = range(world.rank, len(val_set), world.processes)
+        self.val_loader: DataLoader[Any] = DataLoader(Subset(val_set, share), **loading)
+
+        self.step = 0
+        """Steps done."""
+        self.rows: list[metrics.Row] = []
+        self.best = -1.0
+        """The highest top-1 so far."""
+        self.loss = torch.zeros((), device=world.device)
+        """Sum over the steps since the last row."""
+        self.loss_steps = 0
+
+    def to_the_end(self) -> list[metrics.Row]:
+        self.recipe.out.mkdir(parents=True, exist_ok=True)
+        self._restore()
+        while self.step < self.steps:
+            self._epoch()
+        return self.rows
+
+    def _epoch(self) -> None:
+        """What is left of an epoch, its evaluation and a checkpoint."""
+        epoch, done = divmod(self.step, self.steps_per_epoch)
+        self.places.epoch = epoch
+        self.places.start = done * self.recipe.batch_size * self.recipe.accumulate
+        self.model.train()
+        batches = iter(self.train_loader)
+        with _bar(
+            f"epoch {epoch + 1}/{self.recipe.epochs}", self.steps_per_epoch, self.world, done
+        ) as bar:
+            for left in reversed(range(self.steps_per_epoch - done)):
+                self._train_step(batches)
+                bar.update()
+                if left and self.step % self.recipe.log_every == 0:
+                    bar.set_postfix(loss=f"{self._log({}):.3f}")
+                if left and self.step % self.recipe.save_every == 0:
+                    self._save(LAST)
+        self._end_of_epoch()
+
+    def _train_step(self, batches: Iterator[Any]) -> None:
+        recipe, device = self.recipe, self.world.device
+        rate = self._learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        for part in range(recipe.accumulate):
+            images, labels = next(batches)
+            images = images.to(device, memory_format=self.memory_format, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)
+            torch.manual_seed(data.derived_seed(recipe.seed, self.step, part, self.world.rank))
+            images, labels = self.mix(images, labels)
+            with self._synchronised(part == recipe.accumulate - 1):
+                with _autocast(device, recipe.bfloat16):
+                    outputs = self.parallel(images)
+                    loss = self.criterion(images, outputs, labels) / recipe.accumulate
+                loss.backward()
+            self.loss += loss.detach()
+        if recipe.clip:
+            optimizer.clip_adaptively_(optimizer.clipped_parameters(self.model), recipe.clip)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.step += 1
+        self.loss_steps += 1
+
+    def _learning_rate(self) -> float:
+        recipe = self.recipe
+        warmup = round(recipe.warmup_epochs * self.steps_per_epoch)
+        return optimizer.learning_rate(
+            self.step, self.steps, warmup, recipe.lr, recipe.warmup_lr, recipe.min_lr
+        )
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Gradients are summed over the processes once a step."""
+        if last or not isinstance(self.parallel, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.parallel.no_sync()
+
+    def _end_of_epoch(self) -> None:
+        found = self._evaluate(self.model)
+        row: metrics.Row = {"val_loss": found.loss, "top1": found.top1, "top5": found.top5}
+        top1 = found.top1
+        if self.average is not None:
+            found = self._evaluate(self.average.module)
+            row |= {"ema_val_loss": found.loss, "ema_top1": found.top1, "ema_top5": found.top5}
+            top1 = max(top1, found.top1)
+        self._log(row)
+        better = top1 > self.best
+        self.best = max(top1, self.best)
+        self._save(LAST)
+        if better:
+            self._save(BEST)
+        if self.world.rank == 0:
+            metrics.draw(self.recipe.out / METRICS, self.recipe.out / PICTURE)
+
+    def _evaluate(self, model: nn.Module) -> Scores:
+        if self.world.processes > 1:  # each has seen other images: the first one's statistics count
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+        return evaluate(model, self.val_loader, self.world, self.recipe.bfloat16)
+
+    def _log(self, scores: metrics.Row) -> float:
+        """Add a row to the table; returns the training loss in it."""
+        self._share_loss()
+        loss = self.loss.item() / self.loss_steps
+        row = {
+            "step": self.step,
+            "epoch": self.step / self.steps_per_epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": loss,
+            **scores,
+        }
+        self.rows.append(row)
+        self.loss.zero_()
+        self.loss_steps = 0
+        if self.world.rank == 0:
+            metrics.write(self.rows, self.recipe.out / METRICS)
+        return loss
+
+    def _share_loss(self) -> None:
+        """The mean of all processes takes the place of each one's loss."""
+        self.loss = self.world.mean(self.loss)
+        if not math.isfinite(self.loss.item()):
+            raise FloatingPointError(
+                f"the loss is {self.loss.item()} since step {self.step - self.loss_steps}. "
+                f"{self.recipe.out / LAST} is from before, if it is there: go on from it with "
+                "resume, or start anew with a lower lr."
+            )
+
+    def _save(self, name: str) -> None:
+        self._share_loss()
+        if self.world.rank != 0:
+            return
+        weights = {
+            "model": self.model.state_dict(),
+            "model_ema": None if self.average is None else self.average.module.state_dict(),
+            "args": self._args(),
+            "step": self.step,
+        }
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "rows": self.rows,
+            "best": self.best,
+            "loss": self.loss,
+            "loss_steps": self.loss_steps,
+        }
+        with metrics.Replacement(self.recipe.out / name) as file:
+            torch.save(weights if name == BEST else weights | state, file)
+
+    def _restore(self) -> None:
+        """Go on from the last checkpoint, if there is one and the recipe says so."""
+        path = self.recipe.out / LAST
+        if path.is_file():
+            if not self.recipe.resume:
+                raise ValueError(
+                    f"out must be a folder without a checkpoint; {path} is there. Pass resume "
+                    "to go on from it, or another folder."
+                )
+            found = torch.load(path, map_location=self.world.device, weights_only=True)
+            _check_same(found["args"], self._args(), path)
+            self.model.load_state_dict(found["model"])
+            if self.average is not None:
+                self.average.module.load_state_dict(found["model_ema"])
+                self.average.n_averaged.fill_(found["step"])
+            self.optimizer.load_state_dict(found["optimizer"])
+            self.step, self.rows, self.best = found["step"], found["rows"], found["best"]
+            self.loss, self.loss_steps = found["loss"], found["loss_steps"]
+            if self.world.rank == 0:  # without rows of steps that are to be done again
+                metrics.write(self.rows, self.recipe.out / METRICS)
+        if self.world.processes > 1:
+            steps: list[Any] = [None] * self.world.processes
+            dist.all_gather_object(steps, self.step)
+            if len(set(steps)) > 1:
+                raise ValueError(
+                    f"out must be one folder for all processes; in {self.recipe.out} they found "
+                    f"checkpoints of the steps {steps}."
+                )
+
+    def _args(self) -> dict[str, Any]:
+        return self.recipe.as_dict() | {"processes": self.world.processes}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: DataLoader[Any],
+    world: World | None = None,
+    bfloat16: bool = False,
+) -> Scores:
+    """Loss and accuracies of a model, over the batches of all processes.
+
+    The model is in training mode afterwards if it was before.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    device = next(model.parameters()).device
+    world = world or World(0, 1, device)
+    was_training = model.training
+    model.eval()
+    found = torch.zeros(4, dtype=torch.float64, device=device)
+    with _bar("evaluation", len(batches), world) as bar:
+        for images, labels in batches:
+            images, labels = images.to(device), labels.to(device)
+            with _autocast(device, bfloat16):
+                logits = model(images)
+            logits = logits.float()
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            found += torch.stack([loss, best[:, 0].sum(), best.sum(), loss.new_tensor(len(best))])
+            bar.update()
+    model.train(was_training)
+    loss_sum, top1, top5, images_seen = world.sum(found).tolist()
+    if images_seen == 0:
+        raise ValueError("val_set must have at least one image; got none.")
+    return Scores(loss_sum / images_seen, 100 * top1 / images_seen, 100 * top5 / images_seen)
+
+
+def evaluate_file(recipe: Recipe, checkpoint: Path, ema: bool = False) -> Scores:
+    """Scores of a checkpoint of the recipe's model, or of its averaged weights, on data/val.
+
+    Raises:
+        ValueError: weights that do not fit the model, or data that are not there.
+    """
+    _, val_set = data.image_folders(recipe)
+    with _world(recipe.device) as world:
+        model = build(replace(recipe, distillation="none", weights=None), len(val_set.classes))
+        models.load_checkpoint(model, checkpoint, ema=ema)
+        share = Subset(val_set, range(world.rank, len(val_set), world.processes))
+        batches = DataLoader(share, recipe.batch_size, num_workers=recipe.workers)
+        return evaluate(model.to(world.device), batches, world, recipe.bfloat16)
+
+
+@contextlib.contextmanager
+def _world(device: str) -> Iterator[World]:
+    """This process, joined with the others that torchrun started."""
+    chosen = devices.gpus()[:1] if device == "auto" else [torch.device(device)]
+    own = chosen[0] if chosen else torch.device("cpu")
+    if "RANK" not in os.environ:
+        yield World(0, 1, own)
+        return
+    if own.type == "cuda":
+        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own)
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), own)
+    finally:
+        dist.destroy_process_group()
+
+
+def _parallel(model: nn.Module, world: World) -> nn.Module:
+    if world.processes == 1:
+        return model
+    ids = [world.device] if world.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+
+def _autocast(device: torch.device, on: bool) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
+def _classes(train_set: Sized, model: nn.Module) -> int:
+    for owner, name in ((model, "num_classes"), (train_set, "classes")):
+        found = getattr(owner, name, None)
+        if found is not None:
+            return found if isinstance(found, int) else len(found)
+    raise ValueError("model must have num_classes, or train_set classes; got neither.")
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    differing = [k for k in now if k not in FREE and before.get(k) != now[k]]
+    if differing:
+        told = ", ".join(f"{k}={before.get(k)!r}, not {now[k]!r}" for k in differing)
+        raise ValueError(
+            f"resume goes on with the options of {path}: {told}. Pass the same, or start anew in "
+            "another folder."
+        )
+
+
+def _bar(text: str, total: int, world: World, done: int = 0) -> Any:
+    tqdm = need("tqdm", "train", "Training").tqdm
+    return tqdm(total=total, desc=text, initial=done, unit="step", disable=world.rank != 0)

@@ -1,0 +1,82 @@
+"""Small trainings, in this process or, as `python -m tests.training_cases`, in one to be killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import data
+from swiftkernels import models
+from swiftkernels.training import Recipe, train
+
+RECIPE = Recipe(
+    epochs=2,
+    batch_size=16,
+    accumulate=2,
+    lr=5e-3,
+    warmup_epochs=0.5,
+    ema=0.9,
+    drop_path=0.1,
+    mixup=0.0,
+    cutmix=0.0,
+    repeats=2,
+    log_every=3,
+    save_every=2,
+    workers=0,
+    device="cpu",
+)
+
+
+class Garments:
+    """Fashion-MNIST, some images of each class, shifted at random in training."""
+
+    classes = tuple(range(10))
+
+    def __init__(self, side: int, per_class: int, training: bool, dies_after: int = -1) -> None:
+        split = data.load().train if training else data.load().test
+        split = split.per_class(per_class)
+        images = torch.tensor(split.images, dtype=torch.float32)[:, None] / 255 - 0.3
+        self.images = F.interpolate(images, (side, side), mode="bilinear").expand(-1, 3, -1, -1)
+        self.labels = split.labels.tolist()
+        self.training = training
+        self.left = dies_after
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        image = self.images[index]
+        if self.training:
+            image = image.roll(torch.randint(-2, 3, (2,)).tolist(), (1, 2))
+        return image, self.labels[index]
+
+
+def run(name: str, out: Path, dies_after: int = -1, **changes: Any) -> list[dict[str, Any]]:
+    """Train the small model or XS; it kills its process when it loads that many images."""
+    torch.manual_seed(0)
+    if name == "small":
+        model: nn.Module = models.SwiftFormer(
+            (8, 16), (1, 2), num_classes=10, drop_path_rate=0.1, distillation=False
+        )
+        side, per_class = 28, 10
+    else:
+        model = models.swiftformer_xs(num_classes=10, drop_path_rate=0.1, distillation=False)
+        side, per_class = 64, 32
+    recipe = replace(RECIPE, out=out, **changes)
+    train_set = Garments(side, per_class, True, dies_after)
+    return train(recipe, model, train_set, Garments(side, 4, False))
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
