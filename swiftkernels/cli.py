@@ -1,4 +1,5 @@
-"""The command line: `doctor` tells what works here, `verify` checks it, `bench` measures it."""
+"""The command line: `doctor` tells what works here, `verify` checks it, `bench` measures it, and
+`predict` takes a checkpoint to images."""
 
 from __future__ import annotations
 
@@ -20,6 +21,8 @@ from torch import Tensor
 import swiftkernels
 from swiftkernels import checks, compat, devices, ops, verify
 from swiftkernels.cpu import library
+from swiftkernels.models.checkpoints import SOURCES
+from swiftkernels.reference import POOLINGS
 
 SHAPE = (8, 196, 64)
 """The tokens that the doctor asks about, [B, N, C], with E = C."""
@@ -60,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("doctor", help="tell what works here, and how to mend what does not")
     _add_verify(commands.add_parser("verify", help="check every kernel that runs here"))
     _add_bench(commands.add_parser("bench", help="time the operator beside others, and report"))
+    _add_predict(commands.add_parser("predict", help="name what images show, draw what is seen"))
     given = vars(parser.parse_args(arguments))
     command = given.pop("command")
     if command == "doctor":
@@ -67,10 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "verify":
             return verify.run(**given)
-        from swiftkernels import bench
+        if command == "bench":
+            from swiftkernels import bench
 
-        return bench.run(**given)
-    except ValueError as error:
+            return bench.run(**given)
+        from swiftkernels import predict
+
+        return predict.run(**given)
+    except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -100,6 +108,40 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("results"), help="folder to write to (%(default)s)")
     add("--quick", action="store_true", help="a look at it: few shapes and types, less time each")
     add("--threads", type=int, default=1, help="on a CPU (%(default)s: process time is measured)")
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Print the likeliest classes of images, and draw, if asked to, where the attention looks "
+        "and what the feature maps hold. The checkpoint tells the model's size; which pooling it "
+        "was trained with, its source or --pooling. Exit status: 0, or 1 if an image could not be "
+        "read."
+    )
+    add = parser.add_argument
+    add(
+        "checkpoint",
+        help="a .pth or .safetensors file of the official code, timm, transformers or this "
+        "library, a folder with one and config.json, or a repository of huggingface.co",
+    )
+    add("images", type=Path, nargs="+", help="image files, or folders with some")
+    add("--classes", type=Path, metavar="FILE", help="with the name of a class in each line")
+    add("--top", type=int, default=5, metavar="N", help="classes to name (%(default)s)")
+    add(
+        "--size", type=int, nargs="+", default=(224,), metavar="PIXELS",
+        help="of the model's input: a square's side, or height and width (224)",
+    )  # fmt: skip
+    add(
+        "--crop", type=float, default=0.875, metavar="SHARE",
+        help="of an image's shorter side that is looked at (%(default)s, as the official code; "
+        "timm: 0.95)",
+    )  # fmt: skip
+    add("--attention", action="store_true", help="draw the token weights of each stage")
+    add("--features", action="store_true", help="draw the feature map of each stage")
+    add("--out", type=Path, default=Path("results"), help="folder to draw into (%(default)s)")
+    add("--source", choices=SOURCES, help="whose names the weights have (told by the names)")
+    add("--pooling", choices=POOLINGS, help="of the attention (told by file or source)")
+    add("--ema", action="store_true", help="take the moving average of the weights")
+    _add_device(parser)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

@@ -1,13 +1,17 @@
-"""`accelerate`: the kernels of this library for the attention layers that a model already has."""
+"""The kernels of this library for other people's models.
+
+`accelerate` changes the attention layers that a model has, `register` what transformers builds.
+"""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +20,11 @@ from swiftkernels import checks, reference
 from swiftkernels.modules import AttentionForward, Names
 from swiftkernels.reference import POOLINGS, Options
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing from Python 3.11
+
 OFFICIAL = Names(proj="Proj")
+TRANSFORMERS = "SwiftFormerEfficientAdditiveAttention"
 EPS = 1e-12
 PROBE = (2, 5)
 """Items and tokens that tell the variants apart."""
@@ -31,6 +39,9 @@ class Variant(NamedTuple):
     qk_norm: bool
     layout: str
     """"channels_last" for [B, N, C], "channels_first" for [B, C, H, W], "auto" for both."""
+
+    def __str__(self) -> str:
+        return f"pooling {self.pooling}{'' if self.qk_norm else ', no norms'}"
 
 
 @dataclass(frozen=True)
@@ -48,27 +59,21 @@ class Layer:
     def __str__(self) -> str:
         if self.variant is None:
             return f"{self.name or '(the model)'}: {self.kind} left alone, {self.reason}"
-        norms = "" if self.variant.qk_norm else ", no norms"
-        return f"{self.name or '(the model)'}: {self.kind}, pooling {self.variant.pooling}{norms}"
+        return f"{self.name or '(the model)'}: {self.kind}, {self.variant}"
 
 
-class Acceleration:
-    """What `accelerate` did; `undo` takes it back. As a context manager it does so at the end.
+class Undoable:
+    """Something that was done; `undo` takes it back. As a context manager it does so at the end."""
 
-    Attributes:
-        layers: every layer that was looked at, changed or not.
-    """
-
-    def __init__(self, layers: list[Layer], undo: list[Callable[[], None]]) -> None:
-        self.layers = layers
+    def __init__(self, undo: list[Callable[[], None]]) -> None:
         self._undo = undo
 
     def undo(self) -> None:
-        """Give the layers their own behaviour again; a second call does nothing."""
+        """Take it back; a second call does nothing."""
         while self._undo:
             self._undo.pop()()
 
-    def __enter__(self) -> Acceleration:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -78,6 +83,18 @@ class Acceleration:
         trace: TracebackType | None,
     ) -> None:
         self.undo()
+
+
+class Acceleration(Undoable):
+    """What `accelerate` did; `undo` gives the layers their own behaviour again.
+
+    Attributes:
+        layers: every layer that was looked at, changed or not.
+    """
+
+    def __init__(self, layers: list[Layer], undo: list[Callable[[], None]]) -> None:
+        super().__init__(undo)
+        self.layers = layers
 
     def __str__(self) -> str:
         changed = sum(layer.variant is not None for layer in self.layers)
@@ -145,6 +162,91 @@ def accelerate(
             "that calls its parts otherwise, tell how: names={'to_query': ..., ...}."
         )
     return Acceleration(layers, undo)
+
+
+class Registration(Undoable):
+    """What `register` did; `undo` ends it for models that are built afterwards.
+
+    Attributes:
+        variant: what the attention of transformers computes, and the models built from now on do.
+    """
+
+    def __init__(self, variant: Variant, undo: Callable[[], None]) -> None:
+        super().__init__([undo])
+        self.variant = variant
+
+    def __str__(self) -> str:
+        return f"transformers builds {TRANSFORMERS} with these kernels, {self.variant}"
+
+
+def register(*, backend: str = "auto", recompute: bool | None = None) -> Registration:
+    """Let the SwiftFormers that transformers builds from now on run on this library's kernels.
+
+    It enters a class for their attention into the patch mapping of transformers (5 or newer), which
+    `from_pretrained` and `from_config` follow, and constructors within
+    `transformers.monkey_patching.apply_patches()`; a bare constructor does not. The layers are
+    subclasses of the replaced one, with its parameters and its outputs: what it computes is told by
+    running it once. For models that exist there is `accelerate`.
+
+    This changes how transformers builds models in the whole process, until `undo`. Models that were
+    built in between stay as they are.
+
+    Args:
+        backend: of the layers.
+        recompute: of the layers.
+
+    Returns:
+        What was done; print it. With `undo()`, and a context manager.
+
+    Raises:
+        ImportError: transformers is not installed, or has no patch mapping.
+        ValueError: a wrong argument; the class is in the mapping already; or it computes something
+            else.
+
+    Example:
+        >>> with register():  # doctest: +SKIP
+        ...     model = AutoModelForImageClassification.from_pretrained("MBZUAI/swiftformer-xs")
+    """
+    checks.check_option("backend", backend, checks.BACKENDS)
+    checks.check_option("recompute", recompute, (None, True, False))
+    try:
+        patching: Any = importlib.import_module("transformers.monkey_patching")
+        modeling: Any = importlib.import_module(
+            "transformers.models.swiftformer.modeling_swiftformer"
+        )
+        kind = getattr(modeling, TRANSFORMERS)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"register needs transformers 5 or newer, with its patch mapping ({error}): pip "
+            "install -U transformers. swiftkernels.accelerate(model) works with any version."
+        ) from error
+    if TRANSFORMERS in patching.get_patch_mapping():
+        raise ValueError(
+            f"{TRANSFORMERS} is in the patch mapping of transformers already. Take that back "
+            "first: .undo() of its registration, or unregister_patch_mapping."
+        )
+    with torch.random.fork_rng(devices=[]):
+        example = kind(None, PROBE[1])
+    names = _parts(example, None)
+    variant, reason = _variant(example, names) if names else (None, "its parts are others")
+    if names is None or variant is None:
+        raise ValueError(f"{TRANSFORMERS} of this transformers is left alone: {reason}.")
+
+    accelerated: Any = _accelerated(kind, names)
+
+    def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        accelerated.__init__(self, *args, **kwargs)
+        vars(self).update(_attributes(self, names, variant, backend, recompute))
+
+    # A class of its own: that of `accelerate` is given to layers which have been built.
+    registered = type(accelerated.__name__, (accelerated,), {"__init__": build})
+    patching.register_patch_mapping({TRANSFORMERS: registered})
+
+    def undo() -> None:
+        if patching.get_patch_mapping().get(TRANSFORMERS) is registered:
+            patching.unregister_patch_mapping([TRANSFORMERS])
+
+    return Registration(variant, undo)
 
 
 def _given_names(names: Mapping[str, str] | None) -> Names | None:
@@ -246,14 +348,7 @@ def _swap(
 ) -> Callable[[], None]:
     """Give the layer the forward of this library; returns what takes that back."""
     kind = type(module)
-    attributes = {
-        "in_dims": getattr(module, names.query).in_features,
-        "scale_factor": _scale(module, getattr(module, names.final).out_features),
-        "eps": EPS,
-        "backend": backend,
-        "recompute": recompute,
-        **variant._asdict(),
-    }
+    attributes = _attributes(module, names, variant, backend, recompute)
     before = {name: vars(module)[name] for name in attributes if name in vars(module)}
     vars(module).update(attributes)
     module.__class__ = _accelerated(kind, names)
@@ -267,6 +362,20 @@ def _swap(
         vars(module).update(before)
 
     return undo
+
+
+def _attributes(
+    module: nn.Module, names: Names, variant: Variant, backend: str, recompute: bool | None
+) -> dict[str, Any]:
+    """What the forward of this library reads, beside the parts."""
+    return {
+        "in_dims": getattr(module, names.query).in_features,
+        "scale_factor": _scale(module, getattr(module, names.final).out_features),
+        "eps": EPS,
+        "backend": backend,
+        "recompute": recompute,
+        **variant._asdict(),
+    }
 
 
 _classes: dict[tuple[type[nn.Module], Names], type[nn.Module]] = {}

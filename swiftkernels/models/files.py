@@ -1,0 +1,562 @@
+"""Checkpoint files of the public SwiftFormers and of this library: read, loaded, written."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from swiftkernels import checks
+from swiftkernels.extras import need
+from swiftkernels.models.checkpoints import SOURCES, convert_state_dict, guess_source
+from swiftkernels.models.swiftformer import WIDTHS_AND_DEPTHS, SwiftFormer
+from swiftkernels.modules import AttentionForward
+from swiftkernels.reference import POOLINGS
+
+WEIGHTS = ("model", "state_dict")
+"""Where training scripts keep the weights."""
+AVERAGES = ("model_ema", "state_dict_ema")
+"""Where they keep the weights' exponential moving average."""
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before every name."""
+
+POOLING = {"official": "l2", "timm": "l2", "transformers": "sum"}
+"""What a source computes with its weights."""
+REASONS = {
+    "official": "as the official code since July 2023; for weights from before: pooling='sum'",
+    "timm": "as timm",
+    "transformers": "as transformers",
+}
+LISTED = 10
+"""Keys of each kind that an error or a report lists."""
+
+
+class Checkpoint(NamedTuple):
+    """The weights of a file."""
+
+    state_dict: dict[str, Tensor]
+    """By this library's names."""
+    source: str
+    """Whose names they had."""
+    guessed: bool
+    """Whether that was told by the names."""
+    name: str
+    """The file's, for messages."""
+    entry: str
+    """Where in the file they are; empty if they are the file."""
+    other: str
+    """The entry with the average that was not asked for; empty if there is none."""
+    pooling: str | None
+    """That of the model they were saved from, if the file records it."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What `load_checkpoint` did; print it."""
+
+    name: str
+    """Of the file."""
+    source: str
+    """Whose names the weights had: "official", "timm" (this library's own too), "transformers"."""
+    entry: str
+    """Where in the file they were; empty if they are the file."""
+    pooling: str
+    """Of the model's attentions now."""
+    tensors: int
+    """How many were loaded."""
+    notes: tuple[str, ...]
+    """What else there is to know, in sentences."""
+    missing: tuple[str, ...] = ()
+    """Names that the file lacks, left as they were (`strict=False`)."""
+    unexpected: tuple[str, ...] = ()
+    """Names that the model lacks (`strict=False`)."""
+    misfits: tuple[str, ...] = ()
+    """Names of tensors with another shape, left as they were (`strict=False`)."""
+
+    def __str__(self) -> str:
+        where = f"{self.name}, {self.entry!r}" if self.entry else self.name
+        lines = [f"{self.tensors} tensors from {where}, with the names of {self.source}"]
+        lines += self.notes
+        for what in ("missing", "unexpected", "misfits"):
+            keys = getattr(self, what)
+            if keys:
+                lines.append(f"{what}: {_some(keys)}")
+        return "\n  ".join(lines)
+
+
+class CheckpointMismatchError(ValueError):
+    """A checkpoint does not fit the model.
+
+    Attributes:
+        missing: names that only the model has.
+        unexpected: names that only the file has.
+        misfits: name -> shape in the file, shape in the model.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        missing: list[str],
+        unexpected: list[str],
+        misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    ) -> None:
+        self.missing, self.unexpected, self.misfits = missing, unexpected, misfits
+        shapes = [f"{key} {theirs}, model {ours}" for key, (theirs, ours) in misfits.items()]
+        kinds = (
+            ("Only in the model", missing),
+            ("Only in the file", unexpected),
+            ("Of another shape, in the file", shapes),
+        )
+        lines = [message]
+        for title, keys in kinds:
+            lines += [f"{title}:", *(f"    {key}" for key in keys[:LISTED])] if keys else []
+            lines += [f"    and {len(keys) - LISTED} more"] if len(keys) > LISTED else []
+        super().__init__("\n  ".join(lines))
+
+
+def load_checkpoint(
+    model: SwiftFormer,
+    checkpoint: str | Path | Mapping[str, Any],
+    *,
+    source: str | None = None,
+    prefix: str = "",
+    ema: bool = False,
+    pooling: str | None = None,
+    fresh_heads: bool = False,
+    strict: bool = True,
+) -> Loaded:
+    """Load the weights of the official code, timm, transformers or this library, and their pooling.
+
+    The same weights under another pooling give other outputs, so the pooling of the model's
+    attentions is set as well: to what the file records (those of `save_checkpoint` do), else to
+    what the source computes. The result tells which.
+
+    Nothing changes unless all fits. Two differences are no mismatch: of two heads, a model with one
+    gets the mean, and both get the only one of a file, which leaves the outputs in evaluation the
+    same; and a model without heads (`features_only`, `num_classes=0`) takes none, while its
+    `feature_norms`, which classifiers lack, stay as they are.
+
+    Args:
+        model: a model of this library.
+        checkpoint: a .pth or .safetensors file, or what was read from one. Training checkpoints
+            keep the weights in "model" or "state_dict"; prefixes of wrappers are taken off.
+        source: whose names the weights have, "official", "timm" (this library's own too) or
+            "transformers"; None: told by the names.
+        prefix: take the names under it alone: "backbone." of a detector's or segmenter's.
+        ema: take the moving average of the weights ("model_ema" or "state_dict_ema").
+        pooling: "l2", "softmax", "sum" or "linear", whatever file and source say.
+        fresh_heads: leave the model's heads as they are, for another number of classes.
+        strict: False loads what fits and reports the rest.
+
+    Returns:
+        What was done; print it.
+
+    Raises:
+        TypeError: a wrong type of argument.
+        ValueError: a file that is missing, damaged, or holds something else; a source that cannot
+            be told; a pooling that cannot; no average where one is asked for.
+        CheckpointMismatchError: a ValueError that names what does not fit.
+        ImportError: a .safetensors file, and safetensors is not installed.
+
+    Example:
+        >>> model = SwiftFormer((8, 16), (1, 2), num_classes=5)
+        >>> weights = SwiftFormer((8, 16), (1, 2), num_classes=5).state_dict()
+        >>> print(load_checkpoint(model, {"model": weights, "epoch": 3}))
+        106 tensors from the dict, 'model', with the names of timm
+          pooling: l2, as timm
+    """
+    for name, flag in (("ema", ema), ("fresh_heads", fresh_heads), ("strict", strict)):
+        checks.check_option(name, flag, (True, False))
+    _check_model(model)
+    found = read_checkpoint(checkpoint, source=source, prefix=prefix, ema=ema)
+    return put_into(model, found, pooling=pooling, fresh_heads=fresh_heads, strict=strict)
+
+
+def put_into(
+    model: SwiftFormer,
+    found: Checkpoint,
+    *,
+    pooling: str | None = None,
+    fresh_heads: bool = False,
+    strict: bool = True,
+) -> Loaded:
+    """The second half of `load_checkpoint`: weights that have been read."""
+    chosen, reason = _pooling(model, found, pooling)
+    own = model.state_dict()
+    if any(t.is_meta for t in own.values()):
+        raise ValueError(
+            "model must have memory for the weights; it is on the device meta. Give it some first: "
+            "model.to_empty(device='cpu')."
+        )
+    given, kept, notes = _adapted(found.state_dict, own, fresh_heads)
+    missing = [k for k in own if k not in given and k not in kept]
+    unexpected = [k for k in given if k not in own]
+    both = {k: t for k, t in given.items() if k in own}
+    misfits = {
+        k: (tuple(t.shape), tuple(own[k].shape))
+        for k, t in both.items()
+        if not _same_but_for_ones(t, own[k])
+    }
+    fitting = {k: t.reshape(own[k].shape) for k, t in both.items() if k not in misfits}
+    if not fitting or (strict and (missing or unexpected or misfits)):
+        message = f"{found.name} does not fit the model.{_remedy(found, own, misfits)}"
+        raise CheckpointMismatchError(message, missing, unexpected, misfits)
+
+    model.load_state_dict({**own, **fitting})
+    for attention in _attentions(model):
+        attention.pooling = chosen
+    average = [f"weights: not their moving average, {found.other!r} (ema=True takes it)"]
+    return Loaded(
+        name=found.name,
+        source=found.source,
+        entry=found.entry,
+        pooling=chosen,
+        tensors=len(fitting),
+        notes=(f"pooling: {chosen}, {reason}", *(average if found.other else ()), *notes),
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+        misfits=tuple(misfits),
+    )
+
+
+def read_checkpoint(
+    checkpoint: str | Path | Mapping[str, Any],
+    *,
+    source: str | None = None,
+    prefix: str = "",
+    ema: bool = False,
+) -> Checkpoint:
+    """The weights of a file by this library's names; arguments and errors as `load_checkpoint`."""
+    if source is not None:
+        checks.check_option("source", source, SOURCES)
+    if isinstance(checkpoint, Mapping):
+        name, content = "the dict", checkpoint
+    elif isinstance(checkpoint, (str, Path)):
+        name, content = str(checkpoint), _read(Path(checkpoint))
+    else:
+        raise TypeError(
+            "checkpoint must be a path, or a dict read from a file; got "
+            f"{type(checkpoint).__name__}."
+        )
+    entry, other = _entry(content, ema, name)
+    weights = _unwrapped(content[entry] if entry else content, prefix, name)
+    guessed = source is None
+    if source is None:
+        source = guess_source(weights)
+        if source is None:
+            raise ValueError(
+                f"{name} must hold the weights of a SwiftFormer, by the names of "
+                f"{', '.join(SOURCES)}; it has {_some(list(weights), 5)}. Of a larger model, name "
+                "the part: prefix='backbone.'; else the source, to see which names are unknown."
+            )
+    state_dict = convert_state_dict(weights, source, "timm")
+    return Checkpoint(state_dict, source, guessed, name, entry, other, _recorded(content))
+
+
+def save_checkpoint(model: SwiftFormer, path: str | Path, target: str = "timm") -> None:
+    """Write the weights of a model for another implementation, or for `load_checkpoint`.
+
+    Args:
+        model: a model of this library.
+        path: a .safetensors file, else one as of torch.save: the weights in "model", and the
+            pooling in "pooling"; for transformers, which expects so, the weights alone.
+        target: whose names to write, "official", "timm" (this library's own too) or
+            "transformers". The official code and transformers know two heads: they get a single
+            one twice, which gives the same outputs in evaluation.
+
+    Raises:
+        TypeError: a wrong type of argument.
+        ValueError: an unknown target, or one that computes another pooling than the model.
+        ImportError: a .safetensors file, and safetensors is not installed.
+    """
+    _check_model(model)
+    checks.check_option("target", target, SOURCES)
+    computed = {"official": ("l2", "sum"), "transformers": ("sum",)}.get(target, POOLINGS)
+    pooling = _own_pooling(model)
+    if pooling not in computed:
+        raise ValueError(
+            f"target={target!r} computes pooling {' or '.join(computed)}; the model has "
+            f"{pooling!r}, so its weights would give other outputs there. Use convert_state_dict "
+            "if you want that."
+        )
+    weights = {k: t.detach().cpu().contiguous() for k, t in model.state_dict().items()}
+    if target != "timm" and "head.weight" in weights and "head_dist.weight" not in weights:
+        # Clones: safetensors refuses to write one tensor twice.
+        weights |= {k.replace("head.", "head_dist."): weights[k].clone() for k in HEADS[:2]}
+    weights = convert_state_dict(weights, "timm", target)
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        metadata = {"format": "pt", "pooling": pooling}
+        _safetensors().torch.save_file(weights, path, metadata=metadata)
+    elif target == "transformers":
+        torch.save(weights, path)
+    else:
+        torch.save({"model": weights, "pooling": pooling}, path)
+
+
+def architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of the `SwiftFormer` that has these weights, by this library's names.
+
+    Raises:
+        ValueError: tensors that tell the sizes are missing.
+
+    Example:
+        >>> options = {"num_classes": 3, "in_chans": 1, "distillation": False}
+        >>> model = SwiftFormer((8, 16), (1, 2), **options)
+        >>> found = architecture(model.state_dict())
+        >>> found["widths"], found["depths"], {name: found[name] for name in options}
+        ((8, 16), (1, 2), {'num_classes': 3, 'in_chans': 1, 'distillation': False})
+    """
+    blocks = sorted(
+        {(int(k.split(".")[1]), int(k.split(".")[3])) for k in state_dict if ".blocks." in k}
+    )
+    depths = dict(blocks)  # the last of every stage
+    try:
+        if sorted(depths) != list(range(len(depths))) or not depths:
+            raise KeyError("stages")
+        last = [f"stages.{i}.blocks.{depths[i]}" for i in range(len(depths))]
+        widths = tuple(state_dict[f"{name}.linear.fc1.weight"].shape[1] for name in last)
+        hidden = state_dict[f"{last[0]}.linear.fc1.weight"].shape[0]
+        stem = state_dict["stem.0.weight"]
+    except KeyError as error:
+        raise ValueError(
+            "state_dict must hold the stem and all stages of a SwiftFormer to tell its sizes; "
+            f"without: {error}."
+        ) from None
+    head = state_dict.get("head.weight")
+    return {
+        "widths": widths,
+        "depths": tuple(depth + 1 for depth in depths.values()),
+        "in_chans": stem.shape[1],
+        "mlp_ratio": hidden / widths[0],
+        "num_classes": 0 if head is None else head.shape[0],
+        "distillation": head is None or "head_dist.weight" in state_dict,
+        "features_only": "feature_norms.0.weight" in state_dict and "norm.weight" not in state_dict,
+    }
+
+
+HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
+
+
+def _adapted(
+    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], fresh_heads: bool
+) -> tuple[dict[str, Tensor], set[str], list[str]]:
+    """Weights for a model with other heads, names that it keeps its own tensors of, and notes."""
+    given, notes = dict(weights), []
+    # Old files lack these counters, which count for nothing with a fixed momentum.
+    kept = {k for k in own if k.endswith("num_batches_tracked")}
+    heads = {k for k in HEADS if k in own}
+    if not heads:
+        unused = [k for k in HEADS if given.pop(k, None) is not None]
+        norms = {k for k in own if k.startswith("feature_norms.")}
+        if norms and not norms & set(given):
+            kept |= norms
+            notes.append("feature_norms: as they were in the model, the file has none")
+            unused += [k for k in list(given) if k.startswith("norm.") and given.pop(k) is not None]
+        if unused:
+            parts = dict.fromkeys(k.split(".")[0] for k in unused)
+            notes.append(f"not used, as the model has none: {', '.join(parts)}")
+    elif fresh_heads:
+        kept |= heads
+        given = {k: t for k, t in given.items() if k not in HEADS}
+        notes.append("heads: as they were in the model, none of the file (fresh_heads)")
+    elif "head_dist.weight" in own and "head.weight" in given and HEADS[2] not in given:
+        given |= {k.replace("head.", "head_dist."): given[k] for k in HEADS[:2] if k in given}
+        notes.append("heads: both are the only one of the file")
+    elif "head_dist.weight" not in own and all(k in given for k in HEADS):
+        dist = given.pop("head_dist.weight"), given.pop("head_dist.bias")
+        if dist[0].shape == given["head.weight"].shape:
+            for k, t in zip(HEADS, dist, strict=False):
+                given[k] = (given[k] + t) / 2
+        notes.append("heads: the only one is the mean of the file's two, as their outputs are")
+    return given, kept, notes
+
+
+def _pooling(model: SwiftFormer, found: Checkpoint, asked: str | None) -> tuple[str, str]:
+    """The pooling for those weights, and why."""
+    if asked is not None:
+        checks.check_option("pooling", asked, POOLINGS)
+        return asked, "as asked for"
+    if found.pooling is not None:
+        return found.pooling, "as the file records"
+    pooling, own = POOLING[found.source], _own_pooling(model)
+    if found.source == "timm" and found.guessed and own != pooling:
+        raise ValueError(
+            f"{found.name} has the names of timm, which are this library's too, and does not "
+            f"record its pooling; the model has {own!r}, timm's have {pooling!r}. Say which: "
+            f"pooling={own!r}, or source='timm'."
+        )
+    return pooling, REASONS[found.source]
+
+
+def _remedy(
+    found: Checkpoint, own: Mapping[str, Tensor], misfits: Mapping[str, tuple[Any, ...]]
+) -> str:
+    """What may be meant by weights that do not fit, if it can be told."""
+    if misfits and set(misfits) <= set(HEADS):
+        return (
+            " It was trained on another number of classes: fresh_heads=True keeps the model's own "
+            "heads, to train them anew."
+        )
+    try:
+        theirs, ours = architecture(found.state_dict), architecture(own)
+    except ValueError:
+        return ""
+    if _size(theirs) != _size(ours):
+        return f" It is a SwiftFormer {_size(theirs)}, the model one {_size(ours)}."
+    for option in ("in_chans", "mlp_ratio"):
+        if theirs[option] != ours[option]:
+            return f" It has {option} {theirs[option]}, the model {ours[option]}."
+    if theirs["features_only"] and not ours["features_only"]:
+        return " It is of a model with features_only=True, without classes."
+    return ""
+
+
+def _size(options: Mapping[str, Any]) -> str:
+    size = (options["widths"], options["depths"])
+    known = (name.upper() for name, sizes in WIDTHS_AND_DEPTHS.items() if sizes == size)
+    return next(known, f"of widths {size[0]}, depths {size[1]}")
+
+
+def _same_but_for_ones(a: Tensor, b: Tensor) -> bool:
+    # Layer scales are [C] or [C, 1, 1], pointwise convolutions may be linear layers.
+    return [n for n in a.shape if n != 1] == [n for n in b.shape if n != 1]
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, SwiftFormer):
+        raise TypeError(
+            "model must be a swiftkernels.models.SwiftFormer, without wrappers; got "
+            f"{type(model).__name__}. For models of others, convert_state_dict gives their names."
+        )
+
+
+def _attentions(model: nn.Module) -> list[AttentionForward]:
+    return [m for m in model.modules() if isinstance(m, AttentionForward)]
+
+
+def _own_pooling(model: SwiftFormer) -> str:
+    poolings = {attention.pooling for attention in _attentions(model)}
+    if len(poolings) > 1:
+        raise ValueError(
+            f"model must have one pooling; its attentions have {', '.join(sorted(poolings))}."
+        )
+    return poolings.pop()
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """What a file holds; the metadata of safetensors beside its tensors, in "pooling"."""
+    if not path.is_file():
+        what = "is a folder; from_pretrained takes those" if path.is_dir() else "does not exist"
+        raise ValueError(f"checkpoint must be a .pth or .safetensors file; {path} {what}.")
+    try:
+        if path.suffix == ".safetensors":
+            with _safetensors().safe_open(path, framework="pt") as file:
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+                pooling = (file.metadata() or {}).get("pooling")
+            return {"model": tensors, "pooling": pooling} if pooling else tensors
+        # Training scripts keep their arguments in the file; a Namespace holds values alone. The
+        # context takes all that it is given off the list of the process at its end.
+        more = {argparse.Namespace} - set(torch.serialization.get_safe_globals())
+        with torch.serialization.safe_globals(list(more)):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise
+    except pickle.UnpicklingError as error:
+        needed = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        if needed is None:
+            raise ValueError(_damaged(path, error)) from error
+        raise ValueError(
+            f"{path} holds a {needed[1]}, more than tensors and plain values, and loading such "
+            "could run any code. If you trust the file: load_checkpoint(model, torch.load(path, "
+            "map_location='cpu', weights_only=False))."
+        ) from error
+    except Exception as error:  # every format has errors of its own
+        raise ValueError(_damaged(path, error)) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"{path} must hold a dict of weights; it holds a {type(content).__name__}."
+        )
+    return content
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    said = str(error).strip().split("\n")[0].split(". ")[0]
+    return (
+        f"{path} cannot be read as a checkpoint ({type(error).__name__}: {said}). It must be a "
+        ".safetensors file, or one of torch.save."
+    )
+
+
+def _safetensors() -> Any:
+    need("safetensors.torch", "hub", "A .safetensors file")
+    return need("safetensors", "hub", "A .safetensors file")
+
+
+def _entry(content: Mapping[str, Any], ema: bool, name: str) -> tuple[str, str]:
+    """The entry with the weights, "" for the file itself, and one with the other kind of them."""
+    plain = [k for k in WEIGHTS if isinstance(content.get(k), Mapping)]
+    averages = [k for k in AVERAGES if isinstance(content.get(k), Mapping)]
+    if ema:
+        if not averages:
+            entries = [str(k) for k, value in content.items() if value is not None]
+            held = _some(entries, 8) if plain else "weights alone"
+            raise ValueError(
+                f"{name} must hold a moving average of the weights for ema=True, in "
+                f"{' or '.join(map(repr, AVERAGES))}; it holds {held}. Leave ema out for the "
+                "weights."
+            )
+        return averages[0], ""
+    if averages and not plain:
+        raise ValueError(
+            f"{name} holds the moving average of the weights alone, {averages[0]!r}: ema=True "
+            "takes it."
+        )
+    return (plain or [""])[0], (averages or [""])[0]
+
+
+def _unwrapped(weights: Mapping[str, Any], prefix: str, name: str) -> dict[str, Tensor]:
+    weights = dict(weights)
+    if len(weights) > 1:
+        weights.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
+    others = [str(k) for k, t in weights.items() if not isinstance(t, Tensor)]
+    if others or not weights:
+        held = f"{_some(others, 5)} are none" if others else "it is empty"
+        raise ValueError(
+            f"{name} must hold tensors by their names, itself or in 'model' or 'state_dict'; "
+            f"{held}."
+        )
+    while True:
+        wrapper = next((w for w in WRAPPERS if all(k.startswith(w) for k in weights)), None)
+        if wrapper is None:
+            break
+        weights = {k.removeprefix(wrapper): t for k, t in weights.items()}
+    if prefix and not any(k.startswith(prefix) for k in weights):
+        raise ValueError(
+            f"prefix must be one of names in {name}; got {prefix!r}, and there are "
+            f"{_some(list(weights), 5)}."
+        )
+    return {k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)}
+
+
+def _recorded(content: Mapping[str, Any]) -> str | None:
+    """The pooling that this library's files record, those of training among their arguments."""
+    arguments = content.get("args", {})
+    if isinstance(arguments, argparse.Namespace):
+        arguments = vars(arguments)
+    found = content.get("pooling")
+    if found is None and isinstance(arguments, Mapping):
+        found = arguments.get("pooling")
+    return found if found in POOLINGS else None
+
+
+def _some(keys: list[str] | tuple[str, ...], most: int = LISTED) -> str:
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more

@@ -1,0 +1,317 @@
+"""`swiftkernels predict`: what a checkpoint sees in images, and where it looks."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from swiftkernels import checks, devices
+from swiftkernels.extras import need
+from swiftkernels.models.attention_maps import token_weights
+from swiftkernels.models.hub import class_names, from_pretrained
+from swiftkernels.models.swiftformer import SwiftFormer
+from swiftkernels.training.data import CROP, DEVIATION, MEAN
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+INK = "#333333"
+PANEL = 2.5
+"""Width of a picture in a figure, in inches."""
+LONGEST = 36
+"""Characters of a title."""
+
+ATTENTION = "Weights of the tokens in the global query, pooling "
+UNITS = {
+    "l2": ", in units of 1 / sqrt(N): if all weighed the same, each would be 1 or -1",
+    "softmax": ", in units of 1 / N: if all weighed the same, each would be 1",
+}
+FEATURES = (
+    "Feature maps: the first three principal components of each one's channels as red, green, blue."
+)
+
+
+def run(
+    checkpoint: str,
+    images: Sequence[Path],
+    *,
+    classes: Path | None = None,
+    top: int = 5,
+    size: Sequence[int] = (224,),
+    crop: float = CROP,
+    attention: bool = False,
+    features: bool = False,
+    out: Path = Path("results"),
+    source: str | None = None,
+    pooling: str | None = None,
+    ema: bool = False,
+    device: str | None = None,
+) -> int:
+    """Print the likeliest classes of every image, and draw what is asked for.
+
+    Args as the options of the command. Returns 1 if an image could not be read, else 0.
+
+    Raises:
+        ValueError: a checkpoint, an option or a list of images that cannot be used.
+        ImportError: pillow, or for pictures matplotlib, is not installed.
+    """
+    checks.check_positive("top", top)
+    if not 1 <= len(size) <= 2 or min(size) < 1:
+        raise ValueError(f"size must be a number of pixels, or height and width; got {size}.")
+    if not 0 < crop <= 1:
+        raise ValueError(f"crop must be a share of the image, up to 1; got {crop}.")
+    need("PIL", "predict", "Reading images")
+    if attention or features:
+        need("matplotlib", "predict", "Drawing")
+    paths = list(_image_files(images))
+    if attention or features:
+        _check_names(paths)
+    where = devices.find(device)
+    model, report, config = from_pretrained(checkpoint, source=source, ema=ema, pooling=pooling)
+    print(report, end="\n\n")
+    _check_model(model, report.pooling, attention, features)
+    model.to(where)
+    names = _class_names(classes, config, model.num_classes)
+    if attention or features:
+        out.mkdir(parents=True, exist_ok=True)
+
+    failed = 0
+    for path in paths:
+        try:
+            image = cropped(load_image(path), (size[0], size[-1]), crop)
+        except Exception as error:  # every format has errors of its own
+            print(f"{path}: cannot be read as an image ({error})\n", file=sys.stderr)
+            failed = 1
+            continue
+        pixels = to_tensor(image).unsqueeze(0).to(where)
+        print(path)
+        if model.num_classes:
+            with torch.no_grad():
+                shares = model(pixels)[0].softmax(0)
+            for share, index in zip(*shares.topk(min(top, len(shares))), strict=True):
+                print(f"  {share:6.1%}  {names[int(index)]}")
+        if attention:
+            weights = [a[0].cpu() for a in token_weights(model, pixels).values()]
+            figure = attention_figure(image, path.name, weights, report.pooling)
+            print(f"  {_saved(figure, out, path, 'attention')}")
+        if features:
+            with torch.no_grad():
+                maps = [m[0].cpu() for m in model.forward_features(pixels)]
+            figure = features_figure(image, path.name, maps)
+            print(f"  {_saved(figure, out, path, 'features')}")
+        print()
+    return failed
+
+
+def load_image(path: str | Path) -> Image:
+    """The RGB image in a file, turned as the camera recorded.
+
+    Raises:
+        OSError: no file, or no image.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as file:
+        image: Any = ImageOps.exif_transpose(file)
+        return image.convert("RGB")
+
+
+def cropped(image: Image, size: tuple[int, int] = (224, 224), crop: float = CROP) -> Image:
+    """An image as in evaluation on ImageNet: resized (bicubic), then its centre.
+
+    Args:
+        image: any.
+        size: height and width of the result.
+        crop: its share of the shorter side. 0.875, resizing to 256 for 224, is the official code's;
+            timm's configurations have 0.95.
+    """
+    from PIL.Image import Resampling
+
+    height, width = size
+    # The smaller factor that leaves both sides long enough; of a square, that of the shorter side.
+    factor = max(int(height / crop) / image.height, int(width / crop) / image.width)
+    # Rounded down, as torchvision does, but for what floating point takes off a whole number.
+    resized = image.resize(
+        (int(image.width * factor + 1e-6), int(image.height * factor + 1e-6)),
+        Resampling.BICUBIC,
+    )
+    left, upper = round((resized.width - width) / 2), round((resized.height - height) / 2)
+    return resized.crop((left, upper, left + width, upper + height))
+
+
+def to_tensor(image: Image) -> Tensor:
+    """[3, H, W] float32, ImageNet's mean taken off and divided by its deviations."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    planes = pixels.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255
+    mean, deviation = torch.tensor(MEAN), torch.tensor(DEVIATION)
+    return ((planes - mean[:, None, None]) / deviation[:, None, None]).contiguous()
+
+
+def attention_figure(image: Image, name: str, weights: Sequence[Tensor], pooling: str) -> Figure:
+    """The image, and over it the token weights [H, W] of every stage, in units of equal weights."""
+    unit = {"l2": math.sqrt, "softmax": float}.get(pooling, lambda n: 1.0)
+    caption = f"{ATTENTION}{pooling}{UNITS.get(pooling, '')}."
+    figure, panels = _figure(image, name, len(weights), caption, bars=True)
+    for stage, (axes, a) in enumerate(zip(panels, weights, strict=True), 1):
+        _overlay(figure, axes, image, a.float() * unit(a.numel()))
+        _title(axes, f"stage {stage}: {a.shape[0]} x {a.shape[1]} tokens")
+    return figure
+
+
+def features_figure(image: Image, name: str, maps: Sequence[Tensor]) -> Figure:
+    """The image and the feature maps [C, H, W] of the stages, their principal components as RGB."""
+    figure, panels = _figure(image, name, len(maps), FEATURES)
+    for stage, (axes, x) in enumerate(zip(panels, maps, strict=True), 1):
+        axes.imshow(principal_colours(x).tolist(), interpolation="nearest", aspect="auto")
+        channels, height, width = x.shape
+        _title(axes, f"stage {stage}: {height} x {width}, {channels} channels")
+    return figure
+
+
+def principal_colours(x: Tensor) -> Tensor:
+    """[C, H, W] -> [H, W, 3] from 0 to 1: what varies most over the map, as red, green, blue."""
+    pixels = x.double().flatten(1).T  # [H W, C]
+    pixels = pixels - pixels.mean(0)
+    axes = torch.linalg.eigh(pixels.T @ pixels).eigenvectors.flip(1)[:, :3]
+    # The sign of a component is arbitrary: its largest entry shall be positive.
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    colours = pixels @ (axes * largest.sign())
+    low, high = torch.quantile(colours, torch.tensor([0.01, 0.99]).double(), dim=0)
+    scaled = ((colours - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    missing = 3 - scaled.shape[1]  # of a map with fewer channels
+    return torch.nn.functional.pad(scaled, (0, missing)).unflatten(0, x.shape[1:])
+
+
+def _overlay(figure: Figure, axes: Axes, image: Image, values: Tensor) -> None:
+    """Values [H, W] in colour over the grey image, with their scale below."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    low, high = values.min().item(), values.max().item()
+    if low < 0 < high:
+        high = max(-low, high)
+        low = -high
+        colours, opacity = "RdBu_r", 0.15 + 0.75 * values.abs() / high
+    else:
+        colours, opacity = "inferno", torch.full_like(values, 0.75)
+    extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
+    # From a light grey to white, which leaves the dark to the colours.
+    axes.imshow(image.convert("L"), cmap="gray", vmin=-300, vmax=255, aspect="auto")
+    scale = Normalize(low, high)
+    axes.imshow(
+        values.tolist(),
+        cmap=colours,
+        norm=scale,
+        alpha=opacity.tolist(),
+        extent=extent,
+        interpolation="nearest",
+        aspect="auto",
+    )
+    inch = image.width / image.height / PANEL  # in heights of the picture
+    bar = axes.inset_axes((0.0, -0.18 * inch, 1.0, 0.08 * inch))
+    figure.colorbar(ScalarMappable(scale, colours), cax=bar, orientation="horizontal")
+    bar.tick_params(labelsize=8, color=INK, labelcolor=INK)
+    bar.locator_params(nbins=5)
+    for spine in bar.spines.values():
+        spine.set_visible(False)
+
+
+def _figure(
+    image: Image, name: str, panels: int, caption: str, bars: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A row of pictures of the image's shape, the first the image, and room for scales below."""
+    from matplotlib.figure import Figure
+
+    gap, above, below = 0.12, 0.3, 0.75 if bars else 0.4
+    tall = PANEL * image.height / image.width
+    width, height = gap + (PANEL + gap) * (panels + 1), above + tall + below
+    figure = Figure(figsize=(width, height))
+    axes = []
+    for i in range(panels + 1):
+        left = gap + (PANEL + gap) * i
+        area = (left / width, below / height, PANEL / width, tall / height)
+        axes.append(figure.add_axes(area))
+        axes[-1].set_axis_off()
+    axes[0].imshow(image, aspect="auto")
+    _title(axes[0], name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}...")
+    figure.text(gap / width, 0.13 / height, caption, fontsize=9, color=INK)
+    return figure, axes[1:]
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, fontsize=9.5, color=INK, pad=5)
+
+
+def _saved(figure: Figure, out: Path, image: Path, kind: str) -> Path:
+    path = out / f"{image.stem}_{kind}.png"
+    figure.savefig(path, dpi=160, facecolor="white")
+    return path
+
+
+def _check_names(paths: Sequence[Path]) -> None:
+    first: dict[str, Path] = {}
+    for path in paths:
+        other = first.setdefault(path.stem, path)
+        if other != path:
+            raise ValueError(
+                f"images must have different names to be drawn; {other} and {path} would go into "
+                "one file. Draw them one after the other, with another --out."
+            )
+
+
+def _check_model(model: SwiftFormer, pooling: str, attention: bool, features: bool) -> None:
+    channels = model.state_dict()["stem.0.weight"].shape[1]
+    if channels != 3:
+        raise ValueError(
+            f"checkpoint must be of a model for RGB images; its images have {channels} channels."
+        )
+    if attention and pooling == "sum":
+        raise ValueError(
+            "attention shows nothing with pooling 'sum', where every token weighs 1. Leave it out, "
+            "or name the pooling that the model was trained with: --pooling."
+        )
+    if not (model.num_classes or attention or features):
+        raise ValueError("checkpoint has no heads: nothing to tell but --attention or --features.")
+
+
+def _class_names(path: Path | None, config: Mapping[str, Any], num_classes: int) -> list[str]:
+    if path is None:
+        numbers = [f"class {i}" for i in range(num_classes)]
+        return class_names(config, num_classes) or numbers
+    if not path.is_file():
+        raise ValueError(f"classes must be a file with a name in each line; {path} does not exist.")
+    try:
+        names = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"classes must be a text file in UTF-8; {path} is none ({error})."
+        ) from error
+    if len(names) != num_classes:
+        raise ValueError(
+            f"classes must have a line for each of the {num_classes} classes; {path} has "
+            f"{len(names)}."
+        )
+    return names
+
+
+def _image_files(given: Sequence[Path]) -> Iterator[Path]:
+    """The files, and those in folders that look like images."""
+    from PIL import Image
+
+    suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    for path in given:
+        if not path.is_dir():
+            yield path
+            continue
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
+        if not inside:
+            raise ValueError(f"images must be files or folders with some; {path} has none.")
+        yield from inside
