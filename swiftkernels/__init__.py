@@ -7,7 +7,7 @@ from swiftkernels.functional import (
     additive_self_attention,
 )
 from swiftkernels.modules import AdditiveAttention
-from swiftkernels.patch import accelerate
+from swiftkernels.patch import accelerate, register
 
 __version__ = "0.1.0"
 
@@ -17,5 +17,6 @@ __all__ = [
     "accelerate",
     "additive_attention",
     "additive_self_attention",
+    "register",
     "warmup",
 ]

@@ -124,6 +124,13 @@ def nothing_listens() -> bool:
     )
 
 
+def saves_through_hooks() -> bool:
+    """Whether something wants to see what is saved for a backward: activation checkpointing, which
+    compares it between two calls. True where PyTorch does not tell."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None
+
+
 def when_imported(name: str, callback: Callable[[ModuleType], None]) -> None:
     """Call callback(module) as soon as the module `name` has been imported; now, if it has been.
 

@@ -176,7 +176,8 @@ def additive_self_attention(
         proj_bias,
         final_weight,
         final_bias,
-    ) = _autocast(x, *given[:4], w_g.flatten(), *given[5:9])
+    ) = _autocast(x, *given[:4], w_g, *given[5:9])
+    given_w_g, w_g = w_g, w_g.flatten()
     width = w_g.shape[0]
     in_dims = query_weight.shape[-1]
     checks.check_tokens("x", x, in_dims, "C, the width of query_weight")
@@ -212,9 +213,13 @@ def additive_self_attention(
         if chosen == "reference":
             out = reference.additive_self_attention(x, *layer[:-1], mask, options)
         else:
+            # In the shape in which the short way past these checks saves it for the backward:
+            # activation checkpointing compares what two calls save.
+            kept_w_g = given_w_g if plain else w_g
             out = ops.additive_self_attention(
-                x, *layer[:-1], mask=mask, options=options, backend=chosen, recompute=recompute
-            )
+                x, *layer._replace(w_g=kept_w_g)[:-1],
+                mask=mask, options=options, backend=chosen, recompute=recompute,
+            )  # fmt: skip
         if residual_scale is not None:
             out = residual + residual_scale.flatten() * out
     if plain:

@@ -171,7 +171,8 @@ def train(
     checked = checked_layer(x, layer, key, channels_first)
     if checked is None or layer.layer_scale is not None or not _same_places(layer, checked):
         return None
-    images = channels_first and checked.backend == "cpu"  # which takes tokens alone
+    # The CPU kernels take tokens alone, and the long way saves those.
+    images = channels_first and (checked.backend == "cpu" or compat.saves_through_hooks())
     out = ops.additive_self_attention(
         x.flatten(2).transpose(1, 2) if images else x,
         *layer[:9],

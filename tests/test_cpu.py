@@ -1664,6 +1664,17 @@ def test_checkpointing_recomputes_and_gives_the_same_gradients(forward_calls, re
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(2, 9, 16), (2, 16, 3, 3)])
+def test_checkpointing_a_layer_that_was_never_called(shape):
+    """Its first call goes through all checks, the one in the backward past them."""
+    x = random_tokens(*shape).requires_grad_()
+    grads = [
+        torch.autograd.grad(call(make_layer()).sin().sum(), x)[0]
+        for call in (lambda f: f(x), lambda f: checkpoint(f, x, use_reentrant=False))
+    ]
+    assert torch.equal(*grads)
+
+
 def test_a_second_backward_over_a_kept_graph_gives_the_same():
     leaves = [t.requires_grad_() for t in make_tensors(2, 40, 6, 5, dtype=torch.float32)]
     out = additive_self_attention(*leaves, backend="cpu").sum()

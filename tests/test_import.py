@@ -15,7 +15,17 @@ import swiftkernels
 from swiftkernels import _warmup, functional, modules
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = ("triton", "numpy", "matplotlib", "sklearn", "tqdm", "PIL", "timm", "transformers")
+OPTIONAL = (
+    "triton",
+    "numpy",
+    "matplotlib",
+    "sklearn",
+    "tqdm",
+    "PIL",
+    "timm",
+    "transformers",
+    "torchvision",
+)
 
 
 def run_python(code: str) -> str:

@@ -25,7 +25,12 @@ PUBLISHED = {
 }
 """Parameters with two heads; multiply-adds at 224 x 224 in units of 1e9, as published."""
 
-SIZES = (pytest.param((224, 224), marks=pytest.mark.slow), (225, 257), (32, 32))
+SIZES = (
+    pytest.param((224, 224), marks=pytest.mark.slow),
+    pytest.param((384, 640), marks=pytest.mark.slow),
+    (225, 257),
+    (32, 32),
+)
 
 
 def small(**options: Any) -> SwiftFormer:

@@ -122,6 +122,20 @@ def _score_gradients(
     return tl.where(live, grad, 0.0)
 
 
+@triton.jit
+def _residue(grad_scores, weights, stat_ptr, EPS: tl.constexpr, POOLING: tl.constexpr):
+    """What sums up to nothing over the tokens of an item but for rounding, mostly of G . dG -> [1].
+
+    With that sum c, grad_scores - c weights is right; it matters where tokens are almost the same.
+    """
+    if POOLING == "softmax":
+        residue = tl.sum(grad_scores[None, :], 1)
+    else:
+        residue = tl.sum((weights * grad_scores)[None, :], 1)
+        residue = tl.where(tl.load(stat_ptr + tl.arange(0, 1)) >= EPS, residue, 0.0)
+    return residue
+
+
 @triton.jit(
     do_not_specialize=[
         "n_tokens", "num_splits", "num_groups", "tiles_per_group", "stride_b", "stride",
@@ -166,7 +180,9 @@ def _rows_backward_kernel(
     grad_g = sum_partials(grad_g_ptr + item * num_splits * E, cols, num_splits, E, BLOCK_S, ACC)
     along = tl.sum((load_vector(g_ptr, cols, E, ACC) * grad_g)[None, :], 1)  # [1]
 
+    NORMALISES: tl.constexpr = POOLING == "softmax" or POOLING == "l2"
     sum_w_g = tl.zeros([BLOCK_E], ACC)
+    residue = tl.zeros([1], ACC)
     if FUSE:
         sum_dq = tl.zeros([BLOCK_E], ACC)
         sum_dk = tl.zeros([BLOCK_E], ACC)
@@ -198,6 +214,8 @@ def _rows_backward_kernel(
         grad_weights = tl.sum(unit * grad_g[None, :], 1)
         grad_scores = _score_gradients(grad_weights, weights, live, along, g_stat_ptr, EPS, POOLING)
         sum_w_g += tl.sum(unit * (grad_scores * SCALE)[:, None], 0)
+        if NORMALISES:
+            residue += _residue(grad_scores, weights, g_stat_ptr, EPS, POOLING)
         if proj_bias_ptr is not None:
             unit += load_vector(proj_bias_ptr, cols, E, ACC)[None, :]
         z_operand = to_operand(unit, DTYPE)
@@ -258,6 +276,8 @@ def _rows_backward_kernel(
 
     part = item * num_groups + group
     if dw_g_ptr is not None:
+        if NORMALISES:
+            sum_w_g -= load_vector(g_ptr, cols, E, ACC) * (residue * SCALE)
         tl.store(dw_g_ptr + part * E + cols, sum_w_g, mask=cols < E)
     if FUSE:
         moments_ptr += part * (2 * E * (C + D + 1) + D)

@@ -127,6 +127,20 @@ def test_checkpointing_gives_the_same_gradients(layers):
     torch.testing.assert_close(torch.autograd.grad(out.sin().sum(), x), plain, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("calls_before", [0, 2])
+@pytest.mark.parametrize("shape", [(2, 9, 24), (2, 24, 3, 3)])
+def test_checkpointing_a_new_layer_and_a_known_one(layers, shape, calls_before):
+    """The first call goes through all checks, later ones past them."""
+    ours, reference = layers
+    x = torch.randn(shape, requires_grad=True)
+    for _ in range(calls_before):
+        ours(x)
+    out = torch.utils.checkpoint.checkpoint(ours, x, use_reentrant=False)
+    (grad,) = torch.autograd.grad(out.sin().sum(), x)
+    (expected,) = torch.autograd.grad(reference(x).sin().sum(), x)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_function_transforms_use_the_definition(layers):
     ours, reference = layers
     x = torch.randn(3, 2, 9, 24)
