@@ -33,9 +33,11 @@ def tokens_of(t: Tensor) -> tuple[int, int, int, tuple[int, ...]] | None:
     if len(shape) == 3:
         return shape[0], shape[1], shape[2], strides
     batch, width, rows, columns = shape
-    if strides[2] != columns * strides[3] and rows > 1:
+    # The stride of an axis of one element says nothing.
+    step = strides[3] if columns > 1 else strides[2]
+    if rows > 1 and strides[2] != columns * step:
         return None
-    return batch, rows * columns, width, (strides[0], strides[3], strides[1])
+    return batch, rows * columns, width, (strides[0], step, strides[1])
 
 
 def output_like(t: Tensor, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -8,8 +8,10 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from types import ModuleType
 from typing import TypeVar
 
@@ -175,6 +177,23 @@ def constant_under_compile(function: _Function) -> _Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@constant_under_compile
+def too_old_triton() -> str:
+    """The version of the installed Triton, if it is one from before 3.6."""
+    return _too_old_triton()
+
+
+@functools.cache
+def _too_old_triton() -> str:
+    for name in ("triton", *(f"pytorch-triton{suffix}" for suffix in ("", "-rocm", "-xpu"))):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            version = metadata.version(name)
+            numbers = re.match(r"(\d+)\.(\d+)", version)
+            old = numbers is not None and tuple(map(int, numbers.groups())) < (3, 6)
+            return version if old else ""
+    return ""
 
 
 def being_exported() -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from swiftkernels import aten, checks, compat, reference
+from swiftkernels.common import output_like
 from swiftkernels.cpu import config as cpu_config
 from swiftkernels.cpu import library
 from swiftkernels.cpu.weights import Weights
@@ -75,6 +76,9 @@ def _why_not_triton(x: Tensor, width: int) -> str:
         return "needs the package triton, which is not installed (pip install swiftkernels[triton])"
     if not compat.triton_takes(x.device):
         return f"needs a tensor on a CUDA, ROCm or XPU device; got one on {x.device}"
+    old_triton = compat.too_old_triton()
+    if old_triton:
+        return f"needs triton 3.6 or newer, which newer builds of torch bring; got {old_triton}"
     too_old = compat.too_old_for_triton(x.device)
     if too_old:
         return f"needs compute capability 8.0 or newer; {x.device} has {too_old}"
@@ -232,16 +236,17 @@ class _Operator:
     def fake(self, *args: Any) -> Outputs:
         """Shapes, dtypes and strides of the operator's outputs."""
         x, final_weight, backend, keep = args[0], args[-9], args[-2], args[-1]
-        batch, n_tokens, _ = x.shape
         token_dim, width = final_weight.shape
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-        out = x.new_empty(batch, n_tokens, token_dim)
+        shape, strides = output_like(x, token_dim)
+        out = x.new_empty_strided(shape, strides)
+        batch = x.shape[0]
         if backend == "cpu":
             return (
                 out,
                 x.new_empty(0 if keep == "nothing" else (batch, width), dtype=acc),
-                x.new_empty(0 if keep == "nothing" else (batch, 3 * n_tokens + 1), dtype=acc),
-                x.new_empty((2, batch, n_tokens, width) if keep == "rows" else 0),
+                x.new_empty(0 if keep == "nothing" else (batch, 3 * x.shape[1] + 1), dtype=acc),
+                x.new_empty((2, batch, x.shape[1], width) if keep == "rows" else 0),
             )
         triton = backend == "triton"
         return (

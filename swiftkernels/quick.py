@@ -1,8 +1,8 @@
 """The short way to the kernels, for small inputs: past the checks that a layer has passed before.
 
 A call through `swiftkernels.functional` takes longer than the kernels do for a small image. It
-leaves a note here, and as long as the layer's weights stand where they stood in the version they
-had, the next calls need to look at the input alone.
+leaves a note here, and as long as the layer's weights are of the same kind and stand where they
+stood, the next calls need to look at the input alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from swiftkernels.common import output_like, tokens_of
 from swiftkernels.cpu import launch, weights
 from swiftkernels.cpu.weights import Weights
 from swiftkernels.reference import Options
+from swiftkernels.triton import config
 
 Key = tuple[str, str, bool, float | None, float]
 """backend, pooling, qk_norm, scale, eps: as `additive_self_attention` is given them."""
@@ -38,21 +39,35 @@ class Checked(NamedTuple):
     width: int
     token_dim: int
     addresses: weights.Addresses
-    """Of the weights."""
-    aligned: bool
-    """All of them lie as the Triton kernels expect."""
-    kinds: dict[Any, _Infer]
-    """What was prepared for kinds of input."""
+    shapes: tuple[torch.Size | None, ...]
+    """These two of the weights."""
+    by_address: bool
+    """The Triton kernels can be started by these addresses."""
+    prepared: dict[Any, _Prepared]
+    """By kinds of input."""
 
 
 def remember(layer: Weights, key: Key, chosen: str, options: Options, x: Tensor) -> None:
     """Note that a call with this layer and options on tokens like x passed all checks."""
     token_dim, width = layer.wf.shape
-    addresses = weights.addresses(layer)
-    aligned = all(w is None or compat.fits_kernels(w) for w in layer)
-    weights.notes(layer)[key] = Checked(
-        chosen, options, x.dtype, x.device, x.shape[2], width, token_dim, addresses, aligned, {}
+    before: Checked | None = weights.find_note(layer, key)
+    checked = Checked(
+        backend=chosen,
+        options=options,
+        dtype=x.dtype,
+        device=x.device,
+        in_dims=x.shape[2],
+        width=width,
+        token_dim=token_dim,
+        addresses=weights.addresses(layer),
+        shapes=tuple(None if w is None else w.shape for w in layer),
+        by_address=width <= config.MAX_PROJECTED_WIDTH
+        and all(w is None or compat.fits_kernels(w) for w in layer),
+        prepared={},
     )
+    if before is not None and before._replace(prepared={}) == checked:
+        return  # and what was prepared stays
+    weights.notes(layer)[key] = checked
 
 
 def checked_layer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Checked | None:
@@ -84,26 +99,27 @@ def infer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Tensor |
         return None
     if checked.backend == "cpu":
         return _infer_on_cpu(x, layer, checked)
-    if layer.layer_scale is not None or not _same_places(layer, checked):
+    if layer.layer_scale is not None or not _same_weights(layer, checked):
         return None
-    quickest = _infer_by_triton(x, checked)
-    if quickest is not None:
-        return quickest
+    out = _infer_by_triton(x, checked)
+    if out is not None:
+        return out
     operator = ops.additive_self_attention
     return operator.call((x, *layer[:9]), None, checked.options, checked.backend, "nothing")[0]
 
 
-def _same_places(layer: Weights, checked: Checked) -> bool:
-    """Whether the weights, which may have been replaced through `.data`, stand where they stood."""
-    if weights.addresses(layer) != checked.addresses or layer.wq.dtype is not checked.dtype:
+def _same_weights(layer: Weights, checked: Checked) -> bool:
+    """Whether the weights, which may have been replaced through `.data`, are what was checked."""
+    if weights.addresses(layer) != checked.addresses:
         return False
-    for w in layer:  # noqa: SIM110 - a generator takes twice as long
-        if w is not None and not w.is_contiguous():
+    dtype = checked.dtype
+    for w, shape in zip(layer, checked.shapes, strict=True):
+        if w is not None and (w.shape != shape or w.dtype is not dtype or not w.is_contiguous()):
             return False
     return True
 
 
-class _Infer(NamedTuple):
+class _Prepared(NamedTuple):
     """How the Triton kernels are started for one kind of input, and what the output is."""
 
     start: Callable[[Tensor, Tensor, Sequence[int | None]], None]
@@ -113,30 +129,25 @@ class _Infer(NamedTuple):
 
 def _infer_by_triton(x: Tensor, checked: Checked) -> Tensor | None:
     """By address, once the kernels for inputs like x are compiled; till then None."""
-    if not (checked.aligned and compat.fits_kernels(x)):
+    if not (checked.by_address and compat.fits_kernels(x)):
         return None
     key = (x.shape, x.stride(), checked.dtype is torch.float32 and compat.allow_tf32())
-    infer = checked.kinds.get(key)
-    if infer is None:
-        infer = _prepare(x, checked)
-        if infer is None:
+    prepared = checked.prepared.get(key)
+    if prepared is None:
+        start = ops.implementation("triton").compiled_forward(
+            x, checked.width, checked.token_dim, checked.addresses[:9], checked.options
+        )
+        if start is None:
             return None
-        if len(checked.kinds) >= MAX_KINDS:
-            checked.kinds.clear()
-        checked.kinds[key] = infer
+        if len(checked.prepared) >= MAX_KINDS:
+            checked.prepared.clear()
+        prepared = _Prepared(start, *output_like(x, checked.token_dim))
+        checked.prepared[key] = prepared
     out = torch.empty_strided(
-        infer.shape, infer.strides, dtype=checked.dtype, device=checked.device
+        prepared.shape, prepared.strides, dtype=checked.dtype, device=checked.device
     )
-    infer.start(x, out, checked.addresses)
+    prepared.start(x, out, checked.addresses)
     return out
-
-
-def _prepare(x: Tensor, checked: Checked) -> _Infer | None:
-    width, token_dim = checked.width, checked.token_dim
-    start = ops.implementation("triton").compiled_forward(
-        x, width, token_dim, checked.addresses[:9], checked.options
-    )
-    return None if start is None else _Infer(start, *output_like(x, token_dim))
 
 
 def _infer_on_cpu(x: Tensor, layer: Weights, checked: Checked) -> Tensor | None:
@@ -169,16 +180,16 @@ def train(
 ) -> Tensor | None:
     """The output for x, differentiable; None: take the long way."""
     checked = checked_layer(x, layer, key, channels_first)
-    if checked is None or layer.layer_scale is not None or not _same_places(layer, checked):
+    if checked is None or layer.layer_scale is not None or not _same_weights(layer, checked):
         return None
     # The CPU kernels take tokens alone, and the long way saves those.
-    images = channels_first and (checked.backend == "cpu" or compat.saves_through_hooks())
+    flattens = channels_first and (checked.backend == "cpu" or compat.saves_through_hooks())
     out = ops.additive_self_attention(
-        x.flatten(2).transpose(1, 2) if images else x,
+        x.flatten(2).transpose(1, 2) if flattens else x,
         *layer[:9],
         mask=None,
         options=checked.options,
         backend=checked.backend,
         recompute=recompute,
     )
-    return out.transpose(1, 2).unflatten(2, x.shape[2:]) if images else out
+    return out.transpose(1, 2).unflatten(2, x.shape[2:]) if flattens else out

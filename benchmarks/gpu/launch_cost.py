@@ -169,12 +169,16 @@ def _calls(x: Tensor) -> Calls:
     return calls
 
 
+def _never(_: object) -> bool:  # a mock would take longer than what it stands for
+    return False
+
+
 def _turn(what: str, call: Callable[[], object], calls: int = CALLS) -> Callable[[], None]:
     def turn() -> None:
         with contextlib.ExitStack() as stack:
             if what == LOOKING_UP:  # as tensors are launched that lie anyhow
-                stack.enter_context(mock.patch.object(launch, "_reusable", return_value=False))
-                stack.enter_context(mock.patch.object(compat, "fits_kernels", return_value=False))
+                stack.enter_context(mock.patch.object(launch, "_reusable", _never))
+                stack.enter_context(mock.patch.object(compat, "fits_kernels", _never))
             for _ in range(calls):
                 call()
 

@@ -71,7 +71,8 @@ def _tokens(t: Tensor) -> _Tokens:
         found = layout(*strides, n_tokens, width)
         if found is not None:
             return _Tokens(t, batch, n_tokens, width, found)
-    return _tokens(t.contiguous())
+    # Not `contiguous`, which gives back what lies anyhow along axes of one element.
+    return _tokens(t.new_empty(t.shape).copy_(t))
 
 
 def _empty_like(tokens: _Tokens) -> _Tokens:
@@ -210,7 +211,8 @@ def _forward(
         )
     )  # fmt: skip
     new, acc = q.new_empty, accumulator(q.dtype)
-    out = q.new_empty_strided(*output_like(like, token_dim))
+    shape, strides = output_like(like, token_dim)
+    out = torch.empty_strided(shape, strides, dtype=q.dtype, device=q.device)
     global_query = new(batch, width, dtype=acc)
     statistics = new(batch, 2, dtype=acc)
     folded = new(token_dim, width)
@@ -250,8 +252,9 @@ class _ForwardPlan:
     """
 
     def __init__(self, kind: _Kind) -> None:
-        batch, n_tokens, in_dims, width, token_dim, tokens, dtype, device, options, *_ = kind
-        cfg = config.choose_config(width, dtype, config.architecture(device))
+        batch, n_tokens, in_dims, width, token_dim = kind[:5]
+        tokens, dtype, options = kind.tokens, kind.dtype, kind.options
+        cfg = config.choose_config(width, dtype, config.architecture(kind.device))
         # Without tokens there is nothing to pool, but a backward may ask for M, G and statistics.
         splits, tiles_per_split = _split_tokens(max(n_tokens, 1), cfg.block_n)
         self.splits = splits
@@ -367,9 +370,12 @@ def compiled_forward(
 
 
 class _BackwardKind(NamedTuple):
-    """As `_Kind`, of whose `tokens` the queries and keys (or x, if the kernels project it) are."""
+    """What a backward adds to it.
 
-    forward: _Kind
+    `of`: its `tokens` are those of the queries and keys, or of x, if the kernels project it.
+    """
+
+    of: _Kind
     dout: Layout
     dx: Layout | None
     """None: rows leave no gradient of x."""
@@ -385,17 +391,17 @@ class _BackwardPlan:
     Attributes:
         fuses: the moments are summed by the rows kernel; else from planes that it leaves.
         splits: partial sums of dG of an item.
-        dw_g_parts, moment_parts: partial sums of the gradient of w_g and of the moments.
+        num_dw_g, num_moments: numbers of partial sums, of the gradient of w_g and of the moments.
         moment_width: numbers in a set of moments, see `_finish_backward_kernel`.
     """
 
     def __init__(self, kind: _BackwardKind) -> None:
-        batch, n_tokens, in_dims, width, token_dim, tokens, dtype, device, options, *_ = (
-            kind.forward
-        )
-        cfg = config.choose_config(width, dtype, config.architecture(device))
+        of = kind.of
+        batch, n_tokens, in_dims, width, token_dim = of[:5]
+        tokens, dtype, options = of.tokens, of.dtype, of.options
+        cfg = config.choose_config(width, dtype, config.architecture(of.device))
         widest = max(in_dims, token_dim, width)
-        project, needs_weights = kind.forward.project, kind.needs_weights
+        project, needs_weights = of.project, kind.needs_weights
         self.fuses = needs_weights and project and widest <= config.MAX_FUSED_WIDTH
         strides = (tokens.stride_b, tokens.stride, kind.dout.stride_b, kind.dout.stride)
         shared: dict[str, Any] = {
@@ -405,7 +411,7 @@ class _BackwardPlan:
             "ALIGN": tokens.align,
             "DOUT_CHANNELS_LAST": kind.dout.channels_last,
             "DOUT_ALIGN": kind.dout.align,
-            "PRECISION": kind.forward.precision,
+            "PRECISION": of.precision,
         }
         by_rows: dict[str, Any] = {
             "C": in_dims,
@@ -415,7 +421,7 @@ class _BackwardPlan:
             "BLOCK_E": config.next_power_of_two(width),
             "BLOCK_K": cfg.block_k,
         }
-        reusable = kind.forward.reusable
+        reusable = of.reusable
 
         self.splits, tiles_per_split = _split_tokens(n_tokens, cfg.block_n)
         self._pool = Prepared(
@@ -433,7 +439,7 @@ class _BackwardPlan:
         group = config.FUSED_GROUP_TOKENS if self.fuses else config.GROUP_TOKENS
         tiles_per_group = min(tiles, group // cfg.rows_block_n)
         groups = _cdiv(tiles, tiles_per_group)
-        self.dw_g_parts = self.moment_parts = batch * groups
+        self.num_dw_g = self.num_moments = batch * groups
         x_planes = 0 if kind.x is None else 2
         self.moment_width = x_planes * width * (kind.x_width + 1) + (2 * width + 1) * token_dim
         dx = kind.dx or tokens
@@ -471,7 +477,7 @@ class _BackwardPlan:
             across = x_planes * _cdiv(kind.x_width, block) + 2 * _cdiv(token_dim, block)
             jobs = _cdiv(width, block) * across
             tiles_per_split = _cdiv(tiles, config.moment_splits(jobs, tiles))
-            splits = self.moment_parts = _cdiv(tiles, tiles_per_split)
+            splits = self.num_moments = _cdiv(tiles, tiles_per_split)
             x = kind.x or kind.dout
             self._moments = Prepared(
                 _weights_backward_kernel,
@@ -498,7 +504,7 @@ class _BackwardPlan:
         self._finish = Prepared(
             _finish_backward_kernel,
             _cdiv(width, block) + _cdiv(self.moment_width, block),
-            (self.dw_g_parts, self.moment_parts),
+            (self.num_dw_g, self.num_moments),
             {
                 "C": kind.x_width if x_planes else 0,
                 "E": width,
@@ -515,7 +521,7 @@ class _BackwardPlan:
     def start_rows(
         self,
         inputs: Sequence[Tensor | None],
-        saved: tuple[Tensor, Tensor, Tensor],
+        saved: Sequence[Tensor],
         dout: Tensor,
         grad_g: Tensor,
         dx: Tensor | None,
@@ -597,7 +603,7 @@ def additive_self_attention_backward(
     wf: Tensor,
     bf: Tensor | None,
     mask: Tensor | None,
-    saved: tuple[Tensor, Tensor, Tensor],
+    saved: Sequence[Tensor],
     options: Options,
     needs_tokens: bool,
     needs_weights: bool,
@@ -616,7 +622,8 @@ def additive_self_attention_backward(
         inputs = (
             q.data, k.data, *_contiguous(wq, bq, wk, bk, w_g, wp, bp, wf, bf), _mask_bytes(mask)
         )  # fmt: skip
-        reusable = _reusable((*inputs, view.data, dout_view.data))
+        saved = _contiguous(*saved)  # which hooks may have put anywhere
+        reusable = _reusable((*inputs, *saved, view.data, dout_view.data))
         plan = _backward_plan(
             _BackwardKind(
                 _Kind(
@@ -635,8 +642,8 @@ def additive_self_attention_backward(
         grad_g = x.new_empty(batch, plan.splits, width, dtype=acc)
         dw_g_parts = moments = None
         if needs_weights:
-            dw_g_parts = x.new_empty(plan.dw_g_parts, width, dtype=acc)
-            moments = x.new_empty(plan.moment_parts, plan.moment_width, dtype=acc)
+            dw_g_parts = x.new_empty(plan.num_dw_g, width, dtype=acc)
+            moments = x.new_empty(plan.num_moments, plan.moment_width, dtype=acc)
         plan.start_rows(
             inputs, saved, dout_view.data, grad_g, dx, (dq, dk, sides),
             (dw_g_parts, moments if plan.fuses else None),
@@ -667,7 +674,7 @@ def additive_attention_backward(
     wf: Tensor,
     bf: Tensor | None,
     mask: Tensor | None,
-    saved: tuple[Tensor, Tensor, Tensor],
+    saved: Sequence[Tensor],
     options: Options,
     needs_tokens: bool,
     needs_weights: bool,
@@ -683,12 +690,13 @@ def additive_attention_backward(
             view.data, key_view.data, *(None,) * 4, *_contiguous(w_g, wp, bp, wf, bf),
             _mask_bytes(mask),
         )  # fmt: skip
+        saved = _contiguous(*saved)  # which hooks may have put anywhere
         plan = _backward_plan(
             _BackwardKind(
                 _Kind(
                     batch, n_tokens, width, width, wf.shape[0], view.layout, q.dtype, q.device,
                     options, False, _precision(q.dtype), _missing(inputs),
-                    _reusable((*inputs, dout_view.data)),
+                    _reusable((*inputs, *saved, dout_view.data)),
                 ),
                 dout_view.layout, None, None, 0, needs_weights,
             )
@@ -697,14 +705,14 @@ def additive_attention_backward(
         dk = torch.empty_like(dq)
         sides = q.new_empty(2, *q.shape) if needs_weights else None
         grad_g = q.new_empty(batch, plan.splits, width, dtype=acc)
-        dw_g_parts = q.new_empty(plan.dw_g_parts, width, dtype=acc) if needs_weights else None
+        dw_g_parts = q.new_empty(plan.num_dw_g, width, dtype=acc) if needs_weights else None
         plan.start_rows(
             inputs, saved, dout_view.data, grad_g, None, (dq, dk, sides), (dw_g_parts, None)
         )
         grads: list[Tensor | None] = [dq, dk] if needs_tokens else [None, None]
         if sides is None or dw_g_parts is None:
             return [*grads, *[None] * 5]
-        moments = q.new_empty(plan.moment_parts, plan.moment_width, dtype=acc)
+        moments = q.new_empty(plan.num_moments, plan.moment_width, dtype=acc)
         plan.start_moments(dout_view.data, dout_view.data, sides, moments)
         weights = _weight_gradients(plan, dw_g_parts, moments, 0, inputs)
         return [*grads, *weights[4:]]

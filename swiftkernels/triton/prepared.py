@@ -17,7 +17,7 @@ from triton import knobs
 from triton.runtime import driver
 
 Pointer = Tensor | int | None
-"""A tensor or, once the kernel is compiled, an address on the device."""
+"""A tensor or, once the kernel is compiled, an address on the device; None stands for nothing."""
 
 
 class Prepared:
@@ -64,6 +64,7 @@ def _starter(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
     """`compiled[grid]`, but for what that gathers for profilers before every launch.
 
     Where one listens, or where Triton's insides are others than in 3.6 to 3.9, it is that itself.
+    Like it, it knows nothing of `pre_run_hooks` of the kernel and later changes of Triton's knobs.
     """
     start: Callable[..., None] = compiled[grid]
     try:

@@ -69,7 +69,7 @@ class TorchKernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        allocates = name in ("empty", "empty_like", "new_empty", "detach") or "fill" in name
+        allocates = "empty" in name or "fill" in name or name == "detach"
         if not (func.is_view or allocates):
             shapes = [a.shape for a in args if isinstance(a, torch.Tensor)]
             self.calls.append((name, shapes))
