@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,17 +22,21 @@ def check_option(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise ValueError(f"{name} must be one of {choices}; got {value!r}.")
 
 
-def check_positive(name: str, value: int) -> None:
-    """Raise unless `value` is an integer of at least 1."""
+def check_positive(name: str, value: int, remedy: str = "") -> None:
+    """Raise unless `value` is an integer of at least 1; `remedy` is a sentence: what to do."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(
             f"{name} must be an int; got {type(value).__name__}. Convert it: int({name})."
         )
     if value < 1:
-        raise ValueError(
-            f"{name} must be at least 1; got {value}. Pass the width in channels (in_dims, "
-            "token_dim) or the number of heads."
-        )
+        raise ValueError(f"{name} must be at least 1; got {value}. {remedy}".rstrip())
+
+
+def check_folder(name: str, path: str | Path) -> None:
+    """Raise unless the folder that the file is to be written to is there."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise ValueError(f"{name} must be in a folder that is there; {folder} is not. Make it.")
 
 
 def check_number(name: str, value: float, positive: bool = False) -> None:

@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from swiftkernels import predict
 
         return predict.run(**given)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -27,7 +27,7 @@ def find(text: str | None) -> torch.device:
             return device
     names = ", ".join(map(str, present))
     raise ValueError(
-        f"--device must be one of {names}; got {text!r}. Which GPUs torch sees, and why not more, "
+        f"device must be one of {names}; got {text!r}. Which GPUs torch sees, and why not more, "
         "tells swiftkernels doctor."
     )
 

@@ -254,6 +254,7 @@ class _Job:
                 f"axes must be a mapping from axes of shape, 0 to {len(self.shape) - 1}, to names; "
                 f"got {axes}."
             )
+        checks.check_folder("path", path)
         self.model, self.path = model, Path(path)
         self.input_name = "images" if len(self.shape) == 4 else "tokens"
         like = next(model.parameters(), torch.empty(0))

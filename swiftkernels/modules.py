@@ -185,9 +185,12 @@ class AdditiveAttention(AttentionForward):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.check_positive("in_dims", in_dims)
-        checks.check_positive("token_dim", token_dim)
-        checks.check_positive("num_heads", num_heads)
+        remedy = (
+            "Pass the width in channels (in_dims, token_dim) or the number of heads (num_heads)."
+        )
+        checks.check_positive("in_dims", in_dims, remedy)
+        checks.check_positive("token_dim", token_dim, remedy)
+        checks.check_positive("num_heads", num_heads, remedy)
         checks.check_option("pooling", pooling, POOLINGS)
         checks.check_option("qk_norm", qk_norm, (True, False))
         checks.check_number("eps", eps, positive=True)

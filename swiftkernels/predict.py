@@ -13,10 +13,10 @@ from torch import Tensor
 
 from swiftkernels import checks, devices
 from swiftkernels.extras import need
+from swiftkernels.images import CROP, DEVIATION, MEAN, load_image
 from swiftkernels.models.attention_maps import token_weights
 from swiftkernels.models.hub import class_names, from_pretrained
 from swiftkernels.models.swiftformer import SwiftFormer
-from swiftkernels.training.data import CROP, DEVIATION, MEAN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,26 +62,27 @@ def run(
     Raises:
         ValueError: a checkpoint, an option or a list of images that cannot be used.
         ImportError: pillow, or for pictures matplotlib, is not installed.
+        OSError: `out` cannot be made.
     """
     checks.check_positive("top", top)
     if not 1 <= len(size) <= 2 or min(size) < 1:
         raise ValueError(f"size must be a number of pixels, or height and width; got {size}.")
     if not 0 < crop <= 1:
         raise ValueError(f"crop must be a share of the image, up to 1; got {crop}.")
-    need("PIL", "predict", "Reading images")
+    need("PIL", "predict", "Reading images")  # at the start, not after the model
     if attention or features:
         need("matplotlib", "predict", "Drawing")
     paths = list(_image_files(images))
     if attention or features:
         _check_names(paths)
     where = devices.find(device)
+    if attention or features:
+        out.mkdir(parents=True, exist_ok=True)
     model, report, config = from_pretrained(checkpoint, source=source, ema=ema, pooling=pooling)
     print(report, end="\n\n")
     _check_model(model, report.pooling, attention, features)
     model.to(where)
     names = _class_names(classes, config, model.num_classes)
-    if attention or features:
-        out.mkdir(parents=True, exist_ok=True)
 
     failed = 0
     for path in paths:
@@ -109,19 +110,6 @@ def run(
             print(f"  {_saved(figure, out, path, 'features')}")
         print()
     return failed
-
-
-def load_image(path: str | Path) -> Image:
-    """The RGB image in a file, turned as the camera recorded.
-
-    Raises:
-        OSError: no file, or no image.
-    """
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as file:
-        image: Any = ImageOps.exif_transpose(file)
-        return image.convert("RGB")
 
 
 def cropped(image: Image, size: tuple[int, int] = (224, 224), crop: float = CROP) -> Image:
@@ -161,7 +149,7 @@ def attention_figure(image: Image, name: str, weights: Sequence[Tensor], pooling
     caption = f"{ATTENTION}{pooling}{UNITS.get(pooling, '')}."
     figure, panels = _figure(image, name, len(weights), caption, bars=True)
     for stage, (axes, a) in enumerate(zip(panels, weights, strict=True), 1):
-        _overlay(figure, axes, image, a.float() * unit(a.numel()))
+        _overlay(figure, axes, image, a.float() * unit(a.numel()), signed=pooling != "softmax")
         _title(axes, f"stage {stage}: {a.shape[0]} x {a.shape[1]} tokens")
     return figure
 
@@ -190,17 +178,20 @@ def principal_colours(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(scaled, (0, missing)).unflatten(0, x.shape[1:])
 
 
-def _overlay(figure: Figure, axes: Axes, image: Image, values: Tensor) -> None:
-    """Values [H, W] in colour over the grey image, with their scale below."""
+def _overlay(figure: Figure, axes: Axes, image: Image, values: Tensor, signed: bool) -> None:
+    """Values [H, W] in colour over the grey image, with their scale below.
+
+    Those with signs in two colours around zero, even where all of them have the same.
+    """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    low, high = values.min().item(), values.max().item()
-    if low < 0 < high:
-        high = max(-low, high)
+    if signed:
+        high = values.abs().max().clamp_min(1e-12).item()
         low = -high
         colours, opacity = "RdBu_r", 0.15 + 0.75 * values.abs() / high
     else:
+        low, high = values.min().item(), values.max().item()
         colours, opacity = "inferno", torch.full_like(values, 0.75)
     extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
     # From a light grey to white, which leaves the dark to the colours.

@@ -31,13 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"loss {found.loss:.4f}, top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} %")
             return 0
         last = train(recipe)[-1]
-    except (ValueError, ImportError, FloatingPointError) as error:
+    except (ValueError, ImportError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
-    print(f"top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} %; written: {recipe.out}")
+    scores = f"top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} %"
+    if "ema_top1" in last:
+        scores += f"; of the averaged weights {last['ema_top1']:.2f} %, {last['ema_top5']:.2f} %"
+    print(f"{scores}; written: {recipe.out}")
     return 0
 
 
@@ -53,14 +56,16 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Recipe, Path | None, 
         name = "--" + option.name.replace("_", "-")
         default: Any = option.default
         kind, text = get_args(hints[option.name])
+        kind = next(iter(get_args(kind)), kind)  # of an option that may be left out
         lighter = {m: o[option.name] for m, o in LIGHTER.items() if option.name in o}
-        text += f" ({default}" + "".join(f"; {m}: {value}" for m, value in lighter.items()) + ")"
+        shown = "none" if default is None else default
+        text += f" ({shown}" + "".join(f"; {m}: {value}" for m, value in lighter.items()) + ")"
         how: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
         if isinstance(default, bool):
             how["action"] = argparse.BooleanOptionalAction
         else:
-            how["type"] = Path if default is None else kind
-            how["metavar"] = "PATH" if how["type"] is Path else kind.__name__.upper()
+            how["type"] = kind
+            how["metavar"] = "PATH" if kind is Path else kind.__name__.upper()
         parser.add_argument(name, **how)
     parser.add_argument(
         "--evaluate", type=Path, metavar="FILE", help="do not train: measure this checkpoint"

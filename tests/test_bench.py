@@ -134,7 +134,7 @@ def test_plots_are_drawn(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--device", "cuda:99"], "--device must be one of"),
+        (["--device", "cuda:99"], "device must be one of"),
         (["--device", "cpu", "--threads", "0"], "--threads must be at least 1"),
         (["--device", "cpu", "--out", __file__], "--out must be a folder"),
     ],

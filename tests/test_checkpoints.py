@@ -344,6 +344,7 @@ def test_no_target_gets_weights_for_another_pooling(tmp_path):
         {"num_classes": 0},
         {"features_only": True},
         {"distillation": False, "in_chans": 1, "mlp_ratio": 2.0},
+        {"mlp_ratio": 2.7},  # 43.2 and 64.8 rounded down
     ],
 )
 def test_the_shapes_tell_the_model(options):

@@ -128,6 +128,24 @@ def test_photographs_are_turned_as_the_camera_says(tmp_path):
     assert (turned.mode, turned.size) == ("RGB", (20, 30))
 
 
+def test_images_of_16_bits_are_those_of_8(tmp_path):
+    """Pillow's own conversion would make them white."""
+    eight = picture(9, 12).convert("L")
+    values = [256 * value + 255 for value in eight.tobytes()]
+    wide = PIL.new("I;16", eight.size)
+    wide.putdata(values)
+    for name in ("wide.png", "wide.tif"):
+        wide.save(tmp_path / name)
+        assert predict.load_image(tmp_path / name).tobytes() == eight.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_images_of_unknown_range_are_refused(mode, tmp_path):
+    PIL.new(mode, (9, 12)).save(tmp_path / "image.tif")
+    with pytest.raises(ValueError, match=f"they are of mode {mode}"):
+        predict.load_image(tmp_path / "image.tif")
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """With two images and a text."""
@@ -214,6 +232,7 @@ def test_weights_lie_over_the_image_in_units_of_equal_ones():
     assert first.images[1].get_array().data == pytest.approx(1)
     assert second.images[1].get_array().data.tolist() == [[-1, 0, 1, 1]]
     assert (second.images[1].norm.vmin, second.images[1].norm.vmax) == (-1, 1)
+    assert (first.images[1].norm.vmin, first.images[1].norm.vmax) == pytest.approx((-1, 1))
     opacity = second.images[1].get_alpha()
     assert opacity[0][1] < opacity[0][0] == opacity[0][2]
     figure = predict.attention_figure(image, "x.png", [torch.tensor([[0.1, 0.9]])], "softmax")
@@ -282,6 +301,12 @@ def test_models_and_folders_that_do_not_do(folder, checkpoint, tmp_path, capsys)
     pytest.importorskip("matplotlib")
     assert run(checkpoint, folder, empty, "--features") == 2
     assert "would go into one file" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_told(folder, checkpoint, capsys):
+    pytest.importorskip("matplotlib")
+    assert run(checkpoint, folder / "a.png", "--features", "--out", folder / "a.png") == 2
+    assert "a.png" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_told_with_its_extra(folder, checkpoint, monkeypatch, capsys):

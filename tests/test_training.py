@@ -24,6 +24,7 @@ pytest.importorskip("tqdm")
 from benchmarks import training_memory
 from swiftkernels import models
 from swiftkernels.models import SwiftFormer, convert_state_dict
+from swiftkernels.modules import AttentionForward
 from swiftkernels.training import (
     DistillationLoss,
     Recipe,
@@ -220,7 +221,7 @@ def assert_killed_and_resumed_is_the_same(name: str, folder: Path, dies_after: i
     training_cases.run(name, folder / "killed", resume=True)
     resumed = torch.load(folder / "killed" / "last.pth", weights_only=True)
     for state in (whole, resumed):
-        del state["args"]
+        del state["args"], state["pooling"]
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
     tables = [(folder / run / "metrics.csv").read_bytes() for run in ("whole", "killed")]
     assert tables[0] == tables[1]
@@ -353,7 +354,7 @@ def test_two_processes_train_as_one(tmp_path):
     )
     assert whole["args"]["processes"] == 2
     for state in (whole, resumed):
-        del state["args"]
+        del state["args"], state["pooling"]
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
@@ -390,7 +391,7 @@ def test_small_models_get_the_lighter_augmentation_that_was_published():
     assert (l1.mixup, l1.cutmix, l1.data, l1.resume) == (0.8, 1.0, Path("x"), True)
 
 
-def test_training_starts_from_the_weights_of_a_file(tmp_path, monkeypatch):
+def test_training_starts_from_the_weights_of_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(models, "swiftformer_xs", tiny)
     official = {"model": convert_state_dict(tiny(num_classes=5).state_dict(), "timm", "official")}
     torch.save(official, tmp_path / "official.pth")
@@ -401,8 +402,17 @@ def test_training_starts_from_the_weights_of_a_file(tmp_path, monkeypatch):
     assert model.head.out_features == 7
     with pytest.raises(ValueError, match="another number of classes"):
         trainer.build(replace(options, fresh_heads=False), 7)
-    with pytest.raises(ValueError, match="pooling='l2'"):
-        trainer.build(replace(options, pooling="sum"), 7)
+    capsys.readouterr()
+    assert {a.pooling for a in attentions(trainer.build(options, 7))} == {"l2"}
+    assert "pooling: l2, as the official code" in capsys.readouterr().out
+    assert {a.pooling for a in attentions(trainer.build(replace(options, pooling="sum"), 7))} == {
+        "sum"
+    }
+    assert "pooling: sum, as asked for" in capsys.readouterr().out
+
+
+def attentions(model: nn.Module) -> list[AttentionForward]:
+    return [m for m in model.modules() if isinstance(m, AttentionForward)]
 
 
 def write_images(folder: Path, per_class: int) -> None:
@@ -443,10 +453,20 @@ def test_the_command_trains_on_folders_of_images(tmp_path, capsys, monkeypatch):
     assert train.main(arguments) == 2
     assert "Pass resume" in capsys.readouterr().err
     assert train.main([*arguments, "--resume"]) == 0
+    assert "of the averaged weights" in capsys.readouterr().out
+    file = tmp_path / "out" / "last.pth"
+    (tmp_path / "images" / "train").rename(tmp_path / "elsewhere")  # evaluation needs val/ alone
     for ema, column in (([], "val_loss"), (["--ema-weights"], "ema_val_loss")):
-        file = str(tmp_path / "out" / "last.pth")
-        assert train.main([*arguments, "--evaluate", file, *ema]) == 0
-        assert f"loss {state['rows'][-1][column]:.4f}" in capsys.readouterr().out
+        assert train.main([*arguments, "--evaluate", str(file), *ema]) == 0
+        said = capsys.readouterr().out
+        assert f"loss {state['rows'][-1][column]:.4f}" in said
+        assert "pooling: l2, as the file records" in said
+    (tmp_path / "elsewhere").rename(tmp_path / "images" / "train")
+    file.write_bytes(file.read_bytes()[:1000])
+    assert train.main([*arguments, "--resume"]) == 2
+    assert f"{file} cannot be read" in capsys.readouterr().err
+    assert train.main([*arguments, "--out", str(file)]) == 2
+    assert str(file) in capsys.readouterr().err
 
 
 def test_folders_that_do_not_fit_are_named(tmp_path):
@@ -461,6 +481,10 @@ def test_folders_that_do_not_fit_are_named(tmp_path):
         image_folders(Recipe(data=tmp_path))
     with pytest.raises(ValueError, match="data must be a folder"):
         image_folders(Recipe())
+    for image in (tmp_path / "train" / "blue").iterdir():
+        image.unlink()
+    with pytest.raises(ValueError, match="data must have images in a folder for each class"):
+        image_folders(Recipe(data=tmp_path))
 
 
 def test_a_torchvision_of_another_torch_is_named(monkeypatch):

@@ -180,7 +180,7 @@ def test_what_cannot_run_is_told(capsys, monkeypatch):
 def test_a_device_that_is_not_there_is_refused(capsys, name):
     assert cli.main(["verify", "--device", name]) == 2
     said = capsys.readouterr().err
-    assert "--device must be one of" in said
+    assert "device must be one of" in said
     assert f"cpu; got {name!r}" in said
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -273,13 +274,15 @@ def save_checkpoint(model: SwiftFormer, path: str | Path, target: str = "timm") 
 
     Raises:
         TypeError: a wrong type of argument.
-        ValueError: an unknown target, or one that computes another pooling than the model.
+        ValueError: an unknown target, one that computes another pooling than the model, or a path
+            in a folder that is not there.
         ImportError: a .safetensors file, and safetensors is not installed.
     """
     _check_model(model)
     checks.check_option("target", target, SOURCES)
+    checks.check_folder("path", path)
     computed = {"official": ("l2", "sum"), "transformers": ("sum",)}.get(target, POOLINGS)
-    pooling = _own_pooling(model)
+    pooling = own_pooling(model)
     if pooling not in computed:
         raise ValueError(
             f"target={target!r} computes pooling {' or '.join(computed)}; the model has "
@@ -323,7 +326,7 @@ def architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
             raise KeyError("stages")
         last = [f"stages.{i}.blocks.{depths[i]}" for i in range(len(depths))]
         widths = tuple(state_dict[f"{name}.linear.fc1.weight"].shape[1] for name in last)
-        hidden = state_dict[f"{last[0]}.linear.fc1.weight"].shape[0]
+        hidden = [state_dict[f"{name}.linear.fc1.weight"].shape[0] for name in last]
         stem = state_dict["stem.0.weight"]
     except KeyError as error:
         raise ValueError(
@@ -335,11 +338,19 @@ def architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         "widths": widths,
         "depths": tuple(depth + 1 for depth in depths.values()),
         "in_chans": stem.shape[1],
-        "mlp_ratio": hidden / widths[0],
+        "mlp_ratio": _ratio(hidden, widths),
         "num_classes": 0 if head is None else head.shape[0],
         "distillation": head is None or "head_dist.weight" in state_dict,
         "features_only": "feature_norms.0.weight" in state_dict and "norm.weight" not in state_dict,
     }
+
+
+def _ratio(hidden: Sequence[int], widths: Sequence[int]) -> float:
+    """A ratio of which int(ratio * width) is the hidden width in every stage, if there is one."""
+    ratio = max(h / w for h, w in zip(hidden, widths, strict=True))
+    if any(int(w * ratio) < h for h, w in zip(hidden, widths, strict=True)):
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio
 
 
 HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
@@ -386,7 +397,7 @@ def _pooling(model: SwiftFormer, found: Checkpoint, asked: str | None) -> tuple[
         return asked, "as asked for"
     if found.pooling is not None:
         return found.pooling, "as the file records"
-    pooling, own = POOLING[found.source], _own_pooling(model)
+    pooling, own = POOLING[found.source], own_pooling(model)
     if found.source == "timm" and found.guessed and own != pooling:
         raise ValueError(
             f"{found.name} has the names of timm, which are this library's too, and does not "
@@ -433,8 +444,9 @@ def _same_but_for_ones(a: Tensor, b: Tensor) -> bool:
 def _check_model(model: object) -> None:
     if not isinstance(model, SwiftFormer):
         raise TypeError(
-            "model must be a swiftkernels.models.SwiftFormer, without wrappers; got "
-            f"{type(model).__name__}. For models of others, convert_state_dict gives their names."
+            "model must be a swiftkernels.models.SwiftFormer, without wrappers; got a "
+            f"{type(model).__module__}.{type(model).__name__}. For models of others there are "
+            "convert_state_dict, which gives their names, and swiftkernels.accelerate."
         )
 
 
@@ -442,7 +454,12 @@ def _attentions(model: nn.Module) -> list[AttentionForward]:
     return [m for m in model.modules() if isinstance(m, AttentionForward)]
 
 
-def _own_pooling(model: SwiftFormer) -> str:
+def own_pooling(model: SwiftFormer) -> str:
+    """The pooling of a model's attentions.
+
+    Raises:
+        ValueError: they have several.
+    """
     poolings = {attention.pooling for attention in _attentions(model)}
     if len(poolings) > 1:
         raise ValueError(

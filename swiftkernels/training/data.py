@@ -18,13 +18,8 @@ from torch.utils.data import Dataset, Sampler
 
 from swiftkernels import checks
 from swiftkernels.extras import need
+from swiftkernels.images import CROP, DEVIATION, MEAN, load_image
 from swiftkernels.training.recipe import Recipe
-
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's channels, for pixels from 0 to 1."""
-
-CROP = 224 / 256
-"""Evaluation takes this share of the shorter side: resize to 256, crop to 224."""
 
 
 class Place(NamedTuple):
@@ -104,20 +99,10 @@ def image_folders(recipe: Recipe) -> tuple[Any, Any]:
     """Training and validation images of the folder `recipe.data`, with their transforms.
 
     Raises:
-        ValueError: a folder that is not there, or other classes in the two.
+        ValueError: a folder that is not there or has no images, or other classes in the two.
     """
-    if recipe.data is None:
-        raise ValueError("data must be a folder with train/ and val/ in it; got none.")
-    torchvision = import_torchvision()
-    for part in ("train", "val"):
-        if not (recipe.data / part).is_dir():
-            raise ValueError(
-                f"data must be a folder with train/ and val/ in it; got {recipe.data}, which has "
-                f"no {part}/. Images belong in {part}/CLASS/."
-            )
-    folder = torchvision.datasets.ImageFolder
-    train = folder(str(recipe.data / "train"), training_transform(recipe))
-    val = folder(str(recipe.data / "val"), evaluation_transform(recipe.image_size))
+    train = _folder(recipe, "train", training_transform(recipe))
+    val = validation_folder(recipe)
     if train.classes != val.classes:
         differing = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(
@@ -125,6 +110,31 @@ def image_folders(recipe: Recipe) -> tuple[Any, Any]:
             "in one of them alone."
         )
     return train, val
+
+
+def validation_folder(recipe: Recipe) -> Any:
+    """The validation images alone.
+
+    Raises:
+        ValueError: a folder that is not there or has no images.
+    """
+    return _folder(recipe, "val", evaluation_transform(recipe.image_size))
+
+
+def _folder(recipe: Recipe, part: str, transform: Callable[[Any], Tensor]) -> Any:
+    datasets = import_torchvision().datasets
+    if recipe.data is None or not (recipe.data / part).is_dir():
+        found = "none" if recipe.data is None else f"{recipe.data}, which has no {part}/"
+        raise ValueError(
+            f"data must be a folder with train/ and val/ in it; got {found}. Images belong in "
+            f"{part}/CLASS/."
+        )
+    try:
+        return datasets.ImageFolder(str(recipe.data / part), transform, loader=load_image)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"data must have images in a folder for each class; in {recipe.data / part}: {error}"
+        ) from error
 
 
 def training_transform(recipe: Recipe) -> Callable[[Any], Tensor]:
@@ -148,7 +158,7 @@ def training_transform(recipe: Recipe) -> Callable[[Any], Tensor]:
 def evaluation_transform(image_size: int) -> Callable[[Any], Tensor]:
     """The shorter side to image_size / 0.875, bicubic, and the square in the middle."""
     v2 = import_torchvision().transforms.v2
-    resize = v2.Resize(round(image_size / CROP), interpolation=v2.InterpolationMode.BICUBIC)
+    resize = v2.Resize(int(image_size / CROP), interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([resize, v2.CenterCrop(image_size), *_to_tensor(v2)])
 
 

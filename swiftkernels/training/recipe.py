@@ -33,7 +33,7 @@ class Recipe:
     data: Annotated[Path | None, "folder with train/CLASS/*.jpg and val/CLASS/*.jpg"] = None
     out: Annotated[Path, "folder for checkpoints, metrics.csv and loss.png"] = Path("training")
     model: Annotated[str, f"one of {', '.join(MODELS)}"] = "swiftformer_xs"
-    pooling: Annotated[str, f"of the attention: {', '.join(POOLINGS)}"] = "l2"
+    pooling: Annotated[str | None, f"{', '.join(POOLINGS)}; else the weights', or l2"] = None
     weights: Annotated[Path | None, "checkpoint to start from, of any public SwiftFormer"] = None
     fresh_heads: Annotated[bool, "leave out its heads, for other classes"] = False
     image_size: Annotated[int, "pixels of a side in training"] = 224
@@ -76,7 +76,8 @@ class Recipe:
     resume: Annotated[bool, "go on where OUT/last.pth stands, if it is there"] = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("model", MODELS), ("pooling", POOLINGS), ("distillation", KINDS)):
+        choices = (("model", MODELS), ("pooling", (None, *POOLINGS)), ("distillation", KINDS))
+        for name, allowed in choices:
             checks.check_option(name, getattr(self, name), allowed)
         for name in ("image_size", "epochs", "batch_size", "accumulate", "repeats", "log_every",
                      "save_every"):  # fmt: skip

@@ -108,7 +108,7 @@ def build(recipe: Recipe, classes: int) -> models.SwiftFormer:
     """The model that the recipe names, with its seed's weights or those of a file.
 
     Raises:
-        ValueError: weights that do not fit, or were trained with another pooling.
+        ValueError: weights that do not fit.
     """
     torch.manual_seed(recipe.seed)
     make = getattr(models, recipe.model)
@@ -116,17 +116,21 @@ def build(recipe: Recipe, classes: int) -> models.SwiftFormer:
         num_classes=classes,
         drop_path_rate=recipe.drop_path,
         distillation=recipe.distillation != "none",
-        pooling=recipe.pooling,
+        pooling=recipe.pooling or "l2",
     )
     model.grad_checkpointing = recipe.grad_checkpointing
     if recipe.weights is not None:
-        loaded = models.load_checkpoint(model, recipe.weights, fresh_heads=recipe.fresh_heads)
-        if loaded.pooling != recipe.pooling:
-            raise ValueError(
-                f"pooling must be that of the weights; {recipe.weights} has {loaded.pooling!r}, "
-                f"the recipe {recipe.pooling!r}. Pass pooling={loaded.pooling!r}."
-            )
+        loaded = models.load_checkpoint(
+            model, recipe.weights, pooling=recipe.pooling, fresh_heads=recipe.fresh_heads
+        )
+        _tell(loaded)
     return model
+
+
+def _tell(loaded: models.files.Loaded) -> None:
+    """Print what was loaded, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(loaded)
 
 
 class _Run:
@@ -319,12 +323,14 @@ class _Run:
         self._share_loss()
         if self.world.rank != 0:
             return
-        weights = {
+        weights: dict[str, Any] = {
             "model": self.model.state_dict(),
             "model_ema": None if self.average is None else self.average.module.state_dict(),
             "args": self._args(),
             "step": self.step,
         }
+        if isinstance(self.model, models.SwiftFormer):
+            weights["pooling"] = models.files.own_pooling(self.model)
         state = {
             "optimizer": self.optimizer.state_dict(),
             "rows": self.rows,
@@ -344,7 +350,13 @@ class _Run:
                     f"out must be a folder without a checkpoint; {path} is there. Pass resume "
                     "to go on from it, or another folder."
                 )
-            found = torch.load(path, map_location=self.world.device, weights_only=True)
+            try:
+                found = torch.load(path, map_location=self.world.device, weights_only=True)
+            except Exception as error:  # every kind of damage has errors of its own
+                raise ValueError(
+                    f"{path} cannot be read ({type(error).__name__}: {error}). Put a copy in its "
+                    "place, or start anew in another folder."
+                ) from error
             _check_same(found["args"], self._args(), path)
             self.model.load_state_dict(found["model"])
             if self.average is not None:
@@ -407,13 +419,15 @@ def evaluate(
 def evaluate_file(recipe: Recipe, checkpoint: Path, ema: bool = False) -> Scores:
     """Scores of a checkpoint of the recipe's model, or of its averaged weights, on data/val.
 
+    Prints what was loaded.
+
     Raises:
         ValueError: weights that do not fit the model, or data that are not there.
     """
-    _, val_set = data.image_folders(recipe)
+    val_set = data.validation_folder(recipe)
     with _world(recipe.device) as world:
         model = build(replace(recipe, distillation="none", weights=None), len(val_set.classes))
-        models.load_checkpoint(model, checkpoint, ema=ema)
+        _tell(models.load_checkpoint(model, checkpoint, pooling=recipe.pooling, ema=ema))
         share = Subset(val_set, range(world.rank, len(val_set), world.processes))
         batches = DataLoader(share, recipe.batch_size, num_workers=recipe.workers)
         return evaluate(model.to(world.device), batches, world, recipe.bfloat16)
@@ -422,8 +436,7 @@ def evaluate_file(recipe: Recipe, checkpoint: Path, ema: bool = False) -> Scores
 @contextlib.contextmanager
 def _world(device: str) -> Iterator[World]:
     """This process, joined with the others that torchrun started."""
-    chosen = devices.gpus()[:1] if device == "auto" else [torch.device(device)]
-    own = chosen[0] if chosen else torch.device("cpu")
+    own = devices.find(None if device == "auto" else device)
     if "RANK" not in os.environ:
         yield World(0, 1, own)
         return
