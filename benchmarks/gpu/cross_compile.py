@@ -398,7 +398,7 @@ KNOWN = (
     Known(
         "spills",
         ("rows_backward",),
-        ("sm_80",),
+        ("sm_80", "sm_86", "sm_89"),
         "a few registers too many; two stages cure it and make 220 (masked) and 224 spill",
         ("fp16", "bf16"),
         (168,),
@@ -406,7 +406,7 @@ KNOWN = (
     Known(
         "spills",
         ("weights_backward",),
-        ("sm_90",),
+        ("sm_90", "sm_100", "sm_103"),
         "a few registers above the 128 that ptxas keeps to at this size",
         ("fp32",),
         (128, 512),
@@ -418,6 +418,21 @@ KNOWN = (
         "the second stage that avoids it takes 128 KiB of shared memory, of which these have 99",
         ("fp32",),
         (320, 384, 512),
+    ),
+    Known(
+        "spills",
+        ("rows_backward",),
+        ("sm_100", "sm_103", "sm_120"),
+        "the tiles are those that fit on sm_80 and sm_90; here they take some registers more",
+        ("fp16", "bf16"),
+        (64, 168, 192, 224),
+    ),
+    Known(
+        "spills",
+        ("pool_forward", "pool_backward"),
+        ("sm_86", "sm_89", "sm_100", "sm_103", "sm_120"),
+        "two to seven instructions, above the 80 to 168 registers that ptxas keeps to there",
+        widths=(56, 96, 168, 220, 512),
     ),
     Known(
         "spills",
