@@ -8,9 +8,7 @@ the output and of the gradients, is the result.
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
 import sys
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -59,15 +57,10 @@ def measure(case: Case, repeats: int = 3) -> dict[str, Any]:
     Raises:
         RuntimeError: the process failed.
     """
-    command = [sys.executable, "-m", "benchmarks.memory", *map(str, astuple(case))]
-    found = []
-    for _ in range(repeats):
-        done = subprocess.run(
-            command, env={**os.environ, **resident.ENVIRONMENT}, capture_output=True, text=True
-        )
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-        found.append(int(done.stdout.split()[-1]))
+    found = [
+        int(resident.run_alone("benchmarks.memory", *astuple(case)).split()[-1])
+        for _ in range(repeats)
+    ]
     return {
         "engine": case.engine,
         "dtype": case.dtype,

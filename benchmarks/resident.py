@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +26,20 @@ ENVIRONMENT = {
 """To be set when the process starts."""
 
 Result = TypeVar("Result")
+
+
+def run_alone(module: str, *arguments: object) -> str:
+    """What `python -m module` prints, in a process with that environment.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    environment = {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return done.stdout
 
 
 def peak_growth(call: Callable[[], Result]) -> tuple[int, Result]:

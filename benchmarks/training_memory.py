@@ -11,9 +11,7 @@ gradients' bytes are among them. The losses of all models must agree, or nothing
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,16 +105,11 @@ def measure(name: str, batch: int, side: int, threads: int, repeats: int) -> dic
     Raises:
         RuntimeError: a process failed.
     """
-    module = "benchmarks.training_memory"
-    command = [sys.executable, "-m", module, "--one", name]
-    command += ["--batch", str(batch), "--side", str(side), "--threads", str(threads)]
+    sizes = ("--batch", batch, "--side", side, "--threads", threads)
     peaks, losses = [], []
     for _ in range(repeats):
-        environment = {**os.environ, **resident.ENVIRONMENT}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-        peak, loss = done.stdout.split()[-2:]
+        printed = resident.run_alone("benchmarks.training_memory", "--one", name, *sizes)
+        peak, loss = printed.split()[-2:]
         peaks.append(int(peak))
         losses.append(float(loss))
     kernels = library.loaded()

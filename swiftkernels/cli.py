@@ -21,6 +21,7 @@ from torch import Tensor
 import swiftkernels
 from swiftkernels import checks, compat, devices, ops, verify
 from swiftkernels.cpu import library
+from swiftkernels.images import CROP
 from swiftkernels.models.checkpoints import SOURCES
 from swiftkernels.reference import POOLINGS
 
@@ -131,7 +132,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
         help="of the model's input: a square's side, or height and width (224)",
     )  # fmt: skip
     add(
-        "--crop", type=float, default=0.875, metavar="SHARE",
+        "--crop", type=float, default=CROP, metavar="SHARE",
         help="of an image's shorter side that is looked at (%(default)s, as the official code; "
         "timm: 0.95)",
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,17 @@ def pack_projections(
         zeros = wq.new_zeros(wq.shape[0])
         bq, bk = zeros if bq is None else bq, zeros if bk is None else bk
     return weight, torch.cat((bq, bk))
+
+
+def as_tokens(image: Tensor) -> Tensor:
+    """[B, C, *spatial] -> [B, N, C], a view where the strides allow it."""
+    return image.flatten(2).transpose(1, 2)
+
+
+def as_image(tokens: Tensor, spatial: Sequence[int]) -> Tensor:
+    """[B, N, C] -> [B, C, *spatial], a view."""
+    batch, _, width = tokens.shape
+    return tokens.transpose(1, 2).view(batch, width, *spatial)
 
 
 def tokens_of(t: Tensor) -> tuple[int, int, int, tuple[int, ...]] | None:

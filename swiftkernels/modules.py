@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftkernels import checks, quick
+from swiftkernels.common import as_image, as_tokens
 from swiftkernels.cpu.weights import Weights
 from swiftkernels.functional import AttentionOutput, additive_self_attention
 from swiftkernels.reference import POOLINGS
@@ -56,7 +57,7 @@ class AttentionForward(nn.Module):
             if out is not None:
                 return out
         spatial = self._spatial_shape(x, channels_first)
-        tokens = x.flatten(2).transpose(1, 2) if channels_first else x.flatten(1, -2)
+        tokens = as_tokens(x) if channels_first else x.flatten(1, -2)
         if isinstance(mask, Tensor) and mask.dim() > 2:
             if mask.shape[1:] != spatial:
                 raise ValueError(
@@ -233,7 +234,7 @@ class AdditiveAttention(AttentionForward):
 
 def _restore(tokens: Tensor, spatial: torch.Size, channels_first: bool) -> Tensor:
     """[B, N, D] back to the axes of the input, as a view."""
-    batch, _, dim = tokens.shape
     if channels_first:
-        return tokens.transpose(1, 2).view(batch, dim, *spatial)
+        return as_image(tokens, spatial)
+    batch, _, dim = tokens.shape
     return tokens if len(spatial) == 1 else tokens.view(batch, *spatial, dim)

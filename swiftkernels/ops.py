@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from swiftkernels import aten, checks, compat, reference
-from swiftkernels.common import output_like
+from swiftkernels.common import as_tokens, output_like
 from swiftkernels.cpu import config as cpu_config
 from swiftkernels.cpu import library
 from swiftkernels.cpu.weights import Weights
@@ -303,7 +303,7 @@ class _Operator:
         assert w_g is not None
         assert x is not None
         if x.dim() == 4:
-            inputs[0], dout = x.flatten(2).mT, dout.flatten(2).mT
+            inputs[0], dout = as_tokens(x), as_tokens(dout)
         out = self.definition(*inputs, w_g.flatten(), wp, bp, wf, bf, mask, options)
         grads = iter(
             torch.autograd.grad(out, wanted, dout, create_graph=True, materialize_grads=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from swiftkernels import compat, ops
-from swiftkernels.common import output_like, tokens_of
+from swiftkernels.common import as_image, as_tokens, output_like, tokens_of
 from swiftkernels.cpu import launch, weights
 from swiftkernels.cpu.weights import Weights
 from swiftkernels.reference import Options
@@ -185,11 +185,11 @@ def train(
     # The CPU kernels take tokens alone, and the long way saves those.
     flattens = channels_first and (checked.backend == "cpu" or compat.saves_through_hooks())
     out = ops.additive_self_attention(
-        x.flatten(2).transpose(1, 2) if flattens else x,
+        as_tokens(x) if flattens else x,
         *layer[:9],
         mask=None,
         options=checked.options,
         backend=checked.backend,
         recompute=recompute,
     )
-    return out.transpose(1, 2).unflatten(2, x.shape[2:]) if flattens else out
+    return as_image(out, x.shape[2:]) if flattens else out

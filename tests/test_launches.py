@@ -51,12 +51,9 @@ def launches(monkeypatch) -> Iterator[list[Launched]]:
     recorder = Recorder()
     monkeypatch.setattr(compat, "triton_takes", lambda device: True)
     monkeypatch.setattr(triton.runtime.driver, "_active", recorder)
-    plans = launch._forward_plan, launch._backward_plan
-    for plan in plans:
-        plan.cache_clear()
+    launch.forget_plans()
     yield recorder.launches
-    for plan in plans:
-        plan.cache_clear()
+    launch.forget_plans()
 
 
 class Address:

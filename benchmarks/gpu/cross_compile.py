@@ -155,8 +155,7 @@ def launches_of(
     mask = torch.ones(2, 64, dtype=torch.bool) if masked else None
     options = Options(pooling, True, width**-0.5, 1e-12)
     on_class = mock.patch.object(config, "architecture", return_value=class_)
-    for plan in (launch._forward_plan, launch._backward_plan):
-        plan.cache_clear()  # whose key is the device, and here that is always the CPU
+    launch.forget_plans()  # whose key is the device, and here that is always the CPU
     with on_class, recorded_launches() as launches:
         out, *rest = launch.additive_self_attention_forward(*tensors, mask, options)
         saved = (rest[0], rest[1], rest[2])

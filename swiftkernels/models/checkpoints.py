@@ -19,7 +19,7 @@ dist_head                     head_dist                   dist_head
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -57,7 +57,7 @@ def convert_state_dict(
         hint = f" They look like {guess!r}." if guess and guess != source else ""
         raise ValueError(
             f"state_dict must have the keys of a SwiftFormer of source={source!r}; unknown: "
-            f"{_listed(unknown)}.{hint}"
+            f"{listed([repr(key) for key in unknown])}.{hint}"
         )
     return {
         _from_ours(name, target): state_dict[key] for key, name in names.items() if name is not None
@@ -72,9 +72,10 @@ def guess_source(state_dict: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _listed(keys: list[str], most: int = 5) -> str:
+def listed(keys: Sequence[str], most: int = 5) -> str:
+    """The first keys, for a message, and how many more there are."""
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(repr(key) for key in keys[:most]) + more
+    return ", ".join(keys[:most]) + more
 
 
 # Our name of a part, and theirs.

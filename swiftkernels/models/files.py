@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from swiftkernels import checks
 from swiftkernels.extras import need
-from swiftkernels.models.checkpoints import SOURCES, convert_state_dict, guess_source
+from swiftkernels.models.checkpoints import SOURCES, convert_state_dict, guess_source, listed
 from swiftkernels.models.swiftformer import WIDTHS_AND_DEPTHS, SwiftFormer
 from swiftkernels.modules import AttentionForward
 from swiftkernels.reference import POOLINGS
@@ -88,7 +88,7 @@ class Loaded:
         for what in ("missing", "unexpected", "misfits"):
             keys = getattr(self, what)
             if keys:
-                lines.append(f"{what}: {_some(keys)}")
+                lines.append(f"{what}: {listed(keys, LISTED)}")
         return "\n  ".join(lines)
 
 
@@ -254,7 +254,7 @@ def read_checkpoint(
         if source is None:
             raise ValueError(
                 f"{name} must hold the weights of a SwiftFormer, by the names of "
-                f"{', '.join(SOURCES)}; it has {_some(list(weights), 5)}. Of a larger model, name "
+                f"{', '.join(SOURCES)}; it has {listed(list(weights), 5)}. Of a larger model, name "
                 "the part: prefix='backbone.'; else the source, to see which names are unknown."
             )
     state_dict = convert_state_dict(weights, source, "timm")
@@ -524,7 +524,7 @@ def _entry(content: Mapping[str, Any], ema: bool, name: str) -> tuple[str, str]:
     if ema:
         if not averages:
             entries = [str(k) for k, value in content.items() if value is not None]
-            held = _some(entries, 8) if plain else "weights alone"
+            held = listed(entries, 8) if plain else "weights alone"
             raise ValueError(
                 f"{name} must hold a moving average of the weights for ema=True, in "
                 f"{' or '.join(map(repr, AVERAGES))}; it holds {held}. Leave ema out for the "
@@ -545,7 +545,7 @@ def _unwrapped(weights: Mapping[str, Any], prefix: str, name: str) -> dict[str, 
         weights.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
     others = [str(k) for k, t in weights.items() if not isinstance(t, Tensor)]
     if others or not weights:
-        held = f"{_some(others, 5)} are none" if others else "it is empty"
+        held = f"{listed(others, 5)} are none" if others else "it is empty"
         raise ValueError(
             f"{name} must hold tensors by their names, itself or in 'model' or 'state_dict'; "
             f"{held}."
@@ -558,7 +558,7 @@ def _unwrapped(weights: Mapping[str, Any], prefix: str, name: str) -> dict[str, 
     if prefix and not any(k.startswith(prefix) for k in weights):
         raise ValueError(
             f"prefix must be one of names in {name}; got {prefix!r}, and there are "
-            f"{_some(list(weights), 5)}."
+            f"{listed(list(weights), 5)}."
         )
     return {k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)}
 
@@ -572,8 +572,3 @@ def _recorded(content: Mapping[str, Any]) -> str | None:
     if found is None and isinstance(arguments, Mapping):
         found = arguments.get("pooling")
     return found if found in POOLINGS else None
-
-
-def _some(keys: list[str] | tuple[str, ...], most: int = LISTED) -> str:
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more

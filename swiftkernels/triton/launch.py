@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from swiftkernels.common import accumulator, output_like, pack_projections, tokens_of
+from swiftkernels.common import (
+    accumulator,
+    as_image,
+    as_tokens,
+    output_like,
+    pack_projections,
+    tokens_of,
+)
 from swiftkernels.compat import allow_tf32, device_guard, fits_kernels
 from swiftkernels.reference import Options
 from swiftkernels.triton import config
@@ -133,7 +140,7 @@ def _queries_and_keys(
     x: Tensor, wq: Tensor, bq: Tensor | None, wk: Tensor, bk: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Queries and keys [B, N, E] of a wide layer by one GEMM; views of one buffer."""
-    x = x if x.dim() == 3 else x.flatten(2).mT
+    x = x if x.dim() == 3 else as_tokens(x)
     return torch.nn.functional.linear(x, *pack_projections(wq, bq, wk, bk)).chunk(2, dim=2)
 
 
@@ -334,16 +341,10 @@ class _ForwardPlan:
         """
         temporary = x.new_empty(self._temporary_bytes, dtype=torch.uint8)
         at, address = temporary.data_ptr(), x.data_ptr()
-        wq, bq, wk, bk, w_g, wp, bp, wf, bf, *_ = weights
-        global_query, statistics, folded, pooled, split_statistics = self._offsets
+        inputs = (address, address, *weights[:9], None)
+        results = (out.data_ptr(), *[at + offset for offset in self._offsets])
         with device_guard(x):
-            self._pool(
-                address, wq, bq, w_g, None, wp, wf, at + pooled, at + split_statistics, at + folded
-            )
-            self._output(
-                address, address, wq, bq, wk, bk, bp, wf, bf, at + folded, at + pooled,
-                at + split_statistics, out.data_ptr(), at + global_query, at + statistics,
-            )  # fmt: skip
+            self.start(inputs, results)
 
 
 _forward_plan = functools.lru_cache(maxsize=512)(_ForwardPlan)
@@ -390,9 +391,6 @@ class _BackwardPlan:
 
     Attributes:
         fuses: the moments are summed by the rows kernel; else from planes that it leaves.
-        splits: partial sums of dG of an item.
-        num_dw_g, num_moments: numbers of partial sums, of the gradient of w_g and of the moments.
-        moment_width: numbers in a set of moments, see `_finish_backward_kernel`.
     """
 
     def __init__(self, kind: _BackwardKind) -> None:
@@ -423,11 +421,11 @@ class _BackwardPlan:
         }
         reusable = of.reusable
 
-        self.splits, tiles_per_split = _split_tokens(n_tokens, cfg.block_n)
+        splits, tiles_per_split = _split_tokens(n_tokens, cfg.block_n)
         self._pool = Prepared(
             _pool_backward_kernel,
-            batch * self.splits,
-            (n_tokens, self.splits, tiles_per_split, *strides),
+            batch * splits,
+            (n_tokens, splits, tiles_per_split, *strides),
             {"BLOCK_N": cfg.block_n, "num_warps": cfg.num_warps, "num_stages": cfg.num_stages}
             | shared
             | by_rows,
@@ -439,15 +437,16 @@ class _BackwardPlan:
         group = config.FUSED_GROUP_TOKENS if self.fuses else config.GROUP_TOKENS
         tiles_per_group = min(tiles, group // cfg.rows_block_n)
         groups = _cdiv(tiles, tiles_per_group)
-        self.num_dw_g = self.num_moments = batch * groups
+        num_dw_g = num_moments = batch * groups
         x_planes = 0 if kind.x is None else 2
-        self.moment_width = x_planes * width * (kind.x_width + 1) + (2 * width + 1) * token_dim
+        # Numbers in a set of moments, see `_finish_backward_kernel`.
+        moment_width = x_planes * width * (kind.x_width + 1) + (2 * width + 1) * token_dim
         dx = kind.dx or tokens
         self._rows = Prepared(
             _rows_backward_kernel,
             batch * groups,
             (
-                n_tokens, self.splits, groups, tiles_per_group, *strides, dx.stride_b, dx.stride,
+                n_tokens, splits, groups, tiles_per_group, *strides, dx.stride_b, dx.stride,
                 batch * n_tokens * width,
             ),
             shared
@@ -468,6 +467,8 @@ class _BackwardPlan:
             },
             reusable,
         )  # fmt: skip
+        self._needs_weights = needs_weights
+        self._grad_g = (batch, splits, width)
         if not needs_weights:
             return
 
@@ -477,7 +478,7 @@ class _BackwardPlan:
             across = x_planes * _cdiv(kind.x_width, block) + 2 * _cdiv(token_dim, block)
             jobs = _cdiv(width, block) * across
             tiles_per_split = _cdiv(tiles, config.moment_splits(jobs, tiles))
-            splits = self.num_moments = _cdiv(tiles, tiles_per_split)
+            splits = num_moments = _cdiv(tiles, tiles_per_split)
             x = kind.x or kind.dout
             self._moments = Prepared(
                 _weights_backward_kernel,
@@ -500,11 +501,12 @@ class _BackwardPlan:
                 },
                 reusable,
             )  # fmt: skip
-        block, partials = config.finish_blocks(self.moment_width)
+        self._dw_g, self._sums = (num_dw_g, width), (num_moments, moment_width)
+        block, partials = config.finish_blocks(moment_width)
         self._finish = Prepared(
             _finish_backward_kernel,
-            _cdiv(width, block) + _cdiv(self.moment_width, block),
-            (self.num_dw_g, self.num_moments),
+            _cdiv(width, block) + _cdiv(moment_width, block),
+            (num_dw_g, num_moments),
             {
                 "C": kind.x_width if x_planes else 0,
                 "E": width,
@@ -517,6 +519,14 @@ class _BackwardPlan:
             },
             reusable,
         )
+
+    def temporaries(self, like: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Room for partial sums: of dG, and of the gradient of w_g and the moments if needed."""
+        new, acc = like.new_empty, accumulator(like.dtype)
+        grad_g = new(self._grad_g, dtype=acc)
+        if not self._needs_weights:
+            return grad_g, None, None
+        return grad_g, new(self._dw_g, dtype=acc), new(self._sums, dtype=acc)
 
     def start_rows(
         self,
@@ -557,6 +567,12 @@ class _BackwardPlan:
 
 
 _backward_plan = functools.lru_cache(maxsize=512)(_BackwardPlan)
+
+
+def forget_plans() -> None:
+    """Plan the next calls anew: for whoever changes what plans are made of."""
+    _forward_plan.cache_clear()
+    _backward_plan.cache_clear()
 
 
 def _weight_gradients(
@@ -638,12 +654,7 @@ def additive_self_attention_backward(
         if not project or (needs_weights and not plan.fuses):
             planes = x.new_empty(4 if needs_weights else 2, batch, n_tokens, width)
             dq, dk, sides = planes[0], planes[1], planes[2:] if needs_weights else None
-        acc = accumulator(x.dtype)
-        grad_g = x.new_empty(batch, plan.splits, width, dtype=acc)
-        dw_g_parts = moments = None
-        if needs_weights:
-            dw_g_parts = x.new_empty(plan.num_dw_g, width, dtype=acc)
-            moments = x.new_empty(plan.num_moments, plan.moment_width, dtype=acc)
+        grad_g, dw_g_parts, moments = plan.temporaries(x)
         plan.start_rows(
             inputs, saved, dout_view.data, grad_g, dx, (dq, dk, sides),
             (dw_g_parts, moments if plan.fuses else None),
@@ -653,7 +664,7 @@ def additive_self_attention_backward(
             assert dk is not None
             dx = torch.mm(dq.view(-1, width), wq).addmm_(dk.view(-1, width), wk)
             dx = dx.view(batch, n_tokens, in_dims)
-            dx = dx if x.dim() == 3 else dx.mT.unflatten(2, x.shape[2:])
+            dx = dx if x.dim() == 3 else as_image(dx, x.shape[2:])
         if dx is not None and dx.stride() != x.stride():
             # The strides that an operator promises: those of the input where it is dense.
             dx = torch.empty_like(x).copy_(dx)
@@ -681,7 +692,6 @@ def additive_attention_backward(
 ) -> list[Tensor | None]:
     """Gradients of q, k and the five weights; None where not asked for or without bias."""
     batch, n_tokens, width = q.shape
-    acc = accumulator(q.dtype)
     with device_guard(q):
         if q.stride() != k.stride():
             q, k = q.contiguous(), k.contiguous()
@@ -704,15 +714,13 @@ def additive_attention_backward(
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk = torch.empty_like(dq)
         sides = q.new_empty(2, *q.shape) if needs_weights else None
-        grad_g = q.new_empty(batch, plan.splits, width, dtype=acc)
-        dw_g_parts = q.new_empty(plan.num_dw_g, width, dtype=acc) if needs_weights else None
+        grad_g, dw_g_parts, moments = plan.temporaries(q)
         plan.start_rows(
             inputs, saved, dout_view.data, grad_g, None, (dq, dk, sides), (dw_g_parts, None)
         )
         grads: list[Tensor | None] = [dq, dk] if needs_tokens else [None, None]
-        if sides is None or dw_g_parts is None:
+        if sides is None or dw_g_parts is None or moments is None:
             return [*grads, *[None] * 5]
-        moments = q.new_empty(plan.num_moments, plan.moment_width, dtype=acc)
         plan.start_moments(dout_view.data, dout_view.data, sides, moments)
         weights = _weight_gradients(plan, dw_g_parts, moments, 0, inputs)
         return [*grads, *weights[4:]]

@@ -71,12 +71,9 @@ def compiled(monkeypatch):
     found: list[Compiled] = []
     for name in [name for name in vars(launch) if name.endswith("_kernel")]:
         monkeypatch.setattr(launch, name, Compiler(getattr(launch, name), found))
-    plans = launch._forward_plan, launch._backward_plan
-    for plan in plans:
-        plan.cache_clear()
+    launch.forget_plans()
     yield found
-    for plan in plans:
-        plan.cache_clear()
+    launch.forget_plans()
 
 
 def results(layer: AdditiveAttention, x: Tensor) -> list[Tensor]:
