@@ -6,6 +6,7 @@ from swiftkernels.functional import (
     additive_attention,
     additive_self_attention,
 )
+from swiftkernels.guard import weights_changed
 from swiftkernels.modules import AdditiveAttention
 from swiftkernels.patch import accelerate, register
 
@@ -19,4 +20,5 @@ __all__ = [
     "additive_self_attention",
     "register",
     "warmup",
+    "weights_changed",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from swiftkernels.modules import AdditiveAttention
+from swiftkernels.modules import AttentionForward
 
 
 def warmup(
@@ -16,7 +16,8 @@ def warmup(
     training: bool = False,
     image_sizes: Sequence[tuple[int, int]] = ((4, 4),),
 ) -> list[str]:
-    """Let every `AdditiveAttention` of a model do now what its first call would do.
+    """Let every attention of this library in a model do now what its first call would do: those
+    that were built, accelerated (`accelerate`) or registered (`register`).
 
     The Triton kernels are compiled, or loaded from Triton's cache, whatever the number of tokens
     and items; only for images in contiguous NCHW order it matters which power of two, up to 16,
@@ -37,10 +38,11 @@ def warmup(
 
     Raises:
         TypeError: model is no module.
-        ValueError: model has no `AdditiveAttention`, or an image size is no pair of positive
+        ValueError: model has no such layer, or an image size is no pair of positive
             numbers.
 
     Example:
+        >>> from swiftkernels import AdditiveAttention
         >>> warmup(nn.Sequential(AdditiveAttention(64, 64, 1)), training=True)
         ['0']
     """
@@ -52,11 +54,11 @@ def warmup(
                 f"image_sizes must hold pairs (height, width) of positive numbers; got {size!r}. "
                 "One size is image_sizes=[(14, 14)]."
             )
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, AdditiveAttention)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, AttentionForward)}
     if not layers:
         raise ValueError(
             f"model must hold at least one AdditiveAttention; {type(model).__name__} holds none. "
-            "Replace its attention layers first."
+            "Replace its attention layers first, or let swiftkernels.accelerate(model) do it."
         )
     for layer in layers.values():
         for x in _examples(layer, image_sizes):
@@ -67,9 +69,9 @@ def warmup(
     return list(layers)
 
 
-def _examples(layer: AdditiveAttention, image_sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+def _examples(layer: AttentionForward, image_sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Zeros of every layout that the layer takes."""
-    weight, width = layer.to_query.weight, layer.in_dims
+    weight, width = getattr(layer, layer.names.w_g), layer.in_dims
     examples = []
     for height, length in image_sizes:
         if layer.layout != "channels_first":
@@ -82,7 +84,7 @@ def _examples(layer: AdditiveAttention, image_sizes: Sequence[tuple[int, int]]) 
     return examples
 
 
-def _forward_and_backward(layer: AdditiveAttention, x: Tensor) -> None:
+def _forward_and_backward(layer: AttentionForward, x: Tensor) -> None:
     with torch.enable_grad():
         x = x.requires_grad_()
         wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]

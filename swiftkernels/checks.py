@@ -130,18 +130,27 @@ def check_shape(
 def check_alike(like_name: str, like: Tensor, others: Mapping[str, Tensor | None]) -> None:
     """Raise unless every tensor has the dtype and the device of `like`."""
     for name, t in others.items():
-        if t is None:
-            continue
-        if t.dtype != like.dtype:
-            raise TypeError(
-                f"{name} must have the dtype of {like_name}, {like.dtype}; got {t.dtype}. "
-                f"Convert one of them with .to(), or run under torch.autocast."
-            )
-        if t.device != like.device:
-            raise ValueError(
-                f"{name} must be on the device of {like_name}, {like.device}; got {t.device}. "
-                f"Move it: .to({str(like.device)!r})."
-            )
+        if t is not None:
+            check_dtype(name, t, like_name, like)
+            check_device(name, t, like_name, like)
+
+
+def check_dtype(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise unless t has the dtype of `like`."""
+    if t.dtype != like.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of {like_name}, {like.dtype}; got {t.dtype}. "
+            f"Convert one of them with .to(), or run under torch.autocast."
+        )
+
+
+def check_device(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise unless t is on the device of `like`."""
+    if t.device != like.device:
+        raise ValueError(
+            f"{name} must be on the device of {like_name}, {like.device}; got {t.device}. "
+            f"Move it: .to({str(like.device)!r})."
+        )
 
 
 def check_mask(mask: Tensor | None, x: Tensor) -> None:

@@ -37,12 +37,13 @@ def as_image(tokens: Tensor, spatial: Sequence[int]) -> Tensor:
     return tokens.transpose(1, 2).view(batch, width, *spatial)
 
 
-def tokens_of(t: Tensor) -> tuple[int, int, int, tuple[int, ...]] | None:
+def tokens_of(
+    shape: Sequence[int], strides: tuple[int, ...]
+) -> tuple[int, int, int, tuple[int, ...]] | None:
     """B, N, C and the strides of tokens [B, N, C], or of an image [B, C, H, W] as such.
 
     None for an image with gaps between its rows, which has no stride from token to token.
     """
-    shape, strides = t.shape, t.stride()
     if len(shape) == 3:
         return shape[0], shape[1], shape[2], strides
     batch, width, rows, columns = shape

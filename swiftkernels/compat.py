@@ -10,14 +10,15 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from types import ModuleType
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _modules
 
 _NO_GUARD: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
@@ -124,6 +125,79 @@ def nothing_listens() -> bool:
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether anything is to run before or after a call of the module, or in its backward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+_GLOBAL_HOOKS = (
+    _modules._global_forward_hooks,
+    _modules._global_forward_pre_hooks,
+    _modules._global_backward_hooks,
+    _modules._global_backward_pre_hooks,
+)
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks of all modules are registered, as FLOP counters and module trackers do."""
+    return any(_GLOBAL_HOOKS)
+
+
+@contextlib.contextmanager
+def without_global_hooks() -> Iterator[None]:
+    """Calls of modules run no hooks of all modules."""
+    before = [dict(hooks) for hooks in _GLOBAL_HOOKS]
+    for hooks in _GLOBAL_HOOKS:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, those in zip(_GLOBAL_HOOKS, before, strict=True):
+            hooks.update(those)
+
+
+def left_out(argument: object, name: str, default: object) -> object:
+    """What an argument of a module is while `torch.fx` traces it.
+
+    It traces every argument of the root module. One that has its default value is taken for that,
+    and the traced module will say so if it gets another.
+    """
+    if not (isinstance(argument, fx.Proxy) and argument.node.op == "placeholder"):
+        return argument
+    if argument.node.args != (default,):
+        return argument
+    argument.tracer.create_proxy("call_function", _check_left_out, (argument, name, default), {})
+    return default
+
+
+def _check_left_out(argument: object, name: str, default: object) -> None:
+    if argument is not default:
+        raise ValueError(
+            f"{name} must be {default}, as it was when torch.fx traced the module; got a "
+            f"{type(argument).__name__}. Trace a module that passes it on."
+        )
+
+
+def in_batched_backward() -> bool:
+    """Whether gradients are batched: `is_grads_batched`, vectorised Jacobians and Hessians.
+
+    Tensors may then be batches that have no memory of their own.
+    """
+    nesting = torch._C._vmapmode_increment_nesting()
+    torch._C._vmapmode_decrement_nesting()
+    return bool(nesting > 1)
+
+
+def any_autocast() -> bool:
+    """Whether autocast is on for any device."""
+    return torch._C._is_any_autocast_enabled()
 
 
 def saves_through_hooks() -> bool:

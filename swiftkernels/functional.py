@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from swiftkernels import checks, compat, ops, quick, reference
 from swiftkernels.compat import autocast_off
@@ -87,7 +88,7 @@ def additive_attention(
         "k", k, tuple(q.shape), "that of q", "Queries and keys come from the same tokens."
     )
     weights = (w_g, proj_weight, proj_bias, final_weight, final_bias)
-    _check_weights("q", q, *weights)
+    _check_weights(checks.check_alike, "q", q, *weights)
     checks.check_alike("q", q, {"k": k})
     checks.check_mask(mask, q)
     options = _options(pooling, qk_norm, scale, eps, q.shape[1], final_weight.shape[0])
@@ -150,7 +151,7 @@ def additive_self_attention(
         >>> additive_self_attention(x, w, b, w, b, torch.randn(64), w, b, w, b).shape
         torch.Size([2, 49, 64])
     """
-    given = Weights(
+    weights = Weights(
         query_weight,
         query_bias,
         key_weight,
@@ -164,22 +165,8 @@ def additive_self_attention(
     )
     checks.check_w_g(w_g)
     checks.check_weight("query_weight", query_weight, "[E, C]")
-    residual = x
-    (
-        x,
-        query_weight,
-        query_bias,
-        key_weight,
-        key_bias,
-        w_g,
-        proj_weight,
-        proj_bias,
-        final_weight,
-        final_bias,
-    ) = _autocast(x, *given[:4], w_g, *given[5:9])
-    given_w_g, w_g = w_g, w_g.flatten()
-    width = w_g.shape[0]
-    in_dims = query_weight.shape[-1]
+    residual, (x,) = x, _autocast(x)
+    width, in_dims = w_g.shape[0], query_weight.shape[-1]
     checks.check_tokens("x", x, in_dims, "C, the width of query_weight")
     checks.check_shape(
         "query_weight", query_weight, (width, in_dims), "[E, C], E the length of w_g"
@@ -188,50 +175,116 @@ def additive_self_attention(
     for name, bias in (("query_bias", query_bias), ("key_bias", key_bias)):
         if bias is not None:
             checks.check_shape(name, bias, (width,), "[E]")
-    projections = (query_weight, query_bias, key_weight, key_bias)
-    weights = (w_g, proj_weight, proj_bias, final_weight, final_bias)
-    names = ("query_weight", "query_bias", "key_weight", "key_bias")
-    checks.check_alike("x", x, dict(zip(names, projections, strict=True)))
-    _check_weights("x", x, *weights)
+    projections = {
+        "query_weight": query_weight,
+        "query_bias": query_bias,
+        "key_weight": key_weight,
+        "key_bias": key_bias,
+    }
+    check_alike = _check_castable if _autocasts(x) else checks.check_alike
+    check_alike("x", x, projections)
+    _check_weights(check_alike, "x", x, *weights[4:9])
     checks.check_mask(mask, x)
     checks.check_option("recompute", recompute, (None, True, False))
     if residual_scale is not None:
         _check_residual(residual_scale, residual, final_weight.shape[0])
     options = _options(pooling, qk_norm, scale, eps, x.shape[1], final_weight.shape[0])
     chosen = ops.choose_backend(backend, x, width)
-    layer = Weights(*projections, *weights, residual_scale)
     plain = (
-        chosen in ("cpu", "triton")
-        and x is residual
-        and compat.nothing_listens()
-        and compat.is_plain(x, *layer)
+        chosen in ("cpu", "triton") and compat.nothing_listens() and compat.is_plain(x, *weights)
     )
-    by_kernel = plain and chosen == "cpu"  # which adds x itself
-    if by_kernel and residual_scale is not None and not ops.needs_gradient(x, *layer):
-        out = ops.infer_residual(x, layer, mask, options)
+    added = False
+    if plain and chosen == "cpu" and not ops.needs_gradient(residual, *weights):
+        # These kernels round the weights to the type of x, and add x themselves.
+        added = residual_scale is not None and residual is x and residual_scale.dtype == x.dtype
+        out = ops.infer_on_cpu(
+            x, weights if added else weights._replace(layer_scale=None), mask, options
+        )
     else:
-        if chosen == "reference":
-            out = reference.additive_self_attention(x, *layer[:-1], mask, options)
-        else:
-            # In the shape in which the short way past these checks saves it for the backward:
-            # activation checkpointing compares what two calls save.
-            kept_w_g = given_w_g if plain else w_g
-            out = ops.additive_self_attention(
-                x, *layer._replace(w_g=kept_w_g)[:-1],
-                mask=mask, options=options, backend=chosen, recompute=recompute,
-            )  # fmt: skip
-        if residual_scale is not None:
-            out = residual + residual_scale.flatten() * out
-    if plain:
-        quick.remember(given, (backend, pooling, qk_norm, scale, eps), chosen, options, x)
+        out = _attend(x, weights, mask, options, chosen, recompute, plain)
+    if residual_scale is not None and not added:
+        out = residual + residual_scale.flatten() * out
+    if plain and x is residual:
+        quick.remember(weights, (backend, pooling, qk_norm, scale, eps), chosen, options, x)
     if not return_weights:
         return out
     with torch.no_grad():
-        q = F.linear(x, query_weight, query_bias)
-    return _with_weights(out, q, w_g, mask, options)
+        q = F.linear(x, *_autocast(query_weight, query_bias))
+    return _with_weights(out, q, w_g.flatten(), mask, options)
+
+
+def _attend(
+    x: Tensor,
+    weights: Weights,
+    mask: Tensor | None,
+    options: Options,
+    chosen: str,
+    recompute: bool | None,
+    plain: bool,
+) -> Tensor:
+    """The output by the chosen backend, differentiable."""
+    w = Weights(*_autocast(*weights[:9]))
+    if chosen == "reference":
+        return reference.additive_self_attention(x, *w[:4], w.w_g.flatten(), *w[5:9], mask, options)
+    # In the shape in which the short way past these checks saves it for the backward: activation
+    # checkpointing compares what two calls save.
+    w_g = w.w_g if plain else w.w_g.flatten()
+    return ops.additive_self_attention(
+        x, *w._replace(w_g=w_g)[:9],
+        mask=mask, options=options, backend=chosen, recompute=recompute,
+    )  # fmt: skip
+
+
+def attend_by_parts(
+    x: Tensor,
+    query: Callable[[Tensor], Tensor],
+    key: Callable[[Tensor], Tensor],
+    w_g: Tensor,
+    proj: Callable[[Tensor], Tensor],
+    final: Callable[[Tensor], Tensor],
+    readable: bool,
+    *,
+    mask: Tensor | None,
+    pooling: str,
+    qk_norm: bool,
+    scale: float,
+    eps: float,
+    backend: str,
+    return_weights: bool,
+    residual_scale: Tensor | None,
+) -> Tensor | AttentionOutput:
+    """As `additive_self_attention`, with linear layers that have to be called.
+
+    `readable`: proj and final are `nn.Linear` whose weights may be read, so that the operator on
+    queries and keys can run fused, where a backend has it.
+    """
+    checks.check_w_g(w_g)
+    checks.check_mask(mask, x)
+    q, k = query(x), key(x)
+    checks.check_tokens("the output of the query layer", q, w_g.shape[0], "E, the length of w_g")
+    options = _options(pooling, qk_norm, scale, eps, x.shape[1], 1)
+    fused = backend in ("triton", "aten") or (
+        backend == "auto"
+        and ops.choose_backend(backend, q, w_g.shape[0], from_tokens=False) != "reference"
+    )
+    if readable and fused:
+        assert isinstance(proj, nn.Linear)
+        assert isinstance(final, nn.Linear)
+        out = additive_attention(
+            q, k, w_g, proj.weight, proj.bias, final.weight, final.bias,
+            mask=mask, pooling=pooling, qk_norm=qk_norm, scale=scale, eps=eps, backend=backend,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+    else:
+        out = reference.attend(q, k, w_g.flatten(), proj, final, mask, options)
+    if residual_scale is not None:
+        _check_residual(residual_scale, x, out.shape[2])
+        out = x + residual_scale.flatten() * out
+    return _with_weights(out, q, w_g.flatten(), mask, options) if return_weights else out
 
 
 def _check_weights(
+    check_alike: Callable[..., None],
     like_name: str,
     like: Tensor,
     w_g: Tensor,
@@ -256,7 +309,16 @@ def _check_weights(
         "final_weight": final_weight,
         "final_bias": final_bias,
     }
-    checks.check_alike(like_name, like, weights)
+    check_alike(like_name, like, weights)
+
+
+def _check_castable(like_name: str, like: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    """As `check_alike`, where autocast is on: it casts every floating-point type but float64."""
+    for name, t in others.items():
+        if t is not None:
+            if torch.float64 in (t.dtype, like.dtype) or not t.is_floating_point():
+                checks.check_dtype(name, t, like_name, like)
+            checks.check_device(name, t, like_name, like)
 
 
 def _check_residual(residual_scale: Tensor, x: Tensor, token_dim: int) -> None:
@@ -269,7 +331,8 @@ def _check_residual(residual_scale: Tensor, x: Tensor, token_dim: int) -> None:
             "channels. "
             "Leave it out and add the branches yourself."
         )
-    checks.check_alike("x", x, {"residual_scale": residual_scale})
+    check_alike = _check_castable if _autocasts(x) else checks.check_alike
+    check_alike("x", x, {"residual_scale": residual_scale})
 
 
 def _options(
@@ -296,12 +359,18 @@ def _with_weights(
         return AttentionOutput(out, *reference.global_query(q, w_g, mask, options))
 
 
+def _autocasts(t: Tensor) -> bool:
+    """Whether autocast is on for the device of t."""
+    device = t.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _autocast(*tensors):  # type: ignore[no-untyped-def]
     """Cast to the active autocast dtype, as autocast casts the inputs of a linear layer."""
-    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    first = next((t for t in tensors if isinstance(t, Tensor)), None)
+    if first is None or not _autocasts(first):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(
         t.to(dtype)
         if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64

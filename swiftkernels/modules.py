@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
-from swiftkernels import checks, quick
+from swiftkernels import checks, compat, parts, quick, reference
 from swiftkernels.common import as_image, as_tokens
 from swiftkernels.cpu.weights import Weights
-from swiftkernels.functional import AttentionOutput, additive_self_attention
+from swiftkernels.functional import AttentionOutput, additive_self_attention, attend_by_parts
+from swiftkernels.parts import is_plainly_linear
 from swiftkernels.reference import POOLINGS
 
 LAYOUTS = ("auto", "channels_first", "channels_last")
@@ -27,17 +29,27 @@ class Names(NamedTuple):
 
 
 class AttentionForward(nn.Module):
-    """The forward of additive attention, for modules that hold its weights under some names."""
+    """The forward of additive attention, for modules that hold its weights under some names.
+
+    The four linear layers are read by the kernels if they are just that, else called: see
+    `swiftkernels.parts`.
+    """
 
     names = Names()
-    in_dims: int
-    pooling: str
-    qk_norm: bool
-    layout: str
-    eps: float
-    backend: str
-    recompute: bool | None
-    scale_factor: float
+    if TYPE_CHECKING:  # TorchScript reads annotations that a class has when it runs
+        in_dims: int
+        pooling: str
+        qk_norm: bool
+        layout: str
+        eps: float
+        backend: str
+        recompute: bool | None
+        scale_factor: float
+        to_query: nn.Linear
+        to_key: nn.Linear
+        proj: nn.Linear
+        final: nn.Linear
+        w_g: nn.Parameter
 
     def forward(
         self,
@@ -50,6 +62,16 @@ class AttentionForward(nn.Module):
 
         With `residual_scale`, [C] in any shape: x + residual_scale * attention(x).
         """
+        if torch.jit.is_scripting():
+            return self._scripted(x, mask, return_weights, residual_scale)
+        else:  # noqa: RET505  (what follows a bare `if`, TorchScript would compile)
+            return self._attend(x, mask, return_weights, residual_scale)
+
+    def _attend(
+        self, x: Tensor, mask: Tensor | None, return_weights: bool, residual_scale: Tensor | None
+    ) -> Tensor | AttentionOutput:
+        if type(x) is not Tensor and isinstance(x, torch.fx.Proxy):
+            return self._traced(x, mask, return_weights, residual_scale)
         checks.check_tensor("x", x)
         channels_first = self.layout == "channels_first" or (self.layout == "auto" and x.dim() > 3)
         if mask is None and not return_weights and self.backend in ("auto", "cpu", "triton"):
@@ -65,55 +87,120 @@ class AttentionForward(nn.Module):
                     f"got {tuple(mask.shape)}. One value per token: drop the channel axis."
                 )
             mask = mask.flatten(1)
-        query, key, proj, final = (getattr(self, name) for name in self.names[:4])
-        result = additive_self_attention(
-            tokens,
-            query.weight,
-            query.bias,
-            key.weight,
-            key.bias,
-            getattr(self, self.names.w_g),
-            proj.weight,
-            proj.bias,
-            final.weight,
-            final.bias,
-            mask=mask,
-            pooling=self.pooling,
-            qk_norm=self.qk_norm,
-            scale=self.scale_factor,
-            eps=self.eps,
-            backend=self.backend,
-            return_weights=return_weights,
-            residual_scale=residual_scale,
-            recompute=self.recompute,
-        )
+        result = self._attend_to_tokens(tokens, mask, return_weights, residual_scale)
         if isinstance(result, AttentionOutput):
             return result._replace(output=_restore(result.output, spatial, channels_first))
         return _restore(result, spatial, channels_first)
+
+    def _attend_to_tokens(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        return_weights: bool,
+        residual_scale: Tensor | None,
+    ) -> Tensor | AttentionOutput:
+        """By way of all checks, [B, N, C] -> [B, N, D]."""
+        linears = [getattr(self, name) for name in self.names[:4]]
+        w_g = getattr(self, self.names.w_g)
+        reasons, weights = parts.read(linears)
+        options: dict[str, Any] = {
+            "mask": mask,
+            "pooling": self.pooling,
+            "qk_norm": self.qk_norm,
+            "scale": self.scale_factor,
+            "eps": self.eps,
+            "backend": self.backend,
+            "return_weights": return_weights,
+            "residual_scale": residual_scale,
+        }
+        if any(reasons):
+            query, key, proj, final = linears
+            readable = not any(reasons[2:])
+            return attend_by_parts(tokens, query, key, w_g, proj, final, readable, **options)
+        tensors = [tokens, *weights[:4], w_g, *weights[4:]]
+        return additive_self_attention(*tensors, recompute=self.recompute, **options)
 
     def _attend_quickly(
         self, x: Tensor, residual_scale: Tensor | None, channels_first: bool
     ) -> Tensor | None:
         # Past the attribute lookup of nn.Module, which takes a third of the time of a small call.
-        # Layers whose weights are no plain parameters (parametrised, replaced) go the long way.
-        layers: dict[str, Any] = self._modules
-        own: dict[str, Any] = self._parameters
-        to_query, to_key, to_proj, to_final, w_g = self.names
-        try:
-            query, key = layers[to_query]._parameters, layers[to_key]._parameters
-            proj, final = layers[to_proj]._parameters, layers[to_final]._parameters
-            layer = Weights(
-                query["weight"], query["bias"], key["weight"], key["bias"],
-                own[w_g],
-                proj["weight"], proj["bias"], final["weight"], final["bias"],
-                residual_scale,
-            )  # fmt: skip
-        except (AttributeError, KeyError):
+        if compat.has_global_hooks():
             return None
+        layers: dict[str, Any] = self._modules
+        to_query, to_key, to_proj, to_final, w_g = self.names
+        query: Any = layers.get(to_query)
+        key: Any = layers.get(to_key)
+        proj: Any = layers.get(to_proj)
+        final: Any = layers.get(to_final)
+        own_w_g = self._parameters.get(w_g)
+        if (
+            own_w_g is None
+            or not is_plainly_linear(query)
+            or not is_plainly_linear(key)
+            or not is_plainly_linear(proj)
+            or not is_plainly_linear(final)
+            or (residual_scale is not None and not isinstance(residual_scale, Tensor))
+        ):
+            return None
+        query, key = query._parameters, key._parameters
+        proj, final = proj._parameters, final._parameters
+        layer = Weights(
+            query["weight"], query["bias"], key["weight"], key["bias"],
+            own_w_g,
+            proj["weight"], proj["bias"], final["weight"], final["bias"],
+            residual_scale,
+        )  # fmt: skip
         options = (self.backend, self.pooling, self.qk_norm, self.scale_factor, self.eps)
         if torch.is_grad_enabled():
             return quick.train(x, layer, options, channels_first, self.recompute)
         return quick.infer(x, layer, options, channels_first)
+
+    def called_parts(self) -> dict[str, str]:
+        """The linear layers that are called, not read by the kernels, and why.
+
+        Example:
+            >>> attention = AdditiveAttention(64, 64, 1)
+            >>> handle = attention.final.register_forward_hook(lambda *_: None)
+            >>> attention.called_parts()
+            {'final': 'it has hooks'}
+        """
+        return parts.called(self, self.names[:4])
+
+    def _traced(
+        self, x: Any, mask: Any, return_weights: Any, residual_scale: Any
+    ) -> Tensor | AttentionOutput:
+        """For `torch.fx`: the definition in PyTorch's operators, the linear layers called."""
+        mask = compat.left_out(mask, "mask", None)
+        return_weights = compat.left_out(return_weights, "return_weights", False)
+        residual_scale = compat.left_out(residual_scale, "residual_scale", None)
+        return self._scripted(x, mask, return_weights, residual_scale)
+
+    def _scripted(
+        self, x: Tensor, mask: Tensor | None, return_weights: bool, residual_scale: Tensor | None
+    ) -> Tensor:
+        """The definition in TorchScript's part of Python, the linear layers called."""
+        if return_weights:
+            raise ValueError(
+                "return_weights must be False in TorchScript and torch.fx; call the layer itself."
+            )
+        tokens = _to_tokens(x, self.layout)
+        if mask is not None:
+            mask = mask.flatten(1)
+        out = self._definition(tokens, mask)
+        if residual_scale is not None:
+            out = tokens + residual_scale.flatten() * out
+        return _from_tokens(out, x, self.layout)
+
+    def _definition(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, N, C] -> [B, N, D]"""
+        q, k = self.to_query(tokens), self.to_key(tokens)
+        if self.qk_norm:
+            q, k = reference.normalised(q, -1, self.eps), reference.normalised(k, -1, self.eps)
+        scores = (q @ self.w_g).squeeze(-1) * self.scale_factor
+        weights = reference.pool_weights(scores, mask, self.pooling, self.eps)
+        G = (weights.unsqueeze(-1) * q).sum(dim=1, keepdim=True)
+        out: Tensor = self.final(self.proj(G * k) + q)
+        return out
 
     def _spatial_shape(self, x: Tensor, channels_first: bool) -> torch.Size:
         if x.dim() < 3:
@@ -232,9 +319,32 @@ class AdditiveAttention(AttentionForward):
         )
 
 
+# TorchScript takes what a call returns for the annotation: a tensor, as it returns no weights.
+AttentionForward.forward.__annotations__["return"] = Tensor
+
+
 def _restore(tokens: Tensor, spatial: torch.Size, channels_first: bool) -> Tensor:
     """[B, N, D] back to the axes of the input, as a view."""
     if channels_first:
         return as_image(tokens, spatial)
     batch, _, dim = tokens.shape
     return tokens if len(spatial) == 1 else tokens.view(batch, *spatial, dim)
+
+
+# For TorchScript and torch.fx. The latter keeps calls of the two that depend on the number of axes.
+
+
+@torch.fx.wrap
+def _to_tokens(x: Tensor, layout: str) -> Tensor:
+    """[B, N, C], [B, *spatial, C] or [B, C, *spatial] -> [B, N, C]"""
+    if layout == "channels_first" or (layout == "auto" and x.dim() > 3):
+        return x.flatten(2).transpose(1, 2)
+    return x.flatten(1, -2)
+
+
+@torch.fx.wrap
+def _from_tokens(tokens: Tensor, x: Tensor, layout: str) -> Tensor:
+    """[B, N, D] -> the axes of x"""
+    if layout == "channels_first" or (layout == "auto" and x.dim() > 3):
+        return tokens.transpose(1, 2).reshape([x.size(0), tokens.size(2)] + list(x.shape[2:]))  # noqa: RUF005
+    return tokens.reshape(list(x.shape[:-1]) + [tokens.size(2)])  # noqa: RUF005

@@ -113,10 +113,15 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return False
 
 
-def infer_residual(x: Tensor, layer: Weights, mask: Tensor | None, options: Options) -> Tensor:
-    """x + layer.layer_scale * attention(x) by the CPU kernels, with the strides of x."""
-    out: Tensor = implementation("cpu").run(x, torch.empty_like(x), layer, mask, options)
-    return out
+def infer_on_cpu(x: Tensor, layer: Weights, mask: Tensor | None, options: Options) -> Tensor:
+    """attention(x) by the CPU kernels or, with a layer scale, x + layer_scale * attention(x) with
+    the strides of x."""
+    if layer.layer_scale is None:
+        out = x.new_empty(*x.shape[:2], layer.wf.shape[0])
+    else:
+        out = torch.empty_like(x)
+    filled: Tensor = implementation("cpu").run(x, out, layer, mask, options)
+    return filled
 
 
 @functools.cache
@@ -271,8 +276,8 @@ class _Operator:
     def gradients(self, ctx: Any, dout: Tensor) -> list[Tensor | None]:
         """Gradients of the tensors from what `_save` left in ctx; None where not needed."""
         *tensors, mask, G, statistics, folded = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # create_graph=True: the gradient of the gradient goes through the definition.
+        if torch.is_grad_enabled() or compat.in_batched_backward():
+            # create_graph=True, or many gradients at once: these go through the definition.
             return self._definition_gradients(tensors, mask, ctx.options, ctx.needs, dout)
         needs_inputs = any(ctx.needs[: self.n_inputs])
         needs_weights = any(ctx.needs[self.n_inputs :])
@@ -291,22 +296,26 @@ class _Operator:
         needs: list[bool],
         dout: Tensor,
     ) -> list[Tensor | None]:
-        # Aliases: the tensors may be one (tied weights) or depend on each other (x on weights of
-        # an earlier call), and each is to get its own share alone.
-        tensors = [
-            t.view_as(t) if need and t is not None else t
-            for t, need in zip(tensors, needs, strict=True)
-        ]
-        wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
-        *inputs, w_g, wp, bp, wf, bf = tensors
-        x = inputs[0]
-        assert w_g is not None
-        assert x is not None
-        if x.dim() == 4:
-            inputs[0], dout = as_tokens(x), as_tokens(dout)
-        out = self.definition(*inputs, w_g.flatten(), wp, bp, wf, bf, mask, options)
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Aliases: the tensors may be one (tied weights) or depend on each other (x on weights
+            # of an earlier call), and each is to get its own share alone.
+            tensors = [
+                t.view_as(t) if need and t is not None else t
+                for t, need in zip(tensors, needs, strict=True)
+            ]
+            wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
+            *inputs, w_g, wp, bp, wf, bf = tensors
+            x = inputs[0]
+            assert w_g is not None
+            assert x is not None
+            if x.dim() == 4:
+                inputs[0], dout = as_tokens(x), as_tokens(dout)
+            out = self.definition(*inputs, w_g.flatten(), wp, bp, wf, bf, mask, options)
         grads = iter(
-            torch.autograd.grad(out, wanted, dout, create_graph=True, materialize_grads=True)
+            torch.autograd.grad(
+                out, wanted, dout, create_graph=create_graph, materialize_grads=True
+            )
         )
         return [next(grads) if need else None for need in needs]
 

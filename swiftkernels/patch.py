@@ -9,14 +9,15 @@ import copy
 import importlib
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import TracebackType
+from dataclasses import dataclass, field
+from types import FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from swiftkernels import checks, reference
+from swiftkernels import checks, compat, parts, reference
 from swiftkernels.modules import AttentionForward, Names
 from swiftkernels.reference import POOLINGS, Options
 
@@ -33,7 +34,7 @@ TOLERANCE = 1e-6
 
 
 class Variant(NamedTuple):
-    """What a layer computes beyond its weights."""
+    """What a layer computes besides its weights."""
 
     pooling: str
     qk_norm: bool
@@ -42,6 +43,14 @@ class Variant(NamedTuple):
 
     def __str__(self) -> str:
         return f"pooling {self.pooling}{'' if self.qk_norm else ', no norms'}"
+
+
+class Known(NamedTuple):
+    """What the forward of this library has to know of a layer."""
+
+    variant: Variant
+    in_dims: int
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -55,11 +64,15 @@ class Layer:
     """None: it was left alone."""
     reason: str
     """Why it was left alone; empty if it was not."""
+    called: Mapping[str, str] = field(default_factory=dict)
+    """Its linear layers that are called, and why: it does not run fused."""
 
     def __str__(self) -> str:
+        name = self.name or "(the model)"
         if self.variant is None:
-            return f"{self.name or '(the model)'}: {self.kind} left alone, {self.reason}"
-        return f"{self.name or '(the model)'}: {self.kind}, {self.variant}"
+            return f"{name}: {self.kind} left alone, {self.reason}"
+        text = f"{name}: {self.kind}, {self.variant}"
+        return f"{text}, not fused: {parts.listed(self.called)}" if self.called else text
 
 
 class Undoable:
@@ -146,21 +159,25 @@ def accelerate(
     checks.check_option("recompute", recompute, (None, True, False))
     given = _given_names(names)
     layers: list[Layer] = []
-    undo: list[Callable[[], None]] = []
+    found: list[tuple[nn.Module, Names, Known]] = []
     for name, module in model.named_modules():
-        parts = _parts(module, given)
-        if parts is None:
+        own = _names(module, given)
+        if own is None:
             continue
-        kind = type(module).__name__
-        variant, reason = _variant(module, parts)
-        layers.append(Layer(name, kind, variant, reason))
-        if variant is not None:
-            undo.append(_swap(module, parts, variant, backend, recompute))
+        known, reason = _look(module, own)
+        kind = type_before_parametrizations(module).__name__
+        if known is None:
+            layers.append(Layer(name, kind, None, reason))
+            continue
+        layers.append(Layer(name, kind, known.variant, "", parts.called(module, own[:4])))
+        found.append((module, own, known))
     if not layers:
         raise ValueError(
             f"model must hold additive attentions; {type(model).__name__} holds none. Of a fork "
             "that calls its parts otherwise, tell how: names={'to_query': ..., ...}."
         )
+    # All layers are judged before the first one changes.
+    undo = [_swap(*layer, backend, recompute) for layer in found]
     return Acceleration(layers, undo)
 
 
@@ -225,18 +242,21 @@ def register(*, backend: str = "auto", recompute: bool | None = None) -> Registr
             f"{TRANSFORMERS} is in the patch mapping of transformers already. Take that back "
             "first: .undo() of its registration, or unregister_patch_mapping."
         )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         example = kind(None, PROBE[1])
-    names = _parts(example, None)
-    variant, reason = _variant(example, names) if names else (None, "its parts are others")
-    if names is None or variant is None:
+    names = _names(example, None)
+    known, reason = _look(example, names) if names else (None, "its parts are others")
+    if names is None or known is None:
         raise ValueError(f"{TRANSFORMERS} of this transformers is left alone: {reason}.")
+    variant = known.variant
 
     accelerated: Any = _accelerated(kind, names)
 
     def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         accelerated.__init__(self, *args, **kwargs)
-        vars(self).update(_attributes(self, names, variant, backend, recompute))
+        in_dims, token_dim = _widths(self, names)
+        own = Known(variant, in_dims, _scale(self, token_dim))
+        vars(self).update(_attributes(own, backend, recompute))
 
     # A class of its own: that of `accelerate` is given to layers which have been built.
     registered = type(accelerated.__name__, (accelerated,), {"__init__": build})
@@ -261,56 +281,108 @@ def _given_names(names: Mapping[str, str] | None) -> Names | None:
     return Names()._replace(**{ours[name]: theirs for name, theirs in names.items()})
 
 
-def _parts(module: nn.Module, given: Names | None) -> Names | None:
-    """The names of a module's parts, if it is an additive attention to all appearances."""
+def _names(module: nn.Module, given: Names | None) -> Names | None:
+    """The names of a module's parts, if it is an additive attention to all appearances.
+
+    Nothing is computed: a parametrized w_g would be, at a look at it.
+    """
     for names in (given,) if given else (Names(), OFFICIAL):
-        if names is None:
-            continue
-        linears = [getattr(module, name, None) for name in names[:4]]
-        w_g = getattr(module, names.w_g, None)
-        if all(isinstance(m, nn.Linear) for m in linears) and isinstance(w_g, Tensor):
+        found = [module._modules.get(name) for name in names[:4]]
+        if all(part is not None for part in found) and _has_tensor(module, names.w_g):
             return names
     return None
 
 
-def _variant(module: nn.Module, names: Names) -> tuple[Variant | None, str]:
-    """What the layer computes; or None, and why it is not known."""
+def _has_tensor(module: nn.Module, name: str) -> bool:
+    if is_parametrized(module, name):
+        return True
+    tensors = (module._parameters, module._buffers, vars(module))
+    return any(isinstance(of.get(name), Tensor) for of in tensors)
+
+
+def _look(module: nn.Module, names: Names) -> tuple[Known | None, str]:
+    """What the layer computes; or None, and why it is left alone. The layer itself is not run."""
     if isinstance(module, AttentionForward):
         return None, "it has these kernels"
-    parts = [getattr(module, name) for name in names[:4]]
-    tensors = [
-        *(t for part in parts[:2] for t in (part.weight, part.bias)),
-        getattr(module, names.w_g).flatten(),
-        *(t for part in parts[2:] for t in (part.weight, part.bias)),
-    ]
-    if any(t is not None and t.is_meta for t in tensors):
+    if "forward" in vars(module):
+        return None, "its forward was replaced"
+    if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         return None, "its weights have no values yet (device meta)"
-    exact: Any = [None if t is None else t.detach().double().cpu() for t in tensors]
-    in_dims, token_dim = parts[0].in_features, parts[3].out_features
+    apart = torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu")
+    try:
+        with apart[0], apart[1], apart[2], compat.without_global_hooks():
+            return _probe(_twin(module), names)
+    except Exception as error:  # whatever a copy of somebody's layer may raise
+        said = (f"{type(error).__name__}: {error}".strip().splitlines() or [""])[0]
+        return None, f"no copy of it could be run ({said})"
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A copy in float64 on the CPU, in evaluation mode, without hooks."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if isinstance(value, dict) and name.endswith("hooks"):
+                memo[id(value)] = type(value)()
+            elif isinstance(value, Tensor):  # made by a hook: neither a parameter nor a buffer
+                memo[id(value)] = _exact(value.detach())
+    twin: nn.Module = copy.deepcopy(module, memo)
+    return twin._apply(_exact).eval()
+
+
+def _exact(t: Tensor) -> Tensor:
+    return t.double().cpu() if t.is_floating_point() else t.cpu()
+
+
+def _probe(twin: nn.Module, names: Names) -> tuple[Known | None, str]:
+    """What a copy of a layer computes: its output on random tokens, compared with all variants'."""
+    in_dims, token_dim = _widths(twin, names)
     x = torch.randn(
         *PROBE, in_dims, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
-    outputs, reason = _outputs(module, x)
-    scale = _scale(module, token_dim)
+    outputs, reason = _outputs(twin, x)
+    if not outputs:
+        return None, f"it takes neither [B, N, {in_dims}] nor [B, {in_dims}, H, W] ({reason})"
+    query, key, proj, final = (getattr(twin, name) for name in names[:4])
+    w_g, scale = getattr(twin, names.w_g).flatten(), _scale(twin, token_dim)
     found: dict[tuple[str, bool], list[str]] = {}
     for pooling, qk_norm in itertools.product(POOLINGS, (True, False)):
         options = Options(pooling, qk_norm, scale, EPS)
         try:
-            arguments: Any = (x, *exact, None, options)
-            expected = reference.additive_self_attention(*arguments)
+            expected = reference.attend(query(x), key(x), w_g, proj, final, None, options)
         except RuntimeError:
             return None, "its weights do not fit together as in an additive attention"
         for layout, out in outputs.items():
             if out.shape == expected.shape and _near(out, expected):
                 found.setdefault((pooling, qk_norm), []).append(layout)
-    if not outputs:
-        return None, f"it takes neither [B, N, {in_dims}] nor [B, {in_dims}, H, W] ({reason})"
     if not found:
         return None, "it computes something else: no pooling gives its output"
     if len(found) > 1:
         return None, "with its weights several poolings give the same output"
     ((pooling, qk_norm), layouts) = found.popitem()
-    return Variant(pooling, qk_norm, layouts[0] if len(layouts) == 1 else "auto"), ""
+    variant = Variant(pooling, qk_norm, layouts[0] if len(layouts) == 1 else "auto")
+    return Known(variant, in_dims, scale), ""
+
+
+def _widths(module: nn.Module, names: Names) -> tuple[int, int]:
+    """C and D, as the query layer and `final` tell them.
+
+    Raises:
+        ValueError: they do not.
+    """
+    widths = []
+    for name, attribute, axis in (
+        (names.query, "in_features", 1),
+        (names.final, "out_features", 0),
+    ):
+        part = getattr(module, name)
+        width, weight = getattr(part, attribute, None), getattr(part, "weight", None)
+        if not isinstance(width, int):
+            if not isinstance(weight, Tensor) or weight.dim() != 2:
+                raise ValueError(f"{name}, a {type(part).__name__}, has no {attribute}")
+            width = weight.shape[axis]
+        widths.append(width)
+    return widths[0], widths[1]
 
 
 def _near(out: Tensor, expected: Tensor) -> bool:
@@ -323,18 +395,13 @@ def _scale(module: nn.Module, token_dim: int) -> float:
     return float(own) if isinstance(own, (int, float)) else token_dim**-0.5
 
 
-def _outputs(module: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], str]:
-    """What a copy of the layer makes of x [B, N, C] in either layout, past its hooks; why not."""
+def _outputs(twin: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], str]:
+    """What a copy of a layer makes of x [B, N, C] in either layout; why it makes nothing."""
     outputs, reason = {}, ""
-    try:
-        twin = copy.deepcopy(module).double().cpu().eval()
-    except Exception as error:
-        return {}, f"no copy could be made: {type(error).__name__}: {error}"
     images = x.transpose(1, 2).unsqueeze(2)  # [B, C, 1, N]
     for layout, argument in (("channels_last", x), ("channels_first", images)):
         try:
-            with torch.no_grad():
-                out = type(module).forward(twin, argument)
+            out = type(twin).forward(twin, argument)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             continue
@@ -344,38 +411,86 @@ def _outputs(module: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], str]:
 
 
 def _swap(
-    module: nn.Module, names: Names, variant: Variant, backend: str, recompute: bool | None
+    module: nn.Module, names: Names, known: Known, backend: str, recompute: bool | None
 ) -> Callable[[], None]:
     """Give the layer the forward of this library; returns what takes that back."""
-    kind = type(module)
-    attributes = _attributes(module, names, variant, backend, recompute)
+    kind = type_before_parametrizations(module)
+    accelerated = _accelerated(kind, names)
+    attributes = _attributes(known, backend, recompute)
     before = {name: vars(module)[name] for name in attributes if name in vars(module)}
+    changed = _with_base(type(module), kind, accelerated)
+    assert changed is not None
     vars(module).update(attributes)
-    module.__class__ = _accelerated(kind, names)
+    module.__class__ = changed
 
     def undo() -> None:
-        if type(module) is not _accelerated(kind, names):
-            return  # changed again since: not ours to take back
-        module.__class__ = kind
+        changed_back = _with_base(type(module), accelerated, kind)
+        if changed_back is None:
+            return  # it has become another class since: not ours to take back
+        module.__class__ = changed_back
         for name in attributes:
-            del vars(module)[name]
+            vars(module).pop(name, None)
         vars(module).update(before)
 
     return undo
 
 
-def _attributes(
-    module: nn.Module, names: Names, variant: Variant, backend: str, recompute: bool | None
-) -> dict[str, Any]:
-    """What the forward of this library reads, beside the parts."""
+def _with_base(
+    kind: type[nn.Module], old: type[nn.Module], new: type[nn.Module]
+) -> type[nn.Module] | None:
+    """kind with `new` in the place of `old`, itself or among the bases of classes made on the fly.
+
+    PyTorch makes such classes of one layer each, for parametrizations (`parametrize`) and sharding
+    (`fully_shard`), and takes the layer back to the base when they are removed. None: it has no
+    such base.
+    """
+    if kind is old:
+        return new
+    for i, base in enumerate(kind.__bases__):
+        changed = _with_base(base, old, new)
+        if changed is not None:
+            bases = (*kind.__bases__[:i], changed, *kind.__bases__[i + 1 :])
+            members = {
+                name: member
+                for name, member in vars(kind).items()
+                if name not in ("__dict__", "__weakref__")
+            }
+            return type(kind.__name__, bases, members)
+    return None
+
+
+def _attributes(known: Known, backend: str, recompute: bool | None) -> dict[str, Any]:
+    """What the forward of this library reads, besides the parts."""
     return {
-        "in_dims": getattr(module, names.query).in_features,
-        "scale_factor": _scale(module, getattr(module, names.final).out_features),
+        "in_dims": known.in_dims,
+        "scale_factor": known.scale,
         "eps": EPS,
         "backend": backend,
         "recompute": recompute,
-        **variant._asdict(),
+        **known.variant._asdict(),
     }
+
+
+def _scripted(
+    self: Any, x: Tensor, mask: Tensor | None, return_weights: bool, residual_scale: Tensor | None
+) -> Tensor:
+    """For TorchScript and `torch.fx`: the layer's own forward."""
+    if mask is not None or return_weights or residual_scale is not None:
+        raise ValueError("an accelerated layer takes x alone in TorchScript and torch.fx.")
+    out: Tensor = self._published_forward(x)
+    return out
+
+
+def _renamed(function: Any, name: str) -> Any:
+    """The same function under another name, which is what TorchScript calls a method by."""
+    if not isinstance(function, FunctionType):
+        return function
+    same = FunctionType(
+        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
+    )
+    same.__kwdefaults__, same.__annotations__ = function.__kwdefaults__, function.__annotations__
+    vars(same).update(vars(function))
+    return same
 
 
 _classes: dict[tuple[type[nn.Module], Names], type[nn.Module]] = {}
@@ -390,7 +505,13 @@ def _accelerated(kind: type[nn.Module], names: Names) -> type[nn.Module]:
         reduced: Any = nn.Module.__reduce_ex__(self, protocol)
         return (_new, (kind, names), *reduced[2:])
 
-    members = {"names": names, "__reduce_ex__": reduce, "__module__": kind.__module__}
+    members = {
+        "names": names,
+        "_published_forward": _renamed(kind.forward, "_published_forward"),
+        "_scripted": _scripted,
+        "__reduce_ex__": reduce,
+        "__module__": kind.__module__,
+    }
     made = type(f"Accelerated{kind.__name__}", (AttentionForward, kind), members)
     _classes[kind, names] = made
     return made

@@ -7,7 +7,7 @@ stood, the next calls need to look at the input alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,14 +43,21 @@ class Checked(NamedTuple):
     """These two of the weights."""
     by_address: bool
     """The Triton kernels can be started by these addresses."""
-    prepared: dict[Any, _Prepared]
-    """By kinds of input."""
+    prepared: dict[Any, Any]
+    """By kinds of input: `_Prepared` or `_Sizes`."""
+
+    def keep(self, kind: Any, prepared: Any) -> None:
+        """Keep in mind what was prepared for a kind of input."""
+        if len(self.prepared) >= MAX_KINDS:
+            self.prepared.clear()
+        self.prepared[kind] = prepared
 
 
 def remember(layer: Weights, key: Key, chosen: str, options: Options, x: Tensor) -> None:
     """Note that a call with this layer and options on tokens like x passed all checks."""
     token_dim, width = layer.wf.shape
-    before: Checked | None = weights.find_note(layer, key)
+    notes = weights.layer_of(layer).notes
+    before: Checked | None = notes.get(key)
     checked = Checked(
         backend=chosen,
         options=options,
@@ -67,26 +74,31 @@ def remember(layer: Weights, key: Key, chosen: str, options: Options, x: Tensor)
     )
     if before is not None and before._replace(prepared={}) == checked:
         return  # and what was prepared stays
-    weights.notes(layer)[key] = checked
+    notes[key] = checked
 
 
-def checked_layer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Checked | None:
-    """The note for this layer, if x [B, N, C] or [B, C, H, W] needs no more checks either."""
-    if (
-        type(x) is not Tensor
-        or (layer.layer_scale is not None and not isinstance(layer.layer_scale, Tensor))
-        or not compat.nothing_listens()
-    ):
+def _note(x: Tensor, query_weight: Tensor, key: Key) -> tuple[Checked, weights.KnownLayer] | None:
+    """What is noted for a layer, if nothing but the kernels wants to see a call on x."""
+    if type(x) is not Tensor or not compat.nothing_listens() or compat.any_autocast():
         return None
-    checked: Checked | None = weights.find_note(layer, key)
-    if checked is None or x.dtype is not checked.dtype or x.device != checked.device:
+    known = weights.find_layer(query_weight)
+    checked = None if known is None else known.notes.get(key)
+    if known is None or checked is None or x.dtype is not checked.dtype:
         return None
-    if torch.is_autocast_enabled(checked.device.type):
+    if x.layout is not torch.strided or x.is_neg():
         return None
+    return checked, known
+
+
+def _fits(x: Tensor, checked: Checked, channels_first: bool) -> bool:
+    """Whether x [B, N, C] or [B, C, H, W] needs no more checks either."""
     dims, channels = (4, 1) if channels_first else (3, 2)
-    if x.dim() != dims or x.shape[channels] != checked.in_dims or x.numel() == 0:
-        return None
-    return checked if x.layout is torch.strided and not x.is_neg() else None
+    return (
+        x.dim() == dims
+        and x.shape[channels] == checked.in_dims
+        and x.numel() > 0
+        and x.device == checked.device
+    )
 
 
 def infer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Tensor | None:
@@ -94,12 +106,15 @@ def infer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Tensor |
 
     With a layer scale, x + scale * output.
     """
-    checked = checked_layer(x, layer, key, channels_first)
-    if checked is None:
+    noted = _note(x, layer.wq, key)
+    if noted is None:
         return None
+    checked, known = noted
     if checked.backend == "cpu":
-        return _infer_on_cpu(x, layer, checked)
-    if layer.layer_scale is not None or not _same_weights(layer, checked):
+        return _infer_on_cpu(x, layer, checked, known, channels_first)
+    if layer.layer_scale is not None or not _fits(x, checked, channels_first):
+        return None
+    if not _same_weights(layer, checked):
         return None
     out = _infer_by_triton(x, checked)
     if out is not None:
@@ -131,18 +146,16 @@ def _infer_by_triton(x: Tensor, checked: Checked) -> Tensor | None:
     """By address, once the kernels for inputs like x are compiled; till then None."""
     if not (checked.by_address and compat.fits_kernels(x)):
         return None
-    key = (x.shape, x.stride(), checked.dtype is torch.float32 and compat.allow_tf32())
-    prepared = checked.prepared.get(key)
+    kind = (x.shape, x.stride(), checked.dtype is torch.float32 and compat.allow_tf32())
+    prepared = checked.prepared.get(kind)
     if prepared is None:
         start = ops.implementation("triton").compiled_forward(
             x, checked.width, checked.token_dim, checked.addresses[:9], checked.options
         )
         if start is None:
             return None
-        if len(checked.prepared) >= MAX_KINDS:
-            checked.prepared.clear()
         prepared = _Prepared(start, *output_like(x, checked.token_dim))
-        checked.prepared[key] = prepared
+        checked.keep(kind, prepared)
     out = torch.empty_strided(
         prepared.shape, prepared.strides, dtype=checked.dtype, device=checked.device
     )
@@ -150,37 +163,75 @@ def _infer_by_triton(x: Tensor, checked: Checked) -> Tensor | None:
     return out
 
 
-def _infer_on_cpu(x: Tensor, layer: Weights, checked: Checked) -> Tensor | None:
+class _Sizes(NamedTuple):
+    """What the CPU kernels are told of one kind of input and its output."""
+
+    batch: int
+    n_tokens: int
+    form: int
+    key: Hashable
+    """The `packing_key`."""
+    x_strides: tuple[int, ...]
+    """Of batch, token, channel; as the next."""
+    out_strides: tuple[int, ...]
+    out_layout: tuple[tuple[int, ...], tuple[int, ...]]
+    """Shape and strides."""
+
+
+def _infer_on_cpu(
+    x: Tensor, layer: Weights, checked: Checked, known: weights.KnownLayer, channels_first: bool
+) -> Tensor | None:
     """By the CPU kernels, which the packed weights lead to at once."""
     scaled = layer.layer_scale is not None
-    if scaled:
-        out = torch.empty_like(x)
-    else:
-        shape, strides = output_like(x, checked.token_dim)
-        out = torch.empty_strided(shape, strides, dtype=x.dtype, device="cpu")
-    tokens, out_tokens = tokens_of(x), tokens_of(out)
-    if tokens is None or out_tokens is None:
-        return None  # rows of pixels with gaps: the long way makes a copy
-    batch, n_tokens, _, x_strides = tokens
-    form = launch.config.form(n_tokens, checked.in_dims, checked.width, checked.options.qk_norm)
-    packed = weights.find_packed(layer, checked.options, form)
+    kind = (x.shape, x.stride(), channels_first, scaled)
+    sizes: _Sizes | None = checked.prepared.get(kind)
+    if not x.is_cpu:
+        return None
+    if sizes is None:
+        sizes = _sizes(x, checked, scaled) if _fits(x, checked, channels_first) else None
+        if sizes is None:
+            return None  # or rows of pixels with gaps: the long way makes a copy
+        checked.keep(kind, sizes)
+    form = sizes.form
+    tensors = weights.present(layer)
+    packed = known.find_packed(tensors, sizes.key)
     if packed is not None and packed.cancels:
         form = weights.PLAIN
-        packed = weights.find_packed(layer, checked.options, form)
+        key = weights.packing_key(scaled, checked.options, form, checked.dtype)
+        packed = known.find_packed(tensors, key)
     if packed is None:
         return None
+    out = torch.empty_strided(*sizes.out_layout, dtype=checked.dtype, device="cpu")
     done = launch.call_forward(
-        packed, batch, n_tokens, form, x, x_strides, out, out_tokens[3], scaled
-    )
+        packed, sizes.batch, sizes.n_tokens, form, x, sizes.x_strides, out, sizes.out_strides,
+        scaled,
+    )  # fmt: skip
     return out if done else None
+
+
+def _sizes(x: Tensor, checked: Checked, scaled: bool) -> _Sizes | None:
+    layout = output_like(x, checked.token_dim)
+    if scaled:
+        like = torch.empty_like(x)
+        layout = tuple(like.shape), like.stride()
+    tokens, out = tokens_of(x.shape, x.stride()), tokens_of(*layout)
+    if tokens is None or out is None:
+        return None
+    batch, n_tokens, _, x_strides = tokens
+    form = launch.config.form(n_tokens, checked.in_dims, checked.width, checked.options.qk_norm)
+    key = weights.packing_key(scaled, checked.options, form, checked.dtype)
+    return _Sizes(batch, n_tokens, form, key, x_strides, out[3], layout)
 
 
 def train(
     x: Tensor, layer: Weights, key: Key, channels_first: bool, recompute: bool | None
 ) -> Tensor | None:
     """The output for x, differentiable; None: take the long way."""
-    checked = checked_layer(x, layer, key, channels_first)
-    if checked is None or layer.layer_scale is not None or not _same_weights(layer, checked):
+    noted = _note(x, layer.wq, key)
+    if noted is None or layer.layer_scale is not None:
+        return None
+    checked, _ = noted
+    if not _fits(x, checked, channels_first) or not _same_weights(layer, checked):
         return None
     # The CPU kernels take tokens alone, and the long way saves those.
     flattens = channels_first and (checked.backend == "cpu" or compat.saves_through_hooks())

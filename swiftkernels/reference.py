@@ -6,6 +6,8 @@ differentiable, for any dtype and device, and nothing here is fused.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,8 +45,8 @@ def pool_weights(scores: Tensor, mask: Tensor | None, pooling: str, eps: float) 
     if pooling == "softmax":
         if mask is None:
             return scores.softmax(dim=1)
-        # The lowest finite score, not -inf: an item whose tokens are all masked gets 0, not NaN.
-        lowest = torch.finfo(scores.dtype).min
+        # A finite score, not -inf: an item whose tokens are all masked gets 0, not NaN.
+        lowest = -65504.0 if scores.dtype == torch.float16 else -3.38e38
         return scores.masked_fill(~mask, lowest).softmax(dim=1).masked_fill(~mask, 0)
     if pooling == "sum":
         # Ones that leave w_g in the graph: its gradient is 0, as in the published code, not None.
@@ -73,6 +75,26 @@ def global_query(
     return weights, (weights.unsqueeze(-1) * q).sum(dim=1)
 
 
+def attend(
+    q: Tensor,
+    k: Tensor,
+    w_g: Tensor,
+    proj: Callable[[Tensor], Tensor],
+    final: Callable[[Tensor], Tensor],
+    mask: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """The operator on queries and keys, [B, N, E] -> [B, N, D] (section 3 of arXiv 2303.15446).
+
+    w_g [E]; proj and final are linear, [..., E] -> [..., E] and [..., E] -> [..., D]; mask [B, N],
+    True = the token takes part.
+    """
+    if options.qk_norm:
+        q, k = normalised(q, -1, options.eps), normalised(k, -1, options.eps)
+    _, G = global_query(q, w_g, mask, options)
+    return final(proj(G.unsqueeze(1) * k) + q)
+
+
 def additive_attention(
     q: Tensor,
     k: Tensor,
@@ -84,15 +106,10 @@ def additive_attention(
     mask: Tensor | None,
     options: Options,
 ) -> Tensor:
-    """The operator on queries and keys, [B, N, E] -> [B, N, D] (section 3 of arXiv 2303.15446).
-
-    w_g [E]; proj_weight [E, E]; final_weight [D, E]; mask [B, N], True = the token takes part.
-    """
-    if options.qk_norm:
-        q, k = normalised(q, -1, options.eps), normalised(k, -1, options.eps)
-    _, G = global_query(q, w_g, mask, options)
-    y = F.linear(G.unsqueeze(1) * k, proj_weight, proj_bias) + q
-    return F.linear(y, final_weight, final_bias)
+    """The same with the weights of proj, [E, E], and final, [D, E]."""
+    proj = partial(F.linear, weight=proj_weight, bias=proj_bias)
+    final = partial(F.linear, weight=final_weight, bias=final_bias)
+    return attend(q, k, w_g, proj, final, mask, options)
 
 
 def additive_self_attention(

@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from swiftkernels import additive_self_attention
 from swiftkernels.cpu import config, launch, weights
@@ -92,9 +92,14 @@ def tensors_of(case: int, dtype: torch.dtype) -> Tensors:
 
 
 def attend(*tensors: Tensor | None, **options: Any) -> Tensor:
-    """Without gradients, by the CPU kernels unless another backend is named."""
+    """Without gradients, by the CPU kernels unless another backend is named.
+
+    The weights are parameters, which these kernels pack.
+    """
+    x, *weights = tensors
+    parameters = [None if w is None else nn.Parameter(w, requires_grad=False) for w in weights]
     with torch.no_grad():
-        return additive_self_attention(*tensors, **{"backend": "cpu"} | options)
+        return additive_self_attention(x, *parameters, **{"backend": "cpu"} | options)
 
 
 def gradients(

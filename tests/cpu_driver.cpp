@@ -17,7 +17,7 @@
 
 EXPORT int64_t swiftkernels_lanes();
 EXPORT void swiftkernels_pack(const float*, int64_t, int64_t, int64_t, int64_t, float*);
-EXPORT uint64_t swiftkernels_fingerprint(const Layer*);
+EXPORT uint64_t swiftkernels_fingerprint(const Layer*, int64_t);
 EXPORT int swiftkernels_forward(const Layer*, const Call*);
 EXPORT int swiftkernels_forward_training(const RawLayer*, const Call*);
 EXPORT int swiftkernels_backward(const RawLayer*, const BackwardCall*);
@@ -80,7 +80,8 @@ int64_t call(int64_t function, const std::vector<std::vector<int64_t>>& argument
       return 0;
     }
     case FINGERPRINT:
-      return static_cast<int64_t>(swiftkernels_fingerprint(as<Layer>(arguments[0])));
+      return static_cast<int64_t>(
+          swiftkernels_fingerprint(as<Layer>(arguments[0]), *as<int64_t>(arguments[1])));
     case FORWARD: return swiftkernels_forward(as<Layer>(arguments[0]), as<Call>(arguments[1]));
     case TRAINING:
       return swiftkernels_forward_training(as<RawLayer>(arguments[0]), as<Call>(arguments[1]));

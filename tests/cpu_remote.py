@@ -69,8 +69,8 @@ class RemoteKernels:
     def swiftkernels_pack(self, *arguments: int) -> None:
         self._call("pack", struct.pack("6q", *arguments))
 
-    def swiftkernels_fingerprint(self, layer: bytes) -> int:
-        return self._call("fingerprint", layer) % 2**64
+    def swiftkernels_fingerprint(self, layer: bytes, everything: int) -> int:
+        return self._call("fingerprint", layer, struct.pack("q", everything)) % 2**64
 
     def swiftkernels_forward(self, layer: bytes, call: bytes) -> int:
         return self._call("forward", layer, call)

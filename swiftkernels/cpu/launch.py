@@ -47,7 +47,7 @@ def declare(handle: ctypes.CDLL) -> ctypes.CDLL:
     for name, result, arguments in (
         ("lanes", number, ()),
         ("pack", None, (pointer, *[number] * 4, pointer)),
-        ("fingerprint", ctypes.c_uint64, (ctypes.c_char_p,)),
+        ("fingerprint", ctypes.c_uint64, (ctypes.c_char_p, number)),
         ("forward", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
         ("forward_training", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
         ("backward", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
@@ -94,7 +94,10 @@ def additive_self_attention_forward(
 
 
 def run(x: Tensor, out: Tensor, layer: Weights, mask: Tensor | None, options: Options) -> Tensor:
-    """Fill out for inference, in the fastest form; with a layer scale, x is added to it."""
+    """Fill out for inference, in the fastest form; with a layer scale, x is added to it.
+
+    The weights may be of a wider type than x, which they are rounded to.
+    """
     if out.numel() > 0:
         form = config.form(x.shape[1], x.shape[2], layer.wq.shape[0], options.qk_norm)
         _run(x, out, layer, mask, options, form)
@@ -104,19 +107,36 @@ def run(x: Tensor, out: Tensor, layer: Weights, mask: Tensor | None, options: Op
 def _run(
     x: Tensor, out: Tensor, layer: Weights, mask: Tensor | None, options: Options, form: int
 ) -> None:
-    packed = weights.packed_layer(kernels(), layer, options, form)
     sizes = (x.shape[0], x.shape[1], form, x, x.stride(), out, out.stride())
-    add_input = layer.layer_scale is not None
-    if call_forward(packed, *sizes, add_input, mask):
-        return
-    if not packed.cancels:
-        # Weights were written to past their version counters, and perhaps are being so now.
-        weights.forget(layer)
-        packed = weights.pack(kernels(), layer, options, form, watched=False)
-        if call_forward(packed, *sizes, add_input, mask):
+    scale = layer.layer_scale
+    for _ in range(2):
+        packed = weights.packed_layer(kernels(), layer, options, form, x.dtype)
+        if packed is None:
+            break
+        if call_forward(packed, *sizes, scale is not None, mask):
             return
-    assert form != PLAIN, "the plain form takes all numbers"
-    _run(x, out, layer, mask, options, PLAIN)
+        if packed.cancels:
+            assert form != PLAIN, "the plain form takes all numbers"
+            _run(x, out, layer, mask, options, PLAIN)
+            return
+        # Written to past the version counters.
+        weights.found_stale(layer, options, form, x.dtype)
+    if scale is None:
+        _run_unpacked(x, out, layer, mask, options)
+    else:
+        _run(x, out, layer._replace(layer_scale=None), mask, options, form)
+        torch.add(x, out.mul_(scale.flatten()), out=out)
+
+
+def _run_unpacked(
+    x: Tensor, out: Tensor, layer: Weights, mask: Tensor | None, options: Options
+) -> None:
+    """In the plain form, with the weights read as they are, like a forward of training."""
+    fields, _alive = weights.raw_layer(weights.rounded(layer, x.dtype), options)
+    call = _call_fields(
+        x.shape[0], x.shape[1], PLAIN, x, x.stride(), out, out.stride(), False, mask, None
+    )
+    _check(kernels().swiftkernels_forward_training(fields, call))
 
 
 def call_forward(

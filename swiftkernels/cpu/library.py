@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-ABI = 2
+ABI = 3
 """The interface these sources speak; `swiftkernels_abi` in csrc/features.cpp is the other side."""
 
 ISAS = ("avx512", "avx2", "neon", "portable")

@@ -20,11 +20,14 @@ from __future__ import annotations
 import ctypes
 import struct
 import weakref
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from swiftkernels import guard
 from swiftkernels.reference import POOLINGS, Options
 
 PLAIN, TRIANGULAR, FOLDED = range(3)
@@ -48,9 +51,12 @@ class Weights(NamedTuple):
 
 
 # `struct Layer` and `struct RawLayer` in layer.h.
-_LAYER = struct.Struct("5q2d12Pd7P22qQ")
+_LAYER = struct.Struct("5q2d12Pd7P" + "P2q" * 10 + "2q2Q")
 _RAW_LAYER = struct.Struct("5q2d9P")
 _SOURCES = 10
+
+SMALL = 2**16
+"""Up to so many bytes of weights, a look at all takes no longer than at a sample."""
 
 
 class Packed:
@@ -68,80 +74,91 @@ class Packed:
         self.fields, self.buffers, self.cancels = fields, buffers, False
 
 
-State = tuple[tuple[Any, ...] | None, ...]
-"""What would change with a weight, for each of them."""
+class KnownLayer:
+    """What is kept for one layer, under the address of its query weight, while all matrices live.
 
-
-class _Entry(NamedTuple):
-    matrices: tuple[weakref.ref[Tensor], ...]
-    """Vectors may be views made anew for every call; the kernels look at all of their numbers."""
-    state: State
-    packed: Packed
-
-    def holds(self, weights: Weights, state: State) -> bool:
-        """Whether it is of these weights in this state."""
-        wk, wp, wf = self.matrices
-        return (
-            state == self.state and wk() is weights.wk and wp() is weights.wp and wf() is weights.wf
-        )
-
-
-class _Layer:
-    """What is kept for one layer, under its query weight, for as long as that lives."""
-
-    __slots__ = ("notes", "packed", "query_weight")
-
-    def __init__(self, query_weight: Tensor) -> None:
-        address, layers = id(query_weight), _layers  # a local: at exit the module's may be gone
-        self.query_weight = weakref.ref(query_weight, lambda _: layers.pop(address, None))
-        self.packed: dict[tuple[int, Options], _Entry] = {}
-        self.notes: dict[Any, Any] = {}
-
-
-_layers: dict[int, _Layer] = {}
-
-
-def packed_layer(library: ctypes.CDLL, weights: Weights, options: Options, form: int) -> Packed:
-    """The layer packed for a form.
-
-    It is packed once for each version of the weights: for as long as they are the same tensors, at
-    the same addresses, with the same version counters. Writes through `.data` do not count there,
-    as they do not for autograd; the kernels look at all numbers of the vectors and samples of the
-    matrices, and report those. Of weights made in inference mode, which have no counters, they look
-    at everything.
+    It watches over their storages, of which PyTorch keeps one object each: weak references to the
+    tensors themselves would forbid `torch.utils.swap_tensors`. While they live, nothing else can
+    stand at their addresses.
     """
-    state = _state(weights)
-    layer = _layer(weights)
-    entry = layer.packed.get((form, options))
-    if entry is not None and entry.holds(weights, state):
-        return entry.packed
-    packed = pack(library, weights, options, form)
-    matrices = tuple(map(weakref.ref, _matrices(weights)))
-    layer.packed[form, options] = _Entry(matrices, state, packed)
+
+    __slots__ = ("matrices", "notes", "slots")
+
+    def __init__(self, weights: Weights) -> None:
+        address, layers = (
+            weights.wq.data_ptr(),
+            _layers,
+        )  # a local: at exit the module's may be gone
+
+        def forget(_: object) -> None:
+            if layers.get(address) is self:
+                del layers[address]
+
+        self.matrices = [weakref.ref(w.untyped_storage(), forget) for w in _matrices(weights)]
+        self.slots: dict[Hashable, guard.Slot] = {}
+        """By `packing_key`. Their states are of these matrices."""
+        self.notes: dict[Hashable, Any] = {}
+        """Whatever else is to be kept; it has to do with the state of the weights itself."""
+
+    def is_of(self, weights: Weights) -> bool:
+        """Whether it is of these weights, in whatever state."""
+        storages = [w.untyped_storage() for w in _matrices(weights)]
+        return all(ref() is s for ref, s in zip(self.matrices, storages, strict=True))
+
+    def find_packed(self, tensors: tuple[Tensor, ...], key: Hashable) -> Packed | None:
+        """What is packed for these tensors as they are; None: `packed_layer` has to look closer."""
+        slot = self.slots.get(key)
+        if (
+            slot is None
+            or slot.generation != guard.generation()
+            or slot.state != guard.state(tensors)
+        ):
+            return None
+        slot.uses += 1
+        packed: Packed | None = slot.packed
+        return packed
+
+
+_layers: dict[int, KnownLayer] = {}
+
+
+def packed_layer(
+    library: ctypes.CDLL, weights: Weights, options: Options, form: int, dtype: torch.dtype
+) -> Packed | None:
+    """The layer packed for a form, its weights rounded to dtype; None where that does not pay.
+
+    It is packed once for each state of the weights (`swiftkernels.guard`). That does not pay for
+    matrices that are made anew at every call, such as those of a parametrization: only parameters
+    are packed. Nor does it where weights change between any two calls. And what lies in memory with
+    gaps cannot be watched.
+    """
+    tensors = present(weights)
+    lasting = all(type(w) is Parameter for w in _matrices(weights))
+    if not lasting or any(_dense(w) is None for w in tensors):
+        return None
+    slots = layer_of(weights).slots
+    key = packing_key(weights.layer_scale is not None, options, form, dtype)
+    slot = slots.get(key)
+    if slot is None:
+        slot = slots[key] = guard.Slot()
+    state = guard.state(tensors)
+    if slot.state != state or (slot.packed is not None and not _unchanged(library, slot)):
+        slot.renew(state)
+    if slot.packed is None and slot.pays():
+        slot.packed = pack(library, rounded(weights, dtype), options, form, watched=tensors)
+        slot.generation = guard.generation()
+    slot.uses += 1
+    packed: Packed | None = slot.packed
     return packed
 
 
-def find_packed(weights: Weights, options: Options, form: int) -> Packed | None:
-    """What `packed_layer` would find, None if it would have to pack."""
-    layer = _known_layer(weights)
-    entry = None if layer is None else layer.packed.get((form, options))
-    return entry.packed if entry is not None and entry.holds(weights, _state(weights)) else None
-
-
-def forget(weights: Weights) -> None:
-    """Drop what is kept of this layer."""
-    _layers.pop(id(weights.wq), None)
-
-
-def notes(weights: Weights) -> dict[Any, Any]:
-    """Whatever else is to be kept for this layer; it outlives versions of the weights."""
-    return _layer(weights).notes
-
-
-def find_note(weights: Weights, key: object) -> Any:
-    """One of the notes, None if there is none."""
-    layer = _known_layer(weights)
-    return None if layer is None else layer.notes.get(key)
+def found_stale(weights: Weights, options: Options, form: int, dtype: torch.dtype) -> None:
+    """The kernels found other weights than those that were packed."""
+    slot = layer_of(weights).slots.get(
+        packing_key(weights.layer_scale is not None, options, form, dtype)
+    )
+    if slot is not None:
+        slot.renew(slot.state)
 
 
 Addresses = tuple[int | None, ...]
@@ -152,54 +169,84 @@ def addresses(weights: Weights) -> Addresses:
     return tuple([None if w is None else w.data_ptr() for w in weights])
 
 
-def _state(weights: Weights) -> State:
-    try:
-        return tuple(
-            [
-                None if w is None else (w.data_ptr(), w._version, w.numel(), w.is_contiguous())
-                for w in weights
-            ]
-        )
-    except RuntimeError:  # inference tensors have no version counter
-        return tuple(
-            [None if w is None else (w.data_ptr(), w.numel(), w.is_contiguous()) for w in weights]
-        )
+def find_layer(query_weight: Tensor) -> KnownLayer | None:
+    """What is kept under that weight: for a layer that has it, and perhaps still the other ones."""
+    return _layers.get(query_weight.data_ptr())
 
 
-def _matrices(weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
-    """Beside the query weight, which is the key: a new tensor may have a dead one's address."""
-    return weights.wk, weights.wp, weights.wf
-
-
-def _known_layer(weights: Weights) -> _Layer | None:
-    layer = _layers.get(id(weights.wq))
-    # Another tensor may have come to a dead one's id.
-    return layer if layer is not None and layer.query_weight() is weights.wq else None
-
-
-def _layer(weights: Weights) -> _Layer:
-    layer = _known_layer(weights)
-    if layer is None:
-        layer = _layers[id(weights.wq)] = _Layer(weights.wq)
+def layer_of(weights: Weights) -> KnownLayer:
+    """What is kept for a layer, empty at first."""
+    layer = find_layer(weights.wq)
+    if layer is None or not layer.is_of(weights):
+        layer = _layers[weights.wq.data_ptr()] = KnownLayer(weights)
     return layer
 
 
+def _matrices(weights: Weights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Vectors may be views made anew for every call; the kernels look at all of their numbers."""
+    return weights.wq, weights.wk, weights.wp, weights.wf
+
+
+def present(weights: Weights) -> tuple[Tensor, ...]:
+    """Those that are not None."""
+    return tuple([w for w in weights if w is not None])
+
+
+def packing_key(scaled: bool, options: Options, form: int, dtype: torch.dtype) -> Hashable:
+    """What a packing depends on beside the numbers in the weights; `scaled`: with a layer scale."""
+    return form, options, dtype, scaled
+
+
+def _dense(w: Tensor) -> Tensor | None:
+    """w or its transpose, whichever lies in memory row by row without gaps; None: neither."""
+    if w.is_contiguous():
+        return w
+    return w.t() if w.dim() == 2 and w.t().is_contiguous() else None
+
+
+def rounded(weights: Weights, dtype: torch.dtype) -> Weights:
+    """The weights in that type; themselves, if they are."""
+    if weights.wq.dtype == dtype:
+        return weights
+    return Weights(*[None if w is None else w.detach().to(dtype) for w in weights])  # type: ignore[arg-type]
+
+
+def _unchanged(library: ctypes.CDLL, slot: guard.Slot) -> bool:
+    """Compare all bytes of the weights, if something has said since that weights changed."""
+    if slot.generation == guard.generation():
+        return True
+    fields = slot.packed.fields
+    if library.swiftkernels_fingerprint(fields, True) != _LAYER.unpack(fields)[-2]:
+        return False
+    slot.generation = guard.generation()
+    return True
+
+
 def pack(
-    library: ctypes.CDLL, weights: Weights, options: Options, form: int, watched: bool = True
+    library: ctypes.CDLL,
+    weights: Weights,
+    options: Options,
+    form: int,
+    watched: Sequence[Tensor] = (),
 ) -> Packed:
     """Fold in float64 where there is something to fold, and pack.
 
-    `watched`: let the kernels check that the weights still are what was packed.
+    `watched`: what the kernels compare at every call with what it is now.
     """
     packer = _Packer(library)
     fields = _forward_fields(packer, weights, options, form)
-    sources = [w for w in weights if watched and w is not None and w.is_contiguous()]
-    numbers = [number for w in sources for number in (w.data_ptr(), w.nbytes // 4)]
-    numbers += [0] * (2 * _SOURCES - len(numbers))
-    thorough = any(w.is_inference() for w in sources)
-    watch = (*numbers, len(sources), thorough)
-    fingerprint = library.swiftkernels_fingerprint(_LAYER.pack(*fields, *watch, 0))
-    return Packed(_LAYER.pack(*fields, *watch, fingerprint), packer.buffers)
+    dense = [d for d in map(_dense, watched) if d is not None]
+    sources: list[int] = []
+    for d in dense:
+        rows = d.shape[0] if d.dim() == 2 and d.shape[1] > 1 else 1
+        sources += (d.data_ptr(), rows, d.nbytes // rows)
+    sources += [0] * (3 * _SOURCES - len(sources))
+    small = sum(d.nbytes for d in dense) <= SMALL
+    always_whole = small or any(d.is_inference() for d in dense)
+    watch = (*sources, len(dense), always_whole)
+    unmarked = _LAYER.pack(*fields, *watch, 0, 0)
+    marks = [library.swiftkernels_fingerprint(unmarked, everything) for everything in (True, False)]
+    return Packed(_LAYER.pack(*fields, *watch, *marks), packer.buffers)
 
 
 def raw_layer(weights: Weights, options: Options) -> tuple[bytes, list[Tensor | None]]:

@@ -72,7 +72,7 @@ class _Tokens(NamedTuple):
 
 def _tokens(t: Tensor) -> _Tokens:
     """t [B, N, C] or [B, C, H, W], or a copy of it where the kernels cannot read its strides."""
-    tokens = tokens_of(t)
+    tokens = tokens_of(t.shape, t.stride())
     if tokens is not None:
         batch, n_tokens, width, strides = tokens
         found = layout(*strides, n_tokens, width)

@@ -8,7 +8,7 @@
 
 // Raised with every change of an exported function's arguments or meaning, and with it ABI in
 // swiftkernels/cpu/library.py.
-EXPORT int swiftkernels_abi(void) { return 2; }
+EXPORT int swiftkernels_abi(void) { return 3; }
 
 // Bit 0: x86-64-v3 (AVX2, FMA, F16C). Bit 1: x86-64-v4 (AVX-512 F, BW, CD, DQ, VL). Asked of the
 // library that was compiled without any of them.

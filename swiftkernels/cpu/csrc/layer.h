@@ -20,29 +20,67 @@ enum Pooling : int64_t { L2 = 0, SOFTMAX = 1, SUM = 2, LINEAR = 3 };
 /// How the output is computed; the algebra is in `swiftkernels.cpu.weights`.
 enum Form : int64_t { PLAIN = 0, TRIANGULAR = 1, FOLDED = 2 };
 
-/// Notices changes of the weights that went past PyTorch's version counters: of vectors any, of
-/// matrices by samples.
+/// Notices writes to the weights that went past PyTorch's version counters.
+///
+/// `compute(true)` looks at every byte. `compute(false)` looks at all of the vectors and at lines of
+/// 64 bytes of the matrices: at least one in every row, and in any 16 rows one over every column. So
+/// it misses no write to a row, a column or 16 rows of a tile, but may miss one to a few elements.
 struct Fingerprint {
-  struct {
+  static constexpr int64_t LINE = 64, ROWS = 16;
+  struct Source {
     const char* bytes;
-    int64_t count;  // of words
+    int64_t rows, row_bytes;
   } sources[10];
   int64_t source_count;
-  int64_t thorough;  // look at every number of the matrices too
-  uint64_t value;
+  int64_t always_whole;  // never sample
+  uint64_t whole, sampled;
 
-  uint64_t compute() const {
-    uint64_t hash = 0;
-    for (int64_t i = 0; i < source_count; i++) {
-      const int64_t step = thorough || sources[i].count <= 1024 ? 1 : sources[i].count / 32;
-      for (int64_t j = 0; j < sources[i].count; j += step) {
-        uint32_t word;  // at any address
-        std::memcpy(&word, sources[i].bytes + 4 * j, 4);
-        hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
-      }
-    }
-    return hash;
+  bool matches(bool all) const {
+    return all || always_whole ? compute(true) == whole : compute(false) == sampled;
   }
+
+  ONE_COPY uint64_t compute(bool all) const {
+    Sums sums;
+    for (int64_t i = 0; i < source_count; i++) {
+      const auto [bytes, rows, row_bytes] = sources[i];
+      if (all || rows == 1 || row_bytes <= LINE) {
+        sums.add(bytes, rows * row_bytes);
+        continue;
+      }
+      const int64_t lines = (row_bytes + LINE - 1) / LINE;
+      const int64_t fewest = std::min(rows, ROWS), lines_per_row = (lines + fewest - 1) / fewest;
+      for (int64_t row = 0, line = 0; row < rows; row++)
+        for (int64_t j = 0; j < lines_per_row; j++, line = line + 1 == lines ? 0 : line + 1)
+          sums.add(bytes + row * row_bytes + std::min(line * LINE, row_bytes - LINE), LINE);
+    }
+    return sums.hash();
+  }
+
+ private:
+  /// Of all words, and of these sums: exchanged words change the second. A word is added to its own
+  /// upper half, or else two changed signs would cancel.
+  struct Sums {
+    word_vec words{}, sums{};
+
+    INLINE_MEMBER void add(word_vec word) {
+      words += word ^ (word >> 15);
+      sums += words;
+    }
+    INLINE_MEMBER void add(const char* bytes, int64_t count) {
+      constexpr int64_t STEP = sizeof(word_vec);
+      for (; count >= STEP; bytes += STEP, count -= STEP) add(load_words(bytes));
+      if (count == 0) return;
+      alignas(STEP) char rest[STEP] = {};
+      std::memcpy(rest, bytes, count);
+      add(load_words(rest));
+    }
+    uint64_t hash() const {
+      uint64_t hash = 0;
+      for (int i = 0; i < LANES; i++)
+        for (const uint32_t word : {words[i], sums[i]}) hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
+      return hash;
+    }
+  };
 };
 
 /// Matrices are panels (gemm.h), vectors are padded with zeros to whole vectors. Null: not packed

@@ -22,14 +22,18 @@ constexpr int LANES = 4;
 #define ONE_COPY __attribute__((noinline))
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 
 // `vec` lives in registers; `unaligned_vec` is the same in memory, at any address.
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef float unaligned_vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t int_vec __attribute__((vector_size(LANES * 4)));
+typedef uint32_t word_vec __attribute__((vector_size(LANES * 4)));
+typedef uint32_t unaligned_words __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
 
 INLINE vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
 INLINE void store(float* p, vec v) { *reinterpret_cast<unaligned_vec*>(p) = v; }
+INLINE word_vec load_words(const char* p) { return *reinterpret_cast<const unaligned_words*>(p); }
 INLINE vec broadcast(float x) { return x - vec{}; }
 
 INLINE float sum(vec v) {

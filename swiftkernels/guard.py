@@ -1,0 +1,95 @@
+"""The guard against packed weights that are no longer the layer's.
+
+Packed weights are used for as long as the weights they were made from
+
+* are in the same memory, with the same sizes and version counters, and
+* give the same fingerprint, which the CPU kernels compare at every call: of all bytes or, where
+  that would take more than 3 % of the call, of all vectors and a sample of each matrix. The sample
+  holds a part of every row and, in any 16 rows, of every column.
+
+After a step of any `torch.optim.Optimizer`, and after `weights_changed()`, all bytes are compared
+once. What remains unnoticed: writes to a few elements of a matrix that PyTorch does not count
+(through `.data`, numpy or another library's kernels), without a call of `weights_changed()`.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+WASTED = 2
+"""After this many packings in a row that served a single call each, weights are packed only after
+some calls with them, twice as many for each further such packing."""
+
+State = tuple[list[Any], ...]
+
+_version = operator.attrgetter("_version")
+_generation = 0
+
+
+def weights_changed() -> None:
+    """Say that weights were written to in a way that PyTorch does not count.
+
+    Call it after writing single elements of a weight through `.data`, numpy, or code outside of
+    PyTorch. Every layer then compares, at its next call, all bytes of its weights with those that
+    it has packed. Writes by optimizers, in-place operators, `load_state_dict` and the like, and
+    larger writes through `.data`, are noticed without it.
+
+    Example:
+        >>> attention = AdditiveAttention(64, 64, 1)
+        >>> attention.final.weight.data[3, 5] = 0.25
+        >>> weights_changed()
+    """
+    global _generation
+    _generation += 1
+
+
+register_optimizer_step_post_hook(lambda *_: weights_changed())
+
+
+def generation() -> int:
+    """How often something has said that weights changed."""
+    return _generation
+
+
+def state(tensors: tuple[Tensor, ...]) -> State:
+    """What changes with the tensors. By `map`, because every call asks for it."""
+    found = (
+        list(map(Tensor.data_ptr, tensors)),
+        list(map(Tensor.numel, tensors)),
+        list(map(Tensor.is_contiguous, tensors)),
+    )
+    try:
+        return (*found, list(map(_version, tensors)))
+    except RuntimeError:  # tensors made in inference mode have no version counter
+        return found
+
+
+class Slot:
+    """A packing of weights, the state they were in, and whether packing has paid."""
+
+    __slots__ = ("generation", "packed", "state", "uses", "wasted")
+
+    def __init__(self) -> None:
+        self.state: State = ()
+        self.packed: Any = None
+        self.generation = -1
+        """At which all bytes were last known to be those packed."""
+        self.uses = 0
+        """Calls with the weights in this state."""
+        self.wasted = 0
+        """Packings in a row that served a single call."""
+
+    def renew(self, state: State) -> None:
+        """Take weights in another state, not packed."""
+        if self.packed is not None:
+            self.wasted = self.wasted + 1 if self.uses <= 1 else 0
+        self.packed = None  # first: another thread may look
+        self.state, self.uses = state, 0
+
+    def pays(self) -> bool:
+        """Whether packing now is likely to pay."""
+        return self.wasted < WASTED or self.uses >= 2 ** (self.wasted - WASTED)
