@@ -1,6 +1,7 @@
 """Fused kernels for SwiftFormer's efficient additive attention (arXiv 2303.15446)."""
 
 from swiftkernels._warmup import warmup
+from swiftkernels.diagnosis import doctor
 from swiftkernels.functional import (
     AttentionOutput,
     additive_attention,
@@ -18,6 +19,7 @@ __all__ = [
     "accelerate",
     "additive_attention",
     "additive_self_attention",
+    "doctor",
     "register",
     "warmup",
     "weights_changed",

@@ -281,7 +281,7 @@ def _why_not(x: Tensor, chosen: str) -> Iterator[str]:
     """Why "auto" took none of the backends that stand before the chosen one."""
     others = checks.BACKENDS[1:]
     for backend in others[: others.index(chosen)]:
-        reason = verify.why_not(backend, x, SHAPE[-1])
+        reason = ops.why_not(backend, x, SHAPE[-1])
         yield "  " + (reason or f"backend={backend!r} works as well, when asked for.")
 
 

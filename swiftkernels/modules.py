@@ -57,15 +57,17 @@ class AttentionForward(nn.Module):
         mask: Tensor | None = None,
         return_weights: bool = False,
         residual_scale: Tensor | None = None,
-    ) -> Tensor | AttentionOutput:
+    ) -> Tensor:
         """Attend; shapes as in the class, errors as in `additive_self_attention`.
 
-        With `residual_scale`, [C] in any shape: x + residual_scale * attention(x).
+        With `residual_scale`, [C] in any shape: x + residual_scale * attention(x). With
+        `return_weights` an `AttentionOutput`.
         """
+        # TorchScript compiles the first branch alone, and goes by the annotations.
         if torch.jit.is_scripting():
             return self._scripted(x, mask, return_weights, residual_scale)
-        else:  # noqa: RET505  (what follows a bare `if`, TorchScript would compile)
-            return self._attend(x, mask, return_weights, residual_scale)
+        else:  # noqa: RET505
+            return self._attend(x, mask, return_weights, residual_scale)  # type: ignore[return-value]
 
     def _attend(
         self, x: Tensor, mask: Tensor | None, return_weights: bool, residual_scale: Tensor | None
@@ -317,10 +319,6 @@ class AdditiveAttention(AttentionForward):
             f"pooling={self.pooling!r}, qk_norm={self.qk_norm}, layout={self.layout!r}, "
             f"backend={self.backend!r}"
         )
-
-
-# TorchScript takes what a call returns for the annotation: a tensor, as it returns no weights.
-AttentionForward.forward.__annotations__["return"] = Tensor
 
 
 def _restore(tokens: Tensor, spatial: torch.Size, channels_first: bool) -> Tensor:

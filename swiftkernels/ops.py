@@ -46,6 +46,15 @@ def choose_backend(backend: str, x: Tensor, width: int, from_tokens: bool = True
     return "reference" if compat.transforming() else backend
 
 
+def why_not(backend: str, x: Tensor, width: int) -> str:
+    """Why a backend cannot take the tokens x at E = width; empty if it can."""
+    try:
+        choose_backend(backend, x, width)
+    except ValueError as error:
+        return str(error).removesuffix(" Use backend='auto', which takes the best there is.")
+    return ""
+
+
 def _automatic_backend(x: Tensor, width: int, from_tokens: bool) -> str:
     # Exported programs run elsewhere: they get plain operators.
     if compat.transforming() or compat.being_exported():

@@ -161,7 +161,7 @@ def accelerate(
     layers: list[Layer] = []
     found: list[tuple[nn.Module, Names, Known]] = []
     for name, module in model.named_modules():
-        own = _names(module, given)
+        own = part_names(module, given)
         if own is None:
             continue
         known, reason = _look(module, own)
@@ -244,7 +244,7 @@ def register(*, backend: str = "auto", recompute: bool | None = None) -> Registr
         )
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         example = kind(None, PROBE[1])
-    names = _names(example, None)
+    names = part_names(example)
     known, reason = _look(example, names) if names else (None, "its parts are others")
     if names is None or known is None:
         raise ValueError(f"{TRANSFORMERS} of this transformers is left alone: {reason}.")
@@ -281,7 +281,7 @@ def _given_names(names: Mapping[str, str] | None) -> Names | None:
     return Names()._replace(**{ours[name]: theirs for name, theirs in names.items()})
 
 
-def _names(module: nn.Module, given: Names | None) -> Names | None:
+def part_names(module: nn.Module, given: Names | None = None) -> Names | None:
     """The names of a module's parts, if it is an additive attention to all appearances.
 
     Nothing is computed: a parametrized w_g would be, at a look at it.

@@ -478,15 +478,6 @@ def _poison(device: torch.device) -> None:
         torch.full((1 << 24,), math.nan, device=device)
 
 
-def why_not(backend: str, x: Tensor, width: int) -> str:
-    """Why a backend cannot take the tokens x at E = width; empty if it can."""
-    try:
-        ops.choose_backend(backend, x, width)
-    except ValueError as error:
-        return str(error).removesuffix(" Use backend='auto', which takes the best there is.")
-    return ""
-
-
 class Progress:
     """A bar on a terminal where tqdm is installed, else a line for everything new."""
 
@@ -539,7 +530,7 @@ def run(device: str | None, backend: str | None = None, quick: bool = False) -> 
     print(f"Verifying on {where}: {devices.name(where)}")
     chosen = [b for b in BACKENDS if backend in (None, b)]
     probe = torch.empty(1, 1, 16, device=where)
-    reasons = {b: why_not(b, probe, 16) for b in chosen}
+    reasons = {b: ops.why_not(b, probe, 16) for b in chosen}
     backends = [b for b in chosen if not reasons[b]]
     for name, reason in reasons.items():
         if reason:

@@ -1089,7 +1089,7 @@ def test_what_is_kept_of_a_layer_goes_with_it(residual):
     slots = weights.find_layer(layer.to_query.weight).slots
     packed = [weakref.ref(b) for slot in slots.values() for b in slot.packed.buffers]
     assert packed
-    del layer
+    del layer, slots
     gc.collect()
     assert len(weights._layers) == before
     assert not any(b() is not None for b in packed)

@@ -18,6 +18,7 @@ norms (rq = rk = 1) the folded form is one product with A + C.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import struct
 import weakref
 from collections.abc import Hashable, Sequence
@@ -51,7 +52,7 @@ class Weights(NamedTuple):
 
 
 # `struct Layer` and `struct RawLayer` in layer.h.
-_LAYER = struct.Struct("5q2d12Pd7P" + "P2q" * 10 + "2q2Q")
+_LAYER = struct.Struct("5q2d12Pd7P" + "P3q" * 10 + "2q2Q")
 _RAW_LAYER = struct.Struct("5q2d9P")
 _SOURCES = 10
 
@@ -134,7 +135,7 @@ def packed_layer(
     """
     tensors = present(weights)
     lasting = all(type(w) is Parameter for w in _matrices(weights))
-    if not lasting or any(_dense(w) is None for w in tensors):
+    if not lasting or any(_rows(w) is None for w in tensors):
         return None
     slots = layer_of(weights).slots
     key = packing_key(weights.layer_scale is not None, options, form, dtype)
@@ -197,11 +198,17 @@ def packing_key(scaled: bool, options: Options, form: int, dtype: torch.dtype) -
     return form, options, dtype, scaled
 
 
-def _dense(w: Tensor) -> Tensor | None:
-    """w or its transpose, whichever lies in memory row by row without gaps; None: neither."""
-    if w.is_contiguous():
-        return w
-    return w.t() if w.dim() == 2 and w.t().is_contiguous() else None
+def _rows(w: Tensor) -> tuple[int, int, int, int] | None:
+    """Address, number and bytes of w's rows, and bytes from one to the next; None: not of rows."""
+    rows = w.detach().squeeze()
+    if rows.dim() < 2:
+        rows = rows.view(1, -1) if rows.is_contiguous() else rows.unsqueeze(1)
+    if rows.shape[-1] > 1 and rows.stride(-1) != 1:
+        rows = rows.mT
+    if rows.dim() > 2 or (rows.shape[1] > 1 and rows.stride(1) != 1):
+        return None
+    size = rows.element_size()
+    return rows.data_ptr(), rows.shape[0], rows.shape[1] * size, rows.stride(0) * size
 
 
 def rounded(weights: Weights, dtype: torch.dtype) -> Weights:
@@ -235,15 +242,11 @@ def pack(
     """
     packer = _Packer(library)
     fields = _forward_fields(packer, weights, options, form)
-    dense = [d for d in map(_dense, watched) if d is not None]
-    sources: list[int] = []
-    for d in dense:
-        rows = d.shape[0] if d.dim() == 2 and d.shape[1] > 1 else 1
-        sources += (d.data_ptr(), rows, d.nbytes // rows)
-    sources += [0] * (3 * _SOURCES - len(sources))
-    small = sum(d.nbytes for d in dense) <= SMALL
-    always_whole = small or any(d.is_inference() for d in dense)
-    watch = (*sources, len(dense), always_whole)
+    sources = [rows for rows in map(_rows, watched) if rows is not None]
+    missing = [(0, 0, 0, 0)] * (_SOURCES - len(sources))
+    small = sum(rows * row_bytes for _, rows, row_bytes, _ in sources) <= SMALL
+    always_whole = small or any(w.is_inference() for w in watched)
+    watch = (*itertools.chain(*sources, *missing), len(sources), always_whole)
     unmarked = _LAYER.pack(*fields, *watch, 0, 0)
     marks = [library.swiftkernels_fingerprint(unmarked, everything) for everything in (True, False)]
     return Packed(_LAYER.pack(*fields, *watch, *marks), packer.buffers)

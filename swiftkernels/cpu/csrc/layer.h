@@ -29,7 +29,7 @@ struct Fingerprint {
   static constexpr int64_t LINE = 64, ROWS = 16;
   struct Source {
     const char* bytes;
-    int64_t rows, row_bytes;
+    int64_t rows, row_bytes, row_stride;
   } sources[10];
   int64_t source_count;
   int64_t always_whole;  // never sample
@@ -42,16 +42,18 @@ struct Fingerprint {
   ONE_COPY uint64_t compute(bool all) const {
     Sums sums;
     for (int64_t i = 0; i < source_count; i++) {
-      const auto [bytes, rows, row_bytes] = sources[i];
+      const auto [bytes, rows, row_bytes, row_stride] = sources[i];
       if (all || rows == 1 || row_bytes <= LINE) {
-        sums.add(bytes, rows * row_bytes);
+        const bool dense = row_stride == row_bytes;
+        for (int64_t row = 0; row < (dense ? 1 : rows); row++)
+          sums.add(bytes + row * row_stride, dense ? rows * row_bytes : row_bytes);
         continue;
       }
       const int64_t lines = (row_bytes + LINE - 1) / LINE;
       const int64_t fewest = std::min(rows, ROWS), lines_per_row = (lines + fewest - 1) / fewest;
       for (int64_t row = 0, line = 0; row < rows; row++)
         for (int64_t j = 0; j < lines_per_row; j++, line = line + 1 == lines ? 0 : line + 1)
-          sums.add(bytes + row * row_bytes + std::min(line * LINE, row_bytes - LINE), LINE);
+          sums.add(bytes + row * row_stride + std::min(line * LINE, row_bytes - LINE), LINE);
     }
     return sums.hash();
   }
