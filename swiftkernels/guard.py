@@ -68,28 +68,54 @@ def state(tensors: tuple[Tensor, ...]) -> State:
         return found
 
 
-class Slot:
-    """A packing of weights, the state they were in, and whether packing has paid."""
+class Payoff:
+    """Whether packing some weights pays."""
 
-    __slots__ = ("generation", "packed", "state", "uses", "wasted")
+    __slots__ = ("packed", "uses", "wasted")
 
     def __init__(self) -> None:
-        self.state: State = ()
-        self.packed: Any = None
-        self.generation = -1
-        """At which all bytes were last known to be those packed."""
+        self.packed = False
+        """Since the weights changed."""
         self.uses = 0
-        """Calls with the weights in this state."""
+        """Calls since the weights changed, or since they were packed."""
         self.wasted = 0
         """Packings in a row that served a single call."""
 
-    def renew(self, state: State) -> None:
-        """Take weights in another state, not packed."""
-        if self.packed is not None:
+    def change(self) -> None:
+        """The weights changed."""
+        if self.packed:
             self.wasted = self.wasted + 1 if self.uses <= 1 else 0
-        self.packed = None  # first: another thread may look
-        self.state, self.uses = state, 0
+        self.packed, self.uses = False, 0
+
+    def pack(self) -> None:
+        """The weights are packed."""
+        self.packed, self.uses = True, 0
 
     def pays(self) -> bool:
         """Whether packing now is likely to pay."""
         return self.wasted < WASTED or self.uses >= 2 ** (self.wasted - WASTED)
+
+
+class Slot:
+    """A packing of weights and the state they were in."""
+
+    __slots__ = ("generation", "packed", "payoff", "state")
+
+    def __init__(self, payoff: Payoff) -> None:
+        self.payoff = payoff
+        self.state: State = ()
+        self.packed: Any = None
+        self.generation = -1
+        """At which all bytes were last known to be those packed."""
+
+    def renew(self, state: State) -> None:
+        """Take weights in another state, not packed."""
+        self.packed = None  # first: another thread may look
+        self.state = state
+        self.payoff.change()
+
+    def fill(self, packed: object) -> None:
+        """Keep what was packed of the weights in this state."""
+        self.generation = _generation
+        self.packed = packed
+        self.payoff.pack()

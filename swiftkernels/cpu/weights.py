@@ -56,8 +56,11 @@ _LAYER = struct.Struct("5q2d12Pd7P" + "P3q" * 10 + "2q2Q")
 _RAW_LAYER = struct.Struct("5q2d9P")
 _SOURCES = 10
 
-SMALL = 2**16
-"""Up to so many bytes of weights, a look at all takes no longer than at a sample."""
+SMALL = 80_000
+"""Up to so many bytes of weights (E = 64), a look at all takes hardly longer than at a sample."""
+
+MOST_PAYOFFS = 4096
+"""Records of what packing was worth; with more, all are dropped."""
 
 
 class Packed:
@@ -86,10 +89,8 @@ class KnownLayer:
     __slots__ = ("matrices", "notes", "slots")
 
     def __init__(self, weights: Weights) -> None:
-        address, layers = (
-            weights.wq.data_ptr(),
-            _layers,
-        )  # a local: at exit the module's may be gone
+        address = weights.wq.data_ptr()
+        layers = _layers  # a local: at exit the module's may be gone
 
         def forget(_: object) -> None:
             if layers.get(address) is self:
@@ -115,12 +116,15 @@ class KnownLayer:
             or slot.state != guard.state(tensors)
         ):
             return None
-        slot.uses += 1
+        slot.payoff.uses += 1
         packed: Packed | None = slot.packed
         return packed
 
 
 _layers: dict[int, KnownLayer] = {}
+_payoffs: dict[Hashable, guard.Payoff] = {}
+"""By `packing_key` and `id` of the query weight, whose data may come and go. A guess for the choice
+alone: another tensor may have come to a dead one's id."""
 
 
 def packed_layer(
@@ -141,14 +145,13 @@ def packed_layer(
     key = packing_key(weights.layer_scale is not None, options, form, dtype)
     slot = slots.get(key)
     if slot is None:
-        slot = slots[key] = guard.Slot()
+        slot = slots[key] = guard.Slot(_payoff((id(weights.wq), key)))
     state = guard.state(tensors)
     if slot.state != state or (slot.packed is not None and not _unchanged(library, slot)):
         slot.renew(state)
-    if slot.packed is None and slot.pays():
-        slot.packed = pack(library, rounded(weights, dtype), options, form, watched=tensors)
-        slot.generation = guard.generation()
-    slot.uses += 1
+    if slot.packed is None and slot.payoff.pays():
+        slot.fill(pack(library, rounded(weights, dtype), options, form, watched=tensors))
+    slot.payoff.uses += 1
     packed: Packed | None = slot.packed
     return packed
 
@@ -159,6 +162,7 @@ def found_stale(weights: Weights, options: Options, form: int, dtype: torch.dtyp
         packing_key(weights.layer_scale is not None, options, form, dtype)
     )
     if slot is not None:
+        slot.payoff.uses -= 1  # that call did not count
         slot.renew(slot.state)
 
 
@@ -168,6 +172,15 @@ Addresses = tuple[int | None, ...]
 def addresses(weights: Weights) -> Addresses:
     """Where the weights' data begin."""
     return tuple([None if w is None else w.data_ptr() for w in weights])
+
+
+def _payoff(key: Hashable) -> guard.Payoff:
+    payoff = _payoffs.get(key)
+    if payoff is None:
+        if len(_payoffs) >= MOST_PAYOFFS:
+            _payoffs.clear()
+        payoff = _payoffs[key] = guard.Payoff()
+    return payoff
 
 
 def find_layer(query_weight: Tensor) -> KnownLayer | None:
