@@ -15,7 +15,7 @@ once. What remains unnoticed: writes to a few elements of a matrix that PyTorch 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -68,32 +68,35 @@ def state(tensors: tuple[Tensor, ...]) -> State:
         return found
 
 
+class Packing(Protocol):
+    """Weights that were packed."""
+
+    uses: int
+    """Calls that they served."""
+
+
 class Payoff:
     """Whether packing some weights pays."""
 
-    __slots__ = ("packed", "uses", "wasted")
+    __slots__ = ("packing", "skipped", "wasted")
 
     def __init__(self) -> None:
-        self.packed = False
-        """Since the weights changed."""
-        self.uses = 0
-        """Calls since the weights changed, or since they were packed."""
+        self.packing: Packing | None = None
+        """Of the weights as they are."""
+        self.skipped = 0
+        """Calls without a packing since the weights changed."""
         self.wasted = 0
-        """Packings in a row that served a single call."""
+        """Packings in a row that served a single call or none."""
 
     def change(self) -> None:
         """The weights changed."""
-        if self.packed:
-            self.wasted = self.wasted + 1 if self.uses <= 1 else 0
-        self.packed, self.uses = False, 0
-
-    def pack(self) -> None:
-        """The weights are packed."""
-        self.packed, self.uses = True, 0
+        if self.packing is not None:
+            self.wasted = self.wasted + 1 if self.packing.uses <= 1 else 0
+        self.packing, self.skipped = None, 0
 
     def pays(self) -> bool:
         """Whether packing now is likely to pay."""
-        return self.wasted < WASTED or self.uses >= 2 ** (self.wasted - WASTED)
+        return self.wasted < WASTED or self.skipped >= 2 ** (self.wasted - WASTED)
 
 
 class Slot:
@@ -114,8 +117,7 @@ class Slot:
         self.state = state
         self.payoff.change()
 
-    def fill(self, packed: object) -> None:
+    def fill(self, packed: Packing) -> None:
         """Keep what was packed of the weights in this state."""
         self.generation = _generation
-        self.packed = packed
-        self.payoff.pack()
+        self.packed = self.payoff.packing = packed

@@ -165,6 +165,7 @@ def call_forward(
         packed.cancels = status == _CANCELLATION
         return False
     _check(status)
+    packed.uses += 1
     return True
 
 

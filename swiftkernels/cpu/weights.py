@@ -70,12 +70,13 @@ class Packed:
         fields: `struct Layer`.
         buffers: what its pointers point at.
         cancels: the kernels met tokens for which the plain form is more accurate.
+        uses: calls that it served.
     """
 
-    __slots__ = ("buffers", "cancels", "fields")
+    __slots__ = ("buffers", "cancels", "fields", "uses")
 
     def __init__(self, fields: bytes, buffers: list[Tensor]) -> None:
-        self.fields, self.buffers, self.cancels = fields, buffers, False
+        self.fields, self.buffers, self.cancels, self.uses = fields, buffers, False, 0
 
 
 class KnownLayer:
@@ -116,7 +117,6 @@ class KnownLayer:
             or slot.state != guard.state(tensors)
         ):
             return None
-        slot.payoff.uses += 1
         packed: Packed | None = slot.packed
         return packed
 
@@ -151,7 +151,8 @@ def packed_layer(
         slot.renew(state)
     if slot.packed is None and slot.payoff.pays():
         slot.fill(pack(library, rounded(weights, dtype), options, form, watched=tensors))
-    slot.payoff.uses += 1
+    if slot.packed is None:
+        slot.payoff.skipped += 1
     packed: Packed | None = slot.packed
     return packed
 
@@ -162,7 +163,6 @@ def found_stale(weights: Weights, options: Options, form: int, dtype: torch.dtyp
         packing_key(weights.layer_scale is not None, options, form, dtype)
     )
     if slot is not None:
-        slot.payoff.uses -= 1  # that call did not count
         slot.renew(slot.state)
 
 
