@@ -124,6 +124,9 @@ def additive_self_attention(
 ) -> Tensor | AttentionOutput:
     """The whole attention layer from tokens and weights; what `AdditiveAttention` calls.
 
+    In inference on a CPU, weight matrices that are `nn.Parameter` are packed once, others are read
+    as they are at every call.
+
     Args:
         x: tokens, [B, N, C], any strides: views of NCHW images are read without a copy.
         query_weight, query_bias: the layer `to_query`, [E, C] and [E] or None.

@@ -246,6 +246,13 @@ class AdditiveAttention(AttentionForward):
         recompute: what the CPU kernels keep for the backward: see `additive_self_attention`.
         device, dtype: of the parameters.
 
+    The kernels read the weights of `to_query`, `to_key`, `proj` and `final`. A part that is more
+    than a linear layer with a weight and a bias (an adapter, a quantised layer, one with hooks) is
+    called instead, under every backend, and the layer does not run fused as a whole; `called_parts`
+    and `swiftkernels.doctor` say which and why. In inference on a CPU the weights are packed once;
+    changes are noticed, but for a few elements written past PyTorch's version counters: see
+    `swiftkernels.weights_changed`.
+
     Shapes:
         x [B, N, C] or [B, C, H, W] (any number of spatial axes); the output is the same with D for
         C.

@@ -128,11 +128,15 @@ def accelerate(
     `to_query`, `to_key`, `proj` or `Proj`, `final`, `w_g`, or what `names` says. What each of them
     computes, the pooling and whether it normalises queries and keys, is told by running a copy
     once, in float64 on random tokens, beside all variants. A layer that none of them matches is
-    left alone, and the result says why.
+    left alone, and the result says why, as is one whose `forward` was replaced on the instance.
+
+    The model itself is looked at, not run: no hook is called, no buffer and no random state is
+    changed. All layers are judged before the first one changes.
 
     Parameters, their names, hooks, modes and references that optimizers hold stay what they are; a
     layer gets another forward by becoming an instance of a subclass of its class. Nothing global
-    changes.
+    changes. Linear layers that are more than a weight and a bias (adapters, quantised layers, hooks)
+    are called, now or whenever they come to be so; the result and `swiftkernels.doctor` say where.
 
     Args:
         model: any module; it may be such a layer itself.

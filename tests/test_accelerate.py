@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 import sys
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
-from swiftkernels import AdditiveAttention, accelerate
+from swiftkernels import AdditiveAttention, accelerate, patch, warmup
 from swiftkernels.modules import AttentionForward
 from swiftkernels.patch import TRANSFORMERS, Acceleration, register
 from tests.cases import POOLINGS, assert_as_good_as_eager
@@ -388,3 +390,201 @@ def test_registering_needs_transformers(monkeypatch):
         register()
     with pytest.raises(ValueError, match="backend"):
         register(backend="gpu")
+
+
+# Looking without touching.
+
+
+def hooked(layer: nn.Module, calls: list[str]) -> nn.Module:
+    for part in layer.modules():
+        part.register_forward_hook(lambda *_: calls.append("forward"))
+        part.register_forward_pre_hook(lambda *_: calls.append("pre"))
+    return layer
+
+
+class Counter(nn.Module):
+    """A parametrization with a buffer that changes whenever its tensor is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("reads", torch.zeros(()))
+
+    def forward(self, t: Tensor) -> Tensor:
+        self.reads.add_(1)
+        return t
+
+
+ATTACHED: dict[str, Any] = {
+    "spectral_norm": lambda m: parametrizations.spectral_norm(m.to_query),
+    "old spectral_norm": lambda m: nn.utils.spectral_norm(m.to_query),
+    "weight_norm": lambda m: nn.utils.weight_norm(m.final),
+    "pruned": lambda m: prune.l1_unstructured(m.to_key, "weight", 0.3),
+    "parametrized w_g": lambda m: parametrize.register_parametrization(m, "w_g", Counter()),
+    "parametrized part": lambda m: parametrize.register_parametrization(
+        m.to_query, "weight", Counter()
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("attach", ATTACHED.values(), ids=ATTACHED.keys())
+def test_the_probe_changes_no_state_calls_no_hook_and_draws_no_number(attach, training):
+    calls: list[str] = []
+    layer = Fork().train(training)
+    attach(layer)
+    hooked(layer, calls)
+    layer(randn(2, 9, 12))
+    calls.clear()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: calls.append("global"))
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    random = torch.get_rng_state()
+    try:
+        done = accelerate(layer)
+    finally:
+        handle.remove()
+    assert not calls
+    assert "1 of 1" in str(done)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+    assert layer.training == training
+
+
+def test_hooks_of_objects_are_not_copied():
+    """A hook that is a method brings its object, which may be large or impossible to copy."""
+
+    class Trainer:
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise AssertionError("copied")
+
+        def hook(self, *_: Any) -> None:
+            pass
+
+    layer = Fork()
+    layer.to_query.register_forward_hook(Trainer().hook)
+    layer.register_full_backward_hook(Trainer().hook)
+    assert "1 of 1" in str(accelerate(layer))
+
+
+def test_a_layer_with_a_forward_of_its_own_is_left_alone():
+    model = nn.Sequential(Fork(), Fork())
+    usual = model[0].forward
+    model[0].forward = lambda x: usual(x) * 2
+    report = accelerate(model)
+    assert report.layers[0].reason == "its forward was replaced"
+    assert "1 of 2" in str(report)
+    x = randn(2, 9, 12)
+    torch.testing.assert_close(model[0](x), usual(x) * 2)
+
+
+class Refusing(Fork):
+    def forward(self, x: Tensor) -> Tensor:
+        raise AssertionError("this layer takes nothing in float64")
+
+
+class NotCopied(Fork):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("this layer cannot be copied")
+
+
+@pytest.mark.parametrize("strange", [Refusing, NotCopied])
+def test_layers_that_cannot_be_probed_are_named_and_the_others_accelerated(strange):
+    report = accelerate(nn.Sequential(Fork(), strange(), Fork()))
+    assert "2 of 3" in str(report)
+    assert report.layers[1].variant is None
+    assert strange.__name__ in str(report)
+    assert "float64" in report.layers[1].reason or "copied" in report.layers[1].reason
+
+
+def test_all_layers_are_judged_before_the_first_one_changes(monkeypatch):
+    """An interruption in the middle leaves the model as it was."""
+    model = nn.Sequential(Fork(), Fork())
+    look, seen = patch._look, []
+
+    def interrupted(*args: Any) -> Any:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(args)
+        return look(*args)
+
+    monkeypatch.setattr(patch, "_look", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        accelerate(model)
+    assert [type(m) for m in model] == [Fork, Fork]
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_default_device_does_not_matter(device):
+    layer, x = Fork(), randn(2, 9, 12)
+    expected = layer(x)
+    torch.set_default_device(device)
+    try:
+        assert "1 of 1" in str(accelerate(layer))
+        out = layer(x)
+    finally:
+        torch.set_default_device("cpu")
+    torch.testing.assert_close(out, expected)
+
+
+ORDERS = [
+    "".join(order)
+    for order in itertools.permutations("apru")
+    if order.index("a") < order.index("u") and order.index("p") < order.index("r")
+]
+"""a: accelerate, u: undo that, p: parametrize, r: remove the parametrization."""
+
+
+@pytest.mark.parametrize("target", ["w_g", "to_query.weight"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_acceleration_and_parametrizations_come_and_go_in_any_order(order, target):
+    layer, x = Fork(), randn(2, 9, 12)
+    module, _, name = target.rpartition(".")
+    owner = layer.get_submodule(module)
+    done: Any = None
+    for step in order:
+        if step == "a":
+            done = accelerate(layer)
+            assert "1 of 1" in str(done)
+        elif step == "p":
+            parametrize.register_parametrization(owner, name, nn.Tanh())
+        elif step == "r":
+            parametrize.remove_parametrizations(owner, name)
+        else:
+            done.undo()
+        with torch.no_grad():
+            expected = Fork.forward(layer, x)
+            for _ in range(2):
+                torch.testing.assert_close(layer(x), expected)
+        copy.deepcopy(layer)(x)
+    assert type(layer) is Fork
+    assert set(vars(layer)) == set(vars(Fork()))
+
+
+def test_a_layer_with_adapters_is_accelerated_and_said_not_to_be_fused():
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base_layer, self.extra = base, nn.Linear(12, 12)
+            self.in_features = base.in_features
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base_layer(x) + self.extra(x)
+
+    layer, x = Fork(), randn(2, 9, 12)
+    layer.to_query = Adapter(layer.to_query)
+    expected = layer(x)
+    ((found,)) = accelerate(layer).layers
+    assert found.called == {"to_query": "it is a Adapter"}
+    assert "not fused: to_query is called, because it is a Adapter" in str(found)
+    torch.testing.assert_close(layer(x), expected)
+    layer.to_query = layer.to_query.base_layer  # merged or taken off: fused from now on
+    assert not layer.called_parts()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_warmup_knows_accelerated_layers(training):
+    model = nn.Sequential(Fork(), OnImages(), OfficialLayer(12, 12, 1, "l2"))
+    with pytest.raises(ValueError, match="accelerate"):
+        warmup(model)
+    accelerate(model)
+    assert warmup(model, training=training) == ["0", "1", "2"]

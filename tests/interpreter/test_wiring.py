@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from swiftkernels import AdditiveAttention
+from swiftkernels import AdditiveAttention, ops
 from tests.cases import make_tensors
 
 
@@ -27,6 +27,27 @@ def test_auto_takes_the_kernels_where_they_run(layers):
     expected = ours(x)
     ours.backend = "auto"
     assert torch.equal(ours(x), expected)
+
+
+@pytest.mark.parametrize("hooked", [["to_query"], ["to_key"], ["to_query", "to_key"], ["final"]])
+@pytest.mark.parametrize("shape", [(2, 9, 24), (2, 24, 3, 3)])
+def test_queries_and_keys_that_are_called_go_to_the_kernels(layers, shape, hooked, monkeypatch):
+    x, ran = torch.randn(shape), []
+    for layer in layers:
+        for part in hooked:
+            layer.get_submodule(part).register_forward_hook(lambda m, i, o: o * 2)
+    with monkeypatch.context() as patched:
+        call = ops.additive_attention.call
+        patched.setattr(
+            ops.additive_attention, "call", lambda *args: (ran.append(args), call(*args))[1]
+        )
+        grads = [
+            torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+            for layer in layers
+        ]
+    assert len(ran) == (0 if hooked == ["final"] else 1)
+    for got, right in zip(*grads, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 24), (2, 24, 3, 3)])
