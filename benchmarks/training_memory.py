@@ -60,7 +60,7 @@ def _ours() -> models.SwiftFormer:
 
 def _ours_checkpointing() -> nn.Module:
     model = _ours()
-    model.grad_checkpointing = True
+    model.set_grad_checkpointing(True)
     return model
 
 
