@@ -7,6 +7,7 @@ weights, in float64.
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 from collections.abc import Iterable
 from types import ModuleType
@@ -261,18 +262,29 @@ def test_a_backbone_has_no_heads():
         lambda: model.prune_intermediate_layers(1),
         lambda: model.forward_head(torch.ones(1, 16, 2, 2)),
     ):
-        with pytest.raises(ValueError, match="features_only=True and has no heads"):
+        with pytest.raises(ValueError, match="features_only=True has no heads"):
             call()
     with pytest.raises(ValueError, match="needs the two heads"):
         model.set_distilled_training()
 
 
-@pytest.mark.parametrize("wrapper", ["FeatureListNet", "FeatureDictNet", "FeatureGetterNet"])
+WRAPPERS = {
+    "FeatureListNet": {"flatten_sequential": True},
+    "FeatureDictNet": {"flatten_sequential": True},
+    "FeatureHookNet": {"no_rewrite": True},
+    "FeatureGetterNet": {},
+    "FeatureGraphNet": {},
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_timms_wrappers_take_ours(timm, wrapper):
-    wrap, x = getattr(timm.models._features, wrapper), batch()
-    options = {} if wrapper == "FeatureGetterNet" else {"flatten_sequential": True}
+    modules = (
+        importlib.import_module(f"timm.models.{name}") for name in ("_features", "_features_fx")
+    )
+    wrap, x = next(getattr(m, wrapper) for m in modules if hasattr(m, wrapper)), batch()
     found, expected = (
-        wrap(model.eval(), out_indices=(1, -1), **options)
+        wrap(model.eval(), out_indices=(1, -1), **WRAPPERS[wrapper])
         for model in (make(timm, "ours"), theirs(timm))
     )
     with torch.no_grad():
@@ -347,8 +359,7 @@ def test_parameters_group_as_timms(timm):
         )
         assert len(groups) == (4 if coarse else 13)
     decayed, expected = (
-        param_groups_layer_decay(model, 0.05, layer_decay=0.75)
-        for model in (ours, reference)
+        param_groups_layer_decay(model, 0.05, layer_decay=0.75) for model in (ours, reference)
     )
     for a, b in zip(decayed, expected, strict=True):
         assert (a["lr_scale"], a["weight_decay"], len(a["params"])) == (
@@ -443,6 +454,7 @@ OURS = (
     {"num_classes": 0, "global_pool": ""},
     {"use_layer_scale": False, "act_layer": nn.SiLU},
 )
+"""Of `SwiftFormer`."""
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -215,8 +215,8 @@ class SwiftFormer(nn.Module):
         features_only: no heads; the output is a list of the stages' feature maps, each behind a
             BatchNorm of its own, at 1/4, 1/8, 1/16 and 1/32 of the images' size.
         out_indices: with `features_only`, the stages whose maps are given, in ascending order: an
-            int for the last stages, a sequence of numbers (negative ones count from the end), or
-            None for all. Stages behind the last of them are not built.
+            int n for the last n, a sequence of numbers (negative ones count from the end), or None
+            for all. The stages after the last of them are not built.
         pooling: of the attention, part of the identity of a checkpoint: "l2" for the official code
             since July 2023 and timm, "sum" before and for transformers.
         backend: of the attention.
@@ -224,7 +224,9 @@ class SwiftFormer(nn.Module):
 
     Attributes:
         num_features, head_hidden_size: channels of the last map.
-        feature_info: channels, strides and names of the stages, see `FeatureInfo`.
+        feature_info: channels, strides and names of the stages, in a list of dicts with accessors
+            (`swiftkernels.models.feature_info.FeatureInfo`).
+        grad_checkpointing: whether blocks are recomputed in the backward, `set_grad_checkpointing`.
         feature_channels, feature_strides: of the maps that `features_only` gives.
         pretrained_cfg, default_cfg: how the public weights were trained: size of the images, crop,
             mean and deviation of the colours, and names of the first convolution and the heads, by
@@ -234,7 +236,7 @@ class SwiftFormer(nn.Module):
         images [B, in_chans, H, W] of any height and width and memory format -> [B, num_classes].
 
     Raises:
-        TypeError, ValueError: an argument that cannot be.
+        TypeError, ValueError: a wrong argument.
 
     Example:
         >>> model = SwiftFormer((16, 24), (1, 2), num_classes=5).eval()
@@ -347,6 +349,7 @@ class SwiftFormer(nn.Module):
             downsample = Downsample(widths[i - 1], width, **factory) if i else nn.Identity()
             stages.append(Stage(downsample, blocks))
         self.stages = nn.Sequential(*stages)
+        self.apply(_initialise)
         last = widths[taken[-1]]
         self.num_features = self.head_hidden_size = last
         self.feature_norms: nn.ModuleDict | None = None
@@ -359,25 +362,24 @@ class SwiftFormer(nn.Module):
             self.head_drop = nn.Dropout(drop_rate)
             self.head = self._new_head(**factory)
             self.head_dist = self._new_head(**factory) if distillation else None
-        self.apply(_initialise)
 
     # forward and forward_head have no return types: TorchScript compiles the branch that a model
     # takes, and infers its type.
-    def forward(self, images: Tensor):  # type: ignore[no-untyped-def]
+    def forward(self, x: Tensor):  # type: ignore[no-untyped-def]
         """Class scores, a pair of them in distilled training, or a list of feature maps."""
         if self.feature_norms is not None:
-            maps = self._stage_maps(images, len(self.stages))
+            maps = self._stage_maps(x, len(self.stages))
             out: list[Tensor] = []
             for index, norm in self.feature_norms.items():
                 out.append(norm(maps[int(index)]))
             return out
-        return self.forward_head(self.forward_features(images))
+        return self.forward_head(self.forward_features(x))
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Images -> the last feature map [B, C, H / 32, W / 32], behind its BatchNorm."""
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images [B, in_chans, H, W] -> the last map [B, C, H / 32, W / 32], normalised."""
         if self.feature_norms is not None:
-            return self.forward(images)[-1]
-        return self.norm(self.stages(self.stem(images)))
+            return self.forward(x)[-1]
+        return self.norm(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False):  # type: ignore[no-untyped-def]
         """What `forward` gives from the map of `forward_features`.
@@ -419,18 +421,18 @@ class SwiftFormer(nn.Module):
 
         Args:
             x: images [B, in_chans, H, W].
-            indices: the stages: an int for the last ones, a sequence of numbers (negative ones
-                count from the end), or None for all.
-            norm: the last stage's map behind its BatchNorm, as `forward_features` gives it; of a
-                model with `features_only` every map.
-            stop_early: skip the stages behind the last one of `indices`.
+            indices: the stages: an int n for the last n, a sequence of numbers (negative ones count
+                from the end), or None for all.
+            norm: apply the BatchNorm to the last stage's map, as `forward_features` does. With
+                `features_only`: to every map that has one.
+            stop_early: skip the stages after the last one of `indices`.
             output_fmt: "NCHW".
-            intermediates_only: give the maps only.
+            intermediates_only: return the maps only.
 
         Returns:
-            The maps [B, C, H / stride, W / stride]; unless `intermediates_only` a pair, with the
-            output of `forward_features` before them (where stages were skipped, the map of the last
-            stage that ran).
+            The maps [B, C, H / stride, W / stride], as a list. Without `intermediates_only` a pair:
+            the output of `forward_features` (or, if stages were skipped, the map of the last stage
+            that ran) and the list.
 
         Raises:
             TypeError, ValueError: a wrong argument.
@@ -450,7 +452,7 @@ class SwiftFormer(nn.Module):
             norms = {count - 1: self.norm}
         else:
             norms = {int(index): module for index, module in self.feature_norms.items()}
-        # Only the BatchNorms of maps that are given, and once: in training they count batches.
+        # Each BatchNorm runs once at most: in training it updates its statistics.
         wanted = {*(taken if norm else ()), *(() if intermediates_only else (count - 1,))}
         normed = [norms[i](m) if i in wanted and i in norms else m for i, m in enumerate(maps)]
         found = [normed[i] if norm else maps[i] for i in sorted(set(taken))]
@@ -464,13 +466,13 @@ class SwiftFormer(nn.Module):
     ) -> list[int]:
         """Remove, in place, what `forward_intermediates` with these indices does not need.
 
-        Stages behind the last one of `indices` go, and with them the BatchNorm and the heads, which
-        have the width of the last stage.
+        The stages after the last one of `indices` are removed, and with them the BatchNorm and the
+        heads, which have the width of the last stage.
 
         Args:
             indices: as in `forward_intermediates`.
-            prune_norm: remove the BatchNorm of the last map also where the last stage stays.
-            prune_head: remove heads and pooling also where the last stage stays.
+            prune_norm: remove the BatchNorm of the last map even if the last stage stays.
+            prune_head: remove heads and pooling even if the last stage stays.
 
         Returns:
             The numbers of the stages in `indices`, counted from the start.
@@ -520,7 +522,7 @@ class SwiftFormer(nn.Module):
             self.head_dist = self._new_head(device=like.device, dtype=like.dtype)
 
     def set_distilled_training(self, enable: bool = True) -> None:
-        """Give the outputs of the two heads in training as a pair, `Logits`, instead of their mean.
+        """Return the two heads' outputs in training as a pair, `Logits`, instead of their mean.
 
         Raises:
             ValueError: a model without two heads.
@@ -540,7 +542,7 @@ class SwiftFormer(nn.Module):
 
     @property
     def grad_checkpointing(self) -> bool:
-        """Whether blocks are recomputed; to be set, too."""
+        """Whether blocks are recomputed in the backward. Can be assigned."""
         return any(stage.grad_checkpointing for stage in self.stages)
 
     @grad_checkpointing.setter
@@ -564,14 +566,14 @@ class SwiftFormer(nn.Module):
             stages = [
                 (r"^stages\.(\d+)\.downsample", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                # timm's number for: with the group before.
+                # timm's code for: in the group of the parameters before.
                 (r"^feature_norms\.(\d+)", (99999,)),
                 (r"^norm", (99999,)),
             ]
         return {"stem": r"^stem", "blocks": stages}
 
     def _stage_maps(self, images: Tensor, count: int) -> list[Tensor]:
-        """The maps of the first stages, as the stages give them."""
+        """The maps of the first `count` stages, before any BatchNorm of the whole model."""
         x = self.stem(images)
         maps: list[Tensor] = []
         for i, stage in enumerate(self.stages):
@@ -589,14 +591,14 @@ class SwiftFormer(nn.Module):
     def _check_heads(self) -> None:
         if self.feature_norms is not None:
             raise ValueError(
-                "this model was made with features_only=True and has no heads: it gives a list of "
-                "feature maps. Make it without, to classify or to choose maps later."
+                "a model with features_only=True has no heads, and its maps are chosen by "
+                "out_indices. Make it with features_only=False; forward_intermediates gives its maps."
             )
 
     def __prepare_scriptable__(self) -> SwiftFormer:
-        """What torch.jit.script compiles: it replaces submodules in place, so a copy of these.
+        """A copy for torch.jit.script, with this model's parameters and buffers.
 
-        The copy shares the parameters and buffers.
+        torch.jit.script replaces submodules in place: without the copy, this model's attentions.
         """
         shared = {id(t): t for t in itertools.chain(self.parameters(), self.buffers())}
         return copy.deepcopy(self, shared)
