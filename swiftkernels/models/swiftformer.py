@@ -592,7 +592,7 @@ class SwiftFormer(nn.Module):
         if self.feature_norms is not None:
             raise ValueError(
                 "a model with features_only=True has no heads, and its maps are chosen by "
-                "out_indices. Make it with features_only=False; forward_intermediates gives its maps."
+                "out_indices. Make it with features_only=False; forward_intermediates gives maps."
             )
 
     def __prepare_scriptable__(self) -> SwiftFormer:
