@@ -17,12 +17,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from swiftkernels import AdditiveAttention, accelerate
+from swiftkernels import accelerate
 from swiftkernels.models import SwiftFormer, swiftformer, swiftformer_xs
+from swiftkernels.modules import AttentionForward
 from tests.test_models import images, randomise
 
 WIDTHS = swiftformer.WIDTHS_AND_DEPTHS["xs"][0]
-INDICES = (None, 2, [0, 2], (-1,), [3, 0, -4])
+INDICES = (None, 2, [1, 0], (0, -1, 3))
 """Of `forward_intermediates`, in all its forms."""
 
 Kind = pytest.mark.parametrize("kind", ["ours", "accelerated"])
@@ -147,12 +148,11 @@ def test_heads_need_pooling():
 def test_forward_intermediates(timm, kind):
     model, reference, x = make(timm, kind).eval(), theirs(timm).eval(), batch(32)
     with torch.no_grad():
-        for indices, norm, stop_early in itertools.product(INDICES, (False, True), (False, True)):
-            options = {"indices": indices, "norm": norm, "stop_early": stop_early}
+        for indices, *flags in itertools.product(INDICES, *[(False, True)] * 3):
+            names = ("norm", "stop_early", "intermediates_only")
+            options = {"indices": indices, **dict(zip(names, flags, strict=True))}
             expected = reference.forward_intermediates(x, **options)
             assert_same(model.forward_intermediates(x, **options), expected)
-            maps = model.forward_intermediates(x, **options, intermediates_only=True)
-            assert_same(maps, expected[1])
         last, maps = model.forward_intermediates(x, norm=True)
         assert_same(model.forward_features(x), last)
         assert_same(maps[-1], last)
@@ -185,7 +185,7 @@ def test_the_last_norm_counts_a_batch_once_in_training():
 def test_prune_intermediate_layers(timm, kind):
     whole, their_whole, x = make(timm, kind).eval(), theirs(timm).eval(), batch(32)
     for indices, prune_norm, prune_head in itertools.product(
-        (1, (-2,), [1, 0]), (False, True), (False, True)
+        (1, [1, -4]), (False, True), (False, True)
     ):
         model, reference = copy.deepcopy(whole), copy.deepcopy(their_whole)
         options = {"indices": indices, "prune_norm": prune_norm, "prune_head": prune_head}
@@ -425,25 +425,19 @@ def test_devices():
 
 @Kind
 @pytest.mark.parametrize("training", [False, True])
-def test_fx(timm, kind, training):
-    model, x = make(timm, kind).train(training), batch()
-    traced = torch.fx.symbolic_trace(copy.deepcopy(model))
-    out, expected = traced(x), model(x)
-    assert_same(out, expected)
-    assert_same(gradients(traced, out), gradients(model, expected))
-
-
-@Kind
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("convert", [torch.fx.symbolic_trace, torch.jit.script])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_torchscript(timm, kind, training):
-    model, x = make(timm, kind).train(training), batch()
-    keys = list(model.state_dict())
-    scripted = torch.jit.script(copy.deepcopy(model))
-    out, expected = scripted(x), model(x)
+def test_tracing_and_scripting(timm, kind, convert, training):
+    model, reference = make(timm, kind).train(training), theirs(timm).train(training)
+    converted, x = convert(model), batch(32)
+    out, expected = converted(x), reference(x)
     assert_same(out, expected)
-    assert_same(gradients(scripted, out), gradients(model, expected))
-    assert set(scripted.state_dict()) == set(keys)
+    grads = gradients(reference, expected)
+    assert_same(gradients(converted, out), grads)
+    # The model is as it was, and shares its tensors with the other.
+    assert_same(model.state_dict(), reference.state_dict())
+    assert isinstance(model.stages[0].blocks[-1].attn, AttentionForward)
+    assert_same(gradients(model.eval(), model(x)), gradients(reference.eval(), reference(x)))
 
 
 OURS = (
@@ -473,7 +467,6 @@ def test_our_options_trace_and_script(options, training):
         torch.manual_seed(1)
         assert_same(found, before(x))
         assert_same(model.state_dict(), before.state_dict())  # it has the model's own tensors
-        assert isinstance(model.stages[0].blocks[-1].attn, AdditiveAttention)  # as it was
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

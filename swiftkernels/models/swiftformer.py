@@ -6,8 +6,6 @@ any size; there is no position encoding.
 
 from __future__ import annotations
 
-import copy
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -594,14 +592,6 @@ class SwiftFormer(nn.Module):
                 "a model with features_only=True has no heads, and its maps are chosen by "
                 "out_indices. Make it with features_only=False; forward_intermediates gives maps."
             )
-
-    def __prepare_scriptable__(self) -> SwiftFormer:
-        """A copy for torch.jit.script, with this model's parameters and buffers.
-
-        torch.jit.script replaces submodules in place: without the copy, this model's attentions.
-        """
-        shared = {id(t): t for t in itertools.chain(self.parameters(), self.buffers())}
-        return copy.deepcopy(self, shared)
 
 
 def swiftformer_xs(**options: Any) -> SwiftFormer:
