@@ -105,7 +105,8 @@ def run(
             print(f"  {_saved(figure, out, path, 'attention')}")
         if features:
             with torch.no_grad():
-                maps = [m[0].cpu() for m in model.forward_features(pixels)]
+                found = model.forward_intermediates(pixels, intermediates_only=True)
+                maps = [m[0].cpu() for m in found]
             figure = features_figure(image, path.name, maps)
             print(f"  {_saved(figure, out, path, 'features')}")
         print()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from swiftkernels import models
-from swiftkernels.models import SwiftFormer, checkpoints, convert_state_dict, swiftformer
+from swiftkernels.models import (
+    SwiftFormer,
+    checkpoints,
+    convert_state_dict,
+    feature_info,
+    recompute,
+    swiftformer,
+)
 from swiftkernels.models.checkpoints import SOURCES, guess_source
 from tests.cases import assert_as_good_as_eager
 
@@ -171,19 +179,23 @@ def test_foreign_keys_are_named():
         convert_state_dict({}, "timm", "keras")
 
 
-def test_training_gives_a_pair_and_evaluation_its_mean():
+def test_distilled_training_gives_a_pair_and_evaluation_its_mean():
     model, x = small(), images(4, 3, 40, 24)
     with torch.no_grad():
+        assert model(x).shape == (4, 5)
+        model.set_distilled_training()
         pair = model(x)
         assert isinstance(pair, swiftformer.Logits)
         assert pair.head.shape == pair.head_dist.shape == (4, 5)
         model.eval()
-        pooled = model.norm(model.forward_features(x)[-1]).mean((2, 3))
+        pooled = model.forward_features(x).mean((2, 3))
         mean = (model.head(pooled) + model.head_dist(pooled)) / 2
         torch.testing.assert_close(model(x), mean)
     single = small(distillation=False)
     assert not any(name.startswith("head_dist") for name in single.state_dict())
     assert single(x).shape == (4, 5)
+    with pytest.raises(ValueError, match=r"two heads .* has distillation=False"):
+        single.set_distilled_training()
 
 
 def test_features_have_the_strides_of_a_pyramid():
@@ -211,7 +223,7 @@ def test_channels_last_gives_the_same_and_stays():
         model.to(memory_format=torch.channels_last)
         x = x.contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(model(x), expected)
-        for m in model.forward_features(x):
+        for m in model.forward_intermediates(x, intermediates_only=True):
             assert m.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -220,7 +232,7 @@ def test_stages_computed_again_give_the_same_gradients():
     grads = []
     for again in (False, True):
         model.grad_checkpointing = again
-        loss = sum(out.square().sum() for out in model(x))
+        loss = model(x).square().sum()
         grads.append(torch.autograd.grad(loss, list(model.parameters())))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
@@ -242,6 +254,7 @@ def test_drop_path_grows_with_depth_and_keeps_the_mean():
 
 def test_a_step_lowers_the_loss():
     model, x = small(drop_path_rate=0.1), images(8, 3, 32, 32)
+    model.set_distilled_training()
     labels = torch.arange(8) % 5
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     losses = []
@@ -263,6 +276,14 @@ def test_a_step_lowers_the_loss():
         ({"num_classes": -1}, "num_classes"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
         ({"drop_rate": -0.1}, "drop_rate"),
+        ({"proj_drop_rate": 1.5}, "proj_drop_rate"),
+        ({"use_layer_scale": 2}, "use_layer_scale"),
+        ({"layer_scale_init_value": math.nan}, "layer_scale_init_value"),
+        ({"global_pool": "max"}, "global_pool must be one of 'avg', ''; got 'max'"),
+        ({"out_indices": (0,)}, "out_indices must be None without features_only=True"),
+        ({"features_only": True, "out_indices": (1,)}, "out_indices must name stages from -1 to 0"),
+        ({"features_only": True, "out_indices": 2}, "out_indices must be from 1 to 1"),
+        ({"features_only": True, "out_indices": ()}, "out_indices must name stages"),
         ({"in_chans": 0}, "in_chans"),
         ({"pooling": "max"}, "pooling"),
     ],
@@ -272,8 +293,8 @@ def test_bad_arguments_are_named(options, message):
         SwiftFormer(**{"widths": (8,), "depths": (1,)} | options)
 
 
-@pytest.mark.parametrize("module", [swiftformer, checkpoints])
+@pytest.mark.parametrize("module", [swiftformer, checkpoints, feature_info, recompute])
 def test_examples_run(module):
-    found = doctest.testmod(module, extraglobs={"torch": torch})
+    found = doctest.testmod(module, extraglobs={"torch": torch, "nn": nn})
     assert found.attempted > 0
     assert found.failed == 0

@@ -107,7 +107,7 @@ def test_distillation_names_what_does_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             DistillationLoss(base, **options)
-    with pytest.raises(ValueError, match="distillation=True"):
+    with pytest.raises(ValueError, match=r"distillation=True, call model\.set_distilled_training"):
         DistillationLoss(base, teacher)(images, logits, labels)
     with pytest.raises(ValueError, match=r"teacher must give logits \[2, 5\].*\[2, 7\]"):
         DistillationLoss(base, teacher)(images, (logits, logits), labels)

@@ -79,8 +79,9 @@ class DistillationLoss(nn.Module):
 
         Args:
             images: [B, C, H, W], what the teacher sees.
-            outputs: of the model in training: the pair of its heads' logits [B, classes]. "none"
-                takes a single tensor as well, and leaves a second head alone.
+            outputs: of the model in training: the pair of its heads' logits [B, classes], which a
+                SwiftFormer gives after `set_distilled_training()`. "none" takes a single tensor as
+                well, and of a pair the first.
             labels: what `base` takes.
 
         Raises:
@@ -93,7 +94,8 @@ class DistillationLoss(nn.Module):
         if head_dist is None:
             raise ValueError(
                 f"outputs must be the logits of two heads for kind={self.kind!r}; got one tensor. "
-                "Make the model with distillation=True, and call it in training mode."
+                "Make the model with distillation=True, call model.set_distilled_training() and "
+                "model.train()."
             )
         with torch.no_grad():
             target = self.teacher(images)

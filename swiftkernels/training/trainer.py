@@ -80,7 +80,8 @@ def train(
 
     Args:
         recipe: everything that can be chosen.
-        model: in place of the one that the recipe names; it gives logits, or a pair in training.
+        model: in place of the one that the recipe names; it gives logits, or in training a pair.
+            With distillation its `set_distilled_training(True)` is called, if it has that method.
         train_set, val_set: datasets of an image [C, H, W] and a class number, in place of the
             folders of `recipe.data`. Random transforms must draw from torch's generator.
 
@@ -118,7 +119,7 @@ def build(recipe: Recipe, classes: int) -> models.SwiftFormer:
         distillation=recipe.distillation != "none",
         pooling=recipe.pooling or "l2",
     )
-    model.grad_checkpointing = recipe.grad_checkpointing
+    model.set_grad_checkpointing(recipe.grad_checkpointing)
     if recipe.weights is not None:
         loaded = models.load_checkpoint(
             model, recipe.weights, pooling=recipe.pooling, fresh_heads=recipe.fresh_heads
@@ -145,6 +146,8 @@ class _Run:
             torch.channels_last if recipe.channels_last else torch.contiguous_format
         )
         self.model = model.to(world.device)
+        if recipe.distillation != "none" and hasattr(model, "set_distilled_training"):
+            model.set_distilled_training(True)  # type: ignore[operator]
         if recipe.channels_last:
             self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         classes = _classes(train_set, model)
