@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import timing
+from swiftkernels.writing import write_csv
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 """One row for every layer measured, the columns of results/attention.csv."""
@@ -61,11 +61,7 @@ def pytest_terminal_summary(
         return
     path = config.rootpath / "results" / "attention.csv"
     path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-
+    write_csv(path, rows)
     terminalreporter.section("time relative to the eager layer, measured side by side")
     for case in dict.fromkeys(row["case"] for row in rows):
         ratios = [f"{r['layer']} {r['ratio_to_eager']:.2f}" for r in rows if r["case"] == case]

@@ -35,8 +35,9 @@ from benchmarks.engines import (
     version,
 )
 from benchmarks.speedups import OURS, speedups, table
-from benchmarks.tradeoff import positive, write_csv
+from benchmarks.tradeoff import positive
 from swiftkernels.peers import PEERS
+from swiftkernels.writing import rounded, write_csv
 
 MEMORY_CSV = "cpu_memory.csv"
 DTYPES = ("float32", "bfloat16")
@@ -267,9 +268,7 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         if file.tell() == 0:
             writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
+        writer.writerows(map(rounded, rows))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -403,7 +402,7 @@ def main() -> None:
         if settings.memory:
             rows = measure_memory(settings)
             settings.out.mkdir(parents=True, exist_ok=True)
-            write_csv(settings.out / MEMORY_CSV, rows)
+            write_csv(settings.out / MEMORY_CSV, rows, digits=6)
             print(memory_table(rows))
             print(f"\nWritten: {settings.out / MEMORY_CSV}")
             return

@@ -26,6 +26,7 @@ from swiftkernels import AdditiveAttention
 from swiftkernels.cpu import config, launch, library
 from swiftkernels.cpu.weights import FOLDED, TRIANGULAR, Packed, Weights, pack
 from swiftkernels.reference import Options
+from swiftkernels.writing import write_text
 
 WIDTHS = (48, 64, 128, 256, 512)
 BACKWARD_WIDTHS = (96, 128, 256)
@@ -138,7 +139,7 @@ def main() -> None:
             found[name] = threshold(gains)
     table = json.loads(config.TABLE.read_text())
     table[loaded.name] = found | {"device": timing.device_name("cpu")}
-    config.TABLE.write_text(json.dumps(table, indent=2) + "\n")
+    write_text(config.TABLE, json.dumps(table, indent=2) + "\n")
     print(f"{loaded.name}: {found}, written to {config.TABLE}")
 
 

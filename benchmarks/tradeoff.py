@@ -7,7 +7,6 @@ networks and the bare mixers, and writes tradeoff.csv, tokens.csv and two plots 
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import os
 import signal
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from benchmarks import plots, timing
 from benchmarks.data import Dataset, Split, load
 from benchmarks.networks import MIXERS, WIDTH, Classifier
+from swiftkernels.writing import write_csv
 
 DEFAULT_MIXERS = tuple(m for m in MIXERS if m not in ("additive_sum", "additive_linear"))
 BATCHES = (1, 32)
@@ -97,8 +97,8 @@ def run(settings: Settings) -> None:
             tokens = time_mixers(settings)
     finally:
         torch.set_num_threads(threads)
-    write_csv(settings.out / plots.TRADEOFF_CSV, tradeoff)
-    write_csv(settings.out / plots.TOKENS_CSV, tokens)
+    write_csv(settings.out / plots.TRADEOFF_CSV, tradeoff, digits=6)
+    write_csv(settings.out / plots.TOKENS_CSV, tokens, digits=6)
     images = plots.draw(settings.out)
     print(table(tradeoff))
     files = [settings.out / plots.TRADEOFF_CSV, settings.out / plots.TOKENS_CSV, *images]
@@ -328,22 +328,6 @@ def _machine(settings: Settings) -> dict[str, Any]:
         "dtype": "float32",
         "torch": torch.__version__,
     }
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write all rows or nothing: a file of that name is replaced when the new one is complete."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys() if rows else [])
-            writer.writeheader()
-            writer.writerows(
-                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-                for row in rows
-            )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

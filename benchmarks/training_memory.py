@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from tqdm import tqdm
 
-    from benchmarks.tradeoff import write_csv
+    from swiftkernels.writing import write_csv
 
     rows = [
         measure(name, given.batch, given.side, given.threads, given.repeats)
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: the loss is not timm's for {', '.join(wrong)}", file=sys.stderr)
         return 1
     given.out.mkdir(parents=True, exist_ok=True)
-    write_csv(given.out / CSV, rows)
+    write_csv(given.out / CSV, rows, digits=6)
     print(f"Written: {given.out / CSV}")
     return 0
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from swiftkernels import checks
+from swiftkernels import checks, writing
 from swiftkernels.extras import need
 from swiftkernels.modules import AttentionForward
 from swiftkernels.verify import budget, relative_error
@@ -85,6 +85,7 @@ def to_torch_export(
     Raises:
         TypeError, ValueError: a wrong argument, or a model that cannot be exported so.
         RuntimeError: the program computes something else than the model.
+        OSError: the file could not be written; an older one is as it was.
 
     Example:
         >>> from swiftkernels.models import swiftformer_xs
@@ -95,7 +96,8 @@ def to_torch_export(
     with _plain(model):
         program = _torch_program(model, job)
     errors = job.compare(_leaves_of(program.module())) if compare else {}
-    torch.export.save(program, job.path)
+    with writing.replacing(job.path) as file:
+        torch.export.save(program, file)
     return job.done("torch.export", program, errors)
 
 
@@ -120,7 +122,7 @@ def to_onnx(
             runtimes; from 20 on GELU is one operator.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as in `to_torch_export`.
+        TypeError, ValueError, RuntimeError, OSError: as in `to_torch_export`.
         ImportError: a package is missing: pip install 'swiftkernels[export]'.
     """
     job = _Job(model, path, shape, axes)
@@ -143,7 +145,8 @@ def to_onnx(
             "opset."
         )
     errors = job.compare(_onnx_runtime(proto)) if compare else {}
-    onnx.save(proto, job.path)
+    with writing.replacing(job.path) as file:
+        onnx.save(proto, file)
     return job.done(f"ONNX opset {written}", proto, errors)
 
 
@@ -158,14 +161,14 @@ def to_torchscript(
         model, path, shape, compare: as in `to_torch_export`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as in `to_torch_export`.
+        TypeError, ValueError, RuntimeError, OSError: as in `to_torch_export`.
     """
     job = _Job(model, path, shape, None)
     with _plain(model), _quietly():
         script = torch.jit.freeze(_trace(job))
     errors = job.compare(_leaves_of(script)) if compare else {}
-    with _quietly():
-        script.save(str(job.path))
+    with _quietly(), writing.replacing(job.path) as file:
+        torch.jit.save(script, file)
     return job.done("TorchScript", script, errors)
 
 
@@ -194,10 +197,10 @@ def to_coreml(
         target: the oldest system, a name of `coremltools.target`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as in `to_torch_export`.
+        TypeError, ValueError, RuntimeError, OSError: as in `to_torch_export`.
         ImportError: coremltools is missing: pip install 'swiftkernels[coreml]'.
     """
-    job = _Job(model, path, shape, {})
+    job = _Job(model, path, shape, {}, is_folder=True)
     if job.path.suffix != ".mlpackage":
         raise ValueError(f"path must end in .mlpackage; got {job.path}.")
     if job.dtype != torch.float32 or job.device.type != "cpu":
@@ -224,7 +227,11 @@ def to_coreml(
         compute_precision=types,
         skip_model_load=True,
     )
-    program.save(str(job.path))
+    with writing.replacing_folder(job.path) as folder:
+        try:
+            program.save(str(folder))
+        except RuntimeError as error:  # what its C++ raises where files cannot be written
+            raise OSError(f"{job.path} could not be written: {error}") from error
     written = f"Core ML for {target} in {'float16 but for norms' if half else 'float32'}"
     return Exported(job.path, written, named, program, {}, tuple(map(tuple, choices)))
 
@@ -238,6 +245,7 @@ class _Job:
         path: str | Path,
         shape: Sequence[int],
         axes: Mapping[int, str] | None,
+        is_folder: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
@@ -254,8 +262,8 @@ class _Job:
                 f"axes must be a mapping from axes of shape, 0 to {len(self.shape) - 1}, to names; "
                 f"got {axes}."
             )
-        checks.check_folder("path", path)
-        self.model, self.path = model, Path(path)
+        check = writing.check_folder if is_folder else writing.check_file
+        self.model, self.path = model, check("path", path)
         self.input_name = "images" if len(self.shape) == 4 else "tokens"
         like = next(model.parameters(), torch.empty(0))
         self.dtype, self.device = like.dtype, like.device

@@ -17,6 +17,7 @@ from swiftkernels.images import CROP, DEVIATION, MEAN, load_image
 from swiftkernels.models.attention_maps import token_weights
 from swiftkernels.models.hub import class_names, from_pretrained
 from swiftkernels.models.swiftformer import SwiftFormer
+from swiftkernels.writing import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -244,7 +245,7 @@ def _title(axes: Axes, text: str) -> None:
 
 def _saved(figure: Figure, out: Path, image: Path, kind: str) -> Path:
     path = out / f"{image.stem}_{kind}.png"
-    figure.savefig(path, dpi=160, facecolor="white")
+    save_figure(figure, path, dpi=160, facecolor="white")
     return path
 
 

@@ -35,6 +35,7 @@ from triton.runtime.jit import JITFunction
 
 from swiftkernels.reference import Options
 from swiftkernels.triton import config, launch
+from swiftkernels.writing import write_text
 
 Facts = dict[str, Any]
 """What is known of one compiled kernel; the keys are listed at `facts`."""
@@ -473,9 +474,7 @@ class Results:
         """Write the file as a whole, so that a run cut off leaves one that can be read."""
         lines = (f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(self.entries.items()))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".part")
-        draft.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-        draft.replace(self.path)
+        write_text(self.path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def compile_all(cells: Sequence[Cell], results: Results) -> None:
@@ -719,7 +718,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ):
             compile_all(cells, results)
     text = options.docs / "gpu_kernels.md"
-    text.write_text(report(results))
+    write_text(text, report(results))
     print(f"Written: {results.path}, {text}")
     wrong = [
         f"{cell.key(recorded)}: {problem}"

@@ -34,10 +34,10 @@ from benchmarks.gpu import eager, inductor, plots, report
 from benchmarks.gpu.eager import EagerTraffic, Operator
 from benchmarks.gpu.report import ENGINES, LAUNCHES_CSV, TRAFFIC_CSV
 from benchmarks.speedups import OURS
-from benchmarks.tradeoff import write_csv
 from swiftkernels import AdditiveAttention
 from swiftkernels.peers import PEERS
 from swiftkernels.reference import Options
+from swiftkernels.writing import write_csv
 
 if TYPE_CHECKING:
     from benchmarks.gpu.trace import Launch
@@ -310,7 +310,7 @@ def run(
     def keep(count: Count) -> None:
         row = vars(count)
         rows[count.key] = row
-        write_csv(path, list(rows.values()))
+        write_csv(path, list(rows.values()), digits=6)
 
     with tqdm(total=len(cases) * len(engines), unit="count") as progress:
         for engine in engines:
@@ -342,7 +342,7 @@ def _keep_launches(path: Path, kernels: list[dict[str, Any]]) -> None:
     names = ("dtype", "batch", "tokens", "width")
     new = {tuple(str(row[n]) for n in names) for row in kernels}
     others = [row for row in report.read(path) if tuple(row[n] for n in names) not in new]
-    write_csv(path, [*others, *kernels])
+    write_csv(path, [*others, *kernels], digits=6)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from swiftkernels.models.checkpoints import SOURCES, convert_state_dict, guess_s
 from swiftkernels.models.swiftformer import WIDTHS_AND_DEPTHS, SwiftFormer
 from swiftkernels.modules import AttentionForward
 from swiftkernels.reference import POOLINGS
+from swiftkernels.writing import check_file, replacing
 
 WEIGHTS = ("model", "state_dict")
 """Where training scripts keep the weights."""
@@ -275,12 +276,13 @@ def save_checkpoint(model: SwiftFormer, path: str | Path, target: str = "timm") 
     Raises:
         TypeError: a wrong type of argument.
         ValueError: an unknown target, one that computes another pooling than the model, or a path
-            in a folder that is not there.
+            of no file in an existing folder.
+        OSError: the file could not be written; an older one is as it was.
         ImportError: a .safetensors file, and safetensors is not installed.
     """
     _check_model(model)
     checks.check_option("target", target, SOURCES)
-    checks.check_folder("path", path)
+    path = check_file("path", path)
     computed = {"official": ("l2", "sum"), "transformers": ("sum",)}.get(target, POOLINGS)
     pooling = own_pooling(model)
     if pooling not in computed:
@@ -294,14 +296,15 @@ def save_checkpoint(model: SwiftFormer, path: str | Path, target: str = "timm") 
         # Clones: safetensors refuses to write one tensor twice.
         weights |= {k.replace("head.", "head_dist."): weights[k].clone() for k in HEADS[:2]}
     weights = convert_state_dict(weights, "timm", target)
-    path = Path(path)
     if path.suffix == ".safetensors":
-        metadata = {"format": "pt", "pooling": pooling}
-        _safetensors().torch.save_file(weights, path, metadata=metadata)
-    elif target == "transformers":
-        torch.save(weights, path)
-    else:
-        torch.save({"model": weights, "pooling": pooling}, path)
+        content = _safetensors().torch.save(weights, {"format": "pt", "pooling": pooling})
+        with replacing(path) as file:
+            file.write(content)
+        return
+    with replacing(path) as file:
+        torch.save(
+            weights if target == "transformers" else {"model": weights, "pooling": pooling}, file
+        )
 
 
 def architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:

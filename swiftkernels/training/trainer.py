@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 
-from swiftkernels import devices, models
+from swiftkernels import devices, models, writing
 from swiftkernels.extras import need
 from swiftkernels.training import data, metrics, optimizer
 from swiftkernels.training.losses import DistillationLoss
@@ -341,7 +341,7 @@ class _Run:
             "loss": self.loss,
             "loss_steps": self.loss_steps,
         }
-        with metrics.Replacement(self.recipe.out / name) as file:
+        with writing.replacing(self.recipe.out / name) as file:
             torch.save(weights if name == BEST else weights | state, file)
 
     def _restore(self) -> None:
