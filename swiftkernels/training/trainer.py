@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Subset
 
 from swiftkernels import devices, models, writing
 from swiftkernels.extras import need
-from swiftkernels.training import data, metrics, optimizer
+from swiftkernels.training import data, lock, metrics, optimizer
 from swiftkernels.training.losses import DistillationLoss
 from swiftkernels.training.recipe import Recipe
 
@@ -89,7 +89,9 @@ def train(
         The rows of metrics.csv.
 
     Raises:
-        ValueError: options or data that do not fit each other, or the checkpoint.
+        ValueError: options or data that do not fit each other, or the checkpoint; a folder that
+            another training writes to.
+        OSError: a file could not be written; those before it are whole.
         ImportError: a package is missing; it says which.
         FloatingPointError: the loss is not finite.
     """
@@ -207,10 +209,10 @@ class _Run:
         self.loss_steps = 0
 
     def to_the_end(self) -> list[metrics.Row]:
-        self.recipe.out.mkdir(parents=True, exist_ok=True)
-        self._restore()
-        while self.step < self.steps:
-            self._epoch()
+        with _holding(self.recipe.out, self.world):
+            self._restore()
+            while self.step < self.steps:
+                self._epoch()
         return self.rows
 
     def _epoch(self) -> None:
@@ -451,6 +453,24 @@ def _world(device: str) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), own)
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _holding(out: Path, world: World) -> Iterator[None]:
+    """The folder for this training alone; the first process holds it for all."""
+    with contextlib.ExitStack() as held:
+        failure: list[Exception | None] = [None]
+        if world.rank == 0:
+            try:
+                held.enter_context(lock.locked(out))
+                writing.remove_leftovers(out)
+            except (ValueError, OSError) as error:
+                failure = [error]
+        if world.processes > 1:
+            dist.broadcast_object_list(failure)
+        if failure[0] is not None:
+            raise failure[0]
+        yield
 
 
 def _parallel(model: nn.Module, world: World) -> nn.Module:
