@@ -125,8 +125,11 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
         "library, a folder with one and config.json, or a repository of huggingface.co",
     )
     add("images", type=Path, nargs="+", help="image files, or folders with some")
-    add("--classes", type=Path, metavar="FILE", help="with the name of a class in each line")
-    add("--top", type=int, default=5, metavar="N", help="classes to name (%(default)s)")
+    add(
+        "--labels", "--classes", type=Path, metavar="FILE",
+        help="with a name in each line (else those of config.json, or ImageNet's for 1000 classes)",
+    )  # fmt: skip
+    add("--top", type=int, metavar="N", help="classes to name (5, or all of fewer)")
     add(
         "--size", type=int, nargs="+", default=(224,), metavar="PIXELS",
         help="of the model's input: a square's side, or height and width (224)",
