@@ -143,6 +143,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     add("--features", action="store_true", help="draw the feature map of each stage")
     add("--out", type=Path, default=Path("results"), help="folder to draw into (%(default)s)")
     add("--source", choices=SOURCES, help="whose names the weights have (told by the names)")
+    add("--prefix", default="", help="take the names under it alone: backbone. of a detector's")
     add("--pooling", choices=POOLINGS, help="of the attention (told by file or source)")
     add("--ema", action="store_true", help="take the moving average of the weights")
     _add_device(parser)
@@ -266,6 +267,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _choices() -> Iterator[tuple[str, str]]:
+    said: set[str] = set()  # what holds for several types is said once
     # One of each type is enough: what the choice depends on rarely differs among several GPUs.
     kinds = {"cpu": torch.device("cpu")} | {d.type: d for d in reversed(devices.gpus())}
     for device in kinds.values():
@@ -274,7 +276,9 @@ def _choices() -> Iterator[tuple[str, str]]:
                 x = torch.empty(SHAPE, dtype=dtype, device=device)
                 with torch.no_grad():
                     chosen = ops.choose_backend("auto", x, SHAPE[-1])
-                text = "\n".join((chosen, *_why_not(x, chosen)))
+                reasons = [reason for reason in _why_not(x, chosen) if reason not in said]
+                said.update(reasons)
+                text = "\n".join((chosen, *reasons))
             except (RuntimeError, ValueError) as error:
                 text = f"error: {_first_line(error)}"
             yield f"{device.type} {str(dtype).removeprefix('torch.')}", _indented(text)

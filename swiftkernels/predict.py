@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,6 +62,7 @@ def run(
     features: bool = False,
     out: Path = Path("results"),
     source: str | None = None,
+    prefix: str = "",
     pooling: str | None = None,
     ema: bool = False,
     device: str | None = None,
@@ -91,8 +93,13 @@ def run(
     where = devices.find(device)
     if attention or features:
         out.mkdir(parents=True, exist_ok=True)
-    model, report, config = from_pretrained(checkpoint, source=source, ema=ema, pooling=pooling)
-    print(report, end="\n\n")
+    try:
+        model, report, config = from_pretrained(
+            checkpoint, source=source, prefix=prefix, ema=ema, pooling=pooling
+        )
+    except ValueError as error:
+        raise ValueError(_as_options(str(error))) from error
+    print(_as_options(str(report)), end="\n\n")
     _check_model(model, report.pooling, attention, features)
     _check_fit(model, size, top)
     model.to(where)
@@ -132,6 +139,15 @@ def run(
             print(f"  {_saved(figure, out, path, 'features')}")
         print()
     return failed
+
+
+def _as_options(text: str) -> str:
+    """What the library says of its arguments, in the words of the command: ema=True is --ema."""
+    return re.sub(
+        r"\b(ema|pooling|prefix|source)=(?:True|'([^' ]*)')",
+        lambda m: " ".join(filter(None, (f"--{m[1]}", m[2]))),
+        text,
+    )
 
 
 def cropped(image: Image, size: tuple[int, int] = (224, 224), crop: float = CROP) -> Image:

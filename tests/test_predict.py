@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import doctest
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -386,6 +387,33 @@ def test_what_cannot_be_done_is_told(arguments, message, folder, checkpoint, cap
     said = capsys.readouterr().err
     assert message in said
     assert len(said.splitlines()) == 1
+
+
+def test_errors_name_the_options_of_the_command(folder, tmp_path, capsys):
+    weights = {f"backbone.{name}": t for name, t in trained().state_dict().items()}
+    path = tmp_path / "detector.pth"
+    given = (path, folder / "a.png", "--size", 32)
+    for content, message, more in (
+        (None, f"checkpoint must be a file, a folder, or a repository .*; {path} does not", ()),
+        (
+            {"model": weights, "model_ema": {}},
+            "Of a larger model, name the part: --prefix back",
+            (),
+        ),
+        (weights, "Else name the source, as --source official", ()),
+        (weights, "it holds weights alone. Without --ema it", ("--ema",)),
+        ({"model_ema": weights}, r"'model_ema': --ema takes it\.", ()),
+        (weights, "prefix must be the start of names", ("--prefix", "neck.")),
+    ):
+        if content is not None:
+            torch.save(content, path)
+        assert run(*given, *more) == 2
+        said = capsys.readouterr().err
+        assert re.search(message, said), said
+        assert "=" not in said
+        assert "where" not in said
+    assert run(*given, "--prefix", "backbone.") == 0
+    assert "class " in capsys.readouterr().out
 
 
 def test_models_and_folders_that_do_not_do(folder, checkpoint, tmp_path, capsys):

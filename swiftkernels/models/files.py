@@ -650,8 +650,8 @@ def _entry(content: Mapping[str, Any], ema: bool, name: str) -> tuple[str, str]:
             held = listed(entries, 8) if plain else "weights alone"
             raise ValueError(
                 f"{name} must hold a moving average of the weights for ema=True, in "
-                f"{' or '.join(map(repr, AVERAGES))}; it holds {held}. Leave ema out for the "
-                "weights."
+                f"{' or '.join(map(repr, AVERAGES))}; it holds {held}. Without ema=True it "
+                "gives the weights."
             )
         return averages[0], ""
     if averages and not plain:
@@ -708,7 +708,7 @@ def _unwrapped(weights: Mapping[str, Any], prefix: str, name: str) -> dict[str, 
         weights = {k.removeprefix(wrapper): t for k, t in weights.items()}
     if prefix and not any(k.startswith(prefix) for k in weights):
         raise ValueError(
-            f"prefix must be one of names in {name}; got {prefix!r}, and there are "
+            f"prefix must be the start of names in {name}; got {prefix!r}, and there are "
             f"{listed(list(weights), 5)}."
         )
     weights = {k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)}
