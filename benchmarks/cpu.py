@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from benchmarks import memory, plots, timing
 from benchmarks.engines import (
@@ -37,6 +36,7 @@ from benchmarks.engines import (
 from benchmarks.speedups import OURS, speedups, table
 from benchmarks.tradeoff import positive
 from swiftkernels.peers import PEERS
+from swiftkernels.progress import Progress, track
 from swiftkernels.writing import rounded, write_csv
 
 MEMORY_CSV = "cpu_memory.csv"
@@ -126,7 +126,7 @@ def run(settings: Settings) -> list[str]:
     wrong = []
     problems = settings.problems()
     before = torch.get_num_threads()
-    with tqdm(total=len(problems) * len(settings.threads), unit="comparison") as bar:
+    with Progress(len(problems) * len(settings.threads), "comparisons") as bar:
         try:
             for comparison in compare_all(settings, bar):
                 append_rows(path, comparison)
@@ -134,10 +134,10 @@ def run(settings: Settings) -> list[str]:
                 for row in comparison:
                     if row["note"]:
                         message = f"{row['engine']}, {_where(row)}: {row['note']}"
-                        tqdm.write(message)
+                        bar.write(message)
                         if row["note"].startswith("wrong"):
                             wrong.append(message)
-                bar.update()
+                bar.advance()
         finally:
             torch.set_num_threads(before)
     report(settings.out, rows)
@@ -155,18 +155,18 @@ def report(out: Path, rows: Sequence[Row]) -> None:
     print("\nWritten: " + ", ".join(str(file) for file in (out / plots.CPU_CSV, *images)))
 
 
-def compare_all(settings: Settings, bar: Any) -> Iterator[list[Row]]:
+def compare_all(settings: Settings, bar: Progress) -> Iterator[list[Row]]:
     """The rows of one comparison after the other; `bar` shows what is going on."""
     for size, batch in settings.problems():
         with torch.set_grad_enabled(settings.backward):
             problem = Problem(size, batch, settings.torch_dtype, settings.backward)
             for threads in settings.threads:
-                bar.set_description(f"{size.name}, batch {batch}, {threads} thread(s)")
+                bar.show(f"{size.name}, batch {batch}, {threads} thread(s)")
                 torch.set_num_threads(threads)
                 yield compare(problem, threads, settings, bar)
 
 
-def compare(problem: Problem, threads: int, settings: Settings, bar: Any) -> list[Row]:
+def compare(problem: Problem, threads: int, settings: Settings, bar: Progress) -> list[Row]:
     """Build, verify and time the engines on one problem: a row each."""
     torch.compiler.reset()  # old graphs would use up the limit of recompilations
     gc.collect()
@@ -191,7 +191,7 @@ def compare(problem: Problem, threads: int, settings: Settings, bar: Any) -> lis
     calls: dict[str, Call] = {}
     rows = []
     for engine in settings.engines:
-        bar.set_postfix_str(engine)
+        bar.note(engine)
         row: Row = dict.fromkeys(COLUMNS, "") | common | {"engine": engine} | machine
         rows.append(row)
         if too_slow(engine, problem):
@@ -214,7 +214,7 @@ def compare(problem: Problem, threads: int, settings: Settings, bar: Any) -> lis
             calls[engine] = call
         else:
             row["note"] = wrong_note(errors, bounds)
-    bar.set_postfix_str("timing")
+    bar.note("timing")
     timings = timing.interleave(calls, "cpu", settings.seconds, rest=REST if threads > 1 else 0.0)
     for row in rows:
         if row["engine"] in timings:
@@ -225,7 +225,7 @@ def compare(problem: Problem, threads: int, settings: Settings, bar: Any) -> lis
             row["rounds"] = len(own.samples)
             if "eager" in timings:
                 row["ratio_to_eager"] = own.median / timings["eager"].median
-    bar.set_postfix_str("")
+    bar.note("")
     return rows
 
 
@@ -295,7 +295,7 @@ def measure_memory(settings: Settings) -> list[Row]:
         for engine in settings.engines
     ]
     machine = {"torch": torch.__version__, "isa": isa()}
-    return [memory.measure(case) | machine for case in tqdm(cases, unit="case")]
+    return [memory.measure(case) | machine for case in track(cases, "cases")]
 
 
 def memory_table(rows: Sequence[Row]) -> str:

@@ -33,7 +33,8 @@ import swiftkernels
 from swiftkernels import devices, ops
 from swiftkernels.modules import AdditiveAttention
 from swiftkernels.peers import PEERS
-from swiftkernels.verify import Progress, budget, relative_error
+from swiftkernels.progress import Progress
+from swiftkernels.verify import budget, relative_error
 from swiftkernels.writing import save_figure, write_csv, write_text
 
 OURS = "swiftkernels"
@@ -468,7 +469,7 @@ def _run(device: torch.device, out: Path, settings: Settings) -> int:
     rows: list[Row] = []
     status = 0
     problems = settings.problems()
-    with Progress(len(problems), "problem") as progress:
+    with Progress(len(problems), "problems") as progress:
         try:
             for batch, tokens, width, dtype, backward in problems:
                 name = str(dtype).removeprefix("torch.") + " with backward" * backward

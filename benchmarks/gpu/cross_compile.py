@@ -28,11 +28,11 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
-from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
+from swiftkernels.progress import Progress, track
 from swiftkernels.reference import Options
 from swiftkernels.triton import config, launch
 from swiftkernels.writing import write_text
@@ -481,17 +481,17 @@ def compile_all(cells: Sequence[Cell], results: Results) -> None:
     """Compile what has changed, cell by cell, and keep the facts."""
     pending = [
         (cell, [recorded for recorded in cell.launches if results.get(cell, recorded) is None])
-        for cell in tqdm(cells, desc="looking for changes", unit="cell")
+        for cell in track(cells, "cells", "looking for changes")
     ]
-    with tqdm(total=sum(len(launches) for _, launches in pending), unit="kernel") as bar:
+    with Progress(sum(len(launches) for _, launches in pending), "kernels") as bar:
         for cell, launches in pending:
             for recorded in launches:
-                bar.set_description(cell.key(recorded))
+                bar.show(cell.key(recorded))
                 found = examine(recorded, cell.architecture)
                 results.put(cell, recorded, found)
                 for problem in unexpected(cell, recorded, found):
-                    tqdm.write(f"{cell.key(recorded)}: {problem}: {found}")
-                bar.update()
+                    bar.write(f"{cell.key(recorded)}: {problem}: {found}")
+                bar.advance()
             if launches:
                 results.save()
 

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Subset
 
 from swiftkernels import devices, models, writing
 from swiftkernels.extras import need
+from swiftkernels.progress import Progress
 from swiftkernels.training import data, lock, metrics, optimizer
 from swiftkernels.training.losses import DistillationLoss
 from swiftkernels.training.recipe import Recipe
@@ -95,8 +96,7 @@ def train(
         ImportError: a package is missing; it says which.
         FloatingPointError: the loss is not finite.
     """
-    for package in ("matplotlib", "tqdm"):  # at the start, not after an epoch
-        need(package, "train", "Training")
+    need("matplotlib", "train", "Training")  # at the start, not after an epoch
     with _world(recipe.device) as world:
         if train_set is None:
             train_set, val_set = data.image_folders(recipe)
@@ -222,14 +222,16 @@ class _Run:
         self.places.start = done * self.recipe.batch_size * self.recipe.accumulate
         self.model.train()
         batches = iter(self.train_loader)
-        with _bar(
-            f"epoch {epoch + 1}/{self.recipe.epochs}", self.steps_per_epoch, self.world, done
+        text = f"epoch {epoch + 1} of {self.recipe.epochs}"
+        quiet = self.world.rank != 0
+        with Progress(
+            self.steps_per_epoch, "steps", text, done=done, leave=True, quiet=quiet
         ) as bar:
             for left in reversed(range(self.steps_per_epoch - done)):
                 self._train_step(batches)
-                bar.update()
+                bar.advance()
                 if left and self.step % self.recipe.log_every == 0:
-                    bar.set_postfix(loss=f"{self._log({}):.3f}")
+                    bar.note(f"loss {self._log({}):.3f}")
                 if left and self.step % self.recipe.save_every == 0:
                     self._save(LAST)
         self._end_of_epoch()
@@ -404,7 +406,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     found = torch.zeros(4, dtype=torch.float64, device=device)
-    with _bar("evaluation", len(batches), world) as bar:
+    with Progress(len(batches), "batches", "evaluation", quiet=world.rank != 0) as bar:
         for images, labels in batches:
             images, labels = images.to(device), labels.to(device)
             with _autocast(device, bfloat16):
@@ -413,7 +415,7 @@ def evaluate(
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
             found += torch.stack([loss, best[:, 0].sum(), best.sum(), loss.new_tensor(len(best))])
-            bar.update()
+            bar.advance()
     model.train(was_training)
     loss_sum, top1, top5, images_seen = world.sum(found).tolist()
     if images_seen == 0:
@@ -500,8 +502,3 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None
             f"resume goes on with the options of {path}: {told}. Pass the same, or start anew in "
             "another folder."
         )
-
-
-def _bar(text: str, total: int, world: World, done: int = 0) -> Any:
-    tqdm = need("tqdm", "train", "Training").tqdm
-    return tqdm(total=total, desc=text, initial=done, unit="step", disable=world.rank != 0)
