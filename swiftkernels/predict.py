@@ -99,9 +99,9 @@ def run(
         )
     except ValueError as error:
         raise ValueError(_as_options(str(error))) from error
+    _check_fit(model, size, top)
     print(_as_options(str(report)), end="\n\n")
     _check_model(model, report.pooling, attention, features)
-    _check_fit(model, size, top)
     model.to(where)
     names, named = _class_names(labels, config, model.num_classes)
     if model.num_classes:
@@ -119,7 +119,7 @@ def run(
             failed = 1
             continue
         for warning in said[:1]:  # one of them is a line enough
-            print(f"{path}: {warning.message}", file=sys.stderr)
+            print(f"{path}: warning: {warning.message}", file=sys.stderr)
         pixels = to_tensor(image).unsqueeze(0).to(where)
         print(path)
         if model.num_classes:
@@ -309,7 +309,7 @@ def _check_size(size: Sequence[int]) -> None:
     if size[0] * size[-1] > MOST_PIXELS:
         raise ValueError(
             f"--size must be at most {MOST_PIXELS:,} pixels in all, 4096 x 4096; got "
-            f"{_shown(size)}. More would take the memory of the machine."
+            f"{_shown(size)}. Larger inputs would take many GB of memory."
         )
 
 

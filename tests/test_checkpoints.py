@@ -508,7 +508,7 @@ def test_the_shapes_tell_the_model(options):
     found = SwiftFormer(**architecture(weights)).state_dict()
     assert {k: t.shape for k, t in found.items()} == {k: t.shape for k, t in weights.items()}
     del weights["stem.0.weight"]
-    with pytest.raises(ValueError, match=r"without: 'stem\.0\.weight'"):
+    with pytest.raises(ValueError, match=r"it has no 'stem\.0\.weight'"):
         architecture(weights)
 
 

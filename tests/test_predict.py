@@ -311,7 +311,9 @@ def test_images_that_are_too_large_are_one_line_each(folder, checkpoint, monkeyp
     said = capsys.readouterr()
     assert said.out.count("class ") == 10
     (line,) = said.err.splitlines()
-    assert line.startswith(f"{folder / 'a.png'}: Image size (5120 pixels) exceeds limit of 4000")
+    assert line.startswith(
+        f"{folder / 'a.png'}: warning: Image size (5120 pixels) exceeds limit of 4000"
+    )
 
 
 def test_images_that_take_more_memory_than_there_is_are_named(
@@ -397,10 +399,10 @@ def test_errors_name_the_options_of_the_command(folder, tmp_path, capsys):
         (None, f"checkpoint must be a file, a folder, or a repository .*; {path} does not", ()),
         (
             {"model": weights, "model_ema": {}},
-            "Of a larger model, name the part: --prefix back",
+            "Of a larger model, name the part, as --prefix back",
             (),
         ),
-        (weights, "Else name the source, as --source official", ()),
+        (weights, "else the source, as --source official", ()),
         (weights, "it holds weights alone. Without --ema it", ("--ema",)),
         ({"model_ema": weights}, r"'model_ema': --ema takes it\.", ()),
         (weights, "prefix must be the start of names", ("--prefix", "neck.")),

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
 
 from benchmarks import data, plots, tradeoff
 from benchmarks.data.make_fashion_mnist import make

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import nn
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
 
 from benchmarks import training_memory
 from swiftkernels import models

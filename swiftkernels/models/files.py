@@ -305,7 +305,7 @@ def read_checkpoint(
             raise ValueError(
                 f"{name} must hold the weights of a SwiftFormer, by the names of "
                 f"{', '.join(SOURCES)}; it has {listed(list(weights), 5)}. Of a larger model, name "
-                "the part: prefix='backbone.'. Else name the source, as source='official', to see "
+                "the part, as prefix='backbone.'; else the source, as source='official', to see "
                 "which names are unknown."
             )
     state_dict = convert_state_dict(weights, source, "timm")
@@ -364,8 +364,12 @@ def save_checkpoint(model: SwiftFormer, path: str | Path, target: str = "timm") 
         )
 
 
-def architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+def architecture(state_dict: Mapping[str, Tensor], name: str = "state_dict") -> dict[str, Any]:
     """The arguments of the `SwiftFormer` that has these weights, by this library's names.
+
+    Args:
+        state_dict: tensors with all their data.
+        name: what errors call it.
 
     Raises:
         ValueError: tensors that tell the sizes are missing, or have too few axes; blocks of a stage
@@ -378,10 +382,10 @@ def architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         >>> found["widths"], found["depths"], {name: found[name] for name in options}
         ((8, 16), (1, 2), {'num_classes': 3, 'in_chans': 1, 'use_layer_scale': False})
     """
-    depths = _depths(state_dict)
+    depths = _depths(state_dict, name)
     last = [f"stages.{i}.blocks.{depth - 1}.linear.fc1.weight" for i, depth in enumerate(depths)]
-    hidden, widths = zip(*(_two_sizes(state_dict, name) for name in last), strict=True)
-    _, in_chans = _two_sizes(state_dict, "stem.0.weight")
+    hidden, widths = zip(*(_two_sizes(state_dict, key, name) for key in last), strict=True)
+    _, in_chans = _two_sizes(state_dict, "stem.0.weight", name)
     head = state_dict.get("head.weight")
     norms = sorted(int(k.split(".")[1]) for k in state_dict if _FEATURE_NORM.fullmatch(k))
     features_only = bool(norms) and "norm.weight" not in state_dict
@@ -390,7 +394,7 @@ def architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         "depths": depths,
         "in_chans": in_chans,
         "mlp_ratio": _ratio(hidden, widths),
-        "num_classes": 0 if head is None else _two_sizes(state_dict, "head.weight")[0],
+        "num_classes": 0 if head is None else _two_sizes(state_dict, "head.weight", name)[0],
         "use_layer_scale": any("layer_scale_1" in k for k in state_dict),
         "distillation": head is None or "head_dist.weight" in state_dict,
         "features_only": features_only,
@@ -402,34 +406,33 @@ _BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\..+")
 _FEATURE_NORM = re.compile(r"feature_norms\.\d+\.weight")
 
 
-def _depths(state_dict: Mapping[str, Tensor]) -> tuple[int, ...]:
+def _depths(state_dict: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     """The number of blocks of each stage, which are all there."""
     blocks: dict[int, set[int]] = {}
     for match in filter(None, map(_BLOCK.fullmatch, state_dict)):
         blocks.setdefault(int(match[1]), set()).add(int(match[2]))
     groups = {"stages": set(blocks), **{f"blocks of stage {i}": blocks[i] for i in sorted(blocks)}}
-    for name, numbers in groups.items():
+    for group, numbers in groups.items():
         if numbers != set(range(max(1, len(numbers)))):
             found = listed([str(n) for n in sorted(numbers)]) or "none"
             raise ValueError(
-                "state_dict must hold a SwiftFormer with all its stages and blocks, numbered from "
-                f"0 on without a gap; its {name} are {found}."
+                f"{name} must hold all stages and blocks of a SwiftFormer, numbered from 0 on "
+                f"without a gap; its {group} are {found}."
             )
     return tuple(len(blocks[i]) for i in sorted(blocks))
 
 
-def _two_sizes(state_dict: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+def _two_sizes(state_dict: Mapping[str, Tensor], key: str, name: str) -> tuple[int, int]:
     """The outputs and inputs of a convolution or linear layer."""
-    weight = state_dict.get(name)
+    weight = state_dict.get(key)
     if weight is None:
         raise ValueError(
-            "state_dict must hold the stem and all stages of a SwiftFormer to tell its sizes; "
-            f"without: {name!r}."
+            f"{name} must hold the stem and all stages of a SwiftFormer, which tell its sizes; "
+            f"it has no {key!r}."
         )
     if weight.dim() < 2:
         raise ValueError(
-            f"state_dict must have two axes or more in {name!r}; its shape is "
-            f"{tuple(weight.shape)}."
+            f"{name} must have two axes or more in {key!r}; its shape is {tuple(weight.shape)}."
         )
     return weight.shape[0], weight.shape[1]
 

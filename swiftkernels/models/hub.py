@@ -73,7 +73,7 @@ def from_pretrained(
     weights, config_file = _found(checkpoint, revision)
     config = _read_config(config_file)
     found = read_checkpoint(weights, source=source, prefix=prefix, ema=ema)
-    told = architecture(found.state_dict)
+    told = architecture(found.state_dict, found.name)
     fixed = [name for name in TOLD if name in options]
     if fixed:
         raise ValueError(
