@@ -407,7 +407,7 @@ def main() -> None:
             print(f"\nWritten: {settings.out / MEMORY_CSV}")
             return
         wrong = run(settings)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         kept = "nothing was written" if settings.memory else "the CSV file has what was measured"

@@ -437,5 +437,7 @@ def _cores() -> int:
 if __name__ == "__main__":
     try:
         run(parse())
+    except OSError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; no CSV file was written")

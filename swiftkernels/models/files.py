@@ -140,12 +140,16 @@ def load_checkpoint(
     attentions is set as well: to what the file records (those of `save_checkpoint` do), else to
     what the source computes. The result tells which.
 
-    Nothing changes unless all fits and all is copied. Three differences are no mismatch. Of two
-    heads, a model with one gets the mean, and both get the only one of a file, which leaves the
-    outputs in evaluation the same. A model without heads (`features_only`, `num_classes=0`) takes
-    none, while its `feature_norms`, which classifiers lack, stay as they are. And a model without
-    layer scales takes weights of transformers with use_layer_scale=False, where the convolutions
-    keep theirs: they are multiplied into the pointwise convolution before them.
+    Nothing changes unless everything fits and is copied. Three differences are no mismatch:
+
+    * Heads. A model with one gets the mean of two, a model with two gets the only one twice; the
+      outputs in evaluation stay the same.
+    * Models without heads (`features_only`, `num_classes=0`) take none, and with `out_indices` skip
+      the stages that they do not have. Their `feature_norms`, which classifiers lack, stay as they
+      are.
+    * Layer scales. A model with use_layer_scale=False takes the weights of transformers'
+      use_layer_scale=False, whose convolutions still have some: these are multiplied into the
+      weights before them.
 
     Args:
         model: a model of this library.
@@ -499,8 +503,9 @@ def _fold_scales(given: dict[str, Tensor]) -> list[str]:
     Of transformers with use_layer_scale=False, where only attention and MLP have none.
     """
     scales = [k for k in given if k.endswith(".layer_scale.gamma")]
-    if not scales or any("layer_scale_1" in k for k in given):
+    if any("layer_scale_1" in k for k in given):
         return []
+    notes = []
     for key in scales:
         names = [key.replace("layer_scale.gamma", f"pwconv2.{part}") for part in ("weight", "bias")]
         gamma = given[key].double().flatten()
@@ -508,7 +513,8 @@ def _fold_scales(given: dict[str, Tensor]) -> list[str]:
             del given[key]
             for k in names:
                 given[k] = given[k].double() * gamma.view(-1, *[1] * (given[k].dim() - 1))
-    return ["layer scales of the convolutions: multiplied into pwconv2, as the model has none"]
+            notes = ["layer scales of convolutions: multiplied into pwconv2, as the model has none"]
+    return notes
 
 
 def _pooling(model: SwiftFormer, found: Checkpoint, asked: str | None) -> tuple[str, str]:

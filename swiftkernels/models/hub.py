@@ -25,8 +25,8 @@ ONLY = {
 """What a configuration of transformers may say only so: it shows in no tensor."""
 
 
-TOLD = ("widths", "depths", "in_chans", "mlp_ratio", "use_layer_scale")
-"""Options of `SwiftFormer` that the weights tell."""
+FROM_WEIGHTS = ("widths", "depths", "in_chans", "mlp_ratio", "use_layer_scale")
+"""Options of `SwiftFormer` that follow from the weights."""
 
 
 class Pretrained(NamedTuple):
@@ -74,7 +74,7 @@ def from_pretrained(
     config = _read_config(config_file)
     found = read_checkpoint(weights, source=source, prefix=prefix, ema=ema)
     told = architecture(found.state_dict, found.name)
-    fixed = [name for name in TOLD if name in options]
+    fixed = [name for name in FROM_WEIGHTS if name in options]
     if fixed:
         raise ValueError(
             f"options must leave {', '.join(fixed)} to the checkpoint, whose weights fit nothing "
@@ -86,7 +86,7 @@ def from_pretrained(
     if not options.get("features_only", told["features_only"]):
         told["out_indices"] = None
     options = {**told, **options}
-    # Whether all fits is known before memory is taken: a small file can tell of a huge model.
+    # Before memory is allocated: a small file can name the sizes of a huge model.
     skeleton = SwiftFormer(**{**options, "device": "meta"})
     fit_to(skeleton.state_dict(), found, fresh_heads=fresh)
     model = SwiftFormer(**options)
