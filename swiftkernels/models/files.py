@@ -552,7 +552,7 @@ def _remedy(
     if theirs["use_layer_scale"] != ours["use_layer_scale"]:
         if ours["use_layer_scale"]:
             return " It has no layer scales: make the model with use_layer_scale=False."
-        return " It has layer scales, which a model made with use_layer_scale=False has not."
+        return " It has layer scales: make the model with use_layer_scale=True."
     for option in ("in_chans", "mlp_ratio"):
         if theirs[option] != ours[option]:
             return f" It has {option} {theirs[option]}, the model {ours[option]}."
@@ -684,7 +684,7 @@ def _check_stored(weights: Mapping[str, Tensor], name: str) -> None:
     amount of memory."""
     for key, t in weights.items():
         if t.layout is not torch.strided:
-            what = f"is sparse ({t.layout})"
+            what = f"is not dense: its layout is {t.layout}"
         elif t.is_meta:
             what = "has no data: it is on the device meta"
         elif t.numel() == 0:
