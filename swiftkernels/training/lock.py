@@ -20,10 +20,13 @@ children close theirs, so that a loading process that outlives a training does n
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[bool]:
     """Hold the folder, which is made if need be, until the end of the block.
 
     The operating system releases the lock when the process ends, however it ends.
+
+    Yields:
+        Whether no other process can hold it: False where files cannot be locked.
 
     Raises:
         ValueError: another process holds it; the message says which.
@@ -33,8 +36,9 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
+        yield False
         return
+    alone = True
     path = folder / NAME
     with path.open("ab+", buffering=0) as file:
         try:
@@ -46,6 +50,7 @@ def locked(folder: Path) -> Iterator[None]:
                 f"{holder}. Wait for it, stop it, or choose another folder."
             ) from None
         except OSError as error:
+            alone = False
             print(
                 f"warning: {path} cannot be locked here ({error.strerror}): make sure that no "
                 f"other training writes to {folder}.",
@@ -56,7 +61,7 @@ def locked(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # of a full disk
                 file.truncate(0)
                 file.write(_this_process().encode())
-            yield
+            yield alone
         finally:
             _held.discard(file)
 

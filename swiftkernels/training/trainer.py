@@ -464,8 +464,8 @@ def _holding(out: Path, world: World) -> Iterator[None]:
         failure: list[Exception | None] = [None]
         if world.rank == 0:
             try:
-                held.enter_context(lock.locked(out))
-                writing.remove_leftovers(out)
+                if held.enter_context(lock.locked(out)):
+                    writing.remove_leftovers(out)
             except (ValueError, OSError) as error:
                 failure = [error]
         if world.processes > 1:
