@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from benchmarks import memory, plots, timing
 from benchmarks.engines import (
@@ -35,8 +34,10 @@ from benchmarks.engines import (
     version,
 )
 from benchmarks.speedups import OURS, speedups, table
-from benchmarks.tradeoff import positive, write_csv
+from benchmarks.tradeoff import positive
 from swiftkernels.peers import PEERS
+from swiftkernels.progress import Progress, track
+from swiftkernels.writing import rounded, write_csv
 
 MEMORY_CSV = "cpu_memory.csv"
 DTYPES = ("float32", "bfloat16")
@@ -125,7 +126,7 @@ def run(settings: Settings) -> list[str]:
     wrong = []
     problems = settings.problems()
     before = torch.get_num_threads()
-    with tqdm(total=len(problems) * len(settings.threads), unit="comparison") as bar:
+    with Progress(len(problems) * len(settings.threads), "comparisons") as bar:
         try:
             for comparison in compare_all(settings, bar):
                 append_rows(path, comparison)
@@ -133,10 +134,10 @@ def run(settings: Settings) -> list[str]:
                 for row in comparison:
                     if row["note"]:
                         message = f"{row['engine']}, {_where(row)}: {row['note']}"
-                        tqdm.write(message)
+                        bar.write(message)
                         if row["note"].startswith("wrong"):
                             wrong.append(message)
-                bar.update()
+                bar.advance()
         finally:
             torch.set_num_threads(before)
     report(settings.out, rows)
@@ -154,18 +155,18 @@ def report(out: Path, rows: Sequence[Row]) -> None:
     print("\nWritten: " + ", ".join(str(file) for file in (out / plots.CPU_CSV, *images)))
 
 
-def compare_all(settings: Settings, bar: Any) -> Iterator[list[Row]]:
+def compare_all(settings: Settings, bar: Progress) -> Iterator[list[Row]]:
     """The rows of one comparison after the other; `bar` shows what is going on."""
     for size, batch in settings.problems():
         with torch.set_grad_enabled(settings.backward):
             problem = Problem(size, batch, settings.torch_dtype, settings.backward)
             for threads in settings.threads:
-                bar.set_description(f"{size.name}, batch {batch}, {threads} thread(s)")
+                bar.show(f"{size.name}, batch {batch}, {threads} thread(s)")
                 torch.set_num_threads(threads)
                 yield compare(problem, threads, settings, bar)
 
 
-def compare(problem: Problem, threads: int, settings: Settings, bar: Any) -> list[Row]:
+def compare(problem: Problem, threads: int, settings: Settings, bar: Progress) -> list[Row]:
     """Build, verify and time the engines on one problem: a row each."""
     torch.compiler.reset()  # old graphs would use up the limit of recompilations
     gc.collect()
@@ -190,7 +191,7 @@ def compare(problem: Problem, threads: int, settings: Settings, bar: Any) -> lis
     calls: dict[str, Call] = {}
     rows = []
     for engine in settings.engines:
-        bar.set_postfix_str(engine)
+        bar.note(engine)
         row: Row = dict.fromkeys(COLUMNS, "") | common | {"engine": engine} | machine
         rows.append(row)
         if too_slow(engine, problem):
@@ -213,7 +214,7 @@ def compare(problem: Problem, threads: int, settings: Settings, bar: Any) -> lis
             calls[engine] = call
         else:
             row["note"] = wrong_note(errors, bounds)
-    bar.set_postfix_str("timing")
+    bar.note("timing")
     timings = timing.interleave(calls, "cpu", settings.seconds, rest=REST if threads > 1 else 0.0)
     for row in rows:
         if row["engine"] in timings:
@@ -224,7 +225,7 @@ def compare(problem: Problem, threads: int, settings: Settings, bar: Any) -> lis
             row["rounds"] = len(own.samples)
             if "eager" in timings:
                 row["ratio_to_eager"] = own.median / timings["eager"].median
-    bar.set_postfix_str("")
+    bar.note("")
     return rows
 
 
@@ -267,9 +268,7 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         if file.tell() == 0:
             writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
+        writer.writerows(map(rounded, rows))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -296,7 +295,7 @@ def measure_memory(settings: Settings) -> list[Row]:
         for engine in settings.engines
     ]
     machine = {"torch": torch.__version__, "isa": isa()}
-    return [memory.measure(case) | machine for case in tqdm(cases, unit="case")]
+    return [memory.measure(case) | machine for case in track(cases, "cases")]
 
 
 def memory_table(rows: Sequence[Row]) -> str:
@@ -403,12 +402,12 @@ def main() -> None:
         if settings.memory:
             rows = measure_memory(settings)
             settings.out.mkdir(parents=True, exist_ok=True)
-            write_csv(settings.out / MEMORY_CSV, rows)
+            write_csv(settings.out / MEMORY_CSV, rows, digits=6)
             print(memory_table(rows))
             print(f"\nWritten: {settings.out / MEMORY_CSV}")
             return
         wrong = run(settings)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         kept = "nothing was written" if settings.memory else "the CSV file has what was measured"

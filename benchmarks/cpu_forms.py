@@ -19,13 +19,14 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks import timing
 from swiftkernels import AdditiveAttention
 from swiftkernels.cpu import config, launch, library
 from swiftkernels.cpu.weights import FOLDED, TRIANGULAR, Packed, Weights, pack
+from swiftkernels.progress import Progress
 from swiftkernels.reference import Options
+from swiftkernels.writing import write_text
 
 WIDTHS = (48, 64, 128, 256, 512)
 BACKWARD_WIDTHS = (96, 128, 256)
@@ -125,20 +126,20 @@ def main() -> None:
     }
     found = {}
     total = len(RATIOS) * sum(len(widths) for _, widths in kinds.values())
-    with tqdm(total=total, unit="comparison") as progress:
+    with Progress(total, "comparisons") as progress:
         for name, (gain, widths) in kinds.items():
             gains = {}
             for ratio in RATIOS:
                 values = []
                 for width in widths:
                     values.append(gain(width, ratio, arguments.seconds))
-                    progress.update()
+                    progress.advance()
                 gains[ratio] = statistics.geometric_mean(values)
                 progress.write(f"{name}, {ratio:g} tokens per channel: {gains[ratio]:.3f}")
             found[name] = threshold(gains)
     table = json.loads(config.TABLE.read_text())
     table[loaded.name] = found | {"device": timing.device_name("cpu")}
-    config.TABLE.write_text(json.dumps(table, indent=2) + "\n")
+    write_text(config.TABLE, json.dumps(table, indent=2) + "\n")
     print(f"{loaded.name}: {found}, written to {config.TABLE}")
 
 

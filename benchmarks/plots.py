@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from benchmarks.speedups import COMBINED, OURS, Setting, Speedup, setting_of, speedups
+from swiftkernels.writing import save_figure
 
 TRADEOFF_CSV = "tradeoff.csv"
 TOKENS_CSV = "tokens.csv"
@@ -104,7 +105,7 @@ def draw(folder: Path) -> list[Path]:
     for path, figure in zip(
         paths, (accuracy_latency(accuracy), latency_tokens(tokens)), strict=True
     ):
-        figure.savefig(path, dpi=200, facecolor="white")
+        save_figure(figure, path, dpi=200, facecolor="white")
     return paths
 
 
@@ -126,7 +127,7 @@ def draw_cpu(folder: Path) -> list[Path]:
         last = next(row for row in reversed(rows) if setting_of(row) == setting)
         figure = cpu_speedups([s for s in found if s.setting == setting], last)
         paths.append(folder / _speedups_name(setting))
-        figure.savefig(paths[-1], dpi=200, facecolor="white")
+        save_figure(figure, paths[-1], dpi=200, facecolor="white")
     return paths
 
 

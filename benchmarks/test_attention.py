@@ -1,8 +1,9 @@
 """The operator beside the eager layer, torch.compile and its peers, on tokens of photographs.
 
-`pytest benchmarks/ --benchmark-only` verifies every layer against float64, then times it twice:
-in turn with the eager layer (extra_info, results/attention.csv), and alone (the printed table).
-`--benchmark-disable` only verifies.
+`pytest benchmarks/ --benchmark-only` verifies every layer against float64 and times it in turn with
+the eager layer, for the printed table and results/attention.csv; then once more alone, for what
+pytest-benchmark saves and compares (`--benchmark-json`, `--benchmark-autosave`), where the times of
+the first are in extra_info. `--benchmark-disable` only verifies.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ networks and the bare mixers, and writes tradeoff.csv, tokens.csv and two plots 
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import os
 import signal
@@ -23,11 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks import plots, timing
 from benchmarks.data import Dataset, Split, load
 from benchmarks.networks import MIXERS, WIDTH, Classifier
+from swiftkernels import progress
+from swiftkernels.writing import write_csv
 
 DEFAULT_MIXERS = tuple(m for m in MIXERS if m not in ("additive_sum", "additive_linear"))
 BATCHES = (1, 32)
@@ -97,8 +97,8 @@ def run(settings: Settings) -> None:
             tokens = time_mixers(settings)
     finally:
         torch.set_num_threads(threads)
-    write_csv(settings.out / plots.TRADEOFF_CSV, tradeoff)
-    write_csv(settings.out / plots.TOKENS_CSV, tokens)
+    write_csv(settings.out / plots.TRADEOFF_CSV, tradeoff, digits=6)
+    write_csv(settings.out / plots.TOKENS_CSV, tokens, digits=6)
     images = plots.draw(settings.out)
     print(table(tradeoff))
     files = [settings.out / plots.TRADEOFF_CSV, settings.out / plots.TOKENS_CSV, *images]
@@ -108,17 +108,15 @@ def run(settings: Settings) -> None:
 def train_all(settings: Settings, dataset: Dataset) -> list[Trained]:
     """Train every mixer with every seed, the seeds outermost."""
     jobs = [Job(m, seed) for seed in range(settings.seeds) for m in settings.mixers]
-    results = {
-        trained.job: trained
-        for trained in tqdm(
-            _train_in_turn(settings, dataset, jobs)
-            if settings.workers == 1
-            else _train_in_workers(settings, jobs),
-            desc="training networks",
-            total=len(jobs),
-            unit="network",
-        )
-    }
+    one_by_one = settings.workers == 1
+    training = (
+        _train_in_turn(settings, dataset, jobs) if one_by_one else _train_in_workers(settings, jobs)
+    )
+    results = {}
+    with progress.Progress(len(jobs), "networks", "training networks", leave=True) as bar:
+        for trained in training:
+            results[trained.job] = trained
+            bar.advance()
     return [results[job] for job in jobs]
 
 
@@ -135,7 +133,7 @@ def _train_in_turn(settings: Settings, dataset: Dataset, jobs: list[Job]) -> Ite
 def _train_in_workers(settings: Settings, jobs: list[Job]) -> Iterator[Trained]:
     context = multiprocessing.get_context("spawn")  # fork does not go with torch's threads
     lock = context.RLock()  # for the progress bars, which share the screen
-    tqdm.set_lock(lock)
+    progress.share_lock(lock)
     executor = ProcessPoolExecutor(
         min(settings.workers, len(jobs)),
         mp_context=context,
@@ -160,7 +158,7 @@ def _start_worker(settings: Settings, counter: Any, lock: Any) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent process reports the interruption
     torch.set_num_threads(1)
-    tqdm.set_lock(lock)
+    progress.share_lock(lock)
     with counter.get_lock():
         counter.value += 1
         _worker = (settings, settings.dataset(), counter.value)
@@ -186,12 +184,8 @@ def train(job: Job, settings: Settings, dataset: Dataset, position: int) -> Trai
         optimizer, LEARNING_RATE, total_steps=settings.epochs * steps, pct_start=0.25
     )
     generator = torch.Generator().manual_seed(job.seed)
-    with tqdm(
-        total=settings.epochs * steps,
-        desc=f"{job.mixer}, seed {job.seed}",
-        unit="step",
-        position=position,
-        leave=False,
+    with progress.Progress(
+        settings.epochs * steps, "steps", f"{job.mixer}, seed {job.seed}", position=position
     ) as bar:
         for _ in range(settings.epochs):
             order = torch.randperm(len(images), generator=generator)
@@ -205,7 +199,7 @@ def train(job: Job, settings: Settings, dataset: Dataset, position: int) -> Trai
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
-                bar.update()
+                bar.advance()
     weights = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
     return Trained(job, evaluate(model, dataset.test, device), weights)
 
@@ -238,7 +232,7 @@ def time_networks(
         networks[mixer] = network.to(settings.device).eval()
     images, _ = to_tensors(dataset.test, torch.device(settings.device))
     timings = {}
-    for batch in tqdm(BATCHES, desc="timing networks", unit="batch size"):
+    for batch in progress.track(BATCHES, "batch sizes", "timing networks", leave=True):
         x = images[torch.arange(batch, device=images.device) % len(images)]
         calls = {mixer: _bind(network, x) for mixer, network in networks.items()}
         timings[batch] = timing.interleave(calls, settings.device, settings.seconds)
@@ -276,12 +270,13 @@ def time_mixers(settings: Settings) -> list[dict[str, Any]]:
             modules[mixer] = make(WIDTH).to(settings.device).eval()
     rows: list[dict[str, Any]] = []
     last: dict[str, float] = {}
-    for i, side in enumerate(tqdm(settings.sides, desc="timing mixers", unit="size")):
+    sides = progress.track(settings.sides, "numbers of tokens", "timing mixers", leave=True)
+    for i, side in enumerate(sides):
         if i:
             growth = (side / settings.sides[i - 1]) ** 4  # at worst quadratic in the tokens
             for mixer in list(modules):
                 if last[mixer] * growth > LONGEST_CALL:
-                    tqdm.write(
+                    print(
                         f"{mixer} is not timed from {side**2} tokens on: "
                         f"a call could take over {LONGEST_CALL:g} s."
                     )
@@ -328,22 +323,6 @@ def _machine(settings: Settings) -> dict[str, Any]:
         "dtype": "float32",
         "torch": torch.__version__,
     }
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write all rows or nothing: a file of that name is replaced when the new one is complete."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys() if rows else [])
-            writer.writeheader()
-            writer.writerows(
-                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-                for row in rows
-            )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -458,5 +437,7 @@ def _cores() -> int:
 if __name__ == "__main__":
     try:
         run(parse())
+    except OSError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; no CSV file was written")

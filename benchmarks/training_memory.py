@@ -25,6 +25,8 @@ import swiftkernels
 from benchmarks import resident
 from swiftkernels import models
 from swiftkernels.cpu import library
+from swiftkernels.progress import track
+from swiftkernels.writing import write_csv
 
 CSV = "training_memory.csv"
 CLASSES = 1000
@@ -155,13 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*measure_here(given.one, given.batch, given.side, given.threads))
         return 0
 
-    from tqdm import tqdm
-
-    from benchmarks.tradeoff import write_csv
-
     rows = [
         measure(name, given.batch, given.side, given.threads, given.repeats)
-        for name in tqdm(MODELS, unit="model")
+        for name in track(list(MODELS), "models")
     ]
     print(table(rows))
     loss = rows[0]["loss"]
@@ -170,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: the loss is not timm's for {', '.join(wrong)}", file=sys.stderr)
         return 1
     given.out.mkdir(parents=True, exist_ok=True)
-    write_csv(given.out / CSV, rows)
+    write_csv(given.out / CSV, rows, digits=6)
     print(f"Written: {given.out / CSV}")
     return 0
 

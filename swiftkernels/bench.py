@@ -12,7 +12,6 @@ problem are timed in turn, in an order shuffled anew for every round.
 
 from __future__ import annotations
 
-import csv
 import functools
 import gc
 import platform
@@ -34,7 +33,9 @@ import swiftkernels
 from swiftkernels import devices, ops
 from swiftkernels.modules import AdditiveAttention
 from swiftkernels.peers import PEERS
-from swiftkernels.verify import Progress, budget, relative_error
+from swiftkernels.progress import Progress
+from swiftkernels.verify import budget, relative_error
+from swiftkernels.writing import save_figure, write_csv, write_text
 
 OURS = "swiftkernels"
 WRONG, FAILED = "wrong", "failed"
@@ -468,9 +469,7 @@ def _run(device: torch.device, out: Path, settings: Settings) -> int:
     rows: list[Row] = []
     status = 0
     problems = settings.problems()
-    with (out / CSV).open("w", newline="") as file, Progress(len(problems), "problem") as progress:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
+    with Progress(len(problems), "problems") as progress:
         try:
             for batch, tokens, width, dtype, backward in problems:
                 name = str(dtype).removeprefix("torch.") + " with backward" * backward
@@ -479,17 +478,19 @@ def _run(device: torch.device, out: Path, settings: Settings) -> int:
                     problem = Problem(batch, tokens, width, dtype, backward, device)
                     found = compare(problem, engines, watch, rate, settings)
                 rows += found
-                writer.writerows(map(_rounded, found))
-                file.flush()
+                write_csv(out / CSV, rows, COLUMNS, digits=6)
                 for row in found:
                     if row["note"].removeprefix(NO_GRAPH).startswith((WRONG, FAILED)):
                         status = 1
                         progress.write(f"{row['engine']}, {problem_label(row)}: {row['note']}")
                 progress.advance()
         except KeyboardInterrupt:
-            print("\ninterrupted; reporting what was measured", file=sys.stderr)
             status = 130
-    (out / REPORT).write_text(report(rows, device, rate))
+            if not rows:
+                print("\ninterrupted; nothing was measured, nothing written", file=sys.stderr)
+                return status
+            print("\ninterrupted; reporting what was measured", file=sys.stderr)
+    write_text(out / REPORT, report(rows, device, rate))
     written = [CSV, REPORT]
     try:
         draw(rows, device, out / PLOT)
@@ -506,10 +507,6 @@ def problem_label(row: Row) -> str:
     return (
         f"{row['dtype']} {row['direction']}, B={row['batch']}, N={row['tokens']}, C={row['width']}"
     )
-
-
-def _rounded(row: Row) -> Row:
-    return {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
 
 
 def ratios(rows: Sequence[Row], column: str) -> dict[tuple[str, str, str], list[float]]:
@@ -656,7 +653,7 @@ def draw(rows: Sequence[Row], device: torch.device, path: Path) -> None:
     axes[0].legend(fontsize=7, ncols=6)
     mode = "in CUDA graphs" if device.type == "cuda" else "as called"
     figure.suptitle(f"{devices.name(device)}, medians {mode}", fontsize=10)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def _shape(row: Row) -> str:

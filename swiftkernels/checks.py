@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,13 +29,6 @@ def check_positive(name: str, value: int, remedy: str = "") -> None:
         )
     if value < 1:
         raise ValueError(f"{name} must be at least 1; got {value}. {remedy}".rstrip())
-
-
-def check_folder(name: str, path: str | Path) -> None:
-    """Raise unless the folder that the file is to be written to is there."""
-    folder = Path(path).parent
-    if not folder.is_dir():
-        raise ValueError(f"{name} must be in a folder that is there; {folder} is not. Make it.")
 
 
 def check_number(name: str, value: float, positive: bool = False) -> None:

@@ -125,8 +125,11 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
         "library, a folder with one and config.json, or a repository of huggingface.co",
     )
     add("images", type=Path, nargs="+", help="image files, or folders with some")
-    add("--classes", type=Path, metavar="FILE", help="with the name of a class in each line")
-    add("--top", type=int, default=5, metavar="N", help="classes to name (%(default)s)")
+    add(
+        "--labels", "--classes", type=Path, metavar="FILE",
+        help="with a name in each line (else those of config.json, or ImageNet's for 1000 classes)",
+    )  # fmt: skip
+    add("--top", type=int, metavar="N", help="classes to name (5, or all of fewer)")
     add(
         "--size", type=int, nargs="+", default=(224,), metavar="PIXELS",
         help="of the model's input: a square's side, or height and width (224)",
@@ -140,6 +143,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     add("--features", action="store_true", help="draw the feature map of each stage")
     add("--out", type=Path, default=Path("results"), help="folder to draw into (%(default)s)")
     add("--source", choices=SOURCES, help="whose names the weights have (told by the names)")
+    add("--prefix", default="", help="take the names under it alone: backbone. of a detector's")
     add("--pooling", choices=POOLINGS, help="of the attention (told by file or source)")
     add("--ema", action="store_true", help="take the moving average of the weights")
     _add_device(parser)
@@ -263,6 +267,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _choices() -> Iterator[tuple[str, str]]:
+    said: set[str] = set()  # what holds for several types is said once
     # One of each type is enough: what the choice depends on rarely differs among several GPUs.
     kinds = {"cpu": torch.device("cpu")} | {d.type: d for d in reversed(devices.gpus())}
     for device in kinds.values():
@@ -271,7 +276,9 @@ def _choices() -> Iterator[tuple[str, str]]:
                 x = torch.empty(SHAPE, dtype=dtype, device=device)
                 with torch.no_grad():
                     chosen = ops.choose_backend("auto", x, SHAPE[-1])
-                text = "\n".join((chosen, *_why_not(x, chosen)))
+                reasons = [reason for reason in _why_not(x, chosen) if reason not in said]
+                said.update(reasons)
+                text = "\n".join((chosen, *reasons))
             except (RuntimeError, ValueError) as error:
                 text = f"error: {_first_line(error)}"
             yield f"{device.type} {str(dtype).removeprefix('torch.')}", _indented(text)

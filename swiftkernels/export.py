@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from swiftkernels import checks
+from swiftkernels import checks, writing
 from swiftkernels.extras import need
 from swiftkernels.modules import AttentionForward
+from swiftkernels.progress import timed
 from swiftkernels.verify import budget, relative_error
 
 IMAGES = (1, 3, 224, 224)
@@ -68,6 +69,7 @@ def to_torch_export(
     *,
     axes: Mapping[int, str] | None = None,
     compare: bool = True,
+    verbose: bool = True,
 ) -> Exported:
     """Write a program of `torch.export` (.pt2); `torch.export.load(path).module()` runs it.
 
@@ -81,21 +83,24 @@ def to_torch_export(
             the one size. The batch is exempt.
         compare: run model and program on random inputs, of `shape` and, where axes may vary, of a
             larger one.
+        verbose: say on stderr what goes on, and how long each step took.
 
     Raises:
         TypeError, ValueError: a wrong argument, or a model that cannot be exported so.
         RuntimeError: the program computes something else than the model.
+        OSError: the file could not be written; an older one is as it was.
 
     Example:
         >>> from swiftkernels.models import swiftformer_xs
         >>> print(to_torch_export(swiftformer_xs(), "xs.pt2"))  # doctest: +SKIP
         xs.pt2: torch.export, input batch x 3 x height x width, relative error ...
     """
-    job = _Job(model, path, shape, axes)
-    with _plain(model):
+    job = _Job(model, path, shape, axes, verbose)
+    with _plain(model), job.step("tracing with torch.export"):
         program = _torch_program(model, job)
     errors = job.compare(_leaves_of(program.module())) if compare else {}
-    torch.export.save(program, job.path)
+    with writing.replacing(job.path) as file:
+        torch.export.save(program, file)
     return job.done("torch.export", program, errors)
 
 
@@ -107,6 +112,7 @@ def to_onnx(
     axes: Mapping[int, str] | None = None,
     opset: int = FIRST_ONNX_OPSET,
     compare: bool = True,
+    verbose: bool = True,
 ) -> Exported:
     """Write an ONNX model, with operators of the standard alone, for any runtime.
 
@@ -114,16 +120,16 @@ def to_onnx(
     "tokens", the output "output", several of them "output_0", "output_1", ...
 
     Args:
-        model, path, shape, axes, compare: as in `to_torch_export`; but the limit of axes to sizes
-            above 1 holds for `shape` alone.
+        model, path, shape, axes, compare, verbose: as in `to_torch_export`; but the limit of axes
+            to sizes above 1 holds for `shape` alone.
         opset: 17 takes PyTorch's older exporter, which is deprecated, but whose models run in older
             runtimes; from 20 on GELU is one operator.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as in `to_torch_export`.
+        TypeError, ValueError, RuntimeError, OSError: as in `to_torch_export`.
         ImportError: a package is missing: pip install 'swiftkernels[export]'.
     """
-    job = _Job(model, path, shape, axes)
+    job = _Job(model, path, shape, axes, verbose)
     checks.check_positive("opset", opset)
     if opset < FIRST_ONNX_OPSET - 1:
         raise ValueError(f"opset must be at least {FIRST_ONNX_OPSET - 1}; got {opset}.")
@@ -133,7 +139,8 @@ def to_onnx(
     need("onnxscript", "export", "ONNX")
     with _plain(model), _quietly():
         proto = _onnx_model(onnx, job, opset)
-    onnx.checker.check_model(proto, full_check=True)
+    with job.step("checking with onnx.checker"):
+        onnx.checker.check_model(proto, full_check=True)
     domains = {node.domain for node in proto.graph.node} | {f.domain for f in proto.functions}
     written = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     if domains - {"", "ai.onnx"} or written != opset:
@@ -143,29 +150,35 @@ def to_onnx(
             "opset."
         )
     errors = job.compare(_onnx_runtime(proto)) if compare else {}
-    onnx.save(proto, job.path)
+    with writing.replacing(job.path) as file:
+        onnx.save(proto, file)
     return job.done(f"ONNX opset {written}", proto, errors)
 
 
 def to_torchscript(
-    model: nn.Module, path: str | Path, shape: Sequence[int] = IMAGES, *, compare: bool = True
+    model: nn.Module,
+    path: str | Path,
+    shape: Sequence[int] = IMAGES,
+    *,
+    compare: bool = True,
+    verbose: bool = True,
 ) -> Exported:
     """Write a TorchScript trace, frozen, for LibTorch; all axes but the channels may vary.
 
     PyTorch deprecates TorchScript in favour of torch.export: for programs that are there already.
 
     Args:
-        model, path, shape, compare: as in `to_torch_export`.
+        model, path, shape, compare, verbose: as in `to_torch_export`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as in `to_torch_export`.
+        TypeError, ValueError, RuntimeError, OSError: as in `to_torch_export`.
     """
-    job = _Job(model, path, shape, None)
-    with _plain(model), _quietly():
+    job = _Job(model, path, shape, None, verbose)
+    with _plain(model), _quietly(), job.step("tracing with torch.jit"):
         script = torch.jit.freeze(_trace(job))
     errors = job.compare(_leaves_of(script)) if compare else {}
-    with _quietly():
-        script.save(str(job.path))
+    with _quietly(), writing.replacing(job.path) as file:
+        torch.jit.save(script, file)
     return job.done("TorchScript", script, errors)
 
 
@@ -178,6 +191,7 @@ def to_coreml(
     largest: Sequence[int] | None = None,
     half: bool = False,
     target: str = "iOS16",
+    verbose: bool = True,
 ) -> Exported:
     """Write a Core ML model (.mlpackage) by coremltools; it runs on Apple's systems alone.
 
@@ -192,12 +206,13 @@ def to_coreml(
         half: compute in float16, but for the norms of queries and keys, whose squares would
             overflow and whose eps would be 0 there. Those do not run on the Neural Engine then.
         target: the oldest system, a name of `coremltools.target`.
+        verbose: as in `to_torch_export`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as in `to_torch_export`.
+        TypeError, ValueError, RuntimeError, OSError: as in `to_torch_export`.
         ImportError: coremltools is missing: pip install 'swiftkernels[coreml]'.
     """
-    job = _Job(model, path, shape, {})
+    job = _Job(model, path, shape, {}, verbose, is_folder=True)
     if job.path.suffix != ".mlpackage":
         raise ValueError(f"path must end in .mlpackage; got {job.path}.")
     if job.dtype != torch.float32 or job.device.type != "cpu":
@@ -209,13 +224,13 @@ def to_coreml(
     if not hasattr(coremltools.target, target):
         raise ValueError(f"target must be a name of coremltools.target; got {target!r}.")
     taken, named = _coreml_shape(coremltools, job.shape, choices, largest)
-    with _plain(model), _quietly():
+    with _plain(model), _quietly(), job.step("tracing with torch.jit"):
         trace, outputs = _trace(job), job.output_names()
     job.compare(_leaves_of(trace), [*choices, *([] if largest is None else [largest])])
     types: Any = coremltools.precision.FLOAT32
     if half:
         types = coremltools.transform.FP16ComputePrecision(op_selector=_may_be_half)
-    program = coremltools.convert(
+    program = coremltools.convert(  # which shows its own progress
         trace,
         inputs=[coremltools.TensorType(name=job.input_name, shape=taken)],
         outputs=[coremltools.TensorType(name=name) for name in outputs],
@@ -224,7 +239,11 @@ def to_coreml(
         compute_precision=types,
         skip_model_load=True,
     )
-    program.save(str(job.path))
+    with writing.replacing_folder(job.path) as folder:
+        try:
+            program.save(str(folder))
+        except RuntimeError as error:  # what its C++ raises where files cannot be written
+            raise OSError(f"{job.path} could not be written: {error}") from error
     written = f"Core ML for {target} in {'float16 but for norms' if half else 'float32'}"
     return Exported(job.path, written, named, program, {}, tuple(map(tuple, choices)))
 
@@ -238,6 +257,8 @@ class _Job:
         path: str | Path,
         shape: Sequence[int],
         axes: Mapping[int, str] | None,
+        verbose: bool,
+        is_folder: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
@@ -254,11 +275,17 @@ class _Job:
                 f"axes must be a mapping from axes of shape, 0 to {len(self.shape) - 1}, to names; "
                 f"got {axes}."
             )
-        checks.check_folder("path", path)
-        self.model, self.path = model, Path(path)
+        check = writing.check_folder if is_folder else writing.check_file
+        self.model, self.path = model, check("path", path)
+        checks.check_option("verbose", verbose, (True, False))
+        self.quiet = not verbose
         self.input_name = "images" if len(self.shape) == 4 else "tokens"
         like = next(model.parameters(), torch.empty(0))
         self.dtype, self.device = like.dtype, like.device
+
+    def step(self, text: str) -> contextlib.AbstractContextManager[None]:
+        """Says that a step of the export goes on, and how long it took."""
+        return timed(f"{self.path.name}: {text}", self.quiet)
 
     def input(self, shape: Sequence[int]) -> Tensor:
         """Random, but the same every time."""
@@ -284,7 +311,7 @@ class _Job:
         if others is None:
             others = [[n + n // 4 + 1 if i in self.axes else n for i, n in enumerate(self.shape)]]
         errors = {}
-        with _plain(self.model):
+        with _plain(self.model), self.step("comparing with the model"):
             double = copy.deepcopy(self.model).double()
             for shape in dict.fromkeys((self.shape, *map(tuple, others))):
                 x = self.input(shape)
@@ -366,15 +393,17 @@ def _onnx_model(onnx: Any, job: _Job, opset: int) -> Any:
     }
     if opset < FIRST_ONNX_OPSET:
         free = {job.input_name: job.axes} if job.axes else None
-        with tempfile.TemporaryDirectory() as folder:
+        text = "tracing and translating to ONNX"
+        with tempfile.TemporaryDirectory() as folder, job.step(text):
             file = Path(folder) / "model.onnx"
             torch.onnx.export(_Flat(job.model), (job.example(),), file, dynamic_axes=free, **names)
             return onnx.load(file)
-    program = torch.onnx.export(
-        _torch_program(_Flat(job.model), job), (job.example(),), verbose=False, **names
-    )
-    assert program is not None
-    proto = program.model_proto
+    with job.step("tracing with torch.export"):
+        traced = _torch_program(_Flat(job.model), job)
+    with job.step("translating to ONNX"):
+        program = torch.onnx.export(traced, (job.example(),), verbose=False, **names)
+        assert program is not None
+        proto = program.model_proto
     _rename_axes(proto.graph, job.axes)
     return proto
 

@@ -36,7 +36,8 @@ def load_image(path: str | Path) -> Image:
                 f"{path} must have pixels of 8 or 16 bits; they are of mode {file.mode}, whose "
                 "range is not known. Save it with 8 bits."
             )
-        image: Any = ImageOps.exif_transpose(file)
+        ImageOps.exif_transpose(file, in_place=True)
+        image: Any = file
         if wide:
             image = image.point(lambda value: value * (1 / 256)).convert("L")
         return image.convert("RGB")

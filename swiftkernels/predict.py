@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from swiftkernels.images import CROP, DEVIATION, MEAN, load_image
 from swiftkernels.models.attention_maps import token_weights
 from swiftkernels.models.hub import class_names, from_pretrained
 from swiftkernels.models.swiftformer import SwiftFormer
+from swiftkernels.writing import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +31,14 @@ PANEL = 2.5
 """Width of a picture in a figure, in inches."""
 LONGEST = 36
 """Characters of a title."""
+
+IMAGENET_CLASSES = 1000
+IMAGENET_LABELS = Path(__file__).with_name("imagenet_labels.txt")
+TOP = 5
+"""Classes that are named, unless another number is asked for."""
+SMALLEST_CROP = 0.1
+MOST_PIXELS = 4096**2
+"""Of the model's input, for which SwiftFormer-L3 takes some GB of memory."""
 
 ATTENTION = "Weights of the tokens in the global query, pooling "
 UNITS = {
@@ -43,14 +54,15 @@ def run(
     checkpoint: str,
     images: Sequence[Path],
     *,
-    classes: Path | None = None,
-    top: int = 5,
+    labels: Path | None = None,
+    top: int | None = None,
     size: Sequence[int] = (224,),
     crop: float = CROP,
     attention: bool = False,
     features: bool = False,
     out: Path = Path("results"),
     source: str | None = None,
+    prefix: str = "",
     pooling: str | None = None,
     ema: bool = False,
     device: str | None = None,
@@ -64,11 +76,14 @@ def run(
         ImportError: pillow, or for pictures matplotlib, is not installed.
         OSError: `out` cannot be made.
     """
-    checks.check_positive("top", top)
-    if not 1 <= len(size) <= 2 or min(size) < 1:
-        raise ValueError(f"size must be a number of pixels, or height and width; got {size}.")
-    if not 0 < crop <= 1:
-        raise ValueError(f"crop must be a share of the image, up to 1; got {crop}.")
+    if top is not None:
+        checks.check_positive("--top", top)
+    _check_size(size)
+    if not SMALLEST_CROP <= crop <= 1:
+        raise ValueError(
+            f"--crop must be a share of the image's shorter side from {SMALLEST_CROP} to 1; got "
+            f"{crop}."
+        )
     need("PIL", "predict", "Reading images")  # at the start, not after the model
     if attention or features:
         need("matplotlib", "predict", "Drawing")
@@ -78,26 +93,39 @@ def run(
     where = devices.find(device)
     if attention or features:
         out.mkdir(parents=True, exist_ok=True)
-    model, report, config = from_pretrained(checkpoint, source=source, ema=ema, pooling=pooling)
-    print(report, end="\n\n")
+    try:
+        model, report, config = from_pretrained(
+            checkpoint, source=source, prefix=prefix, ema=ema, pooling=pooling
+        )
+    except ValueError as error:
+        raise ValueError(_as_options(str(error))) from error
+    _check_fit(model, size, top)
+    print(_as_options(str(report)), end="\n\n")
     _check_model(model, report.pooling, attention, features)
     model.to(where)
-    names = _class_names(classes, config, model.num_classes)
+    names, named = _class_names(labels, config, model.num_classes)
+    if model.num_classes:
+        print(f"{named}\n")
 
     failed = 0
     for path in paths:
         try:
-            image = cropped(load_image(path), (size[0], size[-1]), crop)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                image = cropped(load_image(path), (size[0], size[-1]), crop)
         except Exception as error:  # every format has errors of its own
-            print(f"{path}: cannot be read as an image ({error})\n", file=sys.stderr)
+            reason = str(error) or type(error).__name__
+            print(f"{path}: cannot be read as an image ({reason})\n", file=sys.stderr)
             failed = 1
             continue
+        for warning in said[:1]:  # one of them is a line enough
+            print(f"{path}: warning: {warning.message}", file=sys.stderr)
         pixels = to_tensor(image).unsqueeze(0).to(where)
         print(path)
         if model.num_classes:
             with torch.no_grad():
                 shares = model(pixels)[0].softmax(0)
-            for share, index in zip(*shares.topk(min(top, len(shares))), strict=True):
+            for share, index in zip(*shares.topk(min(top or TOP, len(shares))), strict=True):
                 print(f"  {share:6.1%}  {names[int(index)]}")
         if attention:
             weights = [a[0].cpu() for a in token_weights(model, pixels).values()]
@@ -111,6 +139,15 @@ def run(
             print(f"  {_saved(figure, out, path, 'features')}")
         print()
     return failed
+
+
+def _as_options(text: str) -> str:
+    """What the library says of its arguments, in the words of the command: ema=True is --ema."""
+    return re.sub(
+        r"\b(ema|pooling|prefix|source)=(?:True|'([^' ]*)')",
+        lambda m: " ".join(filter(None, (f"--{m[1]}", m[2]))),
+        text,
+    )
 
 
 def cropped(image: Image, size: tuple[int, int] = (224, 224), crop: float = CROP) -> Image:
@@ -127,13 +164,28 @@ def cropped(image: Image, size: tuple[int, int] = (224, 224), crop: float = CROP
     height, width = size
     # The smaller factor that leaves both sides long enough; of a square, that of the shorter side.
     factor = max(int(height / crop) / image.height, int(width / crop) / image.width)
+    sides = (image.width, width, factor), (image.height, height, factor)
+    (left, right, *across), (upper, lower, *along) = (_window(*side) for side in sides)
+    box = across[0], along[0], across[1], along[1]
+    part = image.crop((left, upper, right, lower))
+    return part.resize((width, height), Resampling.BICUBIC, box=box)
+
+
+def _window(length: int, result: int, factor: float) -> tuple[int, int, float, float]:
+    """The middle of one side of an image, of which `result` pixels are left when it is resized.
+
+    Returns:
+        In pixels of the image: start and end of all that the filter reads, as whole numbers; from
+        this start on, start and end of the middle itself.
+    """
     # Rounded down, as torchvision does, but for what floating point takes off a whole number.
-    resized = image.resize(
-        (int(image.width * factor + 1e-6), int(image.height * factor + 1e-6)),
-        Resampling.BICUBIC,
-    )
-    left, upper = round((resized.width - width) / 2), round((resized.height - height) / 2)
-    return resized.crop((left, upper, left + width, upper + height))
+    resized = int(length * factor + 1e-6)
+    before = round((resized - result) / 2)
+    scale = length / resized
+    first, last = before * scale, min((before + result) * scale, length)
+    margin = math.ceil(2 * max(scale, 1)) + 1  # a bicubic filter reaches two pixels far
+    start, end = max(math.floor(first) - margin, 0), min(math.ceil(last) + margin, length)
+    return start, end, first - start, last - start
 
 
 def to_tensor(image: Image) -> Tensor:
@@ -244,8 +296,39 @@ def _title(axes: Axes, text: str) -> None:
 
 def _saved(figure: Figure, out: Path, image: Path, kind: str) -> Path:
     path = out / f"{image.stem}_{kind}.png"
-    figure.savefig(path, dpi=160, facecolor="white")
+    save_figure(figure, path, dpi=160, facecolor="white")
     return path
+
+
+def _check_size(size: Sequence[int]) -> None:
+    """Raise unless the size can be computed; whether it fits the model, `_check_fit` tells."""
+    if not 1 <= len(size) <= 2 or min(size) < 1:
+        raise ValueError(
+            f"--size must be a number of pixels, or height and width; got {_shown(size)}."
+        )
+    if size[0] * size[-1] > MOST_PIXELS:
+        raise ValueError(
+            f"--size must be at most {MOST_PIXELS:,} pixels in all, 4096 x 4096; got "
+            f"{_shown(size)}. Larger inputs would take many GB of memory."
+        )
+
+
+def _check_fit(model: SwiftFormer, size: Sequence[int], top: int | None) -> None:
+    stride = model.feature_strides[-1]
+    if min(size) < stride:
+        raise ValueError(
+            f"--size must be at least {stride}, the stride of the model's last stage, which would "
+            f"see nothing but padding otherwise; got {_shown(size)}."
+        )
+    if top is not None and top > model.num_classes:
+        raise ValueError(
+            f"--top must be at most the number of the model's classes, {model.num_classes}; got "
+            f"{top}."
+        )
+
+
+def _shown(size: Sequence[int]) -> str:
+    return " ".join(map(str, size))
 
 
 def _check_names(paths: Sequence[Path]) -> None:
@@ -267,28 +350,50 @@ def _check_model(model: SwiftFormer, pooling: str, attention: bool, features: bo
         )
     if attention and pooling == "sum":
         raise ValueError(
-            "attention shows nothing with pooling 'sum', where every token weighs 1. Leave it out, "
-            "or name the pooling that the model was trained with: --pooling."
+            "--attention shows nothing with pooling 'sum', where every token weighs 1. Leave it "
+            "out, or name the pooling that the model was trained with: --pooling."
         )
     if not (model.num_classes or attention or features):
         raise ValueError("checkpoint has no heads: nothing to tell but --attention or --features.")
 
 
-def _class_names(path: Path | None, config: Mapping[str, Any], num_classes: int) -> list[str]:
-    if path is None:
-        numbers = [f"class {i}" for i in range(num_classes)]
-        return class_names(config, num_classes) or numbers
+def _class_names(
+    labels: Path | None, config: Mapping[str, Any], num_classes: int
+) -> tuple[list[str], str]:
+    """The names of the classes, and a sentence on where they are from."""
+    if labels is not None:
+        return _labels(labels, num_classes), f"The names of the classes are those of {labels}."
+    own = class_names(config, num_classes)
+    if own is not None:
+        return own, "The names of the classes are those of config.json."
+    if num_classes == IMAGENET_CLASSES:
+        return imagenet_names(), (
+            f"The names of the classes are ImageNet's: the model has {IMAGENET_CLASSES} and the "
+            "checkpoint names none. For others: --labels FILE."
+        )
+    numbers = [f"class {i}" for i in range(num_classes)]
+    return numbers, "The checkpoint does not name its classes. To name them: --labels FILE."
+
+
+def imagenet_names() -> list[str]:
+    """The names of ImageNet's 1000 classes, in the order of the ILSVRC."""
+    text = IMAGENET_LABELS.read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if not line.startswith("#")]
+
+
+def _labels(path: Path, num_classes: int) -> list[str]:
     if not path.is_file():
-        raise ValueError(f"classes must be a file with a name in each line; {path} does not exist.")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"--labels must be a file with a name in each line; {path} {what}.")
     try:
         names = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"classes must be a text file in UTF-8; {path} is none ({error})."
+            f"--labels must be a text file in UTF-8; {path} is none ({error})."
         ) from error
     if len(names) != num_classes:
         raise ValueError(
-            f"classes must have a line for each of the {num_classes} classes; {path} has "
+            f"--labels must have a line for each of the {num_classes} classes; {path} has "
             f"{len(names)}."
         )
     return names

@@ -7,9 +7,7 @@ numbers. The tests of the package judge by it too.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from torch import Tensor
 from swiftkernels import compat, devices, ops
 from swiftkernels.functional import additive_attention
 from swiftkernels.modules import AdditiveAttention
+from swiftkernels.progress import Progress
 from swiftkernels.reference import POOLINGS
 
 SELF_NAMES = (
@@ -478,48 +477,6 @@ def _poison(device: torch.device) -> None:
         torch.full((1 << 24,), math.nan, device=device)
 
 
-class Progress:
-    """A bar on a terminal where tqdm is installed, else a line for everything new."""
-
-    def __init__(self, total: int, unit: str) -> None:
-        self._bar: Any = None
-        self._text = ""
-        if sys.stderr.isatty():
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-
-                self._bar = tqdm(total=total, unit=unit, leave=False)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, text: str) -> None:
-        """Tell what is going on now."""
-        if text == self._text:
-            return
-        self._text = text
-        if self._bar is None:
-            print(text, flush=True)
-        else:
-            self._bar.set_description(text)
-
-    def write(self, text: str) -> None:
-        """Leave a line above the bar."""
-        if self._bar is None:
-            print(text, flush=True)
-        else:
-            self._bar.write(text)
-
-    def advance(self) -> None:
-        """One is done."""
-        if self._bar is not None:
-            self._bar.update()
-
-
 def run(device: str | None, backend: str | None = None, quick: bool = False) -> int:
     """The command: 0 if all is right, 1 if not, 2 if nothing could run.
 
@@ -547,7 +504,7 @@ def run(device: str | None, backend: str | None = None, quick: bool = False) -> 
         return 2
     began = time.perf_counter()
     results = []
-    with Progress(sum(len(plan(b, where, quick)) for b in backends), "case") as progress:
+    with Progress(sum(len(plan(b, where, quick)) for b in backends), "cases") as progress:
         for name in backends:
             runs = plan(name, where, quick)
             progress.show(f"{name}: {len(runs)} cases")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import os
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+from swiftkernels import writing
 from tests.stubs import import_timm
 from tests.vision import import_torchvision
+
+DISK_BYTES = 4000
+"""Of a file on a `full_disk`: less than any file of the library needs."""
 
 if importlib.util.find_spec("torchvision"):
     # Before transformers, which does not import beside a torchvision that does not.
@@ -23,3 +30,18 @@ def timm() -> ModuleType:
 @pytest.fixture(scope="session")
 def transformers() -> ModuleType:
     return pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file takes more than `DISK_BYTES` bytes."""
+    write = writing._Raw.write
+
+    def limited(file: Any, data: Any) -> int:
+        room = DISK_BYTES - file.tell()
+        if room <= 0:
+            file.failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise file.failure
+        return write(file, bytes(data)[:room])
+
+    monkeypatch.setattr(writing._Raw, "write", limited)

@@ -118,6 +118,33 @@ def test_an_interruption_keeps_what_was_measured(tiny, monkeypatch, tmp_path, ca
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_an_interruption_before_the_first_row_leaves_the_older_files(
+    tiny, monkeypatch, tmp_path, capsys
+):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "compare", interrupted)
+    (tmp_path / bench.CSV).write_text("old")
+    assert bench.run("cpu", tmp_path) == 130
+    assert [path.name for path in tmp_path.iterdir()] == [bench.CSV]
+    assert (tmp_path / bench.CSV).read_text() == "old"
+    said = capsys.readouterr()
+    assert "nothing written" in said.err
+    assert "Written" not in said.out
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_ends_the_command_with_one_line(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "COPY_BYTES", {"cpu": 1 << 20})
+    rows = [dict.fromkeys(bench.COLUMNS, "x" * 200)] * 3
+    monkeypatch.setattr(bench, "compare", lambda *_: rows)
+    assert cli.main(["bench", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"error: [Errno 28] No space left on device: '{tmp_path / bench.CSV}'" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_matplotlib_there_are_no_plots(tiny, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert bench.run("cpu", tmp_path) == 0

@@ -141,7 +141,8 @@ def test_a_wheel_with_libraries_is_for_one_platform_and_every_python(project):
     assert [n for n in names if n.endswith(".so")]
     assert "swiftkernels/cpu/_build.json" in names
     data = {p.relative_to(project).as_posix() for p in project.glob("swiftkernels/**/forms.json")}
-    assert {"swiftkernels/py.typed", *data} <= set(names)
+    data |= {"swiftkernels/py.typed", "swiftkernels/imagenet_labels.txt"}
+    assert data <= set(names)
     assert not [n for n in names if "csrc" in n or ".data/" in n]
     # Nothing that was there before leaks into a wheel without.
     wheel.unlink()

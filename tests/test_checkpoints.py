@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import doctest
 import json
+import re
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -205,8 +207,7 @@ def test_what_does_not_fit_is_named_and_nothing_changes():
 
 
 def test_another_size_is_called_by_its_name():
-    with torch.device("meta"):
-        weights = swiftformer_s().state_dict()
+    weights = swiftformer_s().state_dict()
     with pytest.raises(CheckpointMismatchError, match="is a SwiftFormer S, the model one XS"):
         load_checkpoint(swiftformer_xs(), weights)
     with pytest.raises(CheckpointMismatchError, match="It has in_chans 1, the model 3"):
@@ -228,6 +229,160 @@ def test_fresh_heads_for_other_classes():
     for name, t in state(ours).items():
         expected = before if name.startswith("head") else state(theirs)
         assert torch.equal(t, expected[name]), name
+
+
+def refused_tensors() -> dict[str, tuple[Tensor, str]]:
+    name = "stages.1.blocks.2.linear.fc1.weight"
+    right = small().state_dict()[name]
+    return {
+        "meta": (right.to("meta"), "has no data: it is on the device meta"),
+        "expanded": (torch.ones(1, 1, 1, 1).expand(right.shape), "is expanded: it has less data"),
+        "strided": (torch.ones(500).as_strided(right.shape, (1, 1, 1, 1)), "is expanded"),
+        "sparse": (right.to_sparse(), r"is not dense: its layout is torch.sparse_coo"),
+        "empty": (right[:0], r"is empty: its shape is \(0, 24, 1, 1\)"),
+        "huge": (torch.ones(1).expand(1 << 20, 1 << 20), "is expanded"),
+        "huge, meta": (torch.empty(1 << 20, 1 << 20, device="meta"), "has no data"),
+    }
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("kind", refused_tensors())
+def test_tensors_without_their_data_are_refused_and_nothing_changes(kind, strict, tmp_path):
+    model, weights = small(), state(trained())
+    before = state(model)
+    name = "stages.1.blocks.2.linear.fc1.weight"
+    weights[name], message = refused_tensors()[kind]
+    with pytest.raises(ValueError, match=f"'{name}' {message}") as caught:
+        load_checkpoint(model, weights, strict=strict)
+    assert "\n" not in str(caught.value)
+    assert same(state(model), before)
+    path = written(tmp_path, weights)
+    with pytest.raises(ValueError, match=name):
+        from_pretrained(path)
+
+
+class Unwilling(Tensor):
+    """A tensor that cannot be copied."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is Tensor.copy_:
+            raise cls.error
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    error: BaseException = RuntimeError("out of copies")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("error", [RuntimeError("out of copies"), KeyboardInterrupt()])
+@pytest.mark.parametrize("name", ["norm.running_var", "stages.1.blocks.2.attn.w_g"])
+def test_a_copy_that_fails_changes_nothing(name, error, strict, monkeypatch):
+    model, weights = small(dtype=torch.float64), state(trained())
+    before = state(model)
+    monkeypatch.setattr(Unwilling, "error", error)
+    weights[name] = weights[name].as_subclass(Unwilling)
+    expected = ValueError if isinstance(error, Exception) else KeyboardInterrupt
+    with pytest.raises(expected) as caught:
+        load_checkpoint(model, weights, pooling="sum", strict=strict)
+    if expected is ValueError:
+        assert "cannot be copied into the model, which is as it was" in str(caught.value)
+        assert "out of copies" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert same(state(model), before)
+    assert all(t.dtype == before[k].dtype for k, t in state(model).items())
+    assert poolings(model) == {"l2"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("stages.1.blocks.2.", "stages.1.blocks.4000000000.", "blocks of stage 1 are 0, 1, 400000"),
+        ("stages.0.blocks.1.", "stages.0.blocks.7.", "blocks of stage 0 are 0, 7"),
+        ("stages.1.", "stages.4000000000.", "stages are 0, 4000000000"),
+        ("stages.", "stages.1", "stages are 10, 11"),
+        ("stages.", "stem.3.", "names of official, timm, transformers"),
+    ],
+)
+def test_stages_and_blocks_are_numbered_without_a_gap(old, new, message, tmp_path):
+    weights = {name.replace(old, new): t for name, t in state(trained()).items()}
+    path = written(tmp_path, weights)
+    with pytest.raises(ValueError, match=message) as caught:
+        from_pretrained(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_small_file_does_not_tell_of_a_huge_model(tmp_path, monkeypatch):
+    """Sizes that no other tensor of the file has are a mismatch, before memory is taken."""
+    built = []
+    monkeypatch.setattr(
+        hub, "SwiftFormer", lambda **options: built.append(options) or SwiftFormer(**options)
+    )
+    wide, long = torch.ones(2, 1 << 16), torch.ones(1 << 16, 2)
+    for first, second in ((wide, wide), (long, wide), (wide, long)):
+        weights = state(trained())
+        weights["stages.0.blocks.1.linear.fc1.weight"] = first
+        weights["stages.1.blocks.2.linear.fc1.weight"] = second
+        with pytest.raises(CheckpointMismatchError):
+            from_pretrained(written(tmp_path, weights))
+    assert [options["device"] for options in built] == ["meta"] * 3
+    for shape in ((), (5,)):
+        weights["stages.0.blocks.1.linear.fc1.weight"] = torch.ones(shape)
+        with pytest.raises(ValueError, match=r"two axes or more in 'stages\.0\.blocks\.1\.lin"):
+            from_pretrained(written(tmp_path, weights))
+
+
+@pytest.mark.parametrize("key", [3, None, ("a", 1)])
+def test_names_that_are_no_names_are_refused(key):
+    for content in ({key: torch.ones(1)}, {"model": {**state(small()), key: torch.ones(1)}}):
+        with pytest.raises(ValueError, match="must hold tensors by their names; got"):
+            load_checkpoint(small(), content)
+
+
+def test_whole_models_load_as_the_error_for_their_file_says(tmp_path):
+    theirs = trained(pooling="softmax")
+    for content in (theirs, {"model": theirs, "epoch": 3}):
+        path = written(tmp_path, content)
+        with pytest.raises(ValueError, match=r"holds a .*, more than tensors") as caught:
+            from_pretrained(path)
+        first, second = re.findall(
+            r"\w+_checkpoint\(model, .*?'?\)+(?=\.| then)", str(caught.value)
+        )
+        names = {"model": small(), "path": path, "torch": torch, "load_checkpoint": load_checkpoint}
+        report = eval(first, names)
+        assert report.pooling == "softmax"
+        assert same(state(names["model"]), state(theirs))
+        new = second.replace("weights.pth", str(tmp_path / "new.pth"))
+        eval(new, {"model": names["model"], "save_checkpoint": save_checkpoint})
+        assert torch.equal(output(from_pretrained(tmp_path / "new.pth").model), output(theirs))
+
+
+def test_modules_load_as_their_state_dicts(timm):
+    ours = small()
+    theirs = trained(pooling="sum")
+    for module in (theirs, nn.Sequential(OrderedDict(module=theirs))):
+        report = load_checkpoint(ours, module)
+        assert same(state(ours), state(theirs))
+        assert poolings(ours) == {"sum"}
+        assert f"from the {type(module).__name__}, with the names of timm" in str(report)
+    sizes = {"layers": [2, 3], "embed_dims": [16, 24], "downsamples": [False, True]}
+    other = randomise(timm.models.SwiftFormer(num_classes=5, **sizes)).eval()
+    load_checkpoint(ours, other, source="timm")
+    torch.testing.assert_close(output(ours), output(other))
+    with pytest.raises(ValueError, match="names of official, timm"):
+        load_checkpoint(ours, nn.Linear(2, 2))
+
+
+def test_stages_that_are_not_asked_for_are_not_used(tmp_path):
+    theirs = trained()
+    path = written(tmp_path, state(theirs))
+    model, report, _ = from_pretrained(path, features_only=True, out_indices=(0,))
+    assert "not used, as the model has none: head, head_dist, stages.1, norm" in str(report)
+    x = images(1, 3, 40, 24)
+    expected = theirs.eval().forward_intermediates(x, indices=(0,), intermediates_only=True)
+    found = model.forward_intermediates(x, intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    one = trained(features_only=True, out_indices=(1,))
+    assert same(state(from_pretrained(written(tmp_path, state(one))).model), state(one))
 
 
 def test_one_head_is_the_mean_of_two_and_two_are_both_the_one():
@@ -353,7 +508,7 @@ def test_the_shapes_tell_the_model(options):
     found = SwiftFormer(**architecture(weights)).state_dict()
     assert {k: t.shape for k, t in found.items()} == {k: t.shape for k, t in weights.items()}
     del weights["stem.0.weight"]
-    with pytest.raises(ValueError, match=r"without: 'stem\.0\.weight'"):
+    with pytest.raises(ValueError, match=r"it has no 'stem\.0\.weight'"):
         architecture(weights)
 
 
@@ -390,6 +545,50 @@ def test_a_folder_of_transformers(transformers, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(output(model), back(images(2, 3, 40, 56)).logits)
     assert hub.class_names(found, 5) == [f"LABEL_{i}" for i in range(5)]
+
+
+def test_transformers_without_layer_scales(transformers, tmp_path):
+    """Its convolutions keep theirs: their weights get them in ours, which has none."""
+    config = transformers.SwiftFormerConfig(
+        depths=[1, 2], embed_dims=[16, 24], downsamples=[True] * 2, num_labels=5,
+        use_layer_scale=False,
+    )  # fmt: skip
+    theirs = randomise(transformers.SwiftFormerForImageClassification(config)).eval()
+    theirs.save_pretrained(tmp_path)
+    model, report, _ = from_pretrained(tmp_path)
+    assert not any("layer_scale" in name for name in model.state_dict())
+    assert "layer scales of convolutions: multiplied into pwconv2" in str(report)
+    x = images(2, 3, 40, 56)
+    with torch.no_grad():
+        exact = theirs.double()(x.double()).logits
+        torch.testing.assert_close(model.double()(x.double()), exact, rtol=1e-5, atol=1e-6)
+        save_checkpoint(model.float(), tmp_path / "model.safetensors", "transformers")
+        back = type(theirs).from_pretrained(tmp_path).eval().double()
+        torch.testing.assert_close(back(x.double()).logits, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_timm_without_layer_scales(timm):
+    sizes = {"layers": [2, 3], "embed_dims": [16, 24], "downsamples": [False, True]}
+    theirs = randomise(timm.models.SwiftFormer(num_classes=5, use_layer_scale=False, **sizes))
+    weights = state(theirs)
+    assert architecture(weights)["use_layer_scale"] is False
+    ours = small(use_layer_scale=False)
+    load_checkpoint(ours, weights, source="timm")
+    assert same(state(ours), weights)
+    torch.testing.assert_close(output(ours), output(theirs))
+
+
+@pytest.mark.parametrize("target", SOURCES)
+def test_models_without_layer_scales_in_all_formats(target, tmp_path):
+    theirs = trained(use_layer_scale=False, pooling="sum")
+    save_checkpoint(theirs, tmp_path / "weights.pth", target)
+    model = from_pretrained(tmp_path / "weights.pth").model
+    assert same(state(model), state(theirs))
+    with pytest.raises(CheckpointMismatchError, match="make the model with use_layer_scale=False"):
+        load_checkpoint(small(), tmp_path / "weights.pth")
+    save_checkpoint(trained(pooling="sum"), tmp_path / "with.pth", target)
+    with pytest.raises(CheckpointMismatchError, match="make the model with use_layer_scale=True"):
+        load_checkpoint(small(use_layer_scale=False), tmp_path / "with.pth")
 
 
 def test_what_no_tensor_tells_is_read_in_the_configuration(tmp_path):
@@ -476,9 +675,9 @@ def test_repositories_that_are_not_there(repository, tmp_path):
         from_pretrained("owner/name")
     with pytest.raises(ValueError, match="must hold"):
         from_pretrained(tmp_path)
-    for where in ("none.pth", "./no/where", tmp_path / "none.pth"):
-        with pytest.raises(ValueError, match="does not exist"):
-            from_pretrained(where)
+    for checkpoint in ("none.pth", "./no/where", tmp_path / "none.pth"):
+        with pytest.raises(ValueError, match=r"checkpoint must be a file, .* does not exist"):
+            from_pretrained(checkpoint)
 
 
 def test_a_missing_package_is_told_with_its_extra(monkeypatch, tmp_path):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-pytest.importorskip("tqdm")
 
 from benchmarks.gpu import cross_compile
 from benchmarks.gpu.cross_compile import ARCHITECTURES, Cell

@@ -32,7 +32,7 @@ def test_all_is_well_after_a_build(built):
         assert f"\n  {name} " in said
     for dtype in ("float32", "bfloat16", "float16", "float64"):
         assert f"\n  cpu {dtype}" in said
-    assert "backend='triton' needs" in said
+    assert said.count("backend='triton' needs") == 1
 
 
 @pytest.mark.parametrize("environment", [{"PATH": "/nonexistent", "CXX": ""}, {"CXX": "/no/c++"}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -186,6 +187,21 @@ def test_layer_to_onnx(tmp_path, onnx, opset):
     for value in (argument, output) if opset > 17 else (argument,):
         sizes = value.type.tensor_type.shape.dim
         assert [size.dim_param or size.dim_value for size in sizes] == ["batch", "tokens", 12]
+
+
+def test_what_goes_on_is_said_unless_it_is_not_wanted(tmp_path, onnx, capsys):
+    layer, path = make_layer(), tmp_path / "layer.onnx"
+    export.to_onnx(layer, path, (2, 9, 12))
+    lines = capsys.readouterr().err.splitlines()
+    steps = (
+        "tracing with torch.export", "translating to ONNX", "checking with onnx.checker",
+        "comparing with the model",
+    )  # fmt: skip
+    assert len(lines) == len(steps)
+    for line, step in zip(lines, steps, strict=True):
+        assert re.fullmatch(rf"layer\.onnx: {step} \.\.\. \d+ s", line)
+    export.to_torchscript(layer, tmp_path / "layer.pt", (2, 9, 12), verbose=False)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

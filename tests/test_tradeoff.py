@@ -13,7 +13,6 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
 
 from benchmarks import data, plots, tradeoff
 from benchmarks.data.make_fashion_mnist import make
@@ -132,7 +131,7 @@ def test_run_in_small_writes_tables_and_plots(
     names = (plots.ACCURACY_LATENCY, plots.LATENCY_TOKENS)
     assert all((tmp_path / name).read_bytes().startswith(PNG) for name in names)
     assert "additive_l2" in capsys.readouterr().out
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -159,12 +158,6 @@ def test_failed_run_leaves_the_old_csv_files(
         tradeoff.run(settings(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [plots.TRADEOFF_CSV]
     assert (tmp_path / plots.TRADEOFF_CSV).read_text() == "old"
-
-
-def test_row_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="fields not in fieldnames"):
-        tradeoff.write_csv(tmp_path / "table.csv", [{"a": 1}, {"b": 2}])
-    assert not list(tmp_path.iterdir())
 
 
 def test_accuracy_does_not_depend_on_the_workers(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import doctest
+import errno
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +21,6 @@ import torch.nn.functional as F
 from torch import nn
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
 
 from benchmarks import training_memory
 from swiftkernels import models
@@ -30,6 +31,7 @@ from swiftkernels.training import (
     Recipe,
     clip_adaptively_,
     data,
+    lock,
     losses,
     metrics,
     parameter_groups,
@@ -40,6 +42,8 @@ from swiftkernels.training.data import SeededDataset, ShuffledPlaces
 from swiftkernels.training.optimizer import clipped_parameters, learning_rate
 from tests import training_cases
 from tests.vision import import_torchvision
+
+ROOT = Path(__file__).parent.parent
 
 
 class Fixed(nn.Module):
@@ -260,21 +264,90 @@ def test_the_loss_falls_and_is_written_and_drawn(tmp_path):
     best = torch.load(tmp_path / "best.pth", weights_only=True)
     top1 = max(max(row["top1"], row["ema_top1"]) for row in ends)
     assert best["step"] == next(r["step"] for r in ends if top1 in (r["top1"], r["ema_top1"]))
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_an_interrupted_write_leaves_the_file_before(tmp_path):
-    path = tmp_path / "last.pth"
-    path.write_bytes(b"before")
+def test_a_second_training_into_a_folder_is_refused_and_nothing_is_lost(tmp_path):
+    training_cases.run("small", tmp_path, epochs=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    holder = f"process {os.getpid()} on {socket.gethostname()}, since 20"
+    with lock.locked(tmp_path):
+        for resume in (False, True):
+            with pytest.raises(ValueError, match=f"{tmp_path} is held by {holder}.* UTC"):
+                training_cases.run("small", tmp_path, epochs=1, resume=resume)
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() == after.keys()
+    assert all(before[name] == after[name] for name in before if name != lock.NAME)
+    training_cases.run("small", tmp_path, epochs=1, resume=True)
 
-    def write() -> None:
-        with metrics.Replacement(path) as file:
-            file.write(b"half")
-            raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        write()
-    assert path.read_bytes() == b"before"
+HOLD = """
+import os, sys
+from pathlib import Path
+from swiftkernels.training import lock
+with lock.locked(Path(sys.argv[1])):
+    if os.fork() == 0:  # a loading process, which outlives the training
+        os.close(1)
+        sys.stdin.read()
+        os._exit(0)
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_killed_training_holds_its_folder_no_longer_than_it_lives(tmp_path):
+    pytest.importorskip("fcntl")
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        process.stdout.readline()
+        with pytest.raises(ValueError, match=f"held by process {process.pid} on"):
+            lock.locked(tmp_path).__enter__()
+        process.kill()
+        process.wait()
+        with lock.locked(tmp_path):
+            assert f"process {os.getpid()} on" in (tmp_path / lock.NAME).read_text()
+
+
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+
+    def unable(file: Any, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unable)
+    left = tmp_path / ".last.pth.123-0123abcd.tmp"
+    left.touch()
+    training_cases.run("small", tmp_path, epochs=1)
+    assert left.exists()  # another training may be writing it
+    assert "cannot be locked here (No locks available)" in capsys.readouterr().err
+
+
+def test_what_a_killed_training_left_is_removed(tmp_path):
+    training_cases.run("small", tmp_path, epochs=1)
+    left = tmp_path / ".last.pth.123-0123abcd.tmp"
+    left.touch()
+    training_cases.run("small", tmp_path, epochs=1, resume=True)
+    assert not left.exists()
+
+
+def test_a_full_disk_ends_the_command_with_one_line(tmp_path, monkeypatch, capsys, request):
+    from swiftkernels import train as command
+
+    training_cases.run("small", tmp_path, epochs=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
+    request.getfixturevalue("full_disk")
+    monkeypatch.setattr(trainer, "FREE", (*trainer.FREE, "epochs"))
+    monkeypatch.setattr(
+        command, "train", lambda recipe: training_cases.run("small", recipe.out, resume=True)
+    )
+    assert command.main(["--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == f"error: [Errno 28] No space left on device: '{tmp_path / 'last.pth'}'"
+    assert not any("Traceback" in line for line in said)
+    assert not list(tmp_path.glob(".*"))
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")} == before
 
 
 def test_scores_are_those_of_the_predictions():

@@ -191,14 +191,6 @@ def test_the_first_gpu_is_taken_unless_another_is_named(monkeypatch):
     assert devices.find("cpu") == CPU
 
 
-def test_progress_without_a_terminal_is_a_line_for_everything_new(capsys):
-    with verify.Progress(3, "case") as progress:
-        for text in ("first", "first", "second"):
-            progress.show(text)
-            progress.advance()
-    assert capsys.readouterr().out == "first\nsecond\n"
-
-
 def test_the_triton_kernels_pass_under_the_interpreter():
     pytest.importorskip("triton")
     code = (

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.data import SUBSET, Dataset, checksum, load_full
+from swiftkernels.writing import replacing
 
 TRAIN_PER_CLASS = 1000
 TEST_PER_CLASS = 200
@@ -22,13 +23,14 @@ def make(folder: Path, output: Path) -> str:
     """Write the subset of the full set in `folder`; returns its checksum."""
     full = load_full(folder)
     subset = Dataset("", full.train.per_class(TRAIN_PER_CLASS), full.test.per_class(TEST_PER_CLASS))
-    np.savez_compressed(
-        output,
-        train_images=subset.train.images,
-        train_labels=subset.train.labels,
-        test_images=subset.test.images,
-        test_labels=subset.test.labels,
-    )
+    with replacing(output, "output") as file:
+        np.savez_compressed(
+            file,
+            train_images=subset.train.images,
+            train_labels=subset.train.labels,
+            test_images=subset.test.images,
+            test_labels=subset.test.labels,
+        )
     return checksum(subset)
 
 

@@ -10,9 +10,9 @@ import argparse
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from benchmarks.data import load
+from swiftkernels.progress import track
 
 
 def write_folders(folder: Path, per_class: int, side: int) -> None:
@@ -24,7 +24,7 @@ def write_folders(folder: Path, per_class: int, side: int) -> None:
     ):
         split = split.per_class(count)
         pairs = zip(split.images, split.labels, strict=True)
-        for i, (pixels, label) in enumerate(tqdm(list(pairs), desc=part, unit="image")):
+        for i, (pixels, label) in enumerate(track(list(pairs), "images", part)):
             path = folder / part / str(label) / f"{i:05}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC).save(path)

@@ -28,13 +28,14 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
-from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
+from swiftkernels.progress import Progress, track
 from swiftkernels.reference import Options
 from swiftkernels.triton import config, launch
+from swiftkernels.writing import write_text
 
 Facts = dict[str, Any]
 """What is known of one compiled kernel; the keys are listed at `facts`."""
@@ -473,26 +474,24 @@ class Results:
         """Write the file as a whole, so that a run cut off leaves one that can be read."""
         lines = (f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(self.entries.items()))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".part")
-        draft.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-        draft.replace(self.path)
+        write_text(self.path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def compile_all(cells: Sequence[Cell], results: Results) -> None:
     """Compile what has changed, cell by cell, and keep the facts."""
     pending = [
         (cell, [recorded for recorded in cell.launches if results.get(cell, recorded) is None])
-        for cell in tqdm(cells, desc="looking for changes", unit="cell")
+        for cell in track(cells, "cells", "looking for changes")
     ]
-    with tqdm(total=sum(len(launches) for _, launches in pending), unit="kernel") as bar:
+    with Progress(sum(len(launches) for _, launches in pending), "kernels") as bar:
         for cell, launches in pending:
             for recorded in launches:
-                bar.set_description(cell.key(recorded))
+                bar.show(cell.key(recorded))
                 found = examine(recorded, cell.architecture)
                 results.put(cell, recorded, found)
                 for problem in unexpected(cell, recorded, found):
-                    tqdm.write(f"{cell.key(recorded)}: {problem}: {found}")
-                bar.update()
+                    bar.write(f"{cell.key(recorded)}: {problem}: {found}")
+                bar.advance()
             if launches:
                 results.save()
 
@@ -719,7 +718,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ):
             compile_all(cells, results)
     text = options.docs / "gpu_kernels.md"
-    text.write_text(report(results))
+    write_text(text, report(results))
     print(f"Written: {results.path}, {text}")
     wrong = [
         f"{cell.key(recorded)}: {problem}"

@@ -31,9 +31,9 @@ from triton.backends.compiler import GPUTarget
 from benchmarks.gpu import report
 from benchmarks.gpu.report import LAUNCH_COST_CSV
 from benchmarks.timing import device_name, interleave
-from benchmarks.tradeoff import write_csv
 from swiftkernels import AdditiveAttention, compat
 from swiftkernels.triton import launch
+from swiftkernels.writing import write_csv
 
 WIDTH = 16
 SHAPES = {"tokens": (1, 49, WIDTH), "image": (1, WIDTH, 7, 7)}
@@ -201,7 +201,7 @@ def main() -> None:
             f"{cost.what:29}{cost.input:8}{cost.dtype:9}{cost.direction:18}"
             f"{cost.microseconds:8.1f} us"
         )
-    write_csv(given.out / LAUNCH_COST_CSV, [asdict(cost) for cost in costs])
+    write_csv(given.out / LAUNCH_COST_CSV, [asdict(cost) for cost in costs], digits=6)
     print(f"wrote {given.out / LAUNCH_COST_CSV} and {report.write(given.out)}")
 
 

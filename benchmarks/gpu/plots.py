@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from benchmarks.gpu.report import GRID_FILL_CSV, LOWER_BOUNDS_CSV, TRAFFIC_CSV
 from benchmarks.plots import COLOURS, INK, MARKERS, NAMES, _caption, _read, _title
 from benchmarks.speedups import OURS
+from swiftkernels.writing import save_figure
 
 TRAFFIC_PNG = "gpu_traffic.png"
 LOWER_BOUNDS_PNG = "gpu_lower_bounds.png"
@@ -277,5 +278,5 @@ def _legend(figure: Figure, hollow: str) -> None:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=160, facecolor="white")
+    save_figure(figure, path, dpi=160, facecolor="white")
     return path

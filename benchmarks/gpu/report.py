@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.speedups import OURS
+from swiftkernels.writing import write_text
 
 PAGE = "gpu_evidence.md"
 TRAFFIC_CSV = "gpu_traffic.csv"
@@ -142,7 +143,7 @@ def write(results: Path) -> Path:
     if costs:
         parts += [_LAUNCH_COST.format(**costs[0]), _launch_costs(costs)]
     page = results.parent / PAGE
-    page.write_text("\n".join(parts))
+    write_text(page, "\n".join(parts))
     return page
 
 

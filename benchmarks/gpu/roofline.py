@@ -33,7 +33,7 @@ from benchmarks.gpu.report import (
     LOWER_BOUNDS_CSV,
     TRAFFIC_CSV,
 )
-from benchmarks.tradeoff import write_csv
+from swiftkernels.writing import write_csv
 
 KERNELS_JSON = "gpu_kernels.json"
 """By `benchmarks.gpu.cross_compile`: what compiled kernels use."""
@@ -177,7 +177,7 @@ def run(out: Path) -> None:
             "`python -m benchmarks.gpu.traffic` writes them."
         )
     bounds = [lower_bound(row, gpu) for gpu in gpus() for row in rows]
-    write_csv(out / LOWER_BOUNDS_CSV, bounds)
+    write_csv(out / LOWER_BOUNDS_CSV, bounds, digits=6)
     compiled: dict[str, Facts] = {}
     if (out / KERNELS_JSON).is_file():
         compiled = json.loads((out / KERNELS_JSON).read_text())
@@ -189,7 +189,7 @@ def run(out: Path) -> None:
         return resident_programs(facts, gpu) if facts and "error" not in facts else None
 
     fills = [grid_fill(launch, gpu, resident(launch, gpu)) for gpu in gpus() for launch in launches]
-    write_csv(out / GRID_FILL_CSV, fills)
+    write_csv(out / GRID_FILL_CSV, fills, digits=6)
 
 
 def _main() -> None:

@@ -28,16 +28,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from benchmarks.gpu import eager, inductor, plots, report
 from benchmarks.gpu.eager import EagerTraffic, Operator
 from benchmarks.gpu.report import ENGINES, LAUNCHES_CSV, TRAFFIC_CSV
 from benchmarks.speedups import OURS
-from benchmarks.tradeoff import write_csv
 from swiftkernels import AdditiveAttention
 from swiftkernels.peers import PEERS
+from swiftkernels.progress import Progress
 from swiftkernels.reference import Options
+from swiftkernels.writing import write_csv
 
 if TYPE_CHECKING:
     from benchmarks.gpu.trace import Launch
@@ -310,11 +310,11 @@ def run(
     def keep(count: Count) -> None:
         row = vars(count)
         rows[count.key] = row
-        write_csv(path, list(rows.values()))
+        write_csv(path, list(rows.values()), digits=6)
 
-    with tqdm(total=len(cases) * len(engines), unit="count") as progress:
+    with Progress(len(cases) * len(engines), "counts") as progress:
         for engine in engines:
-            progress.set_description(engine)
+            progress.show(engine)
             if engine == "inductor":
                 wanted = [
                     inductor.Case(*shape, dtype, backward) for shape, dtype, backward in cases
@@ -322,18 +322,18 @@ def run(
                 for case, (_, counted) in zip(cases, inductor.count(wanted), strict=True):
                     how = "code for an H100 by Inductor"
                     keep(_count(engine, case, *counted, "", how))
-                    progress.update()
+                    progress.advance()
             elif engine == OURS:
                 for shape, dtype in itertools.product(shapes, dtypes):
                     own, kernels = _count_ours(shape, dtype)
                     for count in own:
                         keep(count)
-                        progress.update()
+                        progress.advance()
                     _keep_launches(out / LAUNCHES_CSV, kernels)
             else:
                 for case in cases:
                     keep(_count_eager(engine, case))
-                    progress.update()
+                    progress.advance()
     return list(rows.values())
 
 
@@ -342,7 +342,7 @@ def _keep_launches(path: Path, kernels: list[dict[str, Any]]) -> None:
     names = ("dtype", "batch", "tokens", "width")
     new = {tuple(str(row[n]) for n in names) for row in kernels}
     others = [row for row in report.read(path) if tuple(row[n] for n in names) not in new]
-    write_csv(path, [*others, *kernels])
+    write_csv(path, [*others, *kernels], digits=6)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:

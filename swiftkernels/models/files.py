@@ -20,6 +20,7 @@ from swiftkernels.models.checkpoints import SOURCES, convert_state_dict, guess_s
 from swiftkernels.models.swiftformer import WIDTHS_AND_DEPTHS, SwiftFormer
 from swiftkernels.modules import AttentionForward
 from swiftkernels.reference import POOLINGS
+from swiftkernels.writing import check_file, replacing
 
 WEIGHTS = ("model", "state_dict")
 """Where training scripts keep the weights."""
@@ -124,7 +125,7 @@ class CheckpointMismatchError(ValueError):
 
 def load_checkpoint(
     model: SwiftFormer,
-    checkpoint: str | Path | Mapping[str, Any],
+    checkpoint: str | Path | Mapping[str, Any] | nn.Module,
     *,
     source: str | None = None,
     prefix: str = "",
@@ -139,15 +140,22 @@ def load_checkpoint(
     attentions is set as well: to what the file records (those of `save_checkpoint` do), else to
     what the source computes. The result tells which.
 
-    Nothing changes unless all fits. Two differences are no mismatch: of two heads, a model with one
-    gets the mean, and both get the only one of a file, which leaves the outputs in evaluation the
-    same; and a model without heads (`features_only`, `num_classes=0`) takes none, while its
-    `feature_norms`, which classifiers lack, stay as they are.
+    Nothing changes unless everything fits and is copied. Three differences are no mismatch:
+
+    * Heads. A model with one gets the mean of two, a model with two gets the only one twice; the
+      outputs in evaluation stay the same.
+    * Models without heads (`features_only`, `num_classes=0`) take none, and with `out_indices` skip
+      the stages that they do not have. Their `feature_norms`, which classifiers lack, stay as they
+      are.
+    * Layer scales. A model with use_layer_scale=False takes the weights of transformers'
+      use_layer_scale=False, whose convolutions still have some: these are multiplied into the
+      weights before them.
 
     Args:
         model: a model of this library.
-        checkpoint: a .pth or .safetensors file, or what was read from one. Training checkpoints
-            keep the weights in "model" or "state_dict"; prefixes of wrappers are taken off.
+        checkpoint: a .pth or .safetensors file, or what was read from one: a dict, or a module of
+            which the state dict is taken. Training checkpoints keep the weights in "model" or
+            "state_dict"; prefixes of wrappers are taken off.
         source: whose names the weights have, "official", "timm" (this library's own too) or
             "transformers"; None: told by the names.
         prefix: take the names under it alone: "backbone." of a detector's or segmenter's.
@@ -161,8 +169,9 @@ def load_checkpoint(
 
     Raises:
         TypeError: a wrong type of argument.
-        ValueError: a file that is missing, damaged, or holds something else; a source that cannot
-            be told; a pooling that cannot; no average where one is asked for.
+        ValueError: a file that is missing, damaged, or holds something else; tensors without data
+            of their own (on the device meta, expanded, sparse, empty), or that cannot be copied; a
+            source that cannot be told; a pooling that cannot; no average where one is asked for.
         CheckpointMismatchError: a ValueError that names what does not fit.
         ImportError: a .safetensors file, and safetensors is not installed.
 
@@ -196,6 +205,45 @@ def put_into(
             "model must have memory for the weights; it is on the device meta. Give it some first: "
             "model.to_empty(device='cpu')."
         )
+    fit = fit_to(own, found, fresh_heads=fresh_heads, strict=strict)
+    _copy(model, fit.weights, found.name)
+    for attention in _attentions(model):
+        attention.pooling = chosen
+    average = [f"weights: not their moving average, {found.other!r} (ema=True takes it)"]
+    return Loaded(
+        name=found.name,
+        source=found.source,
+        entry=found.entry,
+        pooling=chosen,
+        tensors=len(fit.weights),
+        notes=(f"pooling: {chosen}, {reason}", *(average if found.other else ()), *fit.notes),
+        missing=tuple(fit.missing),
+        unexpected=tuple(fit.unexpected),
+        misfits=tuple(fit.misfits),
+    )
+
+
+class Fit(NamedTuple):
+    """What of a checkpoint fits a model."""
+
+    weights: dict[str, Tensor]
+    """By the model's names, in its shapes."""
+    missing: list[str]
+    unexpected: list[str]
+    misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    """Name -> shape in the file, shape in the model."""
+    notes: list[str]
+    """What was adapted."""
+
+
+def fit_to(
+    own: Mapping[str, Tensor], found: Checkpoint, *, fresh_heads: bool = False, strict: bool = True
+) -> Fit:
+    """The weights of a checkpoint for a model with the state dict `own`, which may be on meta.
+
+    Raises:
+        CheckpointMismatchError: something does not fit, or with strict=False nothing does.
+    """
     given, kept, notes = _adapted(found.state_dict, own, fresh_heads)
     missing = [k for k in own if k not in given and k not in kept]
     unexpected = [k for k in given if k not in own]
@@ -209,26 +257,26 @@ def put_into(
     if not fitting or (strict and (missing or unexpected or misfits)):
         message = f"{found.name} does not fit the model.{_remedy(found, own, misfits)}"
         raise CheckpointMismatchError(message, missing, unexpected, misfits)
+    return Fit(fitting, missing, unexpected, misfits, notes)
 
-    model.load_state_dict({**own, **fitting})
-    for attention in _attentions(model):
-        attention.pooling = chosen
-    average = [f"weights: not their moving average, {found.other!r} (ema=True takes it)"]
-    return Loaded(
-        name=found.name,
-        source=found.source,
-        entry=found.entry,
-        pooling=chosen,
-        tensors=len(fitting),
-        notes=(f"pooling: {chosen}, {reason}", *(average if found.other else ()), *notes),
-        missing=tuple(missing),
-        unexpected=tuple(unexpected),
-        misfits=tuple(misfits),
-    )
+
+def _copy(model: SwiftFormer, weights: Mapping[str, Tensor], name: str) -> None:
+    """Copy all weights, or leave the model as it was."""
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    try:
+        model.load_state_dict(weights, strict=False)
+    except BaseException as error:
+        model.load_state_dict(before)
+        if not isinstance(error, Exception):  # an interruption
+            raise
+        reason = str(error).strip().split("\n")[-1].strip()
+        raise ValueError(
+            f"{name} cannot be copied into the model, which is as it was. {reason}"
+        ) from error
 
 
 def read_checkpoint(
-    checkpoint: str | Path | Mapping[str, Any],
+    checkpoint: str | Path | Mapping[str, Any] | nn.Module,
     *,
     source: str | None = None,
     prefix: str = "",
@@ -237,17 +285,23 @@ def read_checkpoint(
     """The weights of a file by this library's names; arguments and errors as `load_checkpoint`."""
     if source is not None:
         checks.check_option("source", source, SOURCES)
-    if isinstance(checkpoint, Mapping):
+    content: Mapping[str, Any]
+    if isinstance(checkpoint, nn.Module):
+        name, content = f"the {type(checkpoint).__name__}", {WEIGHTS[0]: checkpoint}
+    elif isinstance(checkpoint, Mapping):
         name, content = "the dict", checkpoint
     elif isinstance(checkpoint, (str, Path)):
         name, content = str(checkpoint), _read(Path(checkpoint))
     else:
         raise TypeError(
-            "checkpoint must be a path, or a dict read from a file; got "
+            "checkpoint must be a path, or a dict or module read from a file; got "
             f"{type(checkpoint).__name__}."
         )
+    content = _without_modules(content)
     entry, other = _entry(content, ema, name)
     weights = _unwrapped(content[entry] if entry else content, prefix, name)
+    if isinstance(checkpoint, nn.Module):
+        entry = ""
     guessed = source is None
     if source is None:
         source = guess_source(weights)
@@ -255,7 +309,8 @@ def read_checkpoint(
             raise ValueError(
                 f"{name} must hold the weights of a SwiftFormer, by the names of "
                 f"{', '.join(SOURCES)}; it has {listed(list(weights), 5)}. Of a larger model, name "
-                "the part: prefix='backbone.'; else the source, to see which names are unknown."
+                "the part, as prefix='backbone.'; else the source, as source='official', to see "
+                "which names are unknown."
             )
     state_dict = convert_state_dict(weights, source, "timm")
     return Checkpoint(state_dict, source, guessed, name, entry, other, _recorded(content))
@@ -275,12 +330,13 @@ def save_checkpoint(model: SwiftFormer, path: str | Path, target: str = "timm") 
     Raises:
         TypeError: a wrong type of argument.
         ValueError: an unknown target, one that computes another pooling than the model, or a path
-            in a folder that is not there.
+            of no file in an existing folder.
+        OSError: the file could not be written; an older one is as it was.
         ImportError: a .safetensors file, and safetensors is not installed.
     """
     _check_model(model)
     checks.check_option("target", target, SOURCES)
-    checks.check_folder("path", path)
+    path = check_file("path", path)
     computed = {"official": ("l2", "sum"), "transformers": ("sum",)}.get(target, POOLINGS)
     pooling = own_pooling(model)
     if pooling not in computed:
@@ -290,59 +346,99 @@ def save_checkpoint(model: SwiftFormer, path: str | Path, target: str = "timm") 
             "if you want that."
         )
     weights = {k: t.detach().cpu().contiguous() for k, t in model.state_dict().items()}
+    if target == "transformers" and not any("layer_scale" in k for k in weights):
+        # Its convolutions keep theirs with use_layer_scale=False.
+        weights |= {
+            k.replace("pwconv2.bias", "layer_scale.gamma"): torch.ones_like(t)[:, None, None]
+            for k, t in weights.items()
+            if k.endswith("pwconv2.bias")
+        }
     if target != "timm" and "head.weight" in weights and "head_dist.weight" not in weights:
         # Clones: safetensors refuses to write one tensor twice.
         weights |= {k.replace("head.", "head_dist."): weights[k].clone() for k in HEADS[:2]}
     weights = convert_state_dict(weights, "timm", target)
-    path = Path(path)
     if path.suffix == ".safetensors":
-        metadata = {"format": "pt", "pooling": pooling}
-        _safetensors().torch.save_file(weights, path, metadata=metadata)
-    elif target == "transformers":
-        torch.save(weights, path)
-    else:
-        torch.save({"model": weights, "pooling": pooling}, path)
+        content = _safetensors().torch.save(weights, {"format": "pt", "pooling": pooling})
+        with replacing(path) as file:
+            file.write(content)
+        return
+    with replacing(path) as file:
+        torch.save(
+            weights if target == "transformers" else {"model": weights, "pooling": pooling}, file
+        )
 
 
-def architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+def architecture(state_dict: Mapping[str, Tensor], name: str = "state_dict") -> dict[str, Any]:
     """The arguments of the `SwiftFormer` that has these weights, by this library's names.
 
+    Args:
+        state_dict: tensors with all their data.
+        name: what errors call it.
+
     Raises:
-        ValueError: tensors that tell the sizes are missing.
+        ValueError: tensors that tell the sizes are missing, or have too few axes; blocks of a stage
+            or stages that are not numbered from 0 on without a gap.
 
     Example:
-        >>> options = {"num_classes": 3, "in_chans": 1, "distillation": False}
+        >>> options = {"num_classes": 3, "in_chans": 1, "use_layer_scale": False}
         >>> model = SwiftFormer((8, 16), (1, 2), **options)
         >>> found = architecture(model.state_dict())
         >>> found["widths"], found["depths"], {name: found[name] for name in options}
-        ((8, 16), (1, 2), {'num_classes': 3, 'in_chans': 1, 'distillation': False})
+        ((8, 16), (1, 2), {'num_classes': 3, 'in_chans': 1, 'use_layer_scale': False})
     """
-    blocks = sorted(
-        {(int(k.split(".")[1]), int(k.split(".")[3])) for k in state_dict if ".blocks." in k}
-    )
-    depths = dict(blocks)  # the last of every stage
-    try:
-        if sorted(depths) != list(range(len(depths))) or not depths:
-            raise KeyError("stages")
-        last = [f"stages.{i}.blocks.{depths[i]}" for i in range(len(depths))]
-        widths = tuple(state_dict[f"{name}.linear.fc1.weight"].shape[1] for name in last)
-        hidden = [state_dict[f"{name}.linear.fc1.weight"].shape[0] for name in last]
-        stem = state_dict["stem.0.weight"]
-    except KeyError as error:
-        raise ValueError(
-            "state_dict must hold the stem and all stages of a SwiftFormer to tell its sizes; "
-            f"without: {error}."
-        ) from None
+    depths = _depths(state_dict, name)
+    last = [f"stages.{i}.blocks.{depth - 1}.linear.fc1.weight" for i, depth in enumerate(depths)]
+    hidden, widths = zip(*(_two_sizes(state_dict, key, name) for key in last), strict=True)
+    _, in_chans = _two_sizes(state_dict, "stem.0.weight", name)
     head = state_dict.get("head.weight")
+    norms = sorted(int(k.split(".")[1]) for k in state_dict if _FEATURE_NORM.fullmatch(k))
+    features_only = bool(norms) and "norm.weight" not in state_dict
     return {
         "widths": widths,
-        "depths": tuple(depth + 1 for depth in depths.values()),
-        "in_chans": stem.shape[1],
+        "depths": depths,
+        "in_chans": in_chans,
         "mlp_ratio": _ratio(hidden, widths),
-        "num_classes": 0 if head is None else head.shape[0],
+        "num_classes": 0 if head is None else _two_sizes(state_dict, "head.weight", name)[0],
+        "use_layer_scale": any("layer_scale_1" in k for k in state_dict),
         "distillation": head is None or "head_dist.weight" in state_dict,
-        "features_only": "feature_norms.0.weight" in state_dict and "norm.weight" not in state_dict,
+        "features_only": features_only,
+        "out_indices": tuple(norms) if features_only else None,
     }
+
+
+_BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\..+")
+_FEATURE_NORM = re.compile(r"feature_norms\.\d+\.weight")
+
+
+def _depths(state_dict: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """The number of blocks of each stage, which are all there."""
+    blocks: dict[int, set[int]] = {}
+    for match in filter(None, map(_BLOCK.fullmatch, state_dict)):
+        blocks.setdefault(int(match[1]), set()).add(int(match[2]))
+    groups = {"stages": set(blocks), **{f"blocks of stage {i}": blocks[i] for i in sorted(blocks)}}
+    for group, numbers in groups.items():
+        if numbers != set(range(max(1, len(numbers)))):
+            found = listed([str(n) for n in sorted(numbers)]) or "none"
+            raise ValueError(
+                f"{name} must hold all stages and blocks of a SwiftFormer, numbered from 0 on "
+                f"without a gap; its {group} are {found}."
+            )
+    return tuple(len(blocks[i]) for i in sorted(blocks))
+
+
+def _two_sizes(state_dict: Mapping[str, Tensor], key: str, name: str) -> tuple[int, int]:
+    """The outputs and inputs of a convolution or linear layer."""
+    weight = state_dict.get(key)
+    if weight is None:
+        raise ValueError(
+            f"{name} must hold the stem and all stages of a SwiftFormer, which tell its sizes; "
+            f"it has no {key!r}."
+        )
+    if weight.dim() < 2:
+        raise ValueError(
+            f"{name} must have two axes or more in {key!r}; its shape is {tuple(weight.shape)}."
+        )
+    return weight.shape[0], weight.shape[1]
 
 
 def _ratio(hidden: Sequence[int], widths: Sequence[int]) -> float:
@@ -363,17 +459,22 @@ def _adapted(
     given, notes = dict(weights), []
     # Old files lack these counters, which count for nothing with a fixed momentum.
     kept = {k for k in own if k.endswith("num_batches_tracked")}
+    if not any("layer_scale" in k for k in own):
+        notes += _fold_scales(given)
     heads = {k for k in HEADS if k in own}
     if not heads:
-        unused = [k for k in HEADS if given.pop(k, None) is not None]
         norms = {k for k in own if k.startswith("feature_norms.")}
         if norms and not norms & set(given):
             kept |= norms
             notes.append("feature_norms: as they were in the model, the file has none")
-            unused += [k for k in list(given) if k.startswith("norm.") and given.pop(k) is not None]
+        parts = {_part(k) for k in own}
+        ends = ("norm.", "stages.", "feature_norms.") if norms else ()  # of the model with classes
+        unused = [k for k in HEADS if k in given]
+        unused += [k for k in given if k.startswith(ends) and _part(k) not in parts]
         if unused:
-            parts = dict.fromkeys(k.split(".")[0] for k in unused)
-            notes.append(f"not used, as the model has none: {', '.join(parts)}")
+            given = {k: t for k, t in given.items() if k not in unused}
+            listing = ", ".join(dict.fromkeys(map(_part, unused)))
+            notes.append(f"not used, as the model has none: {listing}")
     elif fresh_heads:
         kept |= heads
         given = {k: t for k, t in given.items() if k not in HEADS}
@@ -388,6 +489,32 @@ def _adapted(
                 given[k] = (given[k] + t) / 2
         notes.append("heads: the only one is the mean of the file's two, as their outputs are")
     return given, kept, notes
+
+
+def _part(name: str) -> str:
+    """The stage, or another large part, that a tensor is of."""
+    parts = name.split(".")
+    return ".".join(parts[: 2 if parts[0] in ("stages", "feature_norms") else 1])
+
+
+def _fold_scales(given: dict[str, Tensor]) -> list[str]:
+    """Multiply the layer scales of convolutions into the weights before them; notes on it.
+
+    Of transformers with use_layer_scale=False, where only attention and MLP have none.
+    """
+    scales = [k for k in given if k.endswith(".layer_scale.gamma")]
+    if any("layer_scale_1" in k for k in given):
+        return []
+    notes = []
+    for key in scales:
+        names = [key.replace("layer_scale.gamma", f"pwconv2.{part}") for part in ("weight", "bias")]
+        gamma = given[key].double().flatten()
+        if all(k in given and given[k].shape[:1] == gamma.shape for k in names):
+            del given[key]
+            for k in names:
+                given[k] = given[k].double() * gamma.view(-1, *[1] * (given[k].dim() - 1))
+            notes = ["layer scales of convolutions: multiplied into pwconv2, as the model has none"]
+    return notes
 
 
 def _pooling(model: SwiftFormer, found: Checkpoint, asked: str | None) -> tuple[str, str]:
@@ -422,6 +549,10 @@ def _remedy(
         return ""
     if _size(theirs) != _size(ours):
         return f" It is a SwiftFormer {_size(theirs)}, the model one {_size(ours)}."
+    if theirs["use_layer_scale"] != ours["use_layer_scale"]:
+        if ours["use_layer_scale"]:
+            return " It has no layer scales: make the model with use_layer_scale=False."
+        return " It has layer scales: make the model with use_layer_scale=True."
     for option in ("in_chans", "mlp_ratio"):
         if theirs[option] != ours[option]:
             return f" It has {option} {theirs[option]}, the model {ours[option]}."
@@ -493,7 +624,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise ValueError(
             f"{path} holds a {needed[1]}, more than tensors and plain values, and loading such "
             "could run any code. If you trust the file: load_checkpoint(model, torch.load(path, "
-            "map_location='cpu', weights_only=False))."
+            "map_location='cpu', weights_only=False)). save_checkpoint(model, 'weights.pth') then "
+            "writes a file without such."
         ) from error
     except Exception as error:  # every format has errors of its own
         raise ValueError(_damaged(path, error)) from error
@@ -527,8 +659,8 @@ def _entry(content: Mapping[str, Any], ema: bool, name: str) -> tuple[str, str]:
             held = listed(entries, 8) if plain else "weights alone"
             raise ValueError(
                 f"{name} must hold a moving average of the weights for ema=True, in "
-                f"{' or '.join(map(repr, AVERAGES))}; it holds {held}. Leave ema out for the "
-                "weights."
+                f"{' or '.join(map(repr, AVERAGES))}; it holds {held}. Without ema=True it "
+                "gives the weights."
             )
         return averages[0], ""
     if averages and not plain:
@@ -539,11 +671,39 @@ def _entry(content: Mapping[str, Any], ema: bool, name: str) -> tuple[str, str]:
     return (plain or [""])[0], (averages or [""])[0]
 
 
+def _without_modules(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The content of a file with state dicts for modules, and their pooling if none is recorded."""
+    modules = {k: m for k, m in content.items() if isinstance(m, nn.Module)}
+    poolings = {a.pooling for m in modules.values() for a in _attentions(m)}
+    recorded = {"pooling": poolings.pop()} if len(poolings) == 1 else {}
+    return recorded | dict(content) | {k: m.state_dict() for k, m in modules.items()}
+
+
+def _check_stored(weights: Mapping[str, Tensor], name: str) -> None:
+    """Raise unless every tensor holds its numbers: what has sizes without data can ask for any
+    amount of memory."""
+    for key, t in weights.items():
+        if t.layout is not torch.strided:
+            what = f"is not dense: its layout is {t.layout}"
+        elif t.is_meta:
+            what = "has no data: it is on the device meta"
+        elif t.numel() == 0:
+            what = f"is empty: its shape is {tuple(t.shape)}"
+        elif t.untyped_storage().nbytes() < t.numel() * t.element_size():
+            what = f"is expanded: it has less data than its shape {tuple(t.shape)} says"
+        else:
+            continue
+        raise ValueError(f"{name} must hold tensors with all their data; {key!r} {what}.")
+
+
 def _unwrapped(weights: Mapping[str, Any], prefix: str, name: str) -> dict[str, Tensor]:
     weights = dict(weights)
     if len(weights) > 1:
         weights.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
-    others = [str(k) for k, t in weights.items() if not isinstance(t, Tensor)]
+    unnamed = [repr(k) for k in weights if not isinstance(k, str)]
+    if unnamed:
+        raise ValueError(f"{name} must hold tensors by their names; got {listed(unnamed)}.")
+    others = [k for k, t in weights.items() if not isinstance(t, Tensor)]
     if others or not weights:
         held = f"{listed(others, 5)} are none" if others else "it is empty"
         raise ValueError(
@@ -557,10 +717,12 @@ def _unwrapped(weights: Mapping[str, Any], prefix: str, name: str) -> dict[str, 
         weights = {k.removeprefix(wrapper): t for k, t in weights.items()}
     if prefix and not any(k.startswith(prefix) for k in weights):
         raise ValueError(
-            f"prefix must be one of names in {name}; got {prefix!r}, and there are "
+            f"prefix must be the start of names in {name}; got {prefix!r}, and there are "
             f"{listed(list(weights), 5)}."
         )
-    return {k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)}
+    weights = {k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)}
+    _check_stored(weights, name)
+    return weights
 
 
 def _recorded(content: Mapping[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from swiftkernels.extras import need
-from swiftkernels.models.files import Loaded, architecture, put_into, read_checkpoint
+from swiftkernels.models.files import Loaded, architecture, fit_to, put_into, read_checkpoint
 from swiftkernels.models.swiftformer import SwiftFormer
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -18,12 +18,15 @@ CONFIG = "config.json"
 ONLY = {
     "hidden_act": "gelu",
     "batch_norm_eps": 1e-5,
-    "use_layer_scale": True,
     "down_patch_size": 3,
     "down_stride": 2,
     "down_pad": 1,
 }
 """What a configuration of transformers may say only so: it shows in no tensor."""
+
+
+FROM_WEIGHTS = ("widths", "depths", "in_chans", "mlp_ratio", "use_layer_scale")
+"""Options of `SwiftFormer` that follow from the weights."""
 
 
 class Pretrained(NamedTuple):
@@ -38,9 +41,10 @@ class Pretrained(NamedTuple):
 
 
 def from_pretrained(
-    where: str | Path,
+    checkpoint: str | Path,
     *,
     source: str | None = None,
+    prefix: str = "",
     ema: bool = False,
     pooling: str | None = None,
     revision: str | None = None,
@@ -49,10 +53,10 @@ def from_pretrained(
     """The model that a checkpoint holds, its sizes told by the shapes of the weights.
 
     Args:
-        where: a repository of huggingface.co ("MBZUAI/swiftformer-xs", "timm/..."), a folder as
-            these, with model.safetensors or pytorch_model.bin, or a file. What exists is taken for
-            a path.
-        source, ema, pooling: as in `load_checkpoint`.
+        checkpoint: a repository of huggingface.co ("MBZUAI/swiftformer-xs", "timm/..."), a folder
+            as these, with model.safetensors or pytorch_model.bin, or a file. What exists is taken
+            for a path.
+        source, prefix, ema, pooling: as in `load_checkpoint`.
         revision: branch, tag or commit of the repository.
         options: of `SwiftFormer`. Another `num_classes` than the file's gets fresh heads, for
             fine-tuning; `features_only=True` leaves them out.
@@ -66,11 +70,11 @@ def from_pretrained(
         >>> model, report, _ = from_pretrained("MBZUAI/swiftformer-xs")  # doctest: +SKIP
         >>> print(report)  # doctest: +SKIP
     """
-    weights, config_file = _found(where, revision)
+    weights, config_file = _found(checkpoint, revision)
     config = _read_config(config_file)
-    found = read_checkpoint(weights, source=source, ema=ema)
-    told = architecture(found.state_dict)
-    fixed = [name for name in ("widths", "depths", "in_chans", "mlp_ratio") if name in options]
+    found = read_checkpoint(weights, source=source, prefix=prefix, ema=ema)
+    told = architecture(found.state_dict, found.name)
+    fixed = [name for name in FROM_WEIGHTS if name in options]
     if fixed:
         raise ValueError(
             f"options must leave {', '.join(fixed)} to the checkpoint, whose weights fit nothing "
@@ -79,7 +83,13 @@ def from_pretrained(
     fresh = options.get("num_classes", told["num_classes"]) != told["num_classes"]
     if pooling is not None:
         options["pooling"] = pooling
-    model = SwiftFormer(**{**told, **options})
+    if not options.get("features_only", told["features_only"]):
+        told["out_indices"] = None
+    options = {**told, **options}
+    # Before memory is allocated: a small file can name the sizes of a huge model.
+    skeleton = SwiftFormer(**{**options, "device": "meta"})
+    fit_to(skeleton.state_dict(), found, fresh_heads=fresh)
+    model = SwiftFormer(**options)
     report = put_into(model, found, pooling=pooling, fresh_heads=fresh)
     return Pretrained(model.eval(), report, config)
 
@@ -97,9 +107,9 @@ def class_names(config: Mapping[str, Any], num_classes: int) -> list[str] | None
     return [str(name) for name in names]
 
 
-def _found(where: str | Path, revision: str | None) -> tuple[Path, Path | None]:
+def _found(checkpoint: str | Path, revision: str | None) -> tuple[Path, Path | None]:
     """The files with the weights and the configuration, fetched if they are not here."""
-    path = Path(where)
+    path = Path(checkpoint)
     if path.is_file():
         beside = path.with_name(CONFIG)
         return path, beside if path.name in WEIGHTS and beside.is_file() else None
@@ -109,11 +119,13 @@ def _found(where: str | Path, revision: str | None) -> tuple[Path, Path | None]:
             if (path / name).is_file():
                 return path / name, config if config.is_file() else None
         raise ValueError(f"{path} must hold {' or '.join(WEIGHTS)}; it holds neither.")
-    if isinstance(where, Path) or where.count("/") != 1 or where.startswith((".", "/")):
+    named = isinstance(checkpoint, str) and not checkpoint.startswith((".", "/"))
+    if not named or str(checkpoint).count("/") != 1:
         raise ValueError(
-            f"where must be a file, a folder or a repository 'owner/name'; {where} does not exist."
+            "checkpoint must be a file, a folder, or a repository 'owner/name' of huggingface.co; "
+            f"{checkpoint} does not exist."
         )
-    return _download(where, revision)
+    return _download(str(checkpoint), revision)
 
 
 def _download(repository: str, revision: str | None) -> tuple[Path, Path | None]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from swiftkernels.writing import save_figure, write_csv
 
 COLUMNS = (
     "step",
@@ -27,34 +27,9 @@ end an epoch: cross-entropy and percentages of the validation images."""
 Row = dict[str, Any]
 
 
-class Replacement:
-    """As a context manager, a file that takes the place of `path` only when all is written."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.unfinished = path.with_name(path.name + ".tmp")
-
-    def __enter__(self) -> IO[bytes]:
-        self.file = self.unfinished.open("wb")
-        return self.file
-
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        if kind is None:
-            self.unfinished.replace(self.path)
-
-
 def write(rows: Sequence[Row], path: Path) -> None:
     """All rows as a CSV file."""
-    text = io.StringIO(newline="")
-    lines = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    lines.writeheader()
-    lines.writerows(rows)
-    with Replacement(path) as file:
-        file.write(text.getvalue().encode())
+    write_csv(path, rows, COLUMNS)
 
 
 def draw(table: Path, picture: Path) -> None:
@@ -93,5 +68,4 @@ def draw(table: Path, picture: Path) -> None:
         if axes.lines:
             below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
             axes.legend(**below, fontsize=8, frameon=False)
-    with Replacement(picture) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(figure, picture, dpi=120)

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 
-from swiftkernels import devices, models
+from swiftkernels import devices, models, writing
 from swiftkernels.extras import need
-from swiftkernels.training import data, metrics, optimizer
+from swiftkernels.progress import Progress
+from swiftkernels.training import data, lock, metrics, optimizer
 from swiftkernels.training.losses import DistillationLoss
 from swiftkernels.training.recipe import Recipe
 
@@ -89,12 +90,13 @@ def train(
         The rows of metrics.csv.
 
     Raises:
-        ValueError: options or data that do not fit each other, or the checkpoint.
+        ValueError: options or data that do not fit each other, or the checkpoint; a folder that
+            another training writes to.
+        OSError: a file could not be written; those before it are whole.
         ImportError: a package is missing; it says which.
         FloatingPointError: the loss is not finite.
     """
-    for package in ("matplotlib", "tqdm"):  # at the start, not after an epoch
-        need(package, "train", "Training")
+    need("matplotlib", "train", "Training")  # at the start, not after an epoch
     with _world(recipe.device) as world:
         if train_set is None:
             train_set, val_set = data.image_folders(recipe)
@@ -207,10 +209,10 @@ class _Run:
         self.loss_steps = 0
 
     def to_the_end(self) -> list[metrics.Row]:
-        self.recipe.out.mkdir(parents=True, exist_ok=True)
-        self._restore()
-        while self.step < self.steps:
-            self._epoch()
+        with _holding(self.recipe.out, self.world):
+            self._restore()
+            while self.step < self.steps:
+                self._epoch()
         return self.rows
 
     def _epoch(self) -> None:
@@ -220,14 +222,16 @@ class _Run:
         self.places.start = done * self.recipe.batch_size * self.recipe.accumulate
         self.model.train()
         batches = iter(self.train_loader)
-        with _bar(
-            f"epoch {epoch + 1}/{self.recipe.epochs}", self.steps_per_epoch, self.world, done
+        text = f"epoch {epoch + 1} of {self.recipe.epochs}"
+        quiet = self.world.rank != 0
+        with Progress(
+            self.steps_per_epoch, "steps", text, done=done, leave=True, quiet=quiet
         ) as bar:
             for left in reversed(range(self.steps_per_epoch - done)):
                 self._train_step(batches)
-                bar.update()
+                bar.advance()
                 if left and self.step % self.recipe.log_every == 0:
-                    bar.set_postfix(loss=f"{self._log({}):.3f}")
+                    bar.note(f"loss {self._log({}):.3f}")
                 if left and self.step % self.recipe.save_every == 0:
                     self._save(LAST)
         self._end_of_epoch()
@@ -341,7 +345,7 @@ class _Run:
             "loss": self.loss,
             "loss_steps": self.loss_steps,
         }
-        with metrics.Replacement(self.recipe.out / name) as file:
+        with writing.replacing(self.recipe.out / name) as file:
             torch.save(weights if name == BEST else weights | state, file)
 
     def _restore(self) -> None:
@@ -402,7 +406,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     found = torch.zeros(4, dtype=torch.float64, device=device)
-    with _bar("evaluation", len(batches), world) as bar:
+    with Progress(len(batches), "batches", "evaluation", quiet=world.rank != 0) as bar:
         for images, labels in batches:
             images, labels = images.to(device), labels.to(device)
             with _autocast(device, bfloat16):
@@ -411,7 +415,7 @@ def evaluate(
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
             found += torch.stack([loss, best[:, 0].sum(), best.sum(), loss.new_tensor(len(best))])
-            bar.update()
+            bar.advance()
     model.train(was_training)
     loss_sum, top1, top5, images_seen = world.sum(found).tolist()
     if images_seen == 0:
@@ -453,6 +457,24 @@ def _world(device: str) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def _holding(out: Path, world: World) -> Iterator[None]:
+    """The folder for this training alone; the first process holds it for all."""
+    with contextlib.ExitStack() as held:
+        failure: list[Exception | None] = [None]
+        if world.rank == 0:
+            try:
+                if held.enter_context(lock.locked(out)):
+                    writing.remove_leftovers(out)
+            except (ValueError, OSError) as error:
+                failure = [error]
+        if world.processes > 1:
+            dist.broadcast_object_list(failure)
+        if failure[0] is not None:
+            raise failure[0]
+        yield
+
+
 def _parallel(model: nn.Module, world: World) -> nn.Module:
     if world.processes == 1:
         return model
@@ -480,8 +502,3 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None
             f"resume goes on with the options of {path}: {told}. Pass the same, or start anew in "
             "another folder."
         )
-
-
-def _bar(text: str, total: int, world: World, done: int = 0) -> Any:
-    tqdm = need("tqdm", "train", "Training").tqdm
-    return tqdm(total=total, desc=text, initial=done, unit="step", disable=world.rank != 0)

@@ -1,0 +1,227 @@
+"""Files and folders that take the place of older ones: complete, or not at all.
+
+What is written goes to a temporary name in the same folder, which is renamed when everything is on
+the disk. A full disk, an error or an interruption leaves the old file as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SUFFIX = ".tmp"
+"""Of temporary names."""
+NAME_LENGTH = 40
+"""Characters of the final name in a temporary one: file systems allow 255 bytes in all."""
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, name: str = "path") -> Iterator[BinaryIO]:
+    """A file to write, which becomes `path` at the end of the block unless the block raises.
+
+    Args:
+        path: of the file; of a symbolic link, the file that it points to is replaced.
+        name: what errors call the argument.
+
+    Raises:
+        ValueError: no path of a file in an existing folder.
+        OSError: the file could not be written; it names `path`, also where the library that wrote
+            into the file raised another error.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with replacing(folder / "a.txt") as file:
+        ...     _ = file.write(b"complete")
+        >>> [entry.name for entry in folder.iterdir()]
+        ['a.txt']
+    """
+    target = Path(os.path.realpath(check_file(name, path)))
+    temporary = _temporary(target)
+    raw = None
+    try:
+        raw = _Raw(temporary, "xb")
+        with io.BufferedWriter(raw) as file:
+            yield file
+            file.flush()
+            os.fsync(raw.fileno())
+        temporary.replace(target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        failure = _failure(error, raw, temporary)
+        if failure is None:
+            raise
+        raise _naming(path, failure) from error
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | Path, name: str = "path") -> Iterator[Path]:
+    """A path for a new folder, which becomes `path` at the end of the block unless it raises.
+
+    The path has the suffix of `path`. An older folder is removed after the new one is complete.
+
+    Raises:
+        ValueError: no path in an existing folder, or that of a file.
+        OSError: the folder could not be written.
+    """
+    target = Path(os.path.realpath(check_folder(name, path)))
+    temporary = _temporary(target).with_suffix(target.suffix)
+    old = _temporary(target)
+    try:
+        yield temporary
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """A text file in UTF-8; errors as `replacing`."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def write_csv(
+    path: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    columns: Iterable[str] | None = None,
+    digits: int | None = None,
+) -> None:
+    """A CSV file with a header; errors as `replacing`.
+
+    Args:
+        path: of the file.
+        rows: by column.
+        columns: their order; by default that of the first row.
+        digits: significant digits of floats; None writes them exactly.
+
+    Raises:
+        ValueError: a row has other columns.
+    """
+    text = io.StringIO(newline="")
+    names = columns if columns is not None else rows[0] if rows else ()
+    lines = csv.DictWriter(text, list(names), lineterminator="\n")
+    lines.writeheader()
+    lines.writerows(rows if digits is None else (rounded(row, digits) for row in rows))
+    write_text(path, text.getvalue())
+
+
+def rounded(row: Mapping[str, Any], digits: int = 6) -> dict[str, Any]:
+    """The row with its floats as texts of that many significant digits."""
+    return {k: f"{v:.{digits}g}" if isinstance(v, float) else v for k, v in row.items()}
+
+
+def save_figure(figure: Figure, path: str | Path, **options: Any) -> None:
+    """A figure of matplotlib as a PNG file; options as of `savefig`, errors as `replacing`."""
+    with replacing(path) as file:
+        figure.savefig(file, format="png", **options)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote in `folder`.
+
+    Only for a folder that no other process writes to.
+    """
+    for path in folder.glob(f".*.[0-9]*-{'[0-9a-f]' * 8}{SUFFIX}"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def check_file(name: str, path: str | Path) -> Path:
+    """The path, if a file can be there.
+
+    Raises:
+        TypeError: no path.
+        ValueError: the path of a folder, of a device, or in a folder that does not exist.
+    """
+    found = _check_path(name, path)
+    if found.is_dir():
+        what = f"{found} is a folder" if str(path) else "it is empty"
+        raise ValueError(f"{name} must be the path of a file; {what}. Add a file name.")
+    if found.exists() and not found.is_file():
+        raise ValueError(
+            f"{name} must be the path of a regular file; {found} is a device or a pipe. "
+            "Choose another."
+        )
+    _check_parent(name, found)
+    return found
+
+
+def check_folder(name: str, path: str | Path) -> Path:
+    """The path, if a folder can be there.
+
+    Raises:
+        TypeError: no path.
+        ValueError: the path of a file, or in a folder that does not exist.
+    """
+    found = _check_path(name, path)
+    if not str(path):
+        raise ValueError(f"{name} must be the path of a folder; it is empty. Add a name.")
+    if found.exists() and not found.is_dir():
+        raise ValueError(f"{name} must be the path of a folder; {found} is a file. Choose another.")
+    _check_parent(name, found)
+    return found
+
+
+def _check_path(name: str, path: object) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path; got {type(path).__name__}.")
+    return Path(path)
+
+
+def _check_parent(name: str, path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"{name} must be in an existing folder; {path.parent} is none. Make it first."
+        )
+
+
+class _Raw(io.FileIO):
+    """A file that keeps why writing failed: torch.save reports it as "unexpected pos"."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+def _temporary(target: Path) -> Path:
+    """A name in the same folder that no other process or call has."""
+    own = f"{os.getpid()}-{secrets.token_hex(4)}"
+    return target.with_name(f".{target.name[:NAME_LENGTH]}.{own}{SUFFIX}")
+
+
+def _failure(error: BaseException, raw: _Raw | None, temporary: Path) -> OSError | None:
+    """The error of the file system behind an error; None if it has another cause."""
+    if not isinstance(error, Exception):  # an interruption
+        return None
+    if raw is not None and raw.failure is not None:
+        return raw.failure
+    if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+        return error
+    return None
+
+
+def _naming(path: str | Path, failure: OSError) -> OSError:
+    if failure.errno is None:
+        return OSError(f"{path} could not be written: {failure}")
+    return OSError(failure.errno, failure.strerror, str(path))
