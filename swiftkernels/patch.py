@@ -135,8 +135,9 @@ def accelerate(
 
     Parameters, their names, hooks, modes and references that optimizers hold stay what they are; a
     layer gets another forward by becoming an instance of a subclass of its class. Nothing global
-    changes. Linear layers that are more than a weight and a bias (adapters, quantised layers, hooks)
-    are called, now or whenever they come to be so; the result and `swiftkernels.doctor` say where.
+    changes. Linear layers that are more than a weight and a bias (adapters, quantised layers, those
+    with hooks) are called, now or whenever they come to be so; the result and `swiftkernels.doctor`
+    say where.
 
     Args:
         model: any module; it may be such a layer itself.
