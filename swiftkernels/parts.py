@@ -49,9 +49,18 @@ def why_called(part: Any) -> str:
     kind = type(part)
     if getattr(kind, "forward", None) is not _LINEAR_FORWARD or kind.__call__ is not _MODULE_CALL:
         return f"it is a {kind.__name__}"
-    if "forward" in vars(part):
+    return _why_touched(part)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a call of the module runs its class's forward and nothing else."""
+    return not _why_touched(module)
+
+
+def _why_touched(module: nn.Module) -> str:
+    if "forward" in vars(module):
         return "its forward was replaced"
-    if compat.has_hooks(part):
+    if compat.has_hooks(module):
         return "it has hooks"
     if compat.has_global_hooks():
         return "hooks of all modules are registered"

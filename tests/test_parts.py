@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.utils.data import DataLoader
 
-import swiftkernels
+import swiftkernels.models
 from swiftkernels import AdditiveAttention, accelerate, parts
 from swiftkernels.reference import Options, attend
 from tests.cases import relative_error
@@ -432,6 +432,37 @@ dist.destroy_process_group()
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "4"
+
+
+@pytest.mark.parametrize("part", ["attn", "layer_scale_1", "drop_path", "linear", "layer_scale_2"])
+def test_hooks_in_a_block_of_our_model_see_what_they_are_to_see(part):
+    """In inference the attention scales and adds its output itself, unless somebody looks."""
+    model = swiftkernels.models.SwiftFormer((8, 16), (1, 2), num_classes=3).eval()
+    block, x = model.stages[1].blocks[1], tokens(2, 16, 5, 5)
+    nn.init.normal_(block.layer_scale_1.gamma)
+    expected, seen = block(x), []
+    local = block.local_representation(x)
+    branch = block.attn(local)
+    after = local + block.layer_scale_1.gamma * branch
+    right = {
+        "attn": (local, branch),
+        "layer_scale_1": (branch, branch * block.layer_scale_1.gamma),
+        "drop_path": (branch * block.layer_scale_1.gamma,) * 2,
+        "linear": (after, block.linear(after)),
+        "layer_scale_2": (block.linear(after), block.layer_scale_2(block.linear(after))),
+    }[part]
+    handle = block.get_submodule(part).register_forward_hook(
+        lambda m, args, out: seen.append((args[0], out))
+    )
+    torch.testing.assert_close(block(x), expected)
+    torch.testing.assert_close(seen[0], right)
+    handle.remove()
+    block.attn = nn.Identity()  # somebody's own
+    torch.testing.assert_close(
+        block(x),
+        local * (1 + block.layer_scale_1.gamma)
+        + block.linear(local * (1 + block.layer_scale_1.gamma)) * block.layer_scale_2.gamma,
+    )
 
 
 def test_the_reason_is_told_in_words():

@@ -17,6 +17,7 @@ from swiftkernels.images import DEVIATION, MEAN
 from swiftkernels.models.feature_info import FeatureInfo, Indices, take_indices
 from swiftkernels.models.recompute import recomputed
 from swiftkernels.modules import AdditiveAttention
+from swiftkernels.parts import is_untouched
 
 WIDTHS_AND_DEPTHS = {
     "xs": ((48, 56, 112, 220), (3, 3, 6, 4)),
@@ -152,11 +153,22 @@ class SwiftFormerEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.local_representation(x)
-        if not hasattr(self.layer_scale_1, "gamma") or (self.training and self.drop_path.rate > 0):
+        if torch.jit.is_scripting():
             x = x + self.drop_path(self.layer_scale_1(self.attn(x)))
-        else:  # in one call
+        elif self._adds_in_attention():
             x = self.attn(x, residual_scale=self.layer_scale_1.gamma)
+        else:
+            x = x + self.drop_path(self.layer_scale_1(self.attn(x)))
         return x + self.drop_path(self.layer_scale_2(self.linear(x)))
+
+    def _adds_in_attention(self) -> bool:
+        """Whether the attention may scale and add its output: nobody looks at what is between."""
+        between = (self.attn, self.layer_scale_1, self.drop_path)
+        kinds = (AdditiveAttention, LayerScale, DropPath)
+        for module, kind in zip(between, kinds, strict=True):
+            if type(module) is not kind or not is_untouched(module):
+                return False
+        return not (self.training and self.drop_path.rate > 0)
 
 
 class Downsample(nn.Module):
