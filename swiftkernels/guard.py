@@ -10,6 +10,8 @@ Packed weights are used for as long as the weights they were made from
 After a step of any `torch.optim.Optimizer`, and after `weights_changed()`, all bytes are compared
 once. What remains unnoticed: writes to a few elements of a matrix that PyTorch does not count
 (through `.data`, numpy or another library's kernels), without a call of `weights_changed()`.
+
+Weights that change between any two calls are soon read as they are, not packed: see `Slot.pays`.
 """
 
 from __future__ import annotations
@@ -75,49 +77,34 @@ class Packing(Protocol):
     """Calls that they served."""
 
 
-class Payoff:
-    """Whether packing some weights pays."""
+class Slot:
+    """A packing of weights, the state they were in, and whether packing them has paid."""
 
-    __slots__ = ("packing", "skipped", "wasted")
+    __slots__ = ("generation", "packed", "skipped", "state", "wasted")
 
     def __init__(self) -> None:
-        self.packing: Packing | None = None
-        """Of the weights as they are."""
+        self.state: State = ()
+        self.packed: Any = None
+        self.generation = -1
+        """At which all bytes were last known to be those packed."""
         self.skipped = 0
         """Calls without a packing since the weights changed."""
         self.wasted = 0
         """Packings in a row that served a single call or none."""
 
-    def change(self) -> None:
-        """The weights changed."""
-        if self.packing is not None:
-            self.wasted = self.wasted + 1 if self.packing.uses <= 1 else 0
-        self.packing, self.skipped = None, 0
-
-    def pays(self) -> bool:
-        """Whether packing now is likely to pay."""
-        return self.wasted < WASTED or self.skipped >= 2 ** (self.wasted - WASTED)
-
-
-class Slot:
-    """A packing of weights and the state they were in."""
-
-    __slots__ = ("generation", "packed", "payoff", "state")
-
-    def __init__(self, payoff: Payoff) -> None:
-        self.payoff = payoff
-        self.state: State = ()
-        self.packed: Any = None
-        self.generation = -1
-        """At which all bytes were last known to be those packed."""
-
     def renew(self, state: State) -> None:
         """Take weights in another state, not packed."""
+        packed: Packing | None = self.packed
         self.packed = None  # first: another thread may look
-        self.state = state
-        self.payoff.change()
+        if packed is not None:
+            self.wasted = self.wasted + 1 if packed.uses <= 1 else 0
+        self.state, self.skipped = state, 0
 
     def fill(self, packed: Packing) -> None:
         """Keep what was packed of the weights in this state."""
         self.generation = _generation
-        self.packed = self.payoff.packing = packed
+        self.packed = packed
+
+    def pays(self) -> bool:
+        """Whether packing now is likely to pay."""
+        return self.wasted < WASTED or self.skipped >= 2 ** (self.wasted - WASTED)

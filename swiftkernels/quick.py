@@ -77,11 +77,11 @@ def remember(layer: Weights, key: Key, chosen: str, options: Options, x: Tensor)
     notes[key] = checked
 
 
-def _note(x: Tensor, query_weight: Tensor, key: Key) -> tuple[Checked, weights.KnownLayer] | None:
+def _note(x: Tensor, layer: Weights, key: Key) -> tuple[Checked, weights.KnownLayer] | None:
     """What is noted for a layer, if nothing but the kernels wants to see a call on x."""
     if type(x) is not Tensor or not compat.nothing_listens() or compat.any_autocast():
         return None
-    known = weights.find_layer(query_weight)
+    known = weights.find_layer(layer.wq, layer.wf)
     checked = None if known is None else known.notes.get(key)
     if known is None or checked is None or x.dtype is not checked.dtype:
         return None
@@ -106,7 +106,7 @@ def infer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Tensor |
 
     With a layer scale, x + scale * output.
     """
-    noted = _note(x, layer.wq, key)
+    noted = _note(x, layer, key)
     if noted is None:
         return None
     checked, known = noted
@@ -227,7 +227,7 @@ def train(
     x: Tensor, layer: Weights, key: Key, channels_first: bool, recompute: bool | None
 ) -> Tensor | None:
     """The output for x, differentiable; None: take the long way."""
-    noted = _note(x, layer.wq, key)
+    noted = _note(x, layer, key)
     if noted is None or layer.layer_scale is not None:
         return None
     checked, _ = noted

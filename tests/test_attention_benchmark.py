@@ -21,12 +21,14 @@ def test_there_is_one_ratio_for_each_layer(tmp_path):
         "benchmarks", "--benchmark-only", "-k", "XS-4-batch1-forward-additive", "-q",
         "-p", "no:cacheprovider", f"--rootdir={tmp_path}", "-c", str(configuration),
     )  # fmt: skip
+    # Within a process of pytest-xdist the benchmark would not run.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *command],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment | {"PYTHONPATH": str(ROOT)},
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1086,7 +1086,7 @@ def test_what_is_kept_of_a_layer_goes_with_it(residual):
             layer(x, residual_scale=scale)
     layer(x.requires_grad_(), residual_scale=scale).sum().backward()
     assert len(weights._layers) == before + 1
-    slots = weights.find_layer(layer.to_query.weight).slots
+    slots = weights.find_layer(layer.to_query.weight, layer.final.weight).slots
     packed = [weakref.ref(b) for slot in slots.values() for b in slot.packed.buffers]
     assert packed
     del layer, slots

@@ -59,9 +59,6 @@ _SOURCES = 10
 SMALL = 80_000
 """Up to so many bytes of weights (E = 64), a look at all takes hardly longer than at a sample."""
 
-MOST_PAYOFFS = 4096
-"""Records of what packing was worth; with more, all are dropped."""
-
 
 class Packed:
     """A layer ready for the kernels.
@@ -80,7 +77,7 @@ class Packed:
 
 
 class KnownLayer:
-    """What is kept for one layer, under the address of its query weight, while all matrices live.
+    """What is kept for one layer while all its matrices live.
 
     It watches over their storages, of which PyTorch keeps one object each: weak references to the
     tensors themselves would forbid `torch.utils.swap_tensors`. While they live, nothing else can
@@ -90,12 +87,12 @@ class KnownLayer:
     __slots__ = ("matrices", "notes", "slots")
 
     def __init__(self, weights: Weights) -> None:
-        address = weights.wq.data_ptr()
+        place = _place(weights.wq, weights.wf)
         layers = _layers  # a local: at exit the module's may be gone
 
         def forget(_: object) -> None:
-            if layers.get(address) is self:
-                del layers[address]
+            if layers.get(place) is self:
+                del layers[place]
 
         self.matrices = [weakref.ref(w.untyped_storage(), forget) for w in _matrices(weights)]
         self.slots: dict[Hashable, guard.Slot] = {}
@@ -121,10 +118,8 @@ class KnownLayer:
         return packed
 
 
-_layers: dict[int, KnownLayer] = {}
-_payoffs: dict[Hashable, guard.Payoff] = {}
-"""By `packing_key` and `id` of the query weight, whose data may come and go. A guess for the choice
-alone: another tensor may have come to a dead one's id."""
+_layers: dict[tuple[int, int], KnownLayer] = {}
+"""By `_place`: layers may have one of these weights in common."""
 
 
 def packed_layer(
@@ -145,14 +140,14 @@ def packed_layer(
     key = packing_key(weights.layer_scale is not None, options, form, dtype)
     slot = slots.get(key)
     if slot is None:
-        slot = slots[key] = guard.Slot(_payoff((id(weights.wq), key)))
+        slot = slots[key] = guard.Slot()
     state = guard.state(tensors)
     if slot.state != state or (slot.packed is not None and not _unchanged(library, slot)):
         slot.renew(state)
-    if slot.packed is None and slot.payoff.pays():
+    if slot.packed is None and slot.pays():
         slot.fill(pack(library, rounded(weights, dtype), options, form, watched=tensors))
     if slot.packed is None:
-        slot.payoff.skipped += 1
+        slot.skipped += 1
     packed: Packed | None = slot.packed
     return packed
 
@@ -174,25 +169,20 @@ def addresses(weights: Weights) -> Addresses:
     return tuple([None if w is None else w.data_ptr() for w in weights])
 
 
-def _payoff(key: Hashable) -> guard.Payoff:
-    payoff = _payoffs.get(key)
-    if payoff is None:
-        if len(_payoffs) >= MOST_PAYOFFS:
-            _payoffs.clear()
-        payoff = _payoffs[key] = guard.Payoff()
-    return payoff
+def _place(query_weight: Tensor, final_weight: Tensor) -> tuple[int, int]:
+    return query_weight.data_ptr(), final_weight.data_ptr()
 
 
-def find_layer(query_weight: Tensor) -> KnownLayer | None:
-    """What is kept under that weight: for a layer that has it, and perhaps still the other ones."""
-    return _layers.get(query_weight.data_ptr())
+def find_layer(query_weight: Tensor, final_weight: Tensor) -> KnownLayer | None:
+    """What is kept for a layer with these weights, and perhaps still its other ones."""
+    return _layers.get(_place(query_weight, final_weight))
 
 
 def layer_of(weights: Weights) -> KnownLayer:
     """What is kept for a layer, empty at first."""
-    layer = find_layer(weights.wq)
+    layer = find_layer(weights.wq, weights.wf)
     if layer is None or not layer.is_of(weights):
-        layer = _layers[weights.wq.data_ptr()] = KnownLayer(weights)
+        layer = _layers[_place(weights.wq, weights.wf)] = KnownLayer(weights)
     return layer
 
 
