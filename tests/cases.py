@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import statistics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,6 +28,8 @@ __all__ = [
     "SELF_NAMES",
     "assert_as_good_as_eager",
     "assert_exact",
+    "assert_gradients_survive_cancellation",
+    "cancelling_tensors",
     "convert",
     "forward_backward",
     "make_mask",
@@ -81,3 +85,40 @@ def assert_as_good_as_eager(
     error, eager_error = relative_error(ours, exact), relative_error(eager, exact)
     bound = budget(eager_error, ours.dtype, ulps)
     assert error <= bound, f"{name}: error {error:.3g}, eager's {eager_error:.3g}"
+
+
+def cancelling_tensors(
+    layer: str, spread: float, batch: int, n_tokens: int, width: int, seed: int = 0
+) -> list[Tensor | None]:
+    """float32 tokens around a mean that biases take away: those of "query", "key" or "both"."""
+    tensors = make_tensors(batch, n_tokens, width, width, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 100)
+    mean = torch.randn(width, generator=generator, dtype=torch.float64)
+    tensors = convert([mean + spread * tensors[0], *tensors[1:]], torch.float32)
+    for weight in {"query": [1], "key": [3], "both": [1, 3]}[layer]:
+        tensors[weight + 1] = -tensors[weight] @ mean.float()
+    return tensors
+
+
+def assert_gradients_survive_cancellation(
+    ours: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    draws: Sequence[list[Tensor | None]],
+    name: str = "",
+) -> None:
+    """The median error of output and gradients over several draws is as good as eager's.
+
+    The tokens of one draw are almost equal, and so are their rounding errors: they do not average
+    out, and either side may be several times as exact as the other by chance.
+    """
+    run = functools.partial(forward_backward, names=SELF_NAMES)
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for tensors in draws:
+        exact, eager = run(reference, convert(tensors, torch.float64)), run(reference, tensors)
+        for key, value in run(ours, tensors).items():
+            pair = relative_error(value, exact[key]), relative_error(eager[key], exact[key])
+            errors.setdefault(key, []).append(pair)
+    for key, pairs in errors.items():
+        error, eager_error = map(statistics.median, zip(*pairs, strict=True))
+        bound = budget(eager_error, torch.float32)
+        assert error <= bound, f"{key}, {name}: error {error:.3g}, eager's {eager_error:.3g}"

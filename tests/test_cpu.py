@@ -46,6 +46,8 @@ from tests.cases import (
     POOLINGS,
     SELF_NAMES,
     assert_as_good_as_eager,
+    assert_gradients_survive_cancellation,
+    cancelling_tensors,
     convert,
     make_mask,
     make_query_key_tensors,
@@ -326,6 +328,45 @@ def test_rows_of_norm_above_65504_are_normalised_in_float16(isa, pooling):
 def test_biases_that_cancel_the_mean_cost_no_accuracy(isa, layer, spread):
     tensors, _ = cancelling(layer, spread)
     assert_forms_accurate(tensors)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("spread", [2, 1, 0.5, 1e-2, 1e-4])
+@poolings
+def test_gradients_where_biases_cancel_the_mean(pooling, spread, qk_norm):
+    options: dict[str, Any] = {"pooling": pooling, "qk_norm": qk_norm}
+    reference = functools.partial(additive_self_attention, backend="reference", **options)
+    for layer in ("query", "key", "both"):
+        draws = [cancelling_tensors(layer, spread, 2, 600, 24, seed) for seed in range(7)]
+        for kind in BACKWARDS:
+            with backward_in_use(kind) as recompute:
+                ours = functools.partial(
+                    additive_self_attention, backend="cpu", recompute=recompute, **options
+                )
+                assert_gradients_survive_cancellation(ours, reference, draws, f"{layer}, {kind}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["tokens", "channels first"])
+def test_gradients_where_biases_cancel_the_mean_of_unmasked_tokens(isa, layout, dtype):
+    """Most tokens are padding, whose queries are as long as the bias."""
+    tensors = cancelling_tensors("both", 1e-2, 3, 300, 24)
+    mask = torch.zeros(3, 300, dtype=torch.bool)
+    mask[:, :60] = True
+    tensors[0][~mask] = 0
+    tensors = convert(tensors, dtype)
+    if layout == "channels first":
+        tensors[0] = tensors[0].transpose(1, 2).contiguous().transpose(1, 2)
+    assert_accurate(tensors, qk_norm=False, pooling="sum", mask=mask)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("spread", [2, 1, 0.5, 0.1, 1e-2, 1e-4])
+@poolings
+def test_outputs_where_biases_cancel_the_mean(pooling, spread, qk_norm):
+    for n_tokens in (7, 49, 1000):
+        tensors = cancelling_tensors("both", spread, 2, n_tokens, 48)
+        assert_forms_accurate(tensors, pooling=pooling, qk_norm=qk_norm)
 
 
 @pytest.mark.parametrize("form", ["triangular", "folded"])

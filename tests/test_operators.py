@@ -34,6 +34,8 @@ from tests.cases import (
     SELF_NAMES,
     assert_as_good_as_eager,
     assert_exact,
+    assert_gradients_survive_cancellation,
+    cancelling_tensors,
     convert,
     forward_backward,
     make_mask,
@@ -159,6 +161,21 @@ def test_scores_of_almost_equal_tokens_have_exact_gradients(form, pooling):
     eager = run(form, tensors, "reference", pooling=pooling)
     for name, t in run(form, tensors, "aten", pooling=pooling).items():
         assert_as_good_as_eager(t, eager[name], exact[name], name=name)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("spread", [1, 1e-2, 1e-4])
+@poolings
+def test_gradients_where_biases_cancel_the_mean(pooling, spread, qk_norm):
+    ours, reference = (
+        functools.partial(
+            additive_self_attention, backend=backend, pooling=pooling, qk_norm=qk_norm
+        )
+        for backend in ("aten", "reference")
+    )
+    for layer in ("query", "key", "both"):
+        draws = [cancelling_tensors(layer, spread, 2, 600, 24, seed) for seed in range(7)]
+        assert_gradients_survive_cancellation(ours, reference, draws, layer)
 
 
 @forms

@@ -22,6 +22,14 @@
 //     dw_g = Wq xs
 //     dWf  = U Wp^T + V, dWp = Wf^T U    with U = sum_items Zk Wk^T diag(G), V = Zq Wq^T
 //
+// Where the biases cancel most of Wq x or Wk x, sums of x lose the digits that are left of q or k.
+// There x is replaced by x - x0 with x0 the mean of some tokens,
+//
+//     q = Wq (x - x0) + (Wq x0 + bq)
+//
+// so that the bias, now in parentheses, is as small as q. All of the above holds for x - x0 and this
+// bias; dWq then lacks dbq x0^T, which is added at the end. The same for the keys.
+//
 // That makes 7 products of N E^2 (the symmetric ones count half) where the other backward makes 8,
 // or 10 if it computes q and k again; and 3 E^3 for each item.
 #include "folded_backward.h"
@@ -100,13 +108,69 @@ struct Workspace {
   float* columns;  // of a large tile
 };
 
+float norm2_of(const float* bias, int64_t width) {
+  float total = 0.f;
+  for (int64_t j = 0; j < width && bias; j++) total += bias[j] * bias[j];
+  return total;
+}
+
+/// x0, and the biases that belong to it.
+class Origin {
+ public:
+  const float* token = nullptr;  // null: 0, where the biases cancel nothing
+  float *query_bias, *key_bias;  // Wq x0 + bq, Wk x0 + bk
+
+  Origin(const RawLayer& layer, const BackwardCall& call)
+      : memory_(4 * round_up(padded(std::max(layer.in_dims, layer.width)), 16)) {
+    if (!memory_) return;
+    const int64_t C = layer.in_dims, E = layer.width;
+    Pieces pieces(memory_.data());
+    float* mean = pieces.take(padded(C));
+    query_bias = pieces.take(padded(E)), key_bias = pieces.take(padded(E));
+    mean_of_some(call, 0, call.batch, SAMPLE, C, pieces.take(padded(C)), mean);
+    project(layer.wq, layer.bq, mean, C, E, query_bias);
+    project(layer.wk, layer.bk, mean, C, E, key_bias);
+    if (cancels(layer.bq, query_bias, E) || cancels(layer.bk, key_bias, E)) {
+      token = mean;
+    } else {
+      project(layer.wq, layer.bq, nullptr, C, E, query_bias);
+      project(layer.wk, layer.bk, nullptr, C, E, key_bias);
+    }
+  }
+  explicit operator bool() const { return static_cast<bool>(memory_); }
+
+ private:
+  /// Tokens in the mean: it differs from that of all by an eighth of their spread.
+  static constexpr int64_t SAMPLE = 64;
+
+  /// to [E] = weight [E, C] token + bias, both 0 if null; in double, as most of it may cancel.
+  static void project(const float* weight, const float* bias, const float* token, int64_t C,
+                      int64_t E, float* to) {
+    std::fill(to, to + padded(E), 0.f);
+    for (int64_t j = 0; j < E; j++) {
+      double sum = bias ? bias[j] : 0.;
+      for (int64_t c = 0; c < C && token; c++)
+        sum += static_cast<double>(weight[j * C + c]) * token[c];
+      to[j] = static_cast<float>(sum);
+    }
+  }
+
+  static bool cancels(const float* bias, const float* rest, int64_t E) {
+    return norm2_of(bias, E) > 4 * norm2(rest, E);
+  }
+
+  const Scratch memory_;
+};
+
 /// Two passes over the tokens of every item: the first leads to dG, the second needs it.
 class FoldedBackward {
  public:
-  FoldedBackward(const RawLayer& layer, const Prepared& weights, const BackwardCall& call)
+  FoldedBackward(const RawLayer& layer, const Prepared& weights, const BackwardCall& call,
+                 const Origin& origin)
       : layer_(layer),
         weights_(weights),
         call_(call),
+        origin_(origin),
         C_(layer.in_dims),
         E_(layer.width),
         D_(layer.token_dim),
@@ -241,14 +305,14 @@ class FoldedBackward {
     (query_square_ = matrix_of(square_, C_)).pack(query_panels_);
     gram_of_weights(wk_, C_, wk_, C_, E_, square_);
     (key_square_ = matrix_of(square_, C_)).pack(key_panels_);
-    times_weight(wq_, weights_.query_bias, query_bias_);
-    times_weight(wk_, weights_.key_bias, key_bias_);
+    times_weight(wq_, origin_.query_bias, query_bias_);
+    times_weight(wk_, origin_.key_bias, key_bias_);
     times_weight(wq_, weights_.w_g, scores_);
-    score_bias_ = dot(weights_.query_bias, weights_.w_g, E_);
+    score_bias_ = dot(origin_.query_bias, weights_.w_g, E_);
     std::fill(output_bias_, output_bias_ + padded(D_), 0.f);
     for (int64_t d = 0; d < D_; d++)
       for (int64_t j = 0; j < E_; j++)
-        output_bias_[d] += layer_.wf[d * E_ + j] * weights_.query_bias[j];
+        output_bias_[d] += layer_.wf[d * E_ + j] * origin_.query_bias[j];
   }
 
   /// Room for a matrix [D, E] or [E, C]: where the tiles of tokens are at other times.
@@ -317,7 +381,12 @@ class FoldedBackward {
   }
 
   Workspace with_tokens(Workspace w, int64_t item, int64_t first, int64_t rows) const {
-    w.x = tile_of(x_, item, 1, first, rows, C_, w.x);
+    if (origin_.token) {
+      load_tile(x_, item, first, rows, C_, w.x);
+      for (int64_t r = 0; r < rows; r++) add_scaled(origin_.token, -1.f, C_, w.x.row(r));
+    } else {
+      w.x = tile_of(x_, item, 1, first, rows, C_, w.x);
+    }
     w.dout = tile_of(dout_, item, 1, first, rows, D_, w.dout);
     return w;
   }
@@ -366,7 +435,7 @@ class FoldedBackward {
     gemm(Zk, D_, weights_.plain.key, nullptr, product, w.panel);
     std::fill(item.dG, item.dG + padded(E_), 0.f);
     for (int64_t d = 0; d < D_; d++) {
-      add_scaled(weights_.key_bias, zk[d], E_, product.row(d));
+      add_scaled(origin_.key_bias, zk[d], E_, product.row(d));
       for (int64_t j = 0; j < padded(E_); j += LANES) {
         const vec t = load(product.row(d) + j);
         store(item.dG + j, load(item.dG + j) + load(M_.row(d) + j) * t);
@@ -374,7 +443,7 @@ class FoldedBackward {
       }
     }
     item.along = dot(G, item.dG, E_);
-    item.dG_bias = dot(weights_.query_bias, item.dG, E_);
+    item.dG_bias = dot(origin_.query_bias, item.dG, E_);
     times_weight(wq_, item.dG, item.dG_rows);
     if (call_.needs_weights) {  // dkn^T x / rk [E, C]
       gram_of_weights(M_, E_, Zk, C_, D_, product);
@@ -388,7 +457,7 @@ class FoldedBackward {
     for (int64_t d = 0; d < D_; d++) {
       for (int64_t j = 0; j < padded(E_); j += LANES)
         store(product.row(d) + j, load(M_.row(d) + j) * load(G + j));
-      item.bias[d] = dot(product.row(d), weights_.key_bias, E_);
+      item.bias[d] = dot(product.row(d), origin_.key_bias, E_);
     }
     gemm_to_panels(product, D_, weights_.key_rows, item.panels, D_, 0, w.panel);
   }
@@ -530,19 +599,23 @@ class FoldedBackward {
     add_square(wk_, s.Sk, total.dWk);
     for (int64_t j = 0; j < E_; j++) {
       add_scaled(s.xs, weights_.w_g[j], C_, total.dWq.row(j));
-      add_scaled(s.xq, weights_.query_bias[j], C_, total.dWq.row(j));
-      add_scaled(s.xk, weights_.key_bias[j], C_, total.dWk.row(j));
+      add_scaled(s.xq, origin_.query_bias[j], C_, total.dWq.row(j));
+      add_scaled(s.xk, origin_.key_bias[j], C_, total.dWk.row(j));
+    }
+    add_weight_rows(s.zq, layer_.wf, E_, D_, E_, w.vectors, total.dbq);
+    add_scaled(weights_.w_g, s.numbers[XS], E_, total.dbq);
+    add_product(wq_, s.xq, origin_.query_bias, s.numbers[XQ], total.dbq);
+    add_product(wk_, s.xk, origin_.key_bias, s.numbers[XK], total.dbk);
+    for (int64_t j = 0; j < E_ && origin_.token; j++) {
+      add_scaled(origin_.token, total.dbq[j], C_, total.dWq.row(j));
+      add_scaled(origin_.token, total.dbk[j], C_, total.dWk.row(j));
     }
     copy_rows(total.dWq, E_, C_, g.dwq);
     copy_rows(total.dWk, E_, C_, g.dwk);
-    add_weight_rows(s.zq, layer_.wf, E_, D_, E_, w.vectors, total.dbq);
-    add_scaled(weights_.w_g, s.numbers[XS], E_, total.dbq);
-    add_product(wq_, s.xq, weights_.query_bias, s.numbers[XQ], total.dbq);
-    add_product(wk_, s.xk, weights_.key_bias, s.numbers[XK], total.dbk);
     copy_rows({total.dbq, 0}, 1, E_, g.dbq);
     copy_rows({total.dbk, 0}, 1, E_, g.dbk);
     for (int64_t j = 0; j < E_; j++)
-      w.vectors[j] = dot(wq_.row(j), s.xs, C_) + weights_.query_bias[j] * s.numbers[XS];
+      w.vectors[j] = dot(wq_.row(j), s.xs, C_) + origin_.query_bias[j] * s.numbers[XS];
     copy_rows({w.vectors, 0}, 1, E_, g.dw_g);
     const Tile matrix = matrix_room(w);
     gram_of_weights(final_rows(), E_, total.U, E_, D_, matrix);
@@ -550,7 +623,7 @@ class FoldedBackward {
     gemm(s.Zq, D_, weights_.plain.query, nullptr, matrix, w.panel);  // V
     gemm(total.U, D_, weights_.plain.proj, nullptr, matrix, w.panel, matrix);
     for (int64_t d = 0; d < D_; d++) {
-      add_scaled(weights_.query_bias, s.zq[d], E_, matrix.row(d));
+      add_scaled(origin_.query_bias, s.zq[d], E_, matrix.row(d));
       add_scaled(weights_.proj_bias, s.dbf[d], E_, matrix.row(d));
     }
     copy_rows(matrix, D_, E_, g.dwf);
@@ -564,6 +637,7 @@ class FoldedBackward {
   const RawLayer& layer_;
   const Prepared& weights_;
   const BackwardCall& call_;
+  const Origin& origin_;
   const int64_t C_, E_, D_, N_;
   const int threads_;
   const bool by_items_;
@@ -591,12 +665,6 @@ float largest(const float* numbers, int64_t count) {
   return found;
 }
 
-float norm2_of(const float* bias, int64_t width) {
-  float total = 0.f;
-  for (int64_t j = 0; j < width && bias; j++) total += bias[j] * bias[j];
-  return total;
-}
-
 }  // namespace
 
 bool biases_cancel(const RawLayer& layer, const BackwardCall& call) {
@@ -608,11 +676,13 @@ bool biases_cancel(const RawLayer& layer, const BackwardCall& call) {
 }
 
 Status folded_backward(const RawLayer& layer, const BackwardCall& call) {
+  const Origin origin(layer, call);
+  if (!origin) return OUT_OF_MEMORY;
   Prepared weights(layer, usable_threads(call.threads));
   weights.add(weights.plain.key);
   weights.add(weights.query_rows);
   weights.add(weights.key_rows);
   weights.add(weights.product_rows);
   if (!weights.finish(call.batch * call.tokens)) return OUT_OF_MEMORY;
-  return FoldedBackward(layer, weights, call).run();
+  return FoldedBackward(layer, weights, call, origin).run();
 }

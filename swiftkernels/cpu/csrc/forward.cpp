@@ -14,6 +14,9 @@ constexpr int64_t TILE_FLOATS = 40000;
 /// 3 % of its time, as a word of the weights takes 0.1 to 0.4 ns and a product with it 0.02.
 constexpr int64_t WATCH_ALL_FROM = 512;
 
+/// Tokens of an item whose mean is checked.
+constexpr int64_t SAMPLE = 16;
+
 /// What some items need between the two passes over their tokens, one after another.
 struct State {
   float* scores;       // [items, N]; token weights in the end. Null: not needed after pooling
@@ -30,6 +33,7 @@ struct Workspace {
   Tile x, q, t, operand, out, fold;
   float *scores, *key_norms;  // one number for each row
   float* vectors;             // one vector for each row
+  float* mean;                // of some tokens, and one of them
   float* panel;               // of a matrix that is not packed
 };
 
@@ -101,6 +105,7 @@ class Forward {
         const Workspace w = workspace(thread);
         const State s = of_items(state(thread), item);
         for (int64_t i = 0; i < division_.blocks; i++) first_pass(w, s, item, i);
+        check_mean_query(w, s.G, item);
         finish(s, item, 1);
         if (form_ == FOLDED) fold(w, s, s.G, 0, C_ + 1);
         for (int64_t i = 0; i < division_.blocks; i++) second_pass(w, s, item, i);
@@ -110,6 +115,7 @@ class Forward {
         const State s = of_items(state(0), item);
         parallel_for(division_.blocks, threads_,
                      [&](int64_t i, int thread) { first_pass(workspace(thread), s, item, i); });
+        check_mean_query(workspace(0), s.G, item);
         finish(s, item, 1);
         if (form_ == FOLDED)
           parallel_for(threads_, threads_, [&](int64_t i, int thread) {
@@ -167,6 +173,7 @@ class Forward {
     if (form_ == PLAIN) w.q = pieces.tile(rows, E_);
     if (form_ != FOLDED) w.t = pieces.tile(rows, E_);
     if (form_ != PLAIN) w.vectors = pieces.take(rows * LANES);
+    if (form_ != PLAIN) w.mean = pieces.take(2 * padded(C_));
     if (form_ == FOLDED) w.fold = pieces.tile(SLICE, E_);
     // Room for two more vectors: parts of a row are written in whole vectors from any column on.
     w.operand = pieces.tile(rows, operand_width_ + 2 * LANES);
@@ -181,6 +188,7 @@ class Forward {
       if (unit_q_.data) store_tile(w.q.from(i * N_), N_, E_, unit_q_, first + i, 0);
       pool(w, s, i * N_, i * N_, N_, mask_of(call_, first + i), s.partials + i * partial_floats_);
     }
+    for (int64_t i = 0; i < count; i++) check_mean_query(w, s.G, first + i);
     finish(s, first, count);
     if (form_ != FOLDED) return attend(w, s, first, count, 0, N_);
     for (int64_t i = 0; i < count; i++) {
@@ -245,8 +253,23 @@ class Forward {
   void invert_and_check(float* norms2, int64_t rows, float bias_norm2) const {
     float shortest = INFINITY;
     for (int64_t r = 0; r < rows; r++) shortest = std::min(shortest, norms2[r]);
-    if (bias_norm2 > 4 * shortest) cancellation_.store(true, std::memory_order_relaxed);
+    check(shortest, bias_norm2);
     invert_norms(layer_, norms2, rows);
+  }
+
+  /// Notice that a bias cancels most of a vector, from the squares of their norms.
+  void check(float norm2, float bias_norm2) const {
+    if (bias_norm2 > 4 * norm2) cancellation_.store(true, std::memory_order_relaxed);
+  }
+
+  /// Without norms there are no lengths of rows to check. Sums of x, and what is linear in x, lose
+  /// digits where the bias cancels most of the mean query; some tokens are enough to see that, and
+  /// cost one product of a row. `q` is scratch.
+  void check_mean_query(const Workspace& w, float* q, int64_t item) const {
+    if (form_ == PLAIN || layer_.qk_norm || query_bias_norm2_ == 0.f) return;
+    mean_of_some(call_, item, 1, SAMPLE, C_, w.mean + padded(C_), w.mean);
+    gemm({w.mean, padded(C_)}, 1, matrices_.query, layer_.query_bias, {q, padded(E_)}, nullptr);
+    check(norm2(q, E_), query_bias_norm2_);
   }
 
   /// Partial sums of rows of the tile from `row` on, whose state starts at `first`.
@@ -281,6 +304,9 @@ class Forward {
                                      : load(G.row(i) + j) + factors * load(layer_.query_bias + j);
         store(G.row(i) + j, q * normaliser);
       }
+      // The sum of queries may be short even where all of them are long.
+      if (form_ != PLAIN && layer_.pooling == SUM)
+        check(norm2(G.row(i), E_), total.factor_sum() * total.factor_sum() * query_bias_norm2_);
       if (!call_.kept.statistics) continue;
       std::memcpy(call_.kept.global_query + (first + i) * E_, G.row(i), E_ * sizeof(float));
       call_.kept.statistics[3 * call_.batch * N_ + first + i] = normalisers[i];

@@ -208,6 +208,28 @@ inline Mask mask_of(const AnyCall& call, int64_t item) {
   return {call.mask ? call.mask + item * call.mask_strides[0] : nullptr, call.mask_strides[1]};
 }
 
+/// The mean of up to `count` evenly spread tokens of some items, without masked ones. `row` is
+/// scratch for one token.
+template <class AnyCall>
+inline void mean_of_some(const AnyCall& call, int64_t first, int64_t items, int64_t count,
+                         int64_t width, float* row, float* mean) {
+  const Tokens x = tokens_of(call.x, call.x_strides, call.type);
+  const int64_t all = items * call.tokens;
+  int64_t found = 0;
+  std::fill(mean, mean + padded(width), 0.f);
+  count = std::min(count, all);
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t token = (2 * i + 1) * all / (2 * count);
+    const int64_t item = first + token / call.tokens, n = token % call.tokens;
+    if (!mask_of(call, item).keeps(n)) continue;
+    load_tile(x, item, n, 1, width, {row, padded(width)});
+    for (int64_t j = 0; j < padded(width); j += LANES)
+      store(mean + j, load(mean + j) + load(row + j));
+    found++;
+  }
+  for (int64_t j = 0; j < width && found; j++) mean[j] /= static_cast<float>(found);
+}
+
 /// Items up to this length are worked on in one piece.
 constexpr int64_t WHOLE_ROWS = 256;
 /// Pooled sums are formed slice by slice: they depend neither on tiles nor on threads.
