@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -16,6 +17,8 @@ from tests.cases import (
     SELF_NAMES,
     assert_as_good_as_eager,
     assert_exact,
+    assert_gradients_survive_cancellation,
+    cancelling_tensors,
     convert,
     forward_backward,
     make_mask,
@@ -175,6 +178,18 @@ def test_scores_of_almost_equal_tokens_have_exact_gradients(n_tokens, width, poo
         else:  # in which what rounding leaves of G . dG stays
             error, eager_error = (relative_error(t, exact[name]) for t in (value, eager[name]))
             assert error <= 8 * eager_error + 1e-6, f"{name}: {error:.3g}, eager {eager_error:.3g}"
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_gradients_where_biases_cancel_the_mean(pooling):
+    draws = [cancelling_tensors("both", 1e-3, 2, 49, 24, seed) for seed in range(3)]
+    ours, definition = (
+        functools.partial(
+            functional.additive_self_attention, backend=backend, pooling=pooling, qk_norm=False
+        )
+        for backend in ("triton", "reference")
+    )
+    assert_gradients_survive_cancellation(ours, definition, draws)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
