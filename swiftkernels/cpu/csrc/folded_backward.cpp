@@ -27,8 +27,8 @@
 //
 //     q = Wq (x - x0) + (Wq x0 + bq)
 //
-// so that the bias, now in parentheses, is as small as q. All of the above holds for x - x0 and this
-// bias; dWq then lacks dbq x0^T, which is added at the end. The same for the keys.
+// so that the bias, now in parentheses, is as small as q. All of the above holds for x - x0 and
+// this bias; dWq then lacks dbq x0^T, which is added at the end. The same for the keys.
 //
 // That makes 7 products of N E^2 (the symmetric ones count half) where the other backward makes 8,
 // or 10 if it computes q and k again; and 3 E^3 for each item.
