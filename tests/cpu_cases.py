@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import statistics
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from swiftkernels import additive_self_attention
 from swiftkernels.cpu import config, launch, weights
 from swiftkernels.cpu.weights import FOLDED, PLAIN, TRIANGULAR
+from swiftkernels.verify import budget
 from tests.cases import (
     POOLINGS,
     SELF_NAMES,
@@ -22,9 +24,13 @@ from tests.cases import (
     forward_backward,
     make_mask,
     make_tensors,
+    relative_error,
 )
 
 Tensors = list[Tensor | None]
+
+DRAWS = 7
+"""Gradients of the output that a median is taken over."""
 
 BACKWARDS = ("rows", "recomputed rows", "folded")
 """What a backward works from."""
@@ -123,17 +129,57 @@ def assert_forms_accurate(tensors: Tensors, ulps: float = 4, **options: Any) -> 
 def assert_accurate(
     tensors: Tensors, dout: Tensor | None = None, ulps: float = 4, **options: Any
 ) -> None:
-    """Every form of the output, and every kind of backward: as good as eager's."""
+    """Every form of the output, and every kind of backward: as good as eager's.
+
+    A single gradient of a few numbers may by chance be several times as exact by either. Where one
+    is beyond its bound, the median over several gradients of the output is what counts.
+    """
     assert_forms_accurate(tensors, ulps, **options)
-    exact = gradients(convert(tensors, torch.float64), dout, "reference", **options)
-    eager = gradients(tensors, dout, "reference", **options)
     for kind in BACKWARDS:
         if kind == "folded" and tensors[0].shape[1] < 7:
             continue  # not for these: gradients that cancel to nothing would be left with noise
-        with backward_in_use(kind) as recompute:
-            ours = gradients(tensors, dout, recompute=recompute, **options)
-        for name, t in ours.items():
-            assert_as_good_as_eager(t, eager[name], exact[name], ulps, f"{name}, {kind}")
+        errors = _gradient_errors(tensors, dout, kind, **options)
+        if not _within({name: [pair] for name, pair in errors.items()}, tensors[0].dtype, ulps):
+            assert dout is None, f"{kind}: {errors}"
+            draws = {name: [pair] for name, pair in errors.items()}
+            for seed in range(1, DRAWS):
+                other = _random_dout(tensors, seed)
+                for name, pair in _gradient_errors(tensors, other, kind, **options).items():
+                    draws[name].append(pair)
+            assert _within(draws, tensors[0].dtype, ulps), f"{kind}: {draws}"
+
+
+def _random_dout(tensors: Tensors, seed: int) -> Tensor:
+    x, final_weight = tensors[0], tensors[-2]
+    assert x is not None
+    assert final_weight is not None
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*x.shape[:2], final_weight.shape[0])
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _gradient_errors(
+    tensors: Tensors, dout: Tensor | None, kind: str, **options: Any
+) -> dict[str, tuple[float, float]]:
+    """Of the output and every gradient: the error of one kind of backward, and eager's."""
+    exact = gradients(convert(tensors, torch.float64), dout, "reference", **options)
+    eager = gradients(tensors, dout, "reference", **options)
+    with backward_in_use(kind) as recompute:
+        ours = gradients(tensors, dout, recompute=recompute, **options)
+    assert {t.dtype for t in ours.values()} == {t.dtype for t in eager.values()}
+    return {
+        name: (relative_error(t, exact[name]), relative_error(eager[name], exact[name]))
+        for name, t in ours.items()
+    }
+
+
+def _within(draws: dict[str, list[tuple[float, float]]], dtype: torch.dtype, ulps: float) -> bool:
+    """Whether the median errors are as good as eager's."""
+    for pairs in draws.values():
+        error, eager_error = map(statistics.median, zip(*pairs, strict=True))
+        if not error <= budget(eager_error, dtype, ulps):
+            return False
+    return True
 
 
 def assert_residual_accurate(tensors: Tensors, scale: Tensor) -> None:
