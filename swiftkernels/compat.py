@@ -92,9 +92,31 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def constant_under_compile(function: _Function) -> _Function:
+    """Let torch.compile call `function` when it traces, and take the result as a constant.
+
+    As `torch.compiler.assume_constant_result`, which imports half of the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_under_compile  # which cannot trace it in torch 2.10
+def _autocast_available(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for that type of device."""
+    return _autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]:
     """Switch autocast off where it is on: inside an operator the types are settled."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if autocasts(device_type):
         return torch.autocast(device_type, enabled=False)
     return _NO_GUARD
 
@@ -241,18 +263,6 @@ class _ImportWatch(importlib.abc.MetaPathFinder):
         return spec
 
 
-_Function = TypeVar("_Function", bound=Callable[..., object])
-
-
-def constant_under_compile(function: _Function) -> _Function:
-    """Let torch.compile call `function` when it traces, and take the result as a constant.
-
-    As `torch.compiler.assume_constant_result`, which imports half of the compiler.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 @constant_under_compile
 def too_old_triton() -> str:
     """The version of the installed Triton, if it is one from before 3.6."""
@@ -270,7 +280,7 @@ def _too_old_triton() -> str:
     return ""
 
 
+@constant_under_compile  # where is_exporting() is always true in torch 2.10
 def being_exported() -> bool:
     """Whether a trace for other runtimes is being made: TorchScript, ONNX, torch.export."""
-    exporting = getattr(torch.compiler, "is_exporting", lambda: False)
-    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or exporting()
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftkernels import checks, compat, ops, quick, reference
-from swiftkernels.compat import autocast_off
+from swiftkernels.compat import autocast_off, autocasts
 from swiftkernels.cpu.weights import Weights
 from swiftkernels.reference import Options
 
@@ -184,7 +184,7 @@ def additive_self_attention(
         "key_weight": key_weight,
         "key_bias": key_bias,
     }
-    check_alike = _check_castable if _autocasts(x) else checks.check_alike
+    check_alike = _check_castable if autocasts(x.device.type) else checks.check_alike
     check_alike("x", x, projections)
     _check_weights(check_alike, "x", x, *weights[4:9])
     checks.check_mask(mask, x)
@@ -334,7 +334,7 @@ def _check_residual(residual_scale: Tensor, x: Tensor, token_dim: int) -> None:
             "channels. "
             "Leave it out and add the branches yourself."
         )
-    check_alike = _check_castable if _autocasts(x) else checks.check_alike
+    check_alike = _check_castable if autocasts(x.device.type) else checks.check_alike
     check_alike("x", x, {"residual_scale": residual_scale})
 
 
@@ -362,16 +362,10 @@ def _with_weights(
         return AttentionOutput(out, *reference.global_query(q, w_g, mask, options))
 
 
-def _autocasts(t: Tensor) -> bool:
-    """Whether autocast is on for the device of t."""
-    device = t.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def _autocast(*tensors):  # type: ignore[no-untyped-def]
     """Cast to the active autocast dtype, as autocast casts the inputs of a linear layer."""
     first = next((t for t in tensors if isinstance(t, Tensor)), None)
-    if first is None or not _autocasts(first):
+    if first is None or not autocasts(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(

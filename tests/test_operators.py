@@ -27,6 +27,7 @@ from swiftkernels import (
     compat,
     ops,
 )
+from swiftkernels.cpu import library
 from tests.cases import (
     EXACT,
     POOLINGS,
@@ -629,6 +630,23 @@ def test_compile_in_one_graph(backend, compiler):
     for t, expected in zip(with_gradients(compiled, layer, x), exact, strict=True):
         assert relative_error(t, expected) <= EXACT
     assert compiled(x).stride() == exact[0].stride()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.skipif(library.loaded() is None, reason="no CPU kernels")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_graphs_hold_the_operator(autocast):
+    """Not the definition, which would be right as well, and slow."""
+    targets: list[str] = []
+
+    def noting(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    layer = make_layer("auto").float()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        torch.compile(layer, fullgraph=True, backend=noting)(torch.randn(2, 7, 6))
+    assert targets.count("swiftkernels.additive_self_attention.default") == 1
 
 
 @pytest.mark.usefixtures("fresh_compiler")
