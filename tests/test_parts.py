@@ -431,7 +431,7 @@ dist.destroy_process_group()
     command = [sys.executable, "-W", "ignore", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "4"
+    assert done.stdout.split()[-1] == "4"  # some versions of Gloo write before
 
 
 @pytest.mark.parametrize("part", ["attn", "layer_scale_1", "drop_path", "linear", "layer_scale_2"])
