@@ -1,7 +1,9 @@
-"""The GPU kernels' tests with the oldest and the newest Triton supported: `pip install nox`, `nox`.
+"""Tests with the oldest and the newest versions supported: `pip install nox`, `nox`.
 
-`nox -s "kernels-3.9.0"` runs one of the two. Each makes an environment of its own in .nox. No GPU
-is needed: the kernels are compiled for GPUs that are not there, and run by Triton's interpreter.
+`nox -s oldest` runs all tests with the oldest PyTorch, `nox -s kernels` those of the GPU kernels
+with the oldest and the newest Triton, `nox -s "kernels-3.9.0"` with one of them. Each makes an
+environment of its own in .nox. No GPU is needed: the kernels are compiled for GPUs that are not
+there, and run by Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -10,6 +12,17 @@ import nox
 
 SUBSET = "every_variant or odd_sizes or queries or images"
 """Of the interpreter's tests: every kernel and branch, in a few minutes."""
+
+OLDEST = ("torch==2.10.0", "torchvision==0.25.0", "triton==3.6.0", "numpy<2.4")
+"""Three that belong together, and a numpy that this Triton runs with."""
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """`nox -s oldest -- tests/test_export.py` runs some of the tests."""
+    models = ("timm==1.0.31", "transformers==5.23.0")
+    session.install(*OLDEST, *models, "-e", ".[bench,compare,coreml,export,predict,test]")
+    session.run("pytest", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

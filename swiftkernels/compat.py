@@ -33,15 +33,10 @@ def device_guard(t: Tensor) -> contextlib.AbstractContextManager[object]:
     return _NO_GUARD
 
 
-_fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
-
-
 def allow_tf32() -> bool:
     """Whether the user lets float32 matrix products round their operands to TF32."""
-    if _fp32_precision is None:
-        return torch.backends.cuda.matmul.allow_tf32
-    # The newer setting; the older raises once the newer has been used.
-    return bool(_fp32_precision("cuda", "matmul") == "tf32")
+    # Not torch.backends.cuda.matmul.allow_tf32: it raises once the newer setting has been used.
+    return bool(torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32")
 
 
 def fits_kernels(t: Tensor) -> bool:
@@ -224,9 +219,8 @@ def any_autocast() -> bool:
 
 def saves_through_hooks() -> bool:
     """Whether something wants to see what is saved for a backward: activation checkpointing, which
-    compares it between two calls. True where PyTorch does not tell."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(False) is not None
+    compares it between two calls."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def when_imported(name: str, callback: Callable[[ModuleType], None]) -> None:

@@ -55,6 +55,9 @@ def facts(device: torch.device) -> str:
 
 def built_for() -> str:
     """The kinds of GPUs that this torch knows, with the versions of their libraries."""
-    versions = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
-    versions["XPU"] = getattr(torch.version, "xpu", None)  # not in the oldest versions
+    versions = {
+        "CUDA": torch.version.cuda,
+        "ROCm": torch.version.hip,
+        "XPU": torch.version.xpu,
+    }
     return " and ".join(f"{kind} {v}" for kind, v in versions.items() if v) or "the CPU alone"
