@@ -25,8 +25,8 @@ def warmup(
     a channel and another for many. So name the sizes that will come.
 
     Every layer runs on zeros in the type and on the device of its weights (in that of autocast,
-    where it is on), as tokens and as images, contiguous and channels_last. No parameter, gradient
-    or mode of the model changes.
+    where it is on), as tokens and as images, contiguous and channels_last. No parameter, buffer,
+    gradient or mode of the model changes.
 
     Args:
         model: any module.
@@ -48,11 +48,11 @@ def warmup(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
-    for size in image_sizes:
-        if len(size) != 2 or min(size) < 1:
+    for size in image_sizes if isinstance(image_sizes, Sequence) else (image_sizes,):
+        if not _is_size(size):
             raise ValueError(
-                f"image_sizes must hold pairs (height, width) of positive numbers; got {size!r}. "
-                "One size is image_sizes=[(14, 14)]."
+                "image_sizes must be a sequence of pairs (height, width) of positive numbers; got "
+                f"{size!r} in it. One size is image_sizes=[(14, 14)]."
             )
     layers = {n: m for n, m in model.named_modules() if isinstance(m, AttentionForward)}
     if not layers:
@@ -60,13 +60,27 @@ def warmup(
             f"model must hold at least one AdditiveAttention; {type(model).__name__} holds none. "
             "Replace its attention layers first, or let swiftkernels.accelerate(model) do it."
         )
-    for layer in layers.values():
-        for x in _examples(layer, image_sizes):
-            with torch.no_grad():
-                layer(x)
-            if training:
-                _forward_and_backward(layer, x)
+    modes = {module: module.training for layer in layers.values() for module in layer.modules()}
+    try:
+        for layer in layers.values():
+            layer.eval()  # for parts that are called: no statistics, no random numbers
+            for x in _examples(layer, image_sizes):
+                with torch.no_grad():
+                    layer(x)
+                if training:
+                    _forward_and_backward(layer, x)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
     return list(layers)
+
+
+def _is_size(size: object) -> bool:
+    return (
+        isinstance(size, Sequence)
+        and len(size) == 2
+        and all(isinstance(n, int) and n > 0 for n in size)
+    )
 
 
 def _examples(layer: AttentionForward, image_sizes: Sequence[tuple[int, int]]) -> list[Tensor]:

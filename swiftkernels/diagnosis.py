@@ -91,7 +91,7 @@ def _how(layer: Any) -> tuple[str, str]:
         return "", parts.listed(called)
     if "forward" in vars(layer):
         return "", "its forward was replaced"
-    like = next(layer.parameters())
+    like = next(layer.parameters(), torch.empty(0))
     x = torch.empty(1, N_TOKENS, layer.in_dims, dtype=like.dtype, device=like.device)
     w_g = layer._parameters.get(layer.names.w_g)
     width = layer.in_dims if w_g is None else w_g.numel()

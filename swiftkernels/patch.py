@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 OFFICIAL = Names(proj="Proj")
 TRANSFORMERS = "SwiftFormerEfficientAdditiveAttention"
 EPS = 1e-12
-PROBE = (2, 5)
-"""Items and tokens that tell the variants apart."""
+PROBES = ((2, 5, 1.0), (1, 80, 1e-6))
+"""Batch elements, tokens and size of the random tokens that tell the variants apart."""
+PROBE_WIDTH = 5
+"""Of the layer of transformers that is probed."""
 TOLERANCE = 1e-6
 """Relative error, in float64, up to which a variant is the layer's own."""
 
@@ -128,7 +131,8 @@ def accelerate(
     `to_query`, `to_key`, `proj` or `Proj`, `final`, `w_g`, or what `names` says. What each of them
     computes, the pooling and whether it normalises queries and keys, is told by running a copy
     once, in float64 on random tokens, beside all variants. A layer that none of them matches is
-    left alone, and the result says why, as is one whose `forward` was replaced on the instance.
+    left alone, and the result says why, as is one that holds more than these parts, whose forward
+    takes more than x, or whose `forward` was replaced on the instance.
 
     The model itself is looked at, not run: no hook is called, no buffer and no random state is
     changed. All layers are judged before the first one changes.
@@ -248,7 +252,7 @@ def register(*, backend: str = "auto", recompute: bool | None = None) -> Registr
             "first: .undo() of its registration, or unregister_patch_mapping."
         )
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        example = kind(None, PROBE[1])
+        example = kind(None, PROBE_WIDTH)
     names = part_names(example)
     known, reason = _look(example, names) if names else (None, "its parts are others")
     if names is None or known is None:
@@ -277,6 +281,11 @@ def register(*, backend: str = "auto", recompute: bool | None = None) -> Registr
 def _given_names(names: Mapping[str, str] | None) -> Names | None:
     if names is None:
         return None
+    if not isinstance(names, Mapping) or not all(isinstance(n, str) for n in names.values()):
+        raise TypeError(
+            "names must map this library's names of the parts to the layer's, as in "
+            f"{{'to_query': 'q'}}; got {names!r}."
+        )
     ours = {"to_query": "query", "to_key": "key", "proj": "proj", "final": "final", "w_g": "w_g"}
     unknown = sorted(set(names) - set(ours))
     if unknown:
@@ -311,15 +320,43 @@ def _look(module: nn.Module, names: Names) -> tuple[Known | None, str]:
         return None, "it has these kernels"
     if "forward" in vars(module):
         return None, "its forward was replaced"
+    more = _more(module, names)
+    if more:
+        return None, f"it has more than the parts of an additive attention: {more}"
     if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         return None, "its weights have no values yet (device meta)"
     apart = torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu")
     try:
         with apart[0], apart[1], apart[2], compat.without_global_hooks():
-            return _probe(_twin(module), names)
+            known, reason = _probe(_twin(module), names)
     except Exception as error:  # whatever a copy of somebody's layer may raise
         said = (f"{type(error).__name__}: {error}".strip().splitlines() or [""])[0]
         return None, f"no copy of it could be run ({said})"
+    if known is not None:
+        taken = _collisions(module, _attributes(known, "auto", None))
+        if taken:
+            return None, f"its own {', '.join(taken)} would be overwritten. Rename them"
+    return known, reason
+
+
+def _more(module: nn.Module, names: Names) -> str:
+    """What a layer has or takes besides its five parts and x, which the kernels would leave out."""
+    own = {*module._modules, *module._parameters, *module._buffers} - {*names, "parametrizations"}
+    if own:
+        return ", ".join(sorted(own))
+    arguments = list(inspect.signature(type(module).forward).parameters)[2:]
+    if arguments:
+        return f"arguments {', '.join(arguments)} of its forward"
+    return ""
+
+
+def _collisions(module: nn.Module, attributes: Mapping[str, Any]) -> list[str]:
+    """Names that this library needs and that mean something else to the layer."""
+    kinds = type_before_parametrizations(module).__mro__
+    theirs = {name for kind in kinds[: kinds.index(nn.Module)] for name in vars(kind)}
+    ours = {name for name in vars(AttentionForward) if not name.startswith("__")} - {"forward"}
+    differing = {n for n, value in attributes.items() if vars(module).get(n, value) != value}
+    return sorted((ours & (theirs | vars(module).keys())) | differing)
 
 
 def _twin(module: nn.Module) -> nn.Module:
@@ -342,31 +379,46 @@ def _exact(t: Tensor) -> Tensor:
 def _probe(twin: nn.Module, names: Names) -> tuple[Known | None, str]:
     """What a copy of a layer computes: its output on random tokens, compared with all variants'."""
     in_dims, token_dim = _widths(twin, names)
-    x = torch.randn(
-        *PROBE, in_dims, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
-    outputs, reason = _outputs(twin, x)
-    if not outputs:
-        return None, f"it takes neither [B, N, {in_dims}] nor [B, {in_dims}, H, W] ({reason})"
-    query, key, proj, final = (getattr(twin, name) for name in names[:4])
-    w_g, scale = getattr(twin, names.w_g).flatten(), _scale(twin, token_dim)
-    found: dict[tuple[str, bool], list[str]] = {}
-    for pooling, qk_norm in itertools.product(POOLINGS, (True, False)):
-        options = Options(pooling, qk_norm, scale, EPS)
-        try:
-            expected = reference.attend(query(x), key(x), w_g, proj, final, None, options)
-        except RuntimeError:
-            return None, "its weights do not fit together as in an additive attention"
-        for layout, out in outputs.items():
-            if out.shape == expected.shape and _near(out, expected):
-                found.setdefault((pooling, qk_norm), []).append(layout)
-    if not found:
+    scale = _scale(twin, token_dim)
+    generator = torch.Generator().manual_seed(0)
+    candidates: set[tuple[str, bool, str]] | None = None
+    for batch, n_tokens, size in PROBES:
+        x = size * torch.randn(batch, n_tokens, in_dims, generator=generator, dtype=torch.float64)
+        for training in (False, True) if not parts.called(twin, names[:4]) else (False,):
+            outputs, reason = _outputs(twin.train(training), x)
+            if not outputs:
+                shapes = f"[B, N, {in_dims}] nor [B, {in_dims}, H, W]"
+                return None, f"it takes neither {shapes} ({reason})"
+            found = _matches(twin, names, x, outputs, scale)
+            candidates = found if candidates is None else candidates & found
+    if not candidates:
         return None, "it computes something else: no pooling gives its output"
-    if len(found) > 1:
-        return None, "with its weights several poolings give the same output"
-    ((pooling, qk_norm), layouts) = found.popitem()
+    variants = {(pooling, qk_norm) for pooling, qk_norm, _ in candidates}
+    if len(variants) > 1:
+        return None, (
+            "with its weights several poolings give the same output. Load weights that are not "
+            "zero first"
+        )
+    ((pooling, qk_norm),) = variants
+    layouts = [layout for _, _, layout in candidates]
     variant = Variant(pooling, qk_norm, layouts[0] if len(layouts) == 1 else "auto")
     return Known(variant, in_dims, scale), ""
+
+
+def _matches(
+    twin: nn.Module, names: Names, x: Tensor, outputs: Mapping[str, Tensor], scale: float
+) -> set[tuple[str, bool, str]]:
+    """The poolings, norms and layouts that give these outputs for x."""
+    query, key, proj, final = (getattr(twin, name) for name in names[:4])
+    w_g = getattr(twin, names.w_g).flatten()
+    found = set()
+    for pooling, qk_norm in itertools.product(POOLINGS, (True, False)):
+        options = Options(pooling, qk_norm, scale, EPS)
+        expected = reference.attend(query(x), key(x), w_g, proj, final, None, options)
+        for layout, out in outputs.items():
+            if out.shape == expected.shape and _near(out, expected):
+                found.add((pooling, qk_norm, layout))
+    return found
 
 
 def _widths(module: nn.Module, names: Names) -> tuple[int, int]:

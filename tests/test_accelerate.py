@@ -588,3 +588,94 @@ def test_warmup_knows_accelerated_layers(training):
         warmup(model)
     accelerate(model)
     assert warmup(model, training=training) == ["0", "1", "2"]
+
+
+class WithDropout(Fork):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(super().forward(x))
+
+
+class WithGate(Fork):
+    """It computes something else as soon as its gate is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.gate * x
+
+
+class WithScale(Fork):
+    def __init__(self) -> None:
+        super().__init__(pooling="softmax")
+        del self.scale_factor
+        self.scale_factor = nn.Parameter(torch.tensor(12**-0.5))
+
+
+class InTraining(Fork):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2 if self.training else 1)
+
+
+class WithMask(Fork):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        out = super().forward(x)
+        return out if mask is None else out * mask.unsqueeze(-1)
+
+
+class WithEps(Fork):
+    """Another lower bound of the norms, which shows with small tokens alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for part in (self.to_query, self.to_key):
+            nn.init.zeros_(part.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = F.normalize(self.to_query(x), dim=-1, eps=1e-3)
+        k = F.normalize(self.to_key(x), dim=-1, eps=1e-3)
+        weights = F.normalize(q @ self.w_g * self.scale_factor, dim=1)
+        return self.final(self.proj((weights * q).sum(dim=1, keepdim=True) * k) + q)
+
+
+class Cropping(Fork):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :64])
+
+
+class WithNames(Fork):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (WithDropout, "more than the parts of an additive attention: drop"),
+        (WithGate, "more than the parts of an additive attention: gate"),
+        (WithScale, "more than the parts of an additive attention: scale_factor"),
+        (WithMask, "arguments mask of its forward"),
+        (InTraining, "computes something else"),
+        (WithEps, "computes something else"),
+        (Cropping, "computes something else"),
+        (WithNames, "its own names would be overwritten"),
+    ],
+)
+def test_layers_that_do_more_are_left_alone(kind, words):
+    layer = kind()
+    ((found,)) = accelerate(layer).layers
+    assert found.variant is None
+    assert words in found.reason
+    assert type(layer) is kind
+
+
+@pytest.mark.parametrize("names", [["to_query"], {"to_query": 3}])
+def test_names_of_a_wrong_type(names):
+    with pytest.raises(TypeError, match="names must map"):
+        accelerate(Fork(), names=names)

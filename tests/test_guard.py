@@ -374,3 +374,46 @@ def test_a_dead_layer_tells_nothing_of_the_next(packings):
         for _ in range(10):
             make_layer()(x)
     assert len(packings) == 10
+
+
+TURNED = {
+    "transposed": lambda w: w.t(),
+    "other rows": lambda w: w.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)[: w.shape[0]],
+    "reversed strides": lambda w: w.as_strided(w.shape, (1, w.shape[0])),
+}
+
+
+@pytest.mark.parametrize("turn", TURNED.values(), ids=TURNED.keys())
+@pytest.mark.parametrize("wide", [True, False])
+def test_weights_at_their_address_in_another_order_are_noticed(turn, wide):
+    layer, x = make_layer(), tokens(9, 64)
+    with torch.no_grad():
+        for name in MATRICES:
+            weight = layer.get_submodule(name).weight
+            if wide:  # with gaps between the rows
+                weight.data = torch.randn(64, 128, generator=seeded(1))[:, :64]
+            layer(x), layer(x)
+            weight.data = turn(weight.data)
+            assert_current(layer, x)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", MATRICES)
+def test_weights_of_another_shape_at_their_address_are_refused(name, grad):
+    layer, x = AdditiveAttention(16, 16, 2), tokens(9, 16)
+    with torch.set_grad_enabled(grad):
+        layer(x), layer(x)
+        weight = layer.get_submodule(name).weight
+        weight.data = weight.data.reshape(8, -1)
+        with pytest.raises(ValueError, match="must have shape"):
+            layer(x)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_weights_whose_memory_was_freed_are_refused(grad):
+    layer, x = make_layer(), tokens(9, 64)
+    with torch.no_grad():
+        layer(x), layer(x)
+    layer.final.weight.data.untyped_storage().resize_(0)
+    with torch.set_grad_enabled(grad), pytest.raises((ValueError, RuntimeError)):
+        layer(x)

@@ -357,7 +357,7 @@ def save_checkpoint(model: SwiftFormer, path: str | Path, target: str = "timm") 
         # Clones: safetensors refuses to write one tensor twice.
         weights |= {k.replace("head.", "head_dist."): weights[k].clone() for k in HEADS[:2]}
     weights = convert_state_dict(weights, "timm", target)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         content = _safetensors().torch.save(weights, {"format": "pt", "pooling": pooling})
         with replacing(path) as file:
             file.write(content)
@@ -605,7 +605,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         what = "is a folder; from_pretrained takes those" if path.is_dir() else "does not exist"
         raise ValueError(f"checkpoint must be a .pth or .safetensors file; {path} {what}.")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             with _safetensors().safe_open(path, framework="pt") as file:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
                 pooling = (file.metadata() or {}).get("pooling")

@@ -287,13 +287,17 @@ class SwiftFormer(nn.Module):
             "drop_path_rate": drop_path_rate,
         }
         for name, rate in rates.items():
+            checks.check_number(name, rate)
             if not 0 <= rate < 1:
                 raise ValueError(
                     f"{name} must be a probability below 1; got {rate}. 0 switches it off."
                 )
+        checks.check_number("mlp_ratio", mlp_ratio, positive=True)
         checks.check_option("use_layer_scale", use_layer_scale, (True, False))
+        checks.check_option("distillation", distillation, (True, False))
+        checks.check_option("features_only", features_only, (True, False))
         checks.check_number("layer_scale_init_value", layer_scale_init_value)
-        if not callable(act_layer):
+        if not callable(act_layer) or isinstance(act_layer, nn.Module):
             raise TypeError(
                 f"act_layer must be a class of activations; got {type(act_layer).__name__}. Pass "
                 "nn.GELU, or a function that makes one."
