@@ -2,7 +2,7 @@
 
 Packed weights are used for as long as the weights they were made from
 
-* are in the same memory, with the same shapes, strides and version counters, and
+* are in the same memory, with the same sizes, strides and version counters, and
 * give the same fingerprint, which the CPU kernels compare at every call: of all bytes or, where
   that would take more than 3 % of the call, of all vectors and a sample of each matrix. The sample
   holds a part of every row and, in any 16 rows, of every column.
@@ -61,7 +61,7 @@ def state(tensors: tuple[Tensor, ...]) -> State:
     """What changes with the tensors. By `map`, because every call asks for it."""
     found = (
         list(map(Tensor.data_ptr, tensors)),
-        list(map(Tensor.size, tensors)),
+        list(map(Tensor.numel, tensors)),
         list(map(Tensor.stride, tensors)),
     )
     try:

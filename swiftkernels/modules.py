@@ -12,7 +12,6 @@ from swiftkernels import checks, compat, parts, quick, reference
 from swiftkernels.common import as_image, as_tokens
 from swiftkernels.cpu.weights import Weights
 from swiftkernels.functional import AttentionOutput, additive_self_attention, attend_by_parts
-from swiftkernels.parts import is_plainly_linear
 from swiftkernels.reference import POOLINGS
 
 LAYOUTS = ("auto", "channels_first", "channels_last")
@@ -126,26 +125,16 @@ class AttentionForward(nn.Module):
         self, x: Tensor, residual_scale: Tensor | None, channels_first: bool
     ) -> Tensor | None:
         # Past the attribute lookup of nn.Module, which takes a third of the time of a small call.
-        if compat.has_global_hooks():
-            return None
-        layers: dict[str, Any] = self._modules
-        to_query, to_key, to_proj, to_final, w_g = self.names
-        query: Any = layers.get(to_query)
-        key: Any = layers.get(to_key)
-        proj: Any = layers.get(to_proj)
-        final: Any = layers.get(to_final)
-        own_w_g = self._parameters.get(w_g)
+        modules, names = self._modules, self.names
+        own_w_g = self._parameters.get(names.w_g)
+        linears = parts.plain_parameters(map(modules.get, names[:4]))
         if (
-            own_w_g is None
-            or not is_plainly_linear(query)
-            or not is_plainly_linear(key)
-            or not is_plainly_linear(proj)
-            or not is_plainly_linear(final)
+            not linears
+            or own_w_g is None
             or (residual_scale is not None and not isinstance(residual_scale, Tensor))
         ):
             return None
-        query, key = query._parameters, key._parameters
-        proj, final = proj._parameters, final._parameters
+        query, key, proj, final = linears
         layer = Weights(
             query["weight"], query["bias"], key["weight"], key["bias"],
             own_w_g,

@@ -7,7 +7,7 @@ with a weight that is no plain tensor is called instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,24 +20,31 @@ _LINEAR_FORWARD, _MODULE_CALL = Linear.forward, nn.Module.__call__
 _PLAIN = (Parameter, Tensor)
 
 
-def is_plainly_linear(part: Any) -> bool:
-    """Whether part is an `nn.Linear` of parameters with nothing attached: the usual case, at once.
+def plain_parameters(linears: Iterable[Any]) -> list[dict[str, Any]]:
+    """The parameters of parts that are all `nn.Linear` with nothing attached: the usual case, fast.
 
-    False does not say that the part has to be called: `why_called` does.
+    Empty if one is not, which does not say that it has to be called: `why_called` does.
     """
-    if type(part) is not Linear or Linear.forward is not _LINEAR_FORWARD:
-        return False
-    own = part.__dict__
-    if (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    ):
-        return False
-    parameters = own["_parameters"]
-    return type(parameters.get("weight")) is Parameter and "bias" in parameters
+    found: list[dict[str, Any]] = []
+    if Linear.forward is not _LINEAR_FORWARD or compat.has_global_hooks():
+        return found
+    for part in linears:
+        if type(part) is not Linear:
+            return []
+        own = part.__dict__
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        ):
+            return []
+        parameters = own["_parameters"]
+        if type(parameters.get("weight")) is not Parameter or "bias" not in parameters:
+            return []
+        found.append(parameters)
+    return found
 
 
 def why_called(part: Any) -> str:

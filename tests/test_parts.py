@@ -623,9 +623,10 @@ def test_parts_are_read_with_workers_of_a_data_loader():
 
 def test_plain_linear_layers_are_recognised_at_once():
     part: Any = nn.Linear(3, 3)
-    assert parts.is_plainly_linear(part)
-    assert not parts.is_plainly_linear(AdapterLinear(nn.Linear(WIDTH, WIDTH)))
+    assert parts.plain_parameters([part, part]) == [part._parameters] * 2
+    others: list[Any] = [AdapterLinear(nn.Linear(WIDTH, WIDTH)), None]
     for change in (REPLACEMENTS["forward hook"], REPLACEMENTS["forward of the instance"]):
-        part = change(nn.Linear(3, 3))
-        assert not parts.is_plainly_linear(part)
-        assert parts.why_called(part)
+        others.append(change(nn.Linear(3, 3)))
+        assert parts.why_called(others[-1])
+    for other in others:
+        assert parts.plain_parameters([part, other]) == []
