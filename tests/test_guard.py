@@ -405,7 +405,7 @@ def test_weights_of_another_shape_at_their_address_are_refused(name, grad):
         layer(x), layer(x)
         weight = layer.get_submodule(name).weight
         weight.data = weight.data.reshape(8, -1)
-        with pytest.raises(ValueError, match="must (have shape|be 64 wide)"):
+        with pytest.raises(ValueError, match=r"must (have shape|be 64 wide)"):
             layer(x)
 
 
