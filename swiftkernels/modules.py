@@ -103,7 +103,7 @@ class AttentionForward(nn.Module):
         """By way of all checks, [B, N, C] -> [B, N, D]."""
         linears = [getattr(self, name) for name in self.names[:4]]
         w_g = getattr(self, self.names.w_g)
-        reasons, weights = parts.read(linears)
+        called = self.called_parts()
         options: dict[str, Any] = {
             "mask": mask,
             "pooling": self.pooling,
@@ -114,12 +114,15 @@ class AttentionForward(nn.Module):
             "return_weights": return_weights,
             "residual_scale": residual_scale,
         }
-        if any(reasons):
-            query, key, proj, final = linears
-            readable = not any(reasons[2:])
-            return attend_by_parts(tokens, query, key, w_g, proj, final, readable, **options)
-        tensors = [tokens, *weights[:4], w_g, *weights[4:]]
-        return additive_self_attention(*tensors, recompute=self.recompute, **options)
+        if not called:
+            # Once: a parametrization may change with every access.
+            weights = [t for linear in linears for t in (linear.weight, linear.bias)]
+            if not any(map(parts.why_weights_are_called, weights[::2], weights[1::2])):
+                tensors = [tokens, *weights[:4], w_g, *weights[4:]]
+                return additive_self_attention(*tensors, recompute=self.recompute, **options)
+        query, key, proj, final = linears
+        readable = bool(called) and called.keys().isdisjoint(self.names[2:4])
+        return attend_by_parts(tokens, query, key, w_g, proj, final, readable, **options)
 
     def _attend_quickly(
         self, x: Tensor, residual_scale: Tensor | None, channels_first: bool

@@ -82,23 +82,6 @@ def why_weights_are_called(weight: object, bias: object) -> str:
     return ""
 
 
-def read(linears: Sequence[Any]) -> tuple[list[str], list[Any]]:
-    """For each part why it has to be called, "" if it can be read; and the weights that were read.
-
-    A weight is read once: a parametrization may change with every access.
-    """
-    reasons: list[str] = []
-    weights: list[Any] = []
-    for linear in linears:
-        why, pair = why_called(linear), (None, None)
-        if not why:
-            pair = linear.weight, linear.bias
-            why = why_weights_are_called(*pair)
-        reasons.append(why)
-        weights += pair
-    return reasons, weights
-
-
 def called(module: nn.Module, names: Sequence[str]) -> dict[str, str]:
     """Those parts of a module that have to be called, and why. Computes nothing."""
     found = {}

@@ -306,14 +306,19 @@ def test_weights_that_are_made_anew_are_current(make, part, bake):
             assert relative_error(layer(x), by_calls(layer, x)) <= 1e-6
 
 
-def test_a_parametrization_is_computed_once_a_call():
-    layer, x = ours().train(), tokens()
-    parametrizations.spectral_norm(layer.to_query)
+@pytest.mark.parametrize("backend", ["auto", "aten"])
+@pytest.mark.parametrize("hooked", [None, "to_key", "final"])
+@part_names
+def test_a_parametrization_is_computed_once_a_call(part, hooked, backend):
+    layer, x = ours(backend=backend).train(), tokens()
+    parametrizations.spectral_norm(layer.get_submodule(part))
+    if hooked:
+        layer.get_submodule(hooked).register_forward_hook(lambda *_: None)
     twin = copy.deepcopy(layer)
     layer(x)
-    twin.to_query(x)  # one step of the power iteration
-    u = layer.to_query.parametrizations.weight[0]._u
-    torch.testing.assert_close(u, twin.to_query.parametrizations.weight[0]._u)
+    twin.get_submodule(part)(x)  # one step of the power iteration
+    u, once = (m.get_submodule(part).parametrizations.weight[0]._u for m in (layer, twin))
+    torch.testing.assert_close(u, once)
 
 
 @both

@@ -129,8 +129,8 @@ def packed_layer(
 
     It is packed once for each state of the weights (`swiftkernels.guard`). That does not pay for
     matrices that are made anew at every call, such as those of a parametrization: only parameters
-    are packed. Nor does it where weights change between any two calls. And what lies in memory with
-    gaps cannot be watched.
+    are packed. Nor does it where weights change between any two calls. And what lies in memory
+    neither row by row nor column by column cannot be watched.
     """
     tensors = present(weights)
     lasting = all(type(w) is Parameter for w in _matrices(weights))
