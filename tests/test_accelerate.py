@@ -341,6 +341,7 @@ def test_transformers_builds_with_the_kernels_while_registered(transformers, tmp
     assert str(done).endswith("with these kernels, pooling sum")
     assert not accelerated(build(tmp_path))
     assert len(accelerated(fresh)) == 4
+    assert len(warmup(fresh)) == 4
     assert list(model.state_dict()) == list(plain.state_dict())
     for layer, theirs in zip(
         accelerated(model), plain.swiftformer.encoder.network[::2], strict=True

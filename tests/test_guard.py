@@ -125,7 +125,7 @@ WRITES = (row, column, tile, five_percent, signs, exchanged_rows)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("write", WRITES)
 def test_writes_past_the_version_counters_are_noticed(write, width, dtype):
-    for name, seed in itertools.product(MATRICES, range(2)):
+    for seed, name in enumerate(MATRICES):
         assert_noticed(
             lambda layer, n=name, s=seed: write(layer.get_submodule(n).weight.data, s), width, dtype
         )
