@@ -1,4 +1,4 @@
-"""The public implementations that tests compare with."""
+"""Fixtures of several test modules."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from swiftkernels import writing
+from swiftkernels.cpu import weights
 from tests.stubs import import_timm
 from tests.vision import import_torchvision
 
@@ -45,3 +46,17 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         return write(file, bytes(data)[:room])
 
     monkeypatch.setattr(writing._Raw, "write", limited)
+
+
+@pytest.fixture
+def packings(monkeypatch) -> list[int]:
+    """Grows by the form at each time weights are packed."""
+    packed: list[int] = []
+    pack = weights.pack
+
+    def counting(*args: Any, **kwargs: Any) -> weights.Packed:
+        packed.append(args[3])
+        return pack(*args, **kwargs)
+
+    monkeypatch.setattr(weights, "pack", counting)
+    return packed

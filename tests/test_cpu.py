@@ -810,20 +810,6 @@ def test_a_forked_process_computes_the_same():
 
 
 @pytest.fixture
-def packings(monkeypatch) -> list[int]:
-    """Grows by the form at each time weights are packed."""
-    packed: list[int] = []
-    pack = weights.pack
-
-    def counting(*args: Any, **kwargs: Any) -> weights.Packed:
-        packed.append(args[3])
-        return pack(*args, **kwargs)
-
-    monkeypatch.setattr(weights, "pack", counting)
-    return packed
-
-
-@pytest.fixture
 def quickly(monkeypatch) -> list[bool]:
     """Grows at each call of a layer: whether it went the short way."""
     taken: list[bool] = []

@@ -31,20 +31,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def packings(monkeypatch) -> list[int]:
-    """Grows by the form at each time weights are packed."""
-    packed: list[int] = []
-    pack = weights.pack
-
-    def counting(*args: Any, **kwargs: Any) -> weights.Packed:
-        packed.append(args[3])
-        return pack(*args, **kwargs)
-
-    monkeypatch.setattr(weights, "pack", counting)
-    return packed
-
-
 def make_layer(width: int = 64, dtype: torch.dtype = torch.float32) -> AdditiveAttention:
     torch.manual_seed(0)
     return AdditiveAttention(width, width, 1, dtype=dtype).eval()
