@@ -111,7 +111,7 @@ def autocasts(device_type: str) -> bool:
 
 def autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]:
     """Switch autocast off where it is on: inside an operator the types are settled."""
-    if autocasts(device_type):
+    if (torch.compiler.is_compiling() or any_autocast()) and autocasts(device_type):
         return torch.autocast(device_type, enabled=False)
     return _NO_GUARD
 

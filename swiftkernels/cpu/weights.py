@@ -264,13 +264,18 @@ def raw_layer(weights: Weights, options: Options) -> tuple[bytes, list[Tensor | 
         for t in weights[:9]
     ]
     pointers = [0 if t is None else t.data_ptr() for t in ready]
-    for t, pointer in zip(ready, pointers, strict=True):
-        if t is not None and pointer == 0 and t.numel() > 0:
+    if 0 in pointers:
+        _check_memory(ready)
+    return _RAW_LAYER.pack(*_sizes(weights, options), *pointers), ready
+
+
+def _check_memory(tensors: Sequence[Tensor | None]) -> None:
+    for t in tensors:
+        if t is not None and t.data_ptr() == 0 and t.numel() > 0:
             raise ValueError(
                 f"the weights must have memory; one of shape {tuple(t.shape)} has none, as its "
                 "storage was freed. Bring its values back before the call."
             )
-    return _RAW_LAYER.pack(*_sizes(weights, options), *pointers), ready
 
 
 def _sizes(weights: Weights, options: Options) -> list[float]:
