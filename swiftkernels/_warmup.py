@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from swiftkernels.modules import AttentionForward
+from swiftkernels.modules import AttentionForward, in_evaluation
 
 
 def warmup(
@@ -60,18 +60,13 @@ def warmup(
             f"model must hold at least one AdditiveAttention; {type(model).__name__} holds none. "
             "Replace its attention layers first, or let swiftkernels.accelerate(model) do it."
         )
-    modes = {module: module.training for layer in layers.values() for module in layer.modules()}
-    try:
-        for layer in layers.values():
-            layer.eval()  # for parts that are called: no statistics, no random numbers
+    for layer in layers.values():
+        with in_evaluation(layer):  # for parts that are called: no statistics, no random numbers
             for x in _examples(layer, image_sizes):
                 with torch.no_grad():
                     layer(x)
                 if training:
                     _forward_and_backward(layer, x)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return list(layers)
 
 

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from swiftkernels import checks, writing
 from swiftkernels.extras import need
-from swiftkernels.modules import AttentionForward
+from swiftkernels.modules import AttentionForward, in_evaluation
 from swiftkernels.progress import timed
 from swiftkernels.verify import budget, relative_error
 
@@ -475,18 +475,14 @@ def _may_be_half(op: Any) -> bool:
 def _plain(model: nn.Module) -> Iterator[None]:
     """The model in evaluation, without gradients, its attention in PyTorch's operators whatever
     its backend is; afterwards every module is as before."""
-    training = [module for module in model.modules() if module.training]
     layers = [module for module in model.modules() if isinstance(module, AttentionForward)]
     backends = [layer.backend for layer in layers]
     try:
-        model.eval()
         for layer in layers:
             layer.backend = "reference"
-        with torch.no_grad():
+        with in_evaluation(model), torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
         for layer, backend in zip(layers, backends, strict=True):
             layer.backend = backend
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -318,6 +320,18 @@ class AdditiveAttention(AttentionForward):
             f"pooling={self.pooling!r}, qk_norm={self.qk_norm}, layout={self.layout!r}, "
             f"backend={self.backend!r}"
         )
+
+
+@contextlib.contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _restore(tokens: Tensor, spatial: torch.Size, channels_first: bool) -> Tensor:

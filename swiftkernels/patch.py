@@ -325,9 +325,13 @@ def _look(module: nn.Module, names: Names) -> tuple[Known | None, str]:
         return None, f"it has more than the parts of an additive attention: {more}"
     if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         return None, "its weights have no values yet (device meta)"
-    apart = torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu")
     try:
-        with apart[0], apart[1], apart[2], compat.without_global_hooks():
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            torch.device("cpu"),
+            compat.without_global_hooks(),
+        ):
             known, reason = _probe(_twin(module), names)
     except Exception as error:  # whatever a copy of somebody's layer may raise
         said = (f"{type(error).__name__}: {error}".strip().splitlines() or [""])[0]
@@ -360,7 +364,7 @@ def _collisions(module: nn.Module, attributes: Mapping[str, Any]) -> list[str]:
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """A copy in float64 on the CPU, in evaluation mode, without hooks."""
+    """A copy in float64 on the CPU, without hooks."""
     memo: dict[int, Any] = {}
     for part in module.modules():
         for name, value in vars(part).items():
@@ -369,7 +373,7 @@ def _twin(module: nn.Module) -> nn.Module:
             elif isinstance(value, Tensor):  # made by a hook: neither a parameter nor a buffer
                 memo[id(value)] = _exact(value.detach())
     twin: nn.Module = copy.deepcopy(module, memo)
-    return twin._apply(_exact).eval()
+    return twin._apply(_exact)
 
 
 def _exact(t: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from swiftkernels import writing
 from swiftkernels.cpu import weights
@@ -60,3 +62,12 @@ def packings(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(weights, "pack", counting)
     return packed
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """More only where a test asks for them: small work is faster so, beside other processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

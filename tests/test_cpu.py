@@ -71,6 +71,7 @@ from tests.cpu_cases import (
 )
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),  # inside torch itself
 ]
@@ -102,15 +103,6 @@ def isa(request) -> Iterator[str]:
     """Each library that was built and that the processor can run, in use."""
     with library_in_use(request.param):
         yield request.param
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """More only where a test asks for them: small work is faster so, beside other processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def library_in_use(isa: str) -> contextlib.AbstractContextManager[None]:

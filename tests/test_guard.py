@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,18 +17,13 @@ from swiftkernels import AdditiveAttention, guard, weights_changed
 from swiftkernels.cpu import library, weights
 from tests.cases import relative_error
 
-pytestmark = pytest.mark.skipif(library.loaded() is None, reason="no CPU kernels")
+pytestmark = [
+    pytest.mark.skipif(library.loaded() is None, reason="no CPU kernels"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 MATRICES = ("to_query", "to_key", "proj", "final")
 WIDTHS = (48, 49, 64, 112, 220, 320)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_layer(width: int = 64, dtype: torch.dtype = torch.float32) -> AdditiveAttention:

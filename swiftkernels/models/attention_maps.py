@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftkernels.functional import AttentionOutput
-from swiftkernels.modules import AttentionForward
+from swiftkernels.modules import AttentionForward, in_evaluation
 
 
 def token_weights(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -52,14 +52,11 @@ torch.Size([1, 4, 6])}
         places = x.shape[1:-1] if module.layout == "channels_last" or x.dim() == 3 else x.shape[2:]
         found[names[module]] = result.weights.unflatten(1, places)
 
-    training = {module: module.training for module in model.modules()}
     hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in attentions.values()]
     try:
-        with torch.no_grad():
-            model.eval()(images)
+        with in_evaluation(model), torch.no_grad():
+            model(images)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in training.items():
-            module.training = mode
     return found
