@@ -25,8 +25,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 PACKAGE = Path("swiftkernels", "cpu")
-SOURCES = sorted(str(path) for path in PACKAGE.glob("csrc/*.cpp"))
-HEADERS = sorted(str(path) for path in PACKAGE.glob("csrc/*.h"))
+CSRC = [PACKAGE / "csrc", *Path("swiftkernels", "ops").glob("*/csrc")]
+SOURCES = sorted(str(path) for folder in CSRC for path in folder.glob("*.cpp"))
+HEADERS = sorted(str(path) for folder in CSRC for path in folder.glob("*.h"))
 
 # Never -ffast-math, not even by CXXFLAGS: gcc would link code that switches denormals off in the
 # whole process.

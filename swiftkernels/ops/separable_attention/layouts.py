@@ -1,0 +1,39 @@
+"""How the tokens of separable attention lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Sequences(NamedTuple):
+    """batch x groups sequences of tokens, each of which is pooled on its own."""
+
+    batch: int
+    groups: int
+    tokens: int
+    width: int
+    strides: tuple[int, int, int, int]
+    """Of batch, group, token, channel."""
+
+
+def sequences_of(t: Tensor) -> Sequences:
+    """The sequences of tokens [B, N, C], or of the pixels of patches [B, C, P, N]."""
+    s = t.stride()
+    if t.dim() == 3:
+        batch, tokens, width = t.shape
+        return Sequences(batch, 1, tokens, width, (s[0], 0, s[1], s[2]))
+    batch, width, groups, tokens = t.shape
+    return Sequences(batch, groups, tokens, width, (s[0], s[2], s[3], s[1]))
+
+
+def empty_output(x: Tensor, width: int) -> Tensor:
+    """Uninitialised output of that width, as contiguous as PyTorch's convolutions leave it."""
+    if x.dim() == 3:
+        return x.new_empty(*x.shape[:2], width)
+    batch, _, groups, tokens = x.shape
+    # TODO
+    return x.new_empty(batch, width, groups, tokens)
