@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swiftkernels.cpu import library
+from swiftkernels.backends.cpu import library
 from swiftkernels.ops.separable_attention.layouts import Sequences, empty_output, sequences_of
 from swiftkernels.ops.separable_attention.weights import Options, Weights
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,9 +30,12 @@ def sequences_of(t: Tensor) -> Sequences:
 
 
 def empty_output(x: Tensor, width: int) -> Tensor:
-    """Uninitialised output of that width, as contiguous as PyTorch's convolutions leave it."""
+    """Uninitialised output of that width; an image is in the memory format of x."""
     if x.dim() == 3:
         return x.new_empty(*x.shape[:2], width)
     batch, _, groups, tokens = x.shape
-    # TODO
-    return x.new_empty(batch, width, groups, tokens)
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty(
+        (batch, width, groups, tokens), dtype=x.dtype, device=x.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )  # fmt: skip
