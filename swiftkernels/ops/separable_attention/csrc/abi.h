@@ -1,12 +1,14 @@
-// What Python hands over; `swiftkernels.ops.separable_attention.cpu` packs these structs with the
-// struct module: eight bytes a field, in this order.
+// What Python passes: the packed weights, and the tensors of one call. Python packs these structs
+// with the struct module: every field is eight bytes, in this order.
 #pragma once
 
-#include "../../../cpu/csrc/layer.h"
+#include "exports.h"
+#include "fingerprint.h"
+#include "strided.h"
 
 namespace swiftkernels::separable {
 
-/// Weights packed for inference. Vectors and rows are padded with zeros to whole vectors; panels
+/// The packed weights of a layer. Vectors and rows are padded with zeros to whole vectors; panels
 /// are those of gemm.h.
 struct PackedWeights {
   int64_t width;            // C
@@ -18,9 +20,10 @@ struct PackedWeights {
   const float* value_bias;  // [C]
   const float* proj;        // panels of Wp^T [C, D]
   const float* proj_bias;   // [D]
+  Fingerprint fingerprint;
 };
 
-/// Weights as a layer has them, contiguous float32; a bias may be null.
+/// A layer in training: its weights in memory, contiguous float32; null: no bias.
 struct RawWeights {
   int64_t width, out_width;
   const float* qkv;       // [1 + 2 C, C]: the row of the scores, Wk, Wv
@@ -29,14 +32,15 @@ struct RawWeights {
   const float* proj_bias;
 };
 
-/// `batch` x `groups` sequences of tokens [N, width] with any strides, in elements. Each sequence is
-/// pooled on its own.
+/// `batch` x `groups` sequences of tokens [N, width] of any strides, in elements. Each sequence is
+/// pooled separately.
 struct Sequences {
   void* data;
   int64_t batch_stride, group_stride, token_stride, channel_stride;
 };
 
-/// What a forward keeps for the backward, contiguous float32; null in inference.
+/// What a forward saves for the backward, contiguous float32; null in inference. B counts
+/// sequences.
 struct Saved {
   float* context;  // [B, C]
   float* pooled;   // [B, C]: sum_n a_n x_n

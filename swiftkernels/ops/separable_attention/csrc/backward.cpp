@@ -18,29 +18,29 @@
 namespace swiftkernels::separable {
 namespace {
 
-/// Floats of a tile of whole sequences, and of a part of one: large, as every tile is added to the
-/// sums of the weight gradients.
-constexpr int64_t WHOLE_FLOATS = 1000000, TILE_FLOATS = 200000;
+/// Floats in the tiles of a block (800 KB), and of a group of short sequences (4 MB): large, as
+/// every tile is added to the sums of the weight gradients.
+constexpr int64_t BLOCK_FLOATS = 200000, GROUP_FLOATS = 1000000;
 
 /// Tiles that are summed before they are added to the sum of all: one long chain of additions would
 /// lose more digits than PyTorch does.
 constexpr int64_t CHAIN = 24;
 
-/// Sums over tokens, rows of whole vectors, all in one piece of memory.
+/// Sums over tokens, rows of whole vectors, in one block of memory.
 struct Sums {
   Tile dWv, dWp;
   float *dquery, *dbv, *dbp;
   int64_t floats;
 
   static Sums make(int64_t C, int64_t D, float* memory) {
-    Pieces pieces(memory);
+    Arena arena(memory);
     Sums s{};
-    s.dWv = {pieces.take(C * padded(C)), padded(C)};
-    s.dWp = {pieces.take(D * padded(C)), padded(C)};
-    s.dquery = pieces.take(padded(C));
-    s.dbv = pieces.take(padded(C));
-    s.dbp = pieces.take(padded(D));
-    s.floats = pieces.used();
+    s.dWv = arena.matrix(C, C);
+    s.dWp = arena.matrix(D, C);
+    s.dquery = arena.take(padded(C));
+    s.dbv = arena.take(padded(C));
+    s.dbp = arena.take(padded(D));
+    s.floats = arena.used();
     return s;
   }
   float* memory() const { return dWv.data; }
@@ -89,7 +89,7 @@ inline void copy_rows(Tile from, int64_t rows, int64_t width, float* to) {
   for (int64_t r = 0; r < rows; r++) std::copy(from.row(r), from.row(r) + width, to + r * width);
 }
 
-/// What a thread needs for a tile.
+/// What a thread needs for a block.
 struct Workspace {
   Tile x, dout;
   Tile values;  // become u
@@ -100,7 +100,7 @@ struct Workspace {
   float *row, *sums;  // of C numbers
 };
 
-/// What a block of sequences needs between its passes.
+/// What some sequences need between the passes.
 struct State {
   float* partials;  // of dcontext, one for each slice of each sequence
   float* dpooled;   // [sequences, C]
@@ -113,125 +113,145 @@ class Backward {
         call_(call),
         C_(weights.width),
         D_(weights.out_width),
-        sequences_(call.batch * call.groups),
-        slice_(slice_rows(call.tokens)),
-        schedule_(sequences_, call.tokens, usable_threads(call.threads),
-                  WHOLE_FLOATS / (4 * C_ + D_), tile_rows(TILE_FLOATS, 4 * C_ + D_)),
-        partial_floats_(slices_of(call.tokens) * padded(C_)),
-        sum_floats_(call.needs_weights ? Sums::make(C_, D_, nullptr).floats : 0) {}
+        N_(call.tokens),
+        partial_floats_(slices_of(N_) * padded(C_)),
+        schedule_(schedule_of(call, 4 * C_ + D_, GROUP_FLOATS, BLOCK_FLOATS)) {}
 
   Status run() {
-    Pieces workspace_size(nullptr), state_size(nullptr), shared_size(nullptr);
+    Arena workspace_size, state_size, shared_size;
     make_workspace(workspace_size);
     make_state(state_size);
     make_shared(shared_size);
-    const int threads = schedule_.threads, states = schedule_.by_blocks ? threads : 1;
-    const Scratch scratch(threads * (workspace_size.used() + 2 * sum_floats_) +
-                          states * state_size.used() + shared_size.used());
+    workspace_floats_ = workspace_size.used(), state_floats_ = state_size.used();
+    const int64_t sum_floats = call_.needs_weights ? Sums::make(C_, D_, nullptr).floats : 0;
+    const int threads = schedule_.threads, states = schedule_.states();
+    const Scratch scratch(threads * (workspace_floats_ + 2 * sum_floats) + states * state_floats_ +
+                          shared_size.used());
     if (!scratch) return OUT_OF_MEMORY;
-    float* const state_memory = scratch.data() + threads * workspace_size.used();
-    float* const shared_memory = state_memory + states * state_size.used();
-    float* const sums_memory = shared_memory + shared_size.used();
-    Pieces shared_pieces(shared_memory);
-    make_shared(shared_pieces);
-    auto workspace = [&](int thread) {
-      Pieces pieces(scratch.data() + thread * workspace_size.used());
-      return make_workspace(pieces);
-    };
-    auto state = [&](int i) {
-      Pieces pieces(state_memory + i * state_size.used());
-      return make_state(pieces);
-    };
-    std::fill(sums_memory, sums_memory + 2 * threads * sum_floats_, 0.f);
-    std::vector<ThreadSums> sums(threads);
+    workspaces_ = scratch.data();
+    states_ = workspaces_ + threads * workspace_floats_;
+    Arena shared(states_ + states * state_floats_);
+    make_shared(shared);
+    float* const sums = states_ + states * state_floats_ + shared_size.used();
+    std::fill(sums, sums + 2 * threads * sum_floats, 0.f);
+    sums_.resize(threads);
     for (int i = 0; i < threads; i++) {
-      float* few = sums_memory + 2 * i * sum_floats_;
-      sums[i] = {Sums::make(C_, D_, few), Sums::make(C_, D_, few + sum_floats_), sum_floats_};
+      float* few = sums + 2 * i * sum_floats;
+      sums_[i] = {Sums::make(C_, D_, few), Sums::make(C_, D_, few + sum_floats), sum_floats};
     }
-
-    // A block of one tile is still there in the second pass.
-    std::vector<Tile> loaded(threads);
-    schedule_.run(
-        [&](Range sequences, Range tokens, int thread, int i) {
-          const Workspace w = workspace(thread);
-          loaded[thread] = load_sequences(call_, call_.x, sequences, tokens, C_, w.x);
-          first_pass(w, state(i), sums[thread].few, loaded[thread], sequences, tokens);
-          if (call_.needs_weights && ++sums[thread].tiles == CHAIN) sums[thread].flush();
-        },
-        [&](Range sequences, int thread, int i) {
-          for (int64_t s = 0; s < sequences.count; s++)
-            between_passes(workspace(thread), state(i), s, sequences.first + s);
-        },
-        [&](Range sequences, Range tokens, int thread, int i) {
-          const Workspace w = workspace(thread);
-          const bool whole = schedule_.tiles == 1;
-          const Tile x = whole ? loaded[thread]
-                               : load_sequences(call_, call_.x, sequences, tokens, C_, w.x);
-          second_pass(w, state(i), sums[thread].few, x, sequences, tokens);
-        });
+    schedule_.run(*this);
     if (!call_.needs_weights) return DONE;
-    for (ThreadSums& s : sums) s.flush();
+    for (ThreadSums& s : sums_) s.flush();
     for (int i = 1; i < threads; i++)
-      add(sums[i].all.memory(), sum_floats_, sums[0].all.memory());
-    write_gradients(sums[0].all);
+      add(sums_[i].all.memory(), sum_floats, sums_[0].all.memory());
+    write_gradients(sums_[0].all);
     return DONE;
   }
 
+  void begin(const Team&) const {}
+
+  void first_pass(const TokenBlock& b) {
+    const Workspace w = with_tokens(b);
+    products(w, state(b.state), b);
+    if (call_.dx.data) store_block(call_, w.dx, call_.dx, b, C_);
+  }
+
+  void between(const Team& team) const {
+    context_gradient(workspace(team.thread), state(team.thread), 0, team.element);
+  }
+
+  void second_pass(const TokenBlock& b) {
+    const Workspace w = with_tokens(b);
+    if (call_.dx.data)
+      load_tile(sequence_of(call_.dx, b.element, call_.groups, call_.type), 0, b.first, b.rows, C_,
+                w.dx);
+    pooling_gradient(w, state(b.state), b);
+  }
+
+  void end(const Team&) const {}
+
+  /// x is read once.
+  void both_passes(const TokenBlock& b) {
+    const Workspace w = with_tokens(b);
+    const State s = state(b.state);
+    products(w, s, b);
+    for (int64_t i = 0; i < b.count; i++) context_gradient(w, s, i, b.element + i);
+    pooling_gradient(w, s, b);
+  }
+
  private:
-  Workspace make_workspace(Pieces& pieces) const {
+  Workspace make_workspace(Arena& arena) const {
     Workspace w{};
     const int64_t rows = schedule_.rows;
-    w.x = pieces.tile(rows, C_);
-    w.dout = pieces.tile(rows, D_);
-    w.values = pieces.tile(rows, C_);
-    w.du = pieces.tile(rows, C_);
-    w.dx = pieces.tile(rows, C_);
-    w.scores = pieces.take(rows);
-    w.row = pieces.take(padded(C_));
-    w.sums = pieces.take(padded(C_));
-    w.panel = pieces.take(Matrix::panel_scratch(std::max(C_, D_)));
-    const Tile widest = pieces.tile(0, std::max(C_, D_));
-    if (rows * widest.stride > LARGE_TILE) w.columns = pieces.take(rows * widest.stride);
+    w.x = arena.tile(rows, C_);
+    w.dout = arena.tile(rows, D_);
+    w.values = arena.tile(rows, C_);
+    w.du = arena.tile(rows, C_);
+    w.dx = arena.tile(rows, C_);
+    w.scores = arena.take(rows);
+    w.row = arena.take(padded(C_));
+    w.sums = arena.take(padded(C_));
+    w.panel = arena.take(Matrix::panel_scratch(std::max(C_, D_)));
+    const Tile widest = arena.tile(0, std::max(C_, D_));
+    if (rows * widest.stride > LARGE_TILE) w.columns = arena.take(rows * widest.stride);
     return w;
   }
 
-  State make_state(Pieces& pieces) const {
+  State make_state(Arena& arena) const {
     State s{};
-    s.partials = pieces.take(schedule_.block * partial_floats_);
-    s.dpooled = pieces.take(schedule_.block * padded(C_));
+    s.partials = arena.take(schedule_.elements * partial_floats_);
+    s.dpooled = arena.take(schedule_.elements * padded(C_));
     return s;
   }
 
   /// What all threads share: for the gradients of the keys.
-  void make_shared(Pieces& pieces) {
-    dcontexts_ = {pieces.take(sequences_ * padded(C_)), padded(C_)};
+  void make_shared(Arena& arena) {
+    dcontexts_ = arena.matrix(schedule_.batch, C_);
     if (!call_.needs_weights) return;
-    pooled_ = {pieces.take(sequences_ * padded(C_)), padded(C_)};
-    dWk_ = {pieces.take(C_ * padded(C_)), padded(C_)};
-    dbk_ = pieces.take(padded(C_));
+    pooled_ = arena.matrix(schedule_.batch, C_);
+    dWk_ = arena.matrix(C_, C_);
+    dbk_ = arena.take(padded(C_));
   }
 
-  void first_pass(const Workspace& w, const State& s, const Sums& sums, Tile x, Range sequences,
-                  Range tokens) const {
-    const int64_t rows = sequences.count * tokens.count;
-    const Tile dout = load_sequences(call_, call_.dout, sequences, tokens, D_, w.dout);
-    gemm(x, rows, w_.value, w_.value_bias, w.values, w.panel);
+  Workspace workspace(int thread) const {
+    Arena arena(workspaces_ + thread * workspace_floats_);
+    return make_workspace(arena);
+  }
+
+  /// A thread's workspace with the tokens of a block.
+  Workspace with_tokens(const TokenBlock& b) const {
+    Workspace w = workspace(b.thread);
+    w.x = load_block(call_, call_.x, b, C_, w.x);
+    return w;
+  }
+
+  State state(int i) const {
+    Arena arena(states_ + i * state_floats_);
+    return make_state(arena);
+  }
+
+  /// All products of matrices: sums for the gradients of weights, dv Wv in dx, and the part of
+  /// dcontext of every slice.
+  void products(const Workspace& w, const State& s, const TokenBlock& b) {
+    const int64_t rows = b.all_rows(), slice = slice_rows(N_);
+    const Tile dout = load_block(call_, call_.dout, b, D_, w.dout);
+    gemm(w.x, rows, w_.value, w_.value_bias, w.values, w.panel);
     gemm(dout, rows, w_.proj_rows, nullptr, w.du, w.panel);
-    for (int64_t i = 0; i < sequences.count; i++) {
-      copy_padded(call_.saved.context + (sequences.first + i) * C_, C_, w.row);
-      for (int64_t n = 0; n < tokens.count; n += slice_)
-        gate_rows(w, i * tokens.count + n, std::min(slice_, tokens.count - n),
-                  s.partials + i * partial_floats_ + (tokens.first + n) / slice_ * padded(C_));
+    for (int64_t i = 0; i < b.count; i++) {
+      copy_padded(call_.saved.context + (b.element + i) * C_, C_, w.row);
+      for (int64_t n = 0; n < b.rows; n += slice)
+        gate_rows(w, i * b.rows + n, std::min(slice, b.rows - n),
+                  s.partials + i * partial_floats_ + (b.first + n) / slice * padded(C_));
     }
     if (call_.needs_weights) {
-      gram(w.du, C_, x, C_, rows, sums.dWv, true, w.columns);
-      gram(dout, D_, w.values, C_, rows, sums.dWp, true, w.columns);
-      add_rows(w.du, rows, C_, sums.dbv);
-      add_rows(dout, rows, D_, sums.dbp);
+      ThreadSums& sums = sums_[b.thread];
+      gram(w.du, C_, w.x, C_, rows, sums.few.dWv, true, w.columns);
+      gram(dout, D_, w.values, C_, rows, sums.few.dWp, true, w.columns);
+      add_rows(w.du, rows, C_, sums.few.dbv);
+      add_rows(dout, rows, D_, sums.few.dbp);
+      if (++sums.tiles == CHAIN) sums.flush();
     }
-    if (!call_.dx.data) return;
-    gemm(w.du, rows, w_.value_rows, nullptr, w.dx, w.panel);
-    if (schedule_.tiles > 1) store_sequences(call_, w.dx, call_.dx, sequences, tokens, C_);
+    if (call_.dx.data) gemm(w.du, rows, w_.value_rows, nullptr, w.dx, w.panel);
   }
 
   /// Rows of values and du become those of u and dv; a slice of them, whose part of dcontext is
@@ -251,72 +271,69 @@ class Backward {
     }
   }
 
-  /// dcontext and dp of the sequence `i` of a block.
-  ONE_COPY void between_passes(const Workspace& w, const State& s, int64_t i,
-                               int64_t sequence) const {
+  /// dcontext and dp of a sequence, the i-th at work.
+  ONE_COPY void context_gradient(const Workspace& w, const State& s, int64_t i,
+                                 int64_t sequence) const {
     float *dcontext = dcontexts_.row(sequence), *dpooled = s.dpooled + i * padded(C_);
     std::fill(dcontext, dcontext + padded(C_), 0.f);
-    for (int64_t slice = 0; slice < slices_of(call_.tokens); slice++)
+    for (int64_t slice = 0; slice < slices_of(N_); slice++)
       add(s.partials + i * partial_floats_ + slice * padded(C_), padded(C_), dcontext);
     std::fill(dpooled, dpooled + padded(C_), 0.f);
-    for (int64_t r = 0; r < C_; r += SUM_LENGTH) {
+    for (int64_t r = 0; r < C_; r += MAX_CHAIN) {
       std::fill(w.row, w.row + padded(C_), 0.f);
-      add_weighted_rows(dcontext + r, w_.key.from(r), std::min(SUM_LENGTH, C_ - r), C_, w.row);
+      add_weighted_rows(dcontext + r, w_.key.from(r), std::min(MAX_CHAIN, C_ - r), C_, w.row);
       add(w.row, padded(C_), dpooled);
     }
     if (call_.needs_weights)
       copy_padded(call_.saved.pooled + sequence * C_, C_, pooled_.row(sequence));
   }
 
-  void second_pass(const Workspace& w, const State& s, const Sums& sums, Tile x, Range sequences,
-                   Range tokens) const {
-    const bool stored = call_.dx.data && schedule_.tiles > 1;
-    const Tile dx = stored ? load_sequences(call_, call_.dx, sequences, tokens, C_, w.dx) : w.dx;
-    score_rows(w_, x, sequences.count * tokens.count, w.scores);
-    for (int64_t i = 0; i < sequences.count; i++) {
-      const int64_t sequence = sequences.first + i, row = i * tokens.count;
+  /// What reaches x by the pooling, on top of dx; writes dx.
+  void pooling_gradient(const Workspace& w, const State& s, const TokenBlock& b) const {
+    const int64_t slice = slice_rows(N_);
+    score_rows(w_, w.x, b.all_rows(), w.scores);
+    for (int64_t i = 0; i < b.count; i++) {
+      const int64_t sequence = b.element + i, row = i * b.rows;
       const float* softmax = call_.saved.softmax + 2 * sequence;
-      exponentials(w.scores + row, tokens.count, softmax[0], 1.f / softmax[1]);
+      exponentials(w.scores + row, b.rows, softmax[0], 1.f / softmax[1]);
       copy_padded(call_.saved.pooled + sequence * C_, C_, w.row);
-      for (int64_t n = 0; n < tokens.count; n += slice_)
-        pooling_rows(w, x, dx, row + n, std::min(slice_, tokens.count - n),
-                     s.dpooled + i * padded(C_), sums);
+      for (int64_t n = 0; n < b.rows; n += slice)
+        pooling_rows(w, row + n, std::min(slice, b.rows - n), s.dpooled + i * padded(C_),
+                     sums_[b.thread].few.dquery);
     }
-    if (call_.dx.data && dx.data == w.dx.data)
-      store_sequences(call_, dx, call_.dx, sequences, tokens, C_);
+    if (call_.dx.data) store_block(call_, w.dx, call_.dx, b, C_);
   }
 
-  /// What reaches a slice of rows of x by the pooling, and their part of dquery. `w.scores` holds
-  /// the weights of the tokens, `w.row` the pooled token.
-  ONE_COPY void pooling_rows(const Workspace& w, Tile x, Tile dx, int64_t row, int64_t rows,
-                             const float* dpooled, const Sums& sums) const {
+  /// The same for a slice of rows, and their part of dquery. `w.scores` has the weights of the
+  /// tokens, `w.row` the pooled token.
+  ONE_COPY void pooling_rows(const Workspace& w, int64_t row, int64_t rows, const float* dpooled,
+                             float* dquery) const {
     std::fill(w.sums, w.sums + padded(C_), 0.f);
     for (int64_t r = row; r < row + rows; r++) {
       vec along{};
       for (int64_t j = 0; j < padded(C_); j += LANES)
-        along += load(dpooled + j) * (load(x.row(r) + j) - load(w.row + j));
+        along += load(dpooled + j) * (load(w.x.row(r) + j) - load(w.row + j));
       const vec weight = broadcast(w.scores[r]), d_score = weight * broadcast(sum(along));
       for (int64_t j = 0; j < padded(C_) && call_.needs_weights; j += LANES)
-        store(w.sums + j, load(w.sums + j) + d_score * (load(x.row(r) + j) - load(w.row + j)));
+        store(w.sums + j, load(w.sums + j) + d_score * (load(w.x.row(r) + j) - load(w.row + j)));
       for (int64_t j = 0; j < padded(C_) && call_.dx.data; j += LANES)
-        store(dx.row(r) + j,
-              load(dx.row(r) + j) + weight * load(dpooled + j) + d_score * load(w_.query + j));
+        store(w.dx.row(r) + j,
+              load(w.dx.row(r) + j) + weight * load(dpooled + j) + d_score * load(w_.query + j));
     }
-    if (call_.needs_weights) add(w.sums, padded(C_), sums.dquery);
+    if (call_.needs_weights) add(w.sums, padded(C_), dquery);
   }
 
   void write_gradients(const Sums& sums) const {
     parallel_for(schedule_.threads, schedule_.threads, [&](int64_t i, int) {
       const int64_t first = C_ * i / schedule_.threads, end = C_ * (i + 1) / schedule_.threads;
       if (first == end) return;
-      for (int64_t s = 0; s < sequences_; s += SUM_LENGTH) {
+      for (int64_t s = 0; s < schedule_.batch; s += MAX_CHAIN) {
         const Tile dcontexts{dcontexts_.row(s) + first, dcontexts_.stride};
-        gram(dcontexts, end - first, pooled_.from(s), C_, std::min(SUM_LENGTH, sequences_ - s),
-             dWk_.from(first), s > 0, nullptr);
+        gram(dcontexts, end - first, pooled_.from(s), C_, std::min(MAX_CHAIN, schedule_.batch - s), dWk_.from(first), s > 0, nullptr);
       }
     });
     std::fill(dbk_, dbk_ + padded(C_), 0.f);
-    add_rows(dcontexts_, sequences_, C_, dbk_);
+    add_rows(dcontexts_, schedule_.batch, C_, dbk_);
     const Gradients& g = call_.gradients;
     copy_rows({sums.dquery, 0}, 1, C_, g.qkv);
     copy_rows(dWk_, C_, C_, g.qkv + C_);
@@ -331,20 +348,22 @@ class Backward {
 
   const Weights& w_;
   const BackwardCall& call_;
-  const int64_t C_, D_, sequences_, slice_;
+  const int64_t C_, D_, N_, partial_floats_;
   const Schedule schedule_;
-  const int64_t partial_floats_, sum_floats_;
-  Tile dcontexts_, pooled_, dWk_;
-  float* dbk_;
+  int64_t workspace_floats_ = 0, state_floats_ = 0;
+  float *workspaces_ = nullptr, *states_ = nullptr;
+  Tile dcontexts_{}, pooled_{}, dWk_{};
+  float* dbk_ = nullptr;
+  std::vector<ThreadSums> sums_;
 };
 
 }  // namespace
 
 EXPORT int swiftkernels_separable_backward(const RawWeights* raw, const BackwardCall* call) {
-  PreparedWeights prepared(*raw, true, call->batch * call->groups * call->tokens,
-                           usable_threads(call->threads));
-  if (!prepared.finish()) return OUT_OF_MEMORY;
-  return Backward(prepared.weights, *call).run();
+  TrainWeights train(*raw, true, call->batch * call->groups * call->tokens,
+                     usable_threads(call->threads));
+  if (!train.prepare()) return OUT_OF_MEMORY;
+  return Backward(train.weights, *call).run();
 }
 
 }  // namespace swiftkernels::separable

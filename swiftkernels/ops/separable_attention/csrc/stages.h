@@ -1,8 +1,11 @@
-// The stages of separable attention on tiles of tokens, and the two passes over them; the backward
-// recomputes with the same.
+// The stages of separable attention on tiles of tokens, for the forward and for what the backward
+// recomputes.
 #pragma once
 
 #include "abi.h"
+#include "gemm.h"
+#include "schedule.h"
+#include "scratch.h"
 
 namespace swiftkernels::separable {
 
@@ -16,16 +19,13 @@ struct Weights {
   const float *key_bias, *value_bias, *proj_bias;
 };
 
-/// A matrix that fewer tokens use is packed as it is used.
-constexpr int64_t MIN_PACKED_TOKENS = 512;
-
-/// The weights of a layer in training, prepared for one call.
-class PreparedWeights {
+/// The weights of a layer in training, which change with every step: they are packed for one call.
+class TrainWeights {
  public:
   Weights weights;
 
-  PreparedWeights(const RawWeights& raw, bool backward, int64_t tokens, int threads)
-      : raw_(raw), backward_(backward), pack_(tokens >= MIN_PACKED_TOKENS), threads_(threads) {
+  TrainWeights(const RawWeights& raw, bool backward, int64_t tokens, int threads)
+      : raw_(raw), backward_(backward), pack_(tokens >= MIN_TOKENS), threads_(threads) {
     const int64_t C = raw.width, D = raw.out_width;
     const float *key = raw.qkv + C, *value = key + C * C;
     weights.width = C, weights.out_width = D;
@@ -36,27 +36,30 @@ class PreparedWeights {
     weights.proj_rows = Matrix::rows(raw.proj, D, C);
   }
 
-  /// Pad vectors, pack matrices; whether there was memory enough.
-  bool finish() {
-    Pieces size(nullptr);
+  /// Pad the vectors, pack the matrices. False: out of memory.
+  bool prepare() {
+    Arena size;
     lay_out(size);
     memory_ = Scratch(size.used());
     if (!memory_) return false;
-    Pieces pieces(memory_.data());
-    lay_out(pieces);
+    Arena arena(memory_.data());
+    lay_out(arena);
     return true;
   }
 
  private:
-  void lay_out(Pieces& pieces) {
+  /// For fewer tokens, the product that uses a matrix packs it panel by panel.
+  static constexpr int64_t MIN_TOKENS = 512;
+
+  void lay_out(Arena& arena) {
     const int64_t C = raw_.width, D = raw_.out_width;
     const float* bias = raw_.qkv_bias;
-    weights.query = padded_rows(raw_.qkv, 1, C, pieces);
-    weights.key_bias = padded_rows(bias ? bias + 1 : nullptr, 1, C, pieces);
-    weights.value_bias = padded_rows(bias ? bias + 1 + C : nullptr, 1, C, pieces);
-    weights.proj_bias = padded_rows(raw_.proj_bias, 1, D, pieces);
+    weights.query = padded_rows(raw_.qkv, 1, C, arena);
+    weights.key_bias = padded_rows(bias ? bias + 1 : nullptr, 1, C, arena);
+    weights.value_bias = padded_rows(bias ? bias + 1 + C : nullptr, 1, C, arena);
+    weights.proj_bias = padded_rows(raw_.proj_bias, 1, D, arena);
     if (padded(C) != C) {
-      float* key = padded_rows(raw_.qkv + C, C, C, pieces);
+      float* key = padded_rows(raw_.qkv + C, C, C, arena);
       if (key) weights.key = {key, padded(C)};
     }
     if (!pack_) return;
@@ -66,14 +69,14 @@ class PreparedWeights {
     const int64_t count = backward_ ? 3 : 2;
     float* panels[3];
     for (int64_t i = 0; i < count; i++)
-      panels[i] = pieces.take(panel_floats(matrices[i]->K, matrices[i]->columns));
+      panels[i] = arena.take(panel_floats(matrices[i]->K, matrices[i]->columns));
     if (panels[0])
       parallel_for(count, threads_, [&](int64_t i, int) { matrices[i]->pack(panels[i]); });
   }
 
   /// A copy of rows, or zeros, padded with zeros.
-  static float* padded_rows(const float* from, int64_t rows, int64_t width, Pieces& pieces) {
-    float* to = pieces.take(rows * padded(width));
+  static float* padded_rows(const float* from, int64_t rows, int64_t width, Arena& arena) {
+    float* to = arena.take(rows * padded(width));
     if (!to) return nullptr;
     std::fill(to, to + rows * padded(width), 0.f);
     for (int64_t r = 0; r < rows && from; r++)
@@ -87,63 +90,17 @@ class PreparedWeights {
   Scratch memory_{0};
 };
 
-/// Some sequences of a call.
-struct Range {
-  int64_t first, count;
-};
-
-/// How a call is divided: into blocks of sequences, and these into tiles of tokens. A block of
-/// several sequences is one tile.
-struct Schedule {
-  int64_t sequences, tokens;  // of the call
-  int threads;
-  bool by_blocks;        // threads take blocks; else they share the tiles of one after another
-  int64_t block;         // sequences of a block
-  int64_t rows;          // of a tile, at most
-  int64_t blocks, tiles;  // tiles: of a block
-
-  /// `whole_rows`: rows of a tile of whole sequences, `part_rows`: of a part of one, at most.
-  Schedule(int64_t sequences, int64_t tokens, int threads, int64_t whole_rows, int64_t part_rows)
-      : sequences(sequences),
-        tokens(tokens),
-        threads(threads),
-        by_blocks(by_items(sequences, threads)) {
-    const Division division = by_blocks && tokens <= std::min(whole_rows, WHOLE_ROWS)
-                                  ? divide_items(sequences, tokens, whole_rows, threads)
-                                  : divide_tokens(tokens, part_rows, by_blocks ? 1 : threads);
-    block = division.items, rows = division.rows;
-    blocks = (sequences + block - 1) / block;
-    tiles = division.whole ? 1 : division.blocks;
-  }
-
-  /// The tokens of tile `i` of each sequence in the block.
-  Range tile(int64_t i) const { return {i * rows, std::min(rows, tokens - i * rows)}; }
-
-  /// first(block, tile, thread), then between(block, thread), then second(block, tile, thread) for
-  /// every block. `state` counts the blocks at work: there is one, or one for each thread.
-  template <class First, class Between, class Second>
-  void run(First first, Between between, Second second) const {
-    auto sequences_of = [&](int64_t i) {
-      return Range{i * block, std::min(block, sequences - i * block)};
-    };
-    if (by_blocks) {
-      parallel_for(blocks, threads, [&](int64_t i, int thread) {
-        const Range range = sequences_of(i);
-        for (int64_t j = 0; j < tiles; j++) first(range, tile(j), thread, thread);
-        between(range, thread, thread);
-        for (int64_t j = 0; j < tiles; j++) second(range, tile(j), thread, thread);
-      });
-      return;
-    }
-    for (int64_t i = 0; i < blocks; i++) {
-      const Range range = sequences_of(i);
-      parallel_for(tiles, threads, [&](int64_t j, int thread) { first(range, tile(j), thread, 0); });
-      between(range, 0, 0);
-      parallel_for(tiles, threads,
-                   [&](int64_t j, int thread) { second(range, tile(j), thread, 0); });
-    }
-  }
-};
+/// Groups of whole short sequences while their rows take up to `group_floats` floats, or blocks of
+/// one sequence after the other that take up to `block_floats`.
+template <class AnyCall>
+inline Schedule schedule_of(const AnyCall& call, int64_t floats_per_row, int64_t group_floats,
+                            int64_t block_floats) {
+  const int64_t sequences = call.batch * call.groups;
+  const int threads = usable_threads(call.threads);
+  if (call.tokens <= SHORT_SEQUENCE && Schedule::separates(sequences, threads))
+    return Schedule::grouped(sequences, call.tokens, group_floats / floats_per_row, threads);
+  return Schedule::tiled(sequences, call.tokens, tile_rows(block_floats, floats_per_row), threads);
+}
 
 /// One sequence, as tokens of a batch of one.
 inline Tokens sequence_of(const Sequences& t, int64_t sequence, int64_t groups, int64_t type) {
@@ -153,26 +110,26 @@ inline Tokens sequence_of(const Sequences& t, int64_t sequence, int64_t groups, 
           t.channel_stride, static_cast<int32_t>(type)};
 }
 
-/// Tokens of some sequences as float32 rows, one sequence after the other; where they are, if they
-/// are such rows there, else copied to `scratch`.
+/// The tokens of a block as float32 rows of whole vectors, one sequence after the other: in place if
+/// they are such rows, else copied to `scratch`. The elements of a block are sequences.
 template <class AnyCall>
-inline Tile load_sequences(const AnyCall& call, const Sequences& t, Range sequences, Range tokens,
-                           int64_t width, Tile scratch) {
-  if (sequences.count == 1)
-    return tile_of(sequence_of(t, sequences.first, call.groups, call.type), 0, 1, tokens.first,
-                   tokens.count, width, scratch);
-  for (int64_t i = 0; i < sequences.count; i++)
-    load_tile(sequence_of(t, sequences.first + i, call.groups, call.type), 0, tokens.first,
-              tokens.count, width, scratch.from(i * tokens.count));
+inline Tile load_block(const AnyCall& call, const Sequences& t, const TokenBlock& b, int64_t width,
+                       Tile scratch) {
+  if (b.count == 1)
+    return tile_of(sequence_of(t, b.element, call.groups, call.type), 0, 1, b.first, b.rows, width,
+                   scratch);
+  for (int64_t i = 0; i < b.count; i++)
+    load_tile(sequence_of(t, b.element + i, call.groups, call.type), 0, b.first, b.rows, width,
+              scratch.from(i * b.rows));
   return scratch;
 }
 
 template <class AnyCall>
-inline void store_sequences(const AnyCall& call, Tile tile, const Sequences& t, Range sequences,
-                            Range tokens, int64_t width) {
-  for (int64_t i = 0; i < sequences.count; i++)
-    store_tile(tile.from(i * tokens.count), tokens.count, width,
-               sequence_of(t, sequences.first + i, call.groups, call.type), 0, tokens.first);
+inline void store_block(const AnyCall& call, Tile tile, const Sequences& t, const TokenBlock& b,
+                        int64_t width) {
+  for (int64_t i = 0; i < b.count; i++)
+    store_tile(tile.from(i * b.rows), b.rows, width,
+               sequence_of(t, b.element + i, call.groups, call.type), 0, b.first);
 }
 
 /// What pooling a slice leaves: two numbers, then sum_n exp(score_n - highest) x_n.
@@ -227,7 +184,7 @@ inline void add_weighted_rows(const float* factors, Tile rows, int64_t count, in
   }
 }
 
-/// Pool up to SLICE rows; their scores are overwritten.
+/// Pool up to MAX_SLICE rows; their scores are overwritten.
 ONE_COPY inline void pool_slice(const Weights& w, float* scores, Tile tile, int64_t rows,
                                 Partial partial) {
   float highest = -INFINITY, total = 0.f;
@@ -310,7 +267,7 @@ inline void gated_values(const Weights& w, Tile x, int64_t sequences, int64_t to
                         x.stride,
                         b,
                         w.width,
-                        piece_length(w.width),
+                        chain_length(w.width),
                         w.value_bias + group.column,
                         contexts + s * padded(w.width) + group.column,
                         0,
