@@ -101,7 +101,7 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """out, [B, N, D] or [B, D, P, N], and what the backward needs unless `keep` is "nothing"."""
     (x,) = inputs
-    out = empty_output(x, weights.proj.shape[0])
+    out = empty_output(x, weights.token_dim)
     saved = saved_like(inputs, weights, mask, options, keep)
     if out.numel() > 0:
         fields, _alive = raw_weights(weights)
@@ -141,7 +141,7 @@ def backward(
         *[0 if g is None else g.data_ptr() for g in gradients],
     )  # fmt: skip
     _check(kernels().swiftkernels_separable_backward(fields, call))
-    dtype = weights.qkv.dtype
+    dtype = weights.qkv_weight.dtype
     return dx, *[None if g is None else g.to(dtype) for g in gradients]
 
 
@@ -165,7 +165,7 @@ def raw_weights(weights: Weights) -> tuple[bytes, list[Tensor | None]]:
     """`struct RawWeights`, and the tensors that must live as long as it is used."""
     ready = [None if t is None else t.detach().float().contiguous() for t in weights]
     pointers = [0 if t is None else t.data_ptr() for t in ready]
-    return _RAW_WEIGHTS.pack(weights.qkv.shape[1], weights.proj.shape[0], *pointers), ready
+    return _RAW_WEIGHTS.pack(weights.width, weights.token_dim, *pointers), ready
 
 
 def pack(weights: Weights, dtype: torch.dtype) -> Packed:

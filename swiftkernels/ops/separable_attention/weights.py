@@ -1,4 +1,4 @@
-"""The weights of separable attention, as every backend takes them."""
+"""The weights of separable attention, as they travel from a module to the kernels."""
 
 from __future__ import annotations
 
@@ -8,17 +8,27 @@ from torch import Tensor
 
 
 class Weights(NamedTuple):
-    """The two linear layers. Matrices may be those of 1x1 convolutions, [..., ..., 1, 1]."""
+    """Two linear layers; biases may be None. Matrices may be those of 1x1 convolutions, [.., .., 1, 1]."""
 
-    qkv: Tensor
-    """[1 + 2 C, C]: one row for the scores, then the keys, then the values."""
+    qkv_weight: Tensor
+    """[1 + 2 C, C]: the row of the scores, then keys, then values."""
     qkv_bias: Tensor | None
-    """[1 + 2 C]."""
-    proj: Tensor
-    """[D, C]."""
+    """[1 + 2 C]"""
+    proj_weight: Tensor
+    """[D, C]"""
     proj_bias: Tensor | None
-    """[D]."""
+    """[D]"""
+
+    @property
+    def width(self) -> int:
+        """C"""
+        return self.qkv_weight.shape[1]
+
+    @property
+    def token_dim(self) -> int:
+        """D"""
+        return self.proj_weight.shape[0]
 
 
 class Options(NamedTuple):
-    """Nothing selects a variant of this operator."""
+    """This operator has no variants."""

@@ -147,7 +147,7 @@ def _divide(n_tokens: int, block_n: int) -> tuple[int, int]:
 
 def why_not(x: Tensor, weights: Weights, options: Options) -> str:
     """Why the kernels cannot take x on its device; empty if they can."""
-    width = weights.qkv.shape[1]
+    width = weights.width
     return "" if width <= MAX_WIDTH else f"takes widths up to {MAX_WIDTH}; got {width}"
 
 
@@ -332,7 +332,7 @@ def _kind(x: Tensor, weights: Weights, layout: Layout, out: Layout, *others: Ten
     s = sequences_of(x)
     tensors = (x, *others, *[w for w in weights if w is not None])
     return _Kind(
-        s.batch * s.groups, s.groups, s.tokens, s.width, weights.proj.shape[0], x.dtype, x.device,
+        s.batch * s.groups, s.groups, s.tokens, s.width, weights.token_dim, x.dtype, x.device,
         "tf32" if x.dtype == torch.float32 and allow_tf32() else "ieee",
         tuple([w is None for w in weights]), all(map(fits_kernels, tensors)), layout, out,
     )  # fmt: skip
@@ -360,7 +360,7 @@ def forward(
     """out, [B, N, D] or [B, D, P, N], and what the backward needs."""
     x, layout = _readable(inputs[0])
     weights = _contiguous(weights)
-    out = empty_output(inputs[0], weights.proj.shape[0])
+    out = empty_output(inputs[0], weights.token_dim)
     saved = saved_like(inputs, weights, mask, options, keep)
     if out.numel() == 0:
         return out, saved
