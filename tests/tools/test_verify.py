@@ -199,7 +199,7 @@ def test_the_first_gpu_is_taken_unless_another_is_named(monkeypatch):
 def test_the_triton_kernels_pass_under_the_interpreter():
     pytest.importorskip("triton")
     code = (
-        "from swiftkernels import verify;"
+        "from swiftkernels.tools import verify;"
         "verify.CASES = [verify.Case(2, 7, 24, 12, 2, 'softmax', masked=True, layout='nchw')];"
         "raise SystemExit(verify.run('cpu', 'triton'))"
     )

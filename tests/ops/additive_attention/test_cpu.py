@@ -147,7 +147,13 @@ def assert_right(layer: AdditiveAttention, x: Tensor, ours: Tensor, **kwargs: An
 def run_in_a_process(name: str, **environment: str) -> str:
     """Call a function of this module in a fresh process; its output."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"from tests import test_cpu; test_cpu.{name}()"],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            f"from tests.ops.additive_attention import test_cpu; test_cpu.{name}()",
+        ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
