@@ -1,56 +1,47 @@
-"""Calls the compiled kernels: what a forward and a backward hand over and get back."""
+"""Separable attention by the compiled CPU kernels, as a backend (`ops/operator.py`)."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from swiftkernels.backends.cpu import library
-from swiftkernels.ops.separable_attention.layouts import Sequences, empty_output, sequences_of
+from swiftkernels.backends import cache
+from swiftkernels.backends.cpu import library, packing
+from swiftkernels.backends.cpu.library import DONE, STALE, TYPES
+from swiftkernels.backends.cpu.packing import FINGERPRINT, Packed, Packer, packed_weights
+from swiftkernels.ops.operator import Needs
+from swiftkernels.ops.plan import Plans
+from swiftkernels.ops.separable_attention.layouts import output_like, sequences_of
 from swiftkernels.ops.separable_attention.weights import Options, Weights
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Codes of the types, as `Type` in tokens.h."""
-
-# The structs of csrc/abi.h.
+# The structs of csrc/abi.h; of `struct PackedWeights` without the `Fingerprint` at its end.
 _PACKED_WEIGHTS = struct.Struct("2q7P")
 _RAW_WEIGHTS = struct.Struct("2q4P")
 _SEQUENCES = "P4q"
 _CALL = struct.Struct(f"5q{_SEQUENCES * 2}3P")
 _BACKWARD_CALL = struct.Struct(f"5q{_SEQUENCES * 3}3Pq4P")
 
-_NOTHING = (0, 0, 0, 0, 0)
+_NO_SEQUENCES = (0, 0, 0, 0, 0)
+_NOT_SAVED = (0, 0, 0)
 
-
-class Saved(NamedTuple):
-    """What the backward needs beside the inputs, in float32; B counts sequences."""
-
-    context: Tensor
-    """[B, C]."""
-    pooled: Tensor
-    """[B, C]: the mean of the tokens, weighted with the softmax of their scores."""
-    softmax: Tensor
-    """[B, 2]: the highest score, and the sum of exp(score - highest)."""
-
-
-class Packed:
-    """Weights ready for the kernels.
-
-    Attributes:
-        fields: `struct PackedWeights`.
-        buffers: what its pointers point at.
-        uses: calls that it served.
-    """
-
-    __slots__ = ("buffers", "fields", "uses")
-
-    def __init__(self, fields: bytes, buffers: list[Tensor]) -> None:
-        self.fields, self.buffers, self.uses = fields, buffers, 0
+# csrc/abi.cpp exports the other side.
+library.register_interface(
+    "separable",
+    {
+        "revision": 1,
+        "sizeof(PackedWeights)": _PACKED_WEIGHTS.size + FINGERPRINT.size,
+        "sizeof(RawWeights)": _RAW_WEIGHTS.size,
+        "sizeof(Call)": _CALL.size,
+        "sizeof(BackwardCall)": _BACKWARD_CALL.size,
+    },
+)
 
 
 @functools.cache
@@ -63,91 +54,80 @@ def kernels() -> ctypes.CDLL:
 
 def declare(handle: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes the types of the functions of a library."""
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    for name, result, arguments in (
-        ("lanes", number, ()),
-        ("pack", None, (pointer, *[number] * 4, pointer)),
-        ("separable_forward", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
-        ("separable_forward_training", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
-        ("separable_backward", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
-    ):
-        function = getattr(handle, f"swiftkernels_{name}")
-        function.restype, function.argtypes = result, arguments
+    packing.declare(handle)
+    for name in ("forward", "forward_training", "backward"):
+        function = getattr(handle, f"swiftkernels_separable_{name}")
+        function.restype, function.argtypes = ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)
     return handle
 
 
-def why_not(x: Tensor, weights: Weights, options: Options) -> str:
-    """Why the kernels cannot take x, as continuation of "backend='cpu' ..."; empty if they can."""
-    if x.device.type != "cpu":
-        return f"needs a tensor on the CPU; got one on {x.device}"
-    if x.dtype not in TYPES:
-        return f"takes float32, bfloat16 and float16; got {str(x.dtype).removeprefix('torch.')}"
-    return library.why_not()
+class Saved(NamedTuple):
+    """What the backward needs besides the inputs, in float32; B counts sequences."""
+
+    context: Tensor
+    """[B, C]"""
+    pooled: Tensor
+    """The tokens' mean by the softmax of their scores, [B, C]."""
+    softmax: Tensor
+    """The highest score, and the sum of exp(score - highest), [B, 2]."""
 
 
-def saved_like(
-    inputs: tuple[Tensor], weights: Weights, mask: None, options: Options, keep: str
-) -> Saved:
-    """Uninitialised room for what a backward needs; empty where none follows."""
+def saved_like(inputs: Sequence[Tensor], weights: Weights, keep: str) -> Saved:
+    """What a forward saves, uninitialised; empty where no backward follows."""
     (x,) = inputs
-    batch, groups, _, width, _ = sequences_of(x)
+    batch, groups, *_ = sequences_of(x)
     count = 0 if keep == "nothing" else batch * groups
     new = functools.partial(x.new_empty, dtype=torch.float32)
-    return Saved(new(count, width), new(count, width), new(count, 2))
+    return Saved(new(count, weights.width), new(count, weights.width), new(count, 2))
 
 
 def forward(
-    inputs: tuple[Tensor], weights: Weights, mask: None, options: Options, keep: str
+    inputs: Sequence[Tensor], weights: Weights, mask: None, options: Options, keep: str
 ) -> tuple[Tensor, Saved]:
-    """out, [B, N, D] or [B, D, P, N], and what the backward needs unless `keep` is "nothing"."""
+    """The output, [B, N, D] or [B, D, P, N], and what is saved; reads the weights as they are."""
     (x,) = inputs
-    out = empty_output(x, weights.token_dim)
-    saved = saved_like(inputs, weights, mask, options, keep)
+    out = x.new_empty_strided(*output_like(x, weights.token_dim))
+    saved = saved_like(inputs, weights, keep)
     if out.numel() > 0:
-        fields, _alive = raw_weights(weights)
-        call = _call(x, out, None if keep == "nothing" else saved)
+        fields, _alive = _raw_weights(weights)
+        call = _call_fields(x, out, None if keep == "nothing" else saved)
         _check(kernels().swiftkernels_separable_forward_training(fields, call))
     return out, saved
 
 
-def infer(x: Tensor, out: Tensor, packed: Packed) -> None:
-    """Fill out for inference with packed weights."""
-    if out.numel() > 0:
-        _check(kernels().swiftkernels_separable_forward(packed.fields, _call(x, out, None)))
-        packed.uses += 1
-
-
 def backward(
     dout: Tensor,
-    inputs: tuple[Tensor],
+    inputs: Sequence[Tensor],
     weights: Weights,
     mask: None,
     saved: Saved,
     options: Options,
-    needs: tuple[bool, bool],
+    needs: Needs,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x and of the four weights; None where not asked for or without bias."""
     (x,) = inputs
-    needs_inputs, needs_weights = needs
-    dx = torch.empty_like(x) if needs_inputs else None
+    dx = torch.empty_like(x) if needs.inputs else None
     gradients = [
-        torch.empty(w.shape, dtype=torch.float32) if w is not None and needs_weights else None
+        None
+        if w is None or not needs.weights
+        else torch.empty_like(w, dtype=torch.float32, memory_format=torch.contiguous_format)
         for w in weights
     ]
-    fields, _alive = raw_weights(weights)
+    fields, _alive = _raw_weights(weights)
     call = _BACKWARD_CALL.pack(
-        *_sizes(x), *_pointer(x), *_pointer(dout), *(_NOTHING if dx is None else _pointer(dx)),
-        *[t.data_ptr() for t in saved], needs_weights,
+        *_sizes(x), *_sequences(x), *_sequences(dout),
+        *(_NO_SEQUENCES if dx is None else _sequences(dx)),
+        *[t.data_ptr() for t in saved], needs.weights,
         *[0 if g is None else g.data_ptr() for g in gradients],
     )  # fmt: skip
     _check(kernels().swiftkernels_separable_backward(fields, call))
-    dtype = weights.qkv_weight.dtype
-    return dx, *[None if g is None else g.to(dtype) for g in gradients]
+    return dx, *[None if g is None else g.to(x.dtype) for g in gradients]
 
 
-def _call(x: Tensor, out: Tensor, saved: Saved | None) -> bytes:
-    kept = (0, 0, 0) if saved is None else [t.data_ptr() for t in saved]
-    return _CALL.pack(*_sizes(x), *_pointer(x), *_pointer(out), *kept)
+def _call_fields(x: Tensor, out: Tensor, saved: Saved | None) -> bytes:
+    """`struct Call`."""
+    pointers = _NOT_SAVED if saved is None else [t.data_ptr() for t in saved]
+    return _CALL.pack(*_sizes(x), *_sequences(x), *_sequences(out), *pointers)
 
 
 def _sizes(x: Tensor) -> tuple[int, ...]:
@@ -156,60 +136,92 @@ def _sizes(x: Tensor) -> tuple[int, ...]:
     return s.batch, s.groups, s.tokens, torch.get_num_threads(), TYPES[x.dtype]
 
 
-def _pointer(t: Tensor) -> tuple[int, ...]:
+def _sequences(t: Tensor) -> tuple[int, ...]:
     """`struct Sequences`."""
     return t.data_ptr(), *sequences_of(t).strides
 
 
-def raw_weights(weights: Weights) -> tuple[bytes, list[Tensor | None]]:
+def _raw_weights(weights: Weights) -> tuple[bytes, list[Tensor | None]]:
     """`struct RawWeights`, and the tensors that must live as long as it is used."""
-    ready = [None if t is None else t.detach().float().contiguous() for t in weights]
+    ready = packing.float32(weights)
     pointers = [0 if t is None else t.data_ptr() for t in ready]
     return _RAW_WEIGHTS.pack(weights.width, weights.token_dim, *pointers), ready
 
 
-def pack(weights: Weights, dtype: torch.dtype) -> Packed:
-    """The weights, rounded to dtype, as the kernels read them in inference."""
-    handle = kernels()
-    lanes = handle.swiftkernels_lanes()
-    buffers: list[Tensor] = []
-
-    def padded(t: Tensor | None, rows: int, columns: int) -> int:
-        """Rows padded with zeros to whole vectors."""
-        buffer = torch.zeros(rows, -(-columns // lanes) * lanes)
-        if t is not None:
-            buffer[:, :columns] = t
-        buffers.append(buffer)
-        return buffer.data_ptr()
-
-    def panels(t: Tensor) -> int:
-        """Panels of the transpose."""
-        columns, K = t.shape
-        t = t.float()
-        buffer = torch.empty(K * -(-columns // lanes) * lanes)
-        handle.swiftkernels_pack(
-            t.data_ptr(), K, columns, t.stride(1), t.stride(0), buffer.data_ptr()
-        )
-        buffers.append(buffer)
-        return buffer.data_ptr()
-
-    qkv, qkv_bias, proj, proj_bias = (None if t is None else t.detach().to(dtype) for t in weights)
+def pack(packer: Packer, weights: Weights, dtype: torch.dtype) -> bytes:
+    """`struct PackedWeights` of the weights rounded to dtype, without its `Fingerprint`."""
+    rounded = [None if w is None else w.detach().to(dtype) for w in weights]
+    qkv, qkv_bias, proj, proj_bias = rounded
     assert qkv is not None
     assert proj is not None
-    width, out_width = qkv.shape[1], proj.shape[0]
+    width, token_dim = weights.width, weights.token_dim
     query, key, value = qkv.flatten(1).split([1, width, width])
-    key_bias, value_bias = (None, None) if qkv_bias is None else qkv_bias[1:].split(width)
-    fields = _PACKED_WEIGHTS.pack(
-        width, out_width, padded(query, 1, width),
-        padded(key, width, width), padded(key_bias, 1, width),
-        panels(value), padded(value_bias, 1, width),
-        panels(proj.flatten(1)), padded(proj_bias, 1, out_width),
+    _, key_bias, value_bias = (None,) * 3 if qkv_bias is None else qkv_bias.split([1, width, width])
+    return _PACKED_WEIGHTS.pack(
+        width, token_dim, packer.rows(query), packer.rows(key), packer.vector(key_bias, width),
+        packer.matrix(value.t()), packer.vector(value_bias, width),
+        packer.matrix(proj.flatten(1).t()), packer.vector(proj_bias, token_dim),
     )  # fmt: skip
-    return Packed(fields, buffers)
+
+
+def inference_plan(
+    x: Tensor,
+    weights: Weights,
+    mask: None,
+    options: Options,
+    residual_scale: None,
+    plans: Plans,
+) -> PackedPlan | None:
+    """The plan for inputs like x, with packed weights; None where packing does not pay.
+
+    It does not for matrices that are made anew at every call, such as those of a parametrization.
+    """
+    if not all(type(w) is Parameter for w in (weights.qkv_weight, weights.proj_weight)):
+        return None
+    slot = plans.slot(x.dtype)
+    packed = packed_weights(
+        kernels(),
+        slot,
+        cache.present(weights),
+        lambda packer: pack(packer, weights, x.dtype),
+    )
+    return None if packed is None else PackedPlan(x, weights.token_dim, slot)
+
+
+class PackedPlan:
+    """Runs the forward with packed weights.
+
+    Its guards are the state of the weights and, in the kernels, their fingerprint.
+    """
+
+    __slots__ = ("_dtype", "_out", "_slot")
+
+    lasting = True
+
+    def __init__(self, x: Tensor, token_dim: int, slot: cache.Slot) -> None:
+        self._dtype, self._out, self._slot = x.dtype, output_like(x, token_dim), slot
+
+    def __call__(
+        self, x: Tensor, weights: Weights, mask: None, residual_scale: None
+    ) -> Tensor | None:
+        packed: Packed | None = self._slot.find(cache.present(weights))
+        if packed is None:
+            return None
+        out = torch.empty_strided(*self._out, dtype=self._dtype, device="cpu")
+        if out.numel() == 0:
+            return out
+        call = _call_fields(x, out, None)
+        status = kernels().swiftkernels_separable_forward(packed.fields, call)
+        if status == STALE:
+            self._slot.renew()
+            return None
+        _check(status)
+        packed.uses += 1
+        return out
 
 
 def _check(status: int) -> None:
-    if status != 0:
+    if status != DONE:
         raise MemoryError(
             "The CPU kernels found no memory for their tiles. Free some, or use "
             "backend='reference'."

@@ -29,13 +29,13 @@ def sequences_of(t: Tensor) -> Sequences:
     return Sequences(batch, groups, tokens, width, (s[0], s[2], s[3], s[1]))
 
 
-def empty_output(x: Tensor, width: int) -> Tensor:
-    """Uninitialised output of that width; an image is in the memory format of x."""
+def output_like(x: Tensor, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of an output of that width; of an image in the memory format of x."""
     if x.dim() == 3:
-        return x.new_empty(*x.shape[:2], width)
+        batch, tokens, _ = x.shape
+        return (batch, tokens, width), (tokens * width, width, 1)
     batch, _, groups, tokens = x.shape
-    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.empty(
-        (batch, width, groups, tokens), dtype=x.dtype, device=x.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )  # fmt: skip
+    shape, step = (batch, width, groups, tokens), groups * tokens
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return shape, (step * width, 1, tokens * width, width)
+    return shape, (width * step, step, tokens, 1)

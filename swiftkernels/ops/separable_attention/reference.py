@@ -10,33 +10,33 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import conv2d, linear
 
 from swiftkernels.ops.separable_attention.weights import Options, Weights
 
 
+def mix(rows: Tensor, dropout: Callable[[Tensor], Tensor] = lambda a: a) -> Tensor:
+    """relu(value) * context from score, key and value, [..., N, 1 + 2 C] -> [..., N, C].
+
+    context = sum_n a_n key_n with a the softmax of the scores over the tokens, to which `dropout`
+    is applied.
+    """
+    width = rows.shape[-1] // 2
+    score, key, value = rows.split([1, width, width], dim=-1)
+    context = (dropout(score.softmax(-2)) * key).sum(-2, keepdim=True)
+    return value.relu() * context
+
+
 def separable_attention(
-    x: Tensor,
-    weights: Weights,
-    mask: None = None,
-    options: Options = Options(),  # noqa: B008 - an empty tuple
-    dropout: Callable[[Tensor], Tensor] = lambda a: a,
+    x: Tensor, weights: Weights, mask: None = None, options: Options | None = None
 ) -> Tensor:
     """Section 3.2 of arXiv 2206.02680; [B, N, C] -> [B, N, D] or [B, C, P, N] -> [B, D, P, N].
 
-    `qkv` makes a score, a key and a value of every token. With the softmax a of the scores over the
-    N tokens::
-
-        context = sum_n a_n key_n                   [B, C]
-        out     = (relu(value) * context) Wp^T + bp [B, N, D]
-
-    `dropout` is applied to a.
+    The layer `qkv` makes score, key and value of every token, `proj` the output of their mix.
     """
-    channels_first = x.dim() == 4
-    tokens = x.movedim(1, -1) if channels_first else x  # [..., N, C]
-    width = tokens.shape[-1]
-    rows = linear(tokens, weights.qkv_weight.flatten(1), weights.qkv_bias)
-    score, key, value = rows.split([1, width, width], dim=-1)
-    context = (dropout(score.softmax(-2)) * key).sum(-2, keepdim=True)
-    out = linear(value.relu() * context, weights.proj_weight.flatten(1), weights.proj_bias)
-    return out.movedim(-1, 1) if channels_first else out
+    qkv, qkv_bias, proj, proj_bias = weights
+    if x.dim() == 3:
+        rows = linear(x, qkv.flatten(1), qkv_bias)
+        return linear(mix(rows), proj.flatten(1), proj_bias)
+    rows = conv2d(x, qkv.view(*qkv.shape[:2], 1, 1), qkv_bias).movedim(1, -1)
+    return conv2d(mix(rows).movedim(-1, 1), proj.view(*proj.shape[:2], 1, 1), proj_bias)

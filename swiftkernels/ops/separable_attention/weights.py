@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Weights(NamedTuple):
-    """Two linear layers; biases may be None. Matrices may be those of 1x1 convolutions, [.., .., 1, 1]."""
+    """Two linear layers, or 1x1 convolutions with weights [..., ..., 1, 1]; biases may be None."""
 
     qkv_weight: Tensor
     """[1 + 2 C, C]: the row of the scores, then keys, then values."""

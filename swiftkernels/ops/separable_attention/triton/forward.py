@@ -4,8 +4,8 @@
    of its tokens weighted with exp(score - highest), and the statistics of its scores.
 2. `_context_forward_kernel` combines the splits to the pooled token p, and makes the context
    Wk p + bk: no keys are made of the tokens.
-3. `_output_forward_kernel` reads the tokens again and writes (relu(x Wv^T + bv) * context) Wp^T + bp.
-   Nothing of the size of the tokens is written but the output.
+3. `_output_forward_kernel` reads the tokens again and writes the output,
+   (relu(x Wv^T + bv) * context) Wp^T + bp. Nothing else of the size of the tokens is written.
 """
 
 from __future__ import annotations

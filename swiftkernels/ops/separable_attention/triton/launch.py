@@ -1,4 +1,4 @@
-"""Launching: describe strides, choose tiles, allocate, start the kernels. Nothing is differentiable."""
+"""Separable attention by Triton kernels, as a backend (`ops/operator.py`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from swiftkernels.backends.layouts import accumulator
 from swiftkernels.backends.torch_state import allow_tf32, device_guard, fits_kernels
 from swiftkernels.backends.triton.prepared import Prepared
-from swiftkernels.ops.separable_attention.layouts import Sequences, empty_output, sequences_of
+from swiftkernels.ops.operator import Needs
+from swiftkernels.ops.separable_attention.layouts import Sequences, output_like, sequences_of
 from swiftkernels.ops.separable_attention.triton.backward import (
     _context_backward_kernel,
     _rows_backward_kernel,
@@ -21,15 +22,18 @@ from swiftkernels.ops.separable_attention.triton.backward import (
     _tokens_backward_kernel,
     _weights_backward_kernel,
 )
+from swiftkernels.ops.separable_attention.triton.config import (
+    Config,
+    backward_config,
+    forward_config,
+    power_of_two,
+)
 from swiftkernels.ops.separable_attention.triton.forward import (
     _context_forward_kernel,
     _output_forward_kernel,
     _pool_forward_kernel,
 )
 from swiftkernels.ops.separable_attention.weights import Options, Weights
-
-MAX_WIDTH = 512
-"""Widest C: a tile of rows has to fit on chip."""
 
 MAX_PARTS = 64
 """Partial sums that the tokens of a sequence are pooled in, at most."""
@@ -53,37 +57,6 @@ class Saved(NamedTuple):
     """[B, C]: the mean of the tokens, weighted with the softmax of their scores."""
     softmax: Tensor
     """[B, 2]: the highest score, and the sum of exp(score - highest)."""
-
-
-class Config(NamedTuple):
-    """Tile sizes; every `tl.dot` needs at least 16 in each dimension."""
-
-    block_n: int
-    """Tokens of a tile."""
-    block_k: int
-    """Depth of a step of a product with weights."""
-    block_j: int
-    """Columns written at a time."""
-    num_warps: int
-    num_stages: int
-
-
-# (largest block_c, bytes of an element).
-_TABLE = {
-    (64, 2): Config(32, 64, 32, 4, 2),
-    (64, 4): Config(32, 32, 16, 4, 2),
-    (128, 2): Config(32, 64, 32, 4, 2),
-    (128, 4): Config(32, 16, 16, 8, 1),
-    (256, 2): Config(32, 32, 32, 8, 2),
-    (256, 4): Config(16, 16, 16, 8, 2),
-    (512, 2): Config(16, 16, 16, 8, 2),
-    (512, 4): Config(16, 16, 16, 8, 1),
-}
-
-
-def choose_config(width: int, dtype: torch.dtype) -> Config:
-    """The tile sizes for C = width."""
-    return _TABLE[max(64, _power_of_two(width)), 2 if dtype.itemsize == 2 else 4]
 
 
 class Layout(NamedTuple):
@@ -133,22 +106,11 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _power_of_two(n: int) -> int:
-    """The smallest power of two >= n, and >= 16: what a tile of width n is padded to."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
 def _divide(n_tokens: int, block_n: int) -> tuple[int, int]:
     """(parts, tiles in each) of the tokens of a sequence: a function of N only."""
     tiles = _cdiv(n_tokens, block_n)
     tiles_per_part = _cdiv(tiles, MAX_PARTS)
     return _cdiv(tiles, tiles_per_part), tiles_per_part
-
-
-def why_not(x: Tensor, weights: Weights, options: Options) -> str:
-    """Why the kernels cannot take x on its device; empty if they can."""
-    width = weights.width
-    return "" if width <= MAX_WIDTH else f"takes widths up to {MAX_WIDTH}; got {width}"
 
 
 class _Kind(NamedTuple):
@@ -178,14 +140,14 @@ class _Kind(NamedTuple):
             "ALIGN": self.x.align,
             "PRECISION": self.precision,
             "BLOCK_N": config.block_n,
-            "BLOCK_C": _power_of_two(self.width),
+            "BLOCK_C": power_of_two(self.width),
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }
 
     def of_contexts(self, kernel: Any, parts: int) -> Prepared:
         """A launch over the contexts of all sequences."""
-        block_j = min(64, _power_of_two(self.width))
+        block_j = min(64, power_of_two(self.width))
         return Prepared(
             kernel,
             _cdiv(self.sequences, BLOCK_B) * _cdiv(self.width, block_j),
@@ -206,7 +168,7 @@ class _ForwardPlan:
     """
 
     def __init__(self, kind: _Kind) -> None:
-        config = choose_config(kind.width, kind.dtype)
+        config = forward_config(kind.width, kind.dtype)
         constants = kind.constants(config)
         self.parts, tiles_per_part = _divide(kind.n_tokens, config.block_n)
         self.pool = Prepared(
@@ -247,7 +209,7 @@ class _BackwardPlan:
 
     def __init__(self, kind: _Kind, dx: Layout | None) -> None:
         width, out_width, n_tokens = kind.width, kind.out_width, kind.n_tokens
-        config = choose_config(width, kind.dtype)
+        config = backward_config(width, kind.dtype)
         self.parts, tiles_per_part = _divide(n_tokens, config.block_n)
         constants = kind.constants(config)
         numbers = (n_tokens, self.parts, tiles_per_part, kind.groups, *kind.x.strides)
@@ -295,7 +257,8 @@ class _BackwardPlan:
             | of_dout
             | {
                 "BLOCK_R": block, "BLOCK_J": block, "BLOCK_N": block,
-                "num_warps": 4 if kind.dtype.itemsize == 2 else 8, "num_stages": 2,
+                "num_warps": 4 if kind.dtype.itemsize == 2 else 8,
+                "num_stages": 2 if kind.dtype.itemsize == 2 else 1,
             },
             kind.reusable,
         )  # fmt: skip
@@ -306,7 +269,7 @@ class _BackwardPlan:
 
 def _sum(parts: int, width: int, reusable: bool) -> Prepared:
     """A launch of `_sum_partials_kernel`; a tile of 16,384 numbers stays in registers."""
-    columns = min(max(64, _power_of_two(width // PROGRAMS)), 4096)
+    columns = min(max(64, power_of_two(width // PROGRAMS)), 4096)
     return Prepared(
         _sum_partials_kernel,
         _cdiv(width, columns),
@@ -342,26 +305,22 @@ def _contiguous(weights: Weights) -> Weights:
     return Weights(*[None if w is None else w.contiguous() for w in weights])  # type: ignore[arg-type]
 
 
-def saved_like(
-    inputs: tuple[Tensor], weights: Weights, mask: None, options: Options, keep: str
-) -> Saved:
-    """Uninitialised room for what a backward needs."""
+def saved_like(inputs: Sequence[Tensor], weights: Weights, keep: str) -> Saved:
+    """What a forward saves, uninitialised."""
     (x,) = inputs
     batch, groups, _, width, _ = sequences_of(x)
     new = functools.partial(x.new_empty, dtype=accumulator(x.dtype))
-    return Saved(
-        new(batch * groups, width), new(batch * groups, width), new(batch * groups, 2)
-    )
+    return Saved(new(batch * groups, width), new(batch * groups, width), new(batch * groups, 2))
 
 
 def forward(
-    inputs: tuple[Tensor], weights: Weights, mask: None, options: Options, keep: str
+    inputs: Sequence[Tensor], weights: Weights, mask: None, options: Options, keep: str
 ) -> tuple[Tensor, Saved]:
-    """out, [B, N, D] or [B, D, P, N], and what the backward needs."""
+    """The output, [B, N, D] or [B, D, P, N], and what the backward needs."""
     x, layout = _readable(inputs[0])
     weights = _contiguous(weights)
-    out = empty_output(inputs[0], weights.token_dim)
-    saved = saved_like(inputs, weights, mask, options, keep)
+    out = x.new_empty_strided(*output_like(inputs[0], weights.token_dim))
+    saved = saved_like(inputs, weights, keep)
     if out.numel() == 0:
         return out, saved
     out_layout = _layout(sequences_of(out))
@@ -381,38 +340,40 @@ def forward(
 
 def backward(
     dout: Tensor,
-    inputs: tuple[Tensor],
+    inputs: Sequence[Tensor],
     weights: Weights,
     mask: None,
     saved: Sequence[Tensor],
     options: Options,
-    needs: tuple[bool, bool],
+    needs: Needs,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x and of the four weights; None where not asked for or without bias."""
-    needs_inputs, needs_weights = needs
     x, layout = _readable(inputs[0])
     dout, dout_layout = _readable(dout)
     weights = _contiguous(weights)
     qkv, qkv_bias, proj, proj_bias = weights
     context, pooled, softmax = (t.contiguous() for t in saved)  # hooks may have put them anywhere
-    dx = dx_layout = None
-    if needs_inputs:
-        dx = torch.empty_like(inputs[0])
-        dx_layout = _layout(sequences_of(dx))
-        assert dx_layout is not None
+    dx = written = dx_layout = None
+    if needs.inputs:
+        dx = written = torch.empty_like(inputs[0])
+        if _layout(sequences_of(dx)) is None:
+            written = dx.new_empty(dx.shape)
+        dx_layout = _layout(sequences_of(written))
     kind = _kind(x, weights, layout, dout_layout, dout)
     plan = _backward_plan(kind, dx_layout)
     new = functools.partial(x.new_empty, dtype=accumulator(x.dtype))
-    planes = x.new_empty(1 + needs_weights, kind.sequences, kind.n_tokens, kind.width)
-    dv, u = planes[0], planes[1] if needs_weights else None
+    planes = x.new_empty(1 + needs.weights, kind.sequences, kind.n_tokens, kind.width)
+    dv, u = planes[0], planes[1] if needs.weights else None
     dcontext_parts = new(kind.sequences, plan.parts, kind.width)
-    dquery_parts = torch.empty_like(dcontext_parts) if needs_weights else None
+    dquery_parts = torch.empty_like(dcontext_parts) if needs.weights else None
     dcontext, dpooled = torch.empty_like(pooled), torch.empty_like(pooled)
     with device_guard(x):
         plan.rows(x, qkv, qkv_bias, proj, context, dout, dv, u, dcontext_parts)
         plan.context(dcontext_parts, qkv, dcontext, dpooled)
-        plan.tokens(x, qkv, pooled, softmax, dpooled, dv, dx, dquery_parts)
-        if not needs_weights:
+        plan.tokens(x, qkv, pooled, softmax, dpooled, dv, written, dquery_parts)
+        if dx is not None and written is not None and written is not dx:
+            dx.copy_(written)
+        if not needs.weights:
             return dx, None, None, None, None
         parts = new(plan.splits, plan.sum_width)
         sums, dquery = x.new_empty(plan.sum_width), x.new_empty(1, kind.width)
