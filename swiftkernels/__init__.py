@@ -9,6 +9,8 @@ from swiftkernels.ops.additive_attention.api import (
     additive_self_attention,
 )
 from swiftkernels.ops.additive_attention.layer import AdditiveAttention
+from swiftkernels.ops.separable_attention.layer import SeparableAttention
+from swiftkernels.ops.separable_attention.op import separable_attention
 from swiftkernels.tools.doctor import doctor
 
 __version__ = "0.1.0"
@@ -16,11 +18,13 @@ __version__ = "0.1.0"
 __all__ = [
     "AdditiveAttention",
     "AttentionOutput",
+    "SeparableAttention",
     "accelerate",
     "additive_attention",
     "additive_self_attention",
     "doctor",
     "register",
+    "separable_attention",
     "warmup",
     "weights_changed",
 ]
