@@ -131,20 +131,22 @@ def attend(
 def _make_plan(x: Tensor, weights: Weights, backend: str, plans: Plans | None) -> Plan:
     """Choose the backend, pack the weights."""
     chosen = SEPARABLE_ATTENTION.choose_backend(backend, x, weights.width)
-    plan: Plan | None = None
-    if (
+    infers = (
         chosen == "cpu"
         and not needs_gradient(x, *weights)
         and torch_state.nothing_listens()
         and torch_state.is_plain(x, *weights)
-    ):
-        found = planning.plans_of((weights.qkv_weight, weights.proj_weight))
-        plan = SEPARABLE_ATTENTION.implementation("cpu").inference_plan(
-            x, weights, None, Options(), None, found if plans is None else plans
+    )
+    if infers:
+        matrices = (weights.qkv_weight, weights.proj_weight)
+        plan: Plan | None = SEPARABLE_ATTENTION.implementation("cpu").inference_plan(
+            x, weights, None, Options(), None, plans or planning.plans_of(matrices)
         )
-    if plan is not None:
-        return plan
-    places = None if plans is None else cache.places(cache.present(weights))
+        if plan is not None:
+            return plan
+    # Weights that are not packed now may be packed at the next call: that needs a new plan.
+    once = infers or plans is None
+    places = None if once else cache.places(cache.present(weights))
     return OperatorPlan(SEPARABLE_ATTENTION, Options(), chosen, "statistics", None, places)
 
 
