@@ -76,15 +76,15 @@ class SeparableAttention(KeepsPlans, nn.Module):
         return dropped
 
     def _attend(self, x: Tensor, weights: Weights) -> Tensor:
-        key = call_key(x, weights, None, None)
+        key = call_key(x, weights, None, None, self.backend)
         if key is None:
             return attend(x, weights, self.backend)[0]
-        key = (key, self.backend)
-        plan = self._plans.find(key)
+        plans = self._plans()
+        plan = plans.by_key.get(key)
         out = None if plan is None else plan(x, weights, None, None)
         if out is None:
-            out, plan = attend(x, weights, self.backend, self._plans)
-            self._plans.keep(key, plan)
+            out, plan = attend(x, weights, self.backend, plans)
+            plans.keep(key, plan)
         return out
 
     def _plain_weights(self) -> Weights | None:

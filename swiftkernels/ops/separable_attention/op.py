@@ -131,9 +131,10 @@ def attend(
 def _make_plan(x: Tensor, weights: Weights, backend: str, plans: Plans | None) -> Plan:
     """Choose the backend, pack the weights."""
     chosen = SEPARABLE_ATTENTION.choose_backend(backend, x, weights.width)
+    needs_grad = needs_gradient(x, *weights)
     infers = (
         chosen == "cpu"
-        and not needs_gradient(x, *weights)
+        and not needs_grad
         and torch_state.nothing_listens()
         and torch_state.is_plain(x, *weights)
     )
@@ -147,7 +148,8 @@ def _make_plan(x: Tensor, weights: Weights, backend: str, plans: Plans | None) -
     # Weights that are not packed now may be packed at the next call: that needs a new plan.
     once = infers or plans is None
     places = None if once else cache.places(cache.present(weights))
-    return OperatorPlan(SEPARABLE_ATTENTION, Options(), chosen, "statistics", None, places)
+    trains = needs_grad and not once
+    return OperatorPlan(SEPARABLE_ATTENTION, Options(), chosen, "statistics", trains, None, places)
 
 
 def _check(x: Tensor, weights: Weights) -> None:
