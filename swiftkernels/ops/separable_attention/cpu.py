@@ -194,12 +194,16 @@ class PackedPlan:
     Its guards are the state of the weights and, in the kernels, their fingerprint.
     """
 
-    __slots__ = ("_dtype", "_out", "_slot")
+    __slots__ = ("_empty", "_out", "_out_strides", "_sizes", "_slot", "_type", "_x_strides")
 
     lasting = True
 
     def __init__(self, x: Tensor, token_dim: int, slot: cache.Slot) -> None:
-        self._dtype, self._out, self._slot = x.dtype, output_like(x, token_dim), slot
+        shape, strides = self._out = output_like(x, token_dim)
+        self._empty = 0 in shape
+        self._slot, self._type = slot, TYPES[x.dtype]
+        *self._sizes, _, self._x_strides = sequences_of(x)
+        self._out_strides = sequences_of(torch.empty_strided(shape, strides, device="meta")).strides
 
     def __call__(
         self, x: Tensor, weights: Weights, mask: None, residual_scale: None
@@ -207,15 +211,19 @@ class PackedPlan:
         packed: Packed | None = self._slot.find(cache.present(weights))
         if packed is None:
             return None
-        out = torch.empty_strided(*self._out, dtype=self._dtype, device="cpu")
-        if out.numel() == 0:
+        out = torch.empty_strided(*self._out, dtype=x.dtype, device="cpu")
+        if self._empty:
             return out
-        call = _call_fields(x, out, None)
+        call = _CALL.pack(
+            *self._sizes, torch.get_num_threads(), self._type, x.data_ptr(), *self._x_strides,
+            out.data_ptr(), *self._out_strides, *_NOT_SAVED,
+        )  # fmt: skip
         status = kernels().swiftkernels_separable_forward(packed.fields, call)
         if status == STALE:
             self._slot.renew()
             return None
-        _check(status)
+        if status != DONE:
+            _check(status)
         packed.uses += 1
         return out
 

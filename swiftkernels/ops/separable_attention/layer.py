@@ -72,6 +72,8 @@ class SeparableAttention(KeepsPlans, nn.Module):
         weights = self._plain_weights()
         drops = self.training and self.attn_drop.p > 0
         out = self._call_parts(x) if drops or weights is None else self._attend(x, weights)
+        if not self.training and type(self.out_drop) is nn.Dropout:
+            return out  # a call of a module takes as long as a small layer
         dropped: Tensor = self.out_drop(out)
         return dropped
 
@@ -88,14 +90,14 @@ class SeparableAttention(KeepsPlans, nn.Module):
         return out
 
     def _plain_weights(self) -> Weights | None:
-        """The weights, if reading them is the same as calling the convolutions."""
-        parts = (self.qkv_proj, self.out_proj)
-        if not all(type(p) is nn.Conv2d and linear_parts.is_untouched(p) for p in parts):
+        """The weights, if both convolutions are just that, with parameters."""
+        modules = self._modules
+        parts = (modules["qkv_proj"], modules["out_proj"])
+        found = linear_parts.plain_parameters(parts, nn.Conv2d)
+        if not found:
             return None
-        tensors: list[Any] = [t for p in parts for t in (p.weight, p.bias)]
-        if any(map(linear_parts.why_weights_are_called, tensors[::2], tensors[1::2])):
-            return None
-        return Weights(*tensors)
+        qkv, out = found
+        return Weights(qkv["weight"], qkv["bias"], out["weight"], out["bias"])
 
     def _call_parts(self, x: Tensor) -> Tensor:
         image = x.mT.unsqueeze(2) if x.dim() == 3 else x  # [B, C, P, N]
