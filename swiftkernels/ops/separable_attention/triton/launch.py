@@ -258,7 +258,7 @@ class _BackwardPlan:
             | {
                 "BLOCK_R": block, "BLOCK_J": block, "BLOCK_N": block,
                 "num_warps": 4 if kind.dtype.itemsize == 2 else 8,
-                "num_stages": 2 if kind.dtype.itemsize == 2 else 1,
+                "num_stages": 2 if kind.dtype.itemsize == 2 or width <= 64 else 1,
             },
             kind.reusable,
         )  # fmt: skip
