@@ -24,10 +24,10 @@ inline int64_t slices_of(int64_t tokens) {
   return (tokens + slice_rows(tokens) - 1) / slice_rows(tokens);
 }
 
-/// Rows of a tile, so that `floats` floats stay in the cache.
-inline int64_t tile_rows(int64_t floats, int64_t floats_per_row) {
-  const int64_t rows = floats / floats_per_row / MAX_SLICE * MAX_SLICE;
-  return std::min<int64_t>(192, std::max<int64_t>(64, rows));
+/// Rows of a block of about `floats` floats: whole slices, at least one and at most three.
+inline int64_t block_rows(int64_t floats, int64_t floats_per_row) {
+  const int64_t slices = floats / floats_per_row / MAX_SLICE;
+  return std::min<int64_t>(3, std::max<int64_t>(1, slices)) * MAX_SLICE;
 }
 
 /// Tokens [first, first + rows) of each of `count` batch elements, and who works on them.
@@ -100,41 +100,43 @@ struct Schedule {
   bool is_grouped() const { return division == Division::GROUPED; }
   /// Batch elements, or groups of them, that are at work at the same time.
   int states() const { return division == Division::SHARED ? 1 : threads; }
-  /// Call the kernel's `both_passes(TokenBlock)` for groups of batch elements, or `begin(Team)`,
-  /// `first_pass(TokenBlock)`, `between(Team)`, `second_pass(TokenBlock)` and `end(Team)` for each.
+
+  /// Call the kernel's `both_passes(TokenBlock)` for groups of batch elements, or for every batch
+  /// element `begin(Team)`, `first_pass(TokenBlock)` for its blocks, `between(Team)`,
+  /// `second_pass(TokenBlock)` for its blocks, and `end(Team)`.
   template <class Kernel>
   void run(Kernel& kernel) const {
-    if (division == Division::GROUPED) {
-      parallel_for(blocks, threads, [&](int64_t i, int thread) {
-        const int64_t element = i * elements, count = std::min(elements, batch - element);
-        kernel.both_passes(TokenBlock{element, count, 0, tokens, 0, thread, thread});
-      });
-    } else if (division == Division::SEPARATE) {
-      parallel_for(batch, threads, [&](int64_t element, int thread) {
-        const Team team{element, thread, 1};
-        kernel.begin(team);
-        for (int64_t i = 0; i < blocks; i++) kernel.first_pass(block(element, i, thread, thread));
-        kernel.between(team);
-        for (int64_t i = 0; i < blocks; i++) kernel.second_pass(block(element, i, thread, thread));
-        kernel.end(team);
-      });
-    } else {
-      for (int64_t element = 0; element < batch; element++) {
-        const Team team{element, 0, threads};
-        kernel.begin(team);
-        parallel_for(blocks, threads, [&](int64_t i, int thread) {
-          kernel.first_pass(block(element, i, thread, 0));
+    switch (division) {
+      case Division::GROUPED:
+        return parallel_for(blocks, threads, [&](int64_t i, int thread) {
+          const int64_t element = i * elements, count = std::min(elements, batch - element);
+          kernel.both_passes(TokenBlock{element, count, 0, tokens, 0, thread, thread});
         });
-        kernel.between(team);
-        parallel_for(blocks, threads, [&](int64_t i, int thread) {
-          kernel.second_pass(block(element, i, thread, 0));
+      case Division::SEPARATE:
+        return parallel_for(batch, threads, [&](int64_t element, int thread) {
+          run_element(kernel, {element, thread, 1});
         });
-        kernel.end(team);
-      }
+      case Division::SHARED:
+        for (int64_t element = 0; element < batch; element++)
+          run_element(kernel, {element, 0, threads});
     }
   }
 
  private:
+  template <class Kernel>
+  void run_element(Kernel& kernel, const Team& team) const {
+    auto for_blocks = [&](auto pass) {
+      parallel_for(blocks, team.threads, [&](int64_t i, int thread) {
+        pass(block(team.element, i, team.thread + thread, team.thread));
+      });
+    };
+    kernel.begin(team);
+    for_blocks([&](const TokenBlock& b) { kernel.first_pass(b); });
+    kernel.between(team);
+    for_blocks([&](const TokenBlock& b) { kernel.second_pass(b); });
+    kernel.end(team);
+  }
+
   static Division division_of(int64_t batch, int threads) {
     return separates(batch, threads) ? Division::SEPARATE : Division::SHARED;
   }

@@ -224,7 +224,7 @@ class Backward {
     const int64_t floats_per_row = 2 * (C_ + D_ + 2 * E_);
     if (call_.grouped)
       return Schedule::grouped(call_.batch, N_, GROUP_FLOATS / floats_per_row, threads);
-    return Schedule::tiled(call_.batch, N_, tile_rows(BLOCK_FLOATS, floats_per_row), threads);
+    return Schedule::tiled(call_.batch, N_, block_rows(BLOCK_FLOATS, floats_per_row), threads);
   }
 
   Workspace make_workspace(Arena& arena) const {

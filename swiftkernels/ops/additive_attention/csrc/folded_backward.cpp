@@ -182,7 +182,7 @@ class FoldedBackward {
         schedule_(Schedule::evenly(
             call.batch, N_, std::max<int64_t>(1, N_ / std::max(MIN_BLOCK, 2 * std::max(C_, D_))),
             usable_threads(call.threads))),
-        tile_rows_(tile_rows(TILE_FLOATS, 5 * C_ + 2 * D_)),
+        tile_rows_(block_rows(TILE_FLOATS, 5 * C_ + 2 * D_)),
         x_(tokens_of(call.x, call.x_strides, call.type)),
         dout_(tokens_of(call.dout, call.dout_strides, call.type)),
         dx_(tokens_of(call.dx, call.dx_strides, call.type)),

@@ -5,15 +5,20 @@
 //     triangular  out = rk (G * k) M^T + rq (C x + c0) + c
 //     folded      out = rk (A x + a) + rq (C x + c0) + c      A = M diag(G) Wk, a = M diag(G) bk
 //
-// with M = Wf Wp, C = Wf Wq, c0 = Wf bq, c = Wf bp + bf (the README of the operator derives this).
+// with M = Wf Wp, C = Wf Wq, c0 = Wf bq and c = Wf bp + bf, which depend on weights only.
 //
-// A form has, for a block of tokens in the tile w.x and what is at work for its batch elements, s:
-//     lay_out(w, arena, rows), lay_out(s, arena, elements)   its part of the scratch
-//     score(w, s, block)                    norms and scores, and the rows that are pooled
-//     pooled(w), pooled_norms(s)            these rows, and their inverse norms unless they are
-//     unit rows global_query(w, s, element, count, normalisers)        G from the sums of these
-//     rows output(w, s, block)                   from x, or from what `score` left if that is in
-//     the same pass
+// The forward calls of a form, with a thread's workspace w and the state s of the batch elements,
+//
+//     lay_out(w, arena, rows), lay_out(s, arena, elements)
+//         to take its scratch,
+//     score(w, s, block)
+//         for the scores of a block of tokens w.x, and what they need,
+//     pooled(w), pooled_norms(s)
+//         for the rows that are pooled, and their inverse norms unless they are unit rows,
+//     global_query(w, s, element, count, normalisers)
+//         for G, from the sums of these rows, and
+//     output(w, s, block)
+//         for the output; if grouped, right after `score` for the same block.
 #pragma once
 
 #include <atomic>
@@ -283,7 +288,7 @@ class FromTokens : public Form {
     invert_norms(layer_, norms, rows);
   }
 
-  float key_bias_norm2() const { return key_bias_norm2_; }
+  const float query_bias_norm2_, key_bias_norm2_;
 
  private:
   /// Tokens of a batch element in the mean that is checked.
@@ -303,7 +308,6 @@ class FromTokens : public Form {
     check(norm2(q, E_), query_bias_norm2_);
   }
 
-  const float query_bias_norm2_, key_bias_norm2_;
   mutable std::atomic<bool> cancellation_{false};
 };
 
@@ -373,7 +377,7 @@ class Folded : public FromTokens {
     FromTokens::score(w, s, b);
     if (layer_.qk_norm)
       norms_from_tokens(w, b.all_rows(), layer_.key_triangle, layer_.key_triangle_bias,
-                        key_bias_norm2(), s.key_norms + b.first);
+                        key_bias_norm2_, s.key_norms + b.first);
   }
 
   /// Part `part` of `parts` of the rows [A; a] = M diag(G) [Wk | bk] of the output matrix.

@@ -77,7 +77,7 @@ class Forward {
     const int64_t floats_per_row = 3 * (layer_.in_dims + layer_.width);
     if (N_ <= SHORT_SEQUENCE && Schedule::separates(call_.batch, threads))
       return Schedule::grouped(call_.batch, N_, GROUP_FLOATS / floats_per_row, threads);
-    return Schedule::tiled(call_.batch, N_, tile_rows(BLOCK_FLOATS, floats_per_row), threads);
+    return Schedule::tiled(call_.batch, N_, block_rows(BLOCK_FLOATS, floats_per_row), threads);
   }
 
   Workspace make_workspace(Arena& arena) const {
