@@ -684,9 +684,9 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.handle, name)
 
-    def swiftkernels_forward(self, layer: bytes, call: bytes) -> int:
+    def swiftkernels_additive_forward(self, layer: bytes, call: bytes) -> int:
         self.calls.append(launch._CALL.unpack(call))
-        return int(self.handle.swiftkernels_forward(layer, call))
+        return int(self.handle.swiftkernels_additive_forward(layer, call))
 
 
 def test_as_many_threads_are_used_as_torch_is_told():

@@ -13,8 +13,8 @@ from swiftkernels.ops.additive_attention.cpu.packing import FOLDED, PLAIN, TRIAN
 TABLE = Path(__file__).with_name("forms.json")
 """Written by `python -m benchmarks.cpu_forms`, which measures."""
 
-WHOLE_ROWS = 256
-"""Items up to this length are worked on in one piece; as in layer.h."""
+SHORT_SEQUENCE = 256
+"""Batch elements of up to so many tokens may be processed whole; as in csrc/schedule.h."""
 
 RECOMPUTE_WIDTH = 64
 """Widest q and k that a backward computes again rather than reads."""

@@ -13,25 +13,39 @@ import torch
 from torch import Tensor
 
 from swiftkernels.backends.cpu import library
+from swiftkernels.backends.cpu.library import CANCELLATION, DONE, STALE, TYPES
 from swiftkernels.ops.additive_attention.cpu import config, packing
-from swiftkernels.ops.additive_attention.cpu.packing import PLAIN, Weights
-from swiftkernels.ops.additive_attention.reference import Options
+from swiftkernels.ops.additive_attention.cpu.packing import FOLDED, PLAIN, TRIANGULAR, Weights
+from swiftkernels.ops.additive_attention.reference import POOLINGS, Options
 
 Saved = tuple[Tensor, Tensor, Tensor]
 """G [B, E]; a, 1/|q|, 1/|k| [3, B, N] and 1/|s| [B] in one [B, 3 N + 1]; qn and kn [2, B, N, E]."""
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Codes of the types, as `Type` in tokens.h."""
-
-# `struct Call` and `struct BackwardCall` in layer.h.
+# `struct Call` and `struct BackwardCall` in csrc/abi.h.
 _CALL = struct.Struct("6qP3qP3qP2q3P")
 _BACKWARD_CALL = struct.Struct("9qP3qP3qP3qP2q12P")
 
 _NOTHING = (0, 0, 0)
 _NOTHING_AT_ALL = (0, 0, 0, 0)
 
-# `Status` in layer.h.
-_STALE, _CANCELLATION = 2, 3
+# csrc/abi.cpp exports the other side.
+library.register_interface(
+    "additive",
+    {
+        "revision": 4,
+        "sizeof(Layer)": packing.LAYER.size + packing.FINGERPRINT.size,
+        "sizeof(RawLayer)": packing.RAW_LAYER.size,
+        "sizeof(Call)": _CALL.size,
+        "sizeof(BackwardCall)": _BACKWARD_CALL.size,
+        "sizeof(Fingerprint)": packing.FINGERPRINT.size,
+        "MAX_SOURCES": packing.MAX_SOURCES,
+        **{name.upper(): code for code, name in enumerate(POOLINGS)},
+        "PLAIN": PLAIN,
+        "TRIANGULAR": TRIANGULAR,
+        "FOLDED": FOLDED,
+        "SHORT_SEQUENCE": config.SHORT_SEQUENCE,
+    },
+)
 
 
 @functools.cache
@@ -49,9 +63,9 @@ def declare(handle: ctypes.CDLL) -> ctypes.CDLL:
         ("lanes", number, ()),
         ("pack", None, (pointer, *[number] * 4, pointer)),
         ("fingerprint", ctypes.c_uint64, (ctypes.c_char_p, number)),
-        ("forward", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
-        ("forward_training", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
-        ("backward", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
+        ("additive_forward", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
+        ("additive_forward_training", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
+        ("additive_backward", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
     ):
         function = getattr(handle, f"swiftkernels_{name}")
         function.restype, function.argtypes = result, arguments
@@ -90,7 +104,7 @@ def additive_self_attention_forward(
         call = _call_fields(
             batch, n_tokens, PLAIN, x, x.stride(), out, out.stride(), False, mask, kept
         )
-        _check(kernels().swiftkernels_forward_training(fields, call))
+        _check(kernels().swiftkernels_additive_forward_training(fields, call))
     return out, global_query, statistics, rows
 
 
@@ -137,7 +151,7 @@ def _run_unpacked(
     call = _call_fields(
         x.shape[0], x.shape[1], PLAIN, x, x.stride(), out, out.stride(), False, mask, None
     )
-    _check(kernels().swiftkernels_forward_training(fields, call))
+    _check(kernels().swiftkernels_additive_forward_training(fields, call))
 
 
 def call_forward(
@@ -161,9 +175,9 @@ def call_forward(
     call = _call_fields(
         batch, n_tokens, form, x, x_strides, out, out_strides, add_input, mask, None
     )
-    status = kernels().swiftkernels_forward(packed.fields, call)
-    if status in (_STALE, _CANCELLATION):
-        packed.cancels = status == _CANCELLATION
+    status = kernels().swiftkernels_additive_forward(packed.fields, call)
+    if status in (STALE, CANCELLATION):
+        packed.cancels = status == CANCELLATION
         return False
     _check(status)
     packed.uses += 1
@@ -214,7 +228,7 @@ def additive_self_attention_backward(
     batch, n_tokens, _ = x.shape
     width = wf.shape[1]
     threads = torch.get_num_threads()
-    whole = n_tokens <= config.WHOLE_ROWS and config.backward_by_items(
+    whole = n_tokens <= config.SHORT_SEQUENCE and config.backward_by_items(
         batch, n_tokens, width, threads
     )
     # Few tokens in all make the products of E x E matrices behind the moments too expensive.
@@ -238,14 +252,14 @@ def additive_self_attention_backward(
         *[t.data_ptr() for t in saved],
         *[0 if g is None else g.data_ptr() for g in gradients],
     )  # fmt: skip
-    _check(handle.swiftkernels_backward(fields, call))
+    _check(handle.swiftkernels_additive_backward(fields, call))
     if x.dtype != torch.float32:
         gradients = [None if g is None else g.to(x.dtype) for g in gradients]
     return [dx, *gradients]
 
 
 def _check(status: int) -> None:
-    if status != 0:
+    if status != DONE:
         raise MemoryError(
             "The CPU kernels found no memory for their tiles. Free some, or use "
             "backend='reference'."

@@ -32,7 +32,7 @@ from swiftkernels.backends import cache
 from swiftkernels.ops.additive_attention.reference import POOLINGS, Options
 
 PLAIN, TRIANGULAR, FOLDED = range(3)
-"""The forms, as `Form` in layer.h."""
+"""The forms, as `FormCode` in csrc/abi.h."""
 
 
 class Weights(NamedTuple):
@@ -51,10 +51,12 @@ class Weights(NamedTuple):
     """Of a residual branch, in any shape."""
 
 
-# `struct Layer` and `struct RawLayer` in layer.h.
-_LAYER = struct.Struct("5q2d12Pd7P" + "P3q" * 10 + "2q2Q")
-_RAW_LAYER = struct.Struct("5q2d9P")
-_SOURCES = 10
+# `struct Fingerprint` in csrc/fingerprint.h; `struct Layer`, of which it is the last field, and
+# `struct RawLayer` in csrc/abi.h.
+MAX_SOURCES = 10
+FINGERPRINT = struct.Struct("P3q" * MAX_SOURCES + "2q2Q")
+LAYER = struct.Struct("5q2d12Pd7P")
+RAW_LAYER = struct.Struct("5q2d9P")
 
 SMALL = 80_000
 """Up to so many bytes of weights (E = 64), a look at all takes hardly longer than at a sample."""
@@ -225,8 +227,9 @@ def _unchanged(library: ctypes.CDLL, slot: cache.Slot) -> bool:
     """Compare all bytes of the weights, if something has said since that weights changed."""
     if slot.generation == cache.generation():
         return True
-    fields = slot.packed.fields
-    if library.swiftkernels_fingerprint(fields, True) != _LAYER.unpack(fields)[-2]:
+    fingerprint = slot.packed.fields[-FINGERPRINT.size :]
+    whole, _sampled = FINGERPRINT.unpack(fingerprint)[-2:]
+    if library.swiftkernels_fingerprint(fingerprint, True) != whole:
         return False
     slot.generation = cache.generation()
     return True
@@ -246,13 +249,13 @@ def pack(
     packer = _Packer(library)
     fields = _forward_fields(packer, weights, options, form)
     sources = [rows for rows in map(_rows, watched) if rows is not None]
-    missing = [(0, 0, 0, 0)] * (_SOURCES - len(sources))
+    missing = [(0, 0, 0, 0)] * (MAX_SOURCES - len(sources))
     small = sum(rows * row_bytes for _, rows, row_bytes, _ in sources) <= SMALL
     always_whole = small or any(w.is_inference() for w in watched)
     watch = (*itertools.chain(*sources, *missing), len(sources), always_whole)
-    unmarked = _LAYER.pack(*fields, *watch, 0, 0)
+    unmarked = FINGERPRINT.pack(*watch, 0, 0)
     marks = [library.swiftkernels_fingerprint(unmarked, everything) for everything in (True, False)]
-    return Packed(_LAYER.pack(*fields, *watch, *marks), packer.buffers)
+    return Packed(LAYER.pack(*fields) + FINGERPRINT.pack(*watch, *marks), packer.buffers)
 
 
 def raw_layer(weights: Weights, options: Options) -> tuple[bytes, list[Tensor | None]]:
@@ -266,7 +269,7 @@ def raw_layer(weights: Weights, options: Options) -> tuple[bytes, list[Tensor | 
     pointers = [0 if t is None else t.data_ptr() for t in ready]
     if 0 in pointers:
         _check_memory(ready)
-    return _RAW_LAYER.pack(*_sizes(weights, options), *pointers), ready
+    return RAW_LAYER.pack(*_sizes(weights, options), *pointers), ready
 
 
 def _check_memory(tensors: Sequence[Tensor | None]) -> None:
