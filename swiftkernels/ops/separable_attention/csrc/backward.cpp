@@ -46,11 +46,6 @@ struct Sums {
   float* memory() const { return dWv.data; }
 };
 
-/// to += from
-inline void add(const float* from, int64_t floats, float* to) {
-  for (int64_t j = 0; j < floats; j += LANES) store(to + j, load(to + j) + load(from + j));
-}
-
 /// The sums of a thread: those of a few tiles, and those of all tiles before.
 struct ThreadSums {
   Sums few, all;
@@ -82,11 +77,6 @@ inline void add_rows(Tile rows, int64_t count, int64_t width, float* to) {
 inline void copy_padded(const float* from, int64_t width, float* to) {
   std::fill(to + width, to + padded(width), 0.f);
   std::copy(from, from + width, to);
-}
-
-/// to = from, without the padding.
-inline void copy_rows(Tile from, int64_t rows, int64_t width, float* to) {
-  for (int64_t r = 0; r < rows; r++) std::copy(from.row(r), from.row(r) + width, to + r * width);
 }
 
 /// What a thread needs for a block.
@@ -339,7 +329,7 @@ class Backward {
     copy_rows(dWk_, C_, C_, g.qkv + C_);
     copy_rows(sums.dWv, C_, C_, g.qkv + C_ + C_ * C_);
     copy_rows(sums.dWp, D_, C_, g.proj);
-    if (g.proj_bias) copy_rows({sums.dbp, 0}, 1, D_, g.proj_bias);
+    copy_rows({sums.dbp, 0}, 1, D_, g.proj_bias);
     if (!g.qkv_bias) return;
     g.qkv_bias[0] = 0.f;  // cancels in the softmax
     copy_rows({dbk_, 0}, 1, C_, g.qkv_bias + 1);

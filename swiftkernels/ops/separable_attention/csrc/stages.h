@@ -4,6 +4,7 @@
 
 #include "abi.h"
 #include "gemm.h"
+#include "row_ops.h"
 #include "schedule.h"
 #include "scratch.h"
 
@@ -99,7 +100,7 @@ inline Schedule schedule_of(const AnyCall& call, int64_t floats_per_row, int64_t
   const int threads = usable_threads(call.threads);
   if (call.tokens <= SHORT_SEQUENCE && Schedule::separates(sequences, threads))
     return Schedule::grouped(sequences, call.tokens, group_floats / floats_per_row, threads);
-  return Schedule::tiled(sequences, call.tokens, tile_rows(block_floats, floats_per_row), threads);
+  return Schedule::tiled(sequences, call.tokens, block_rows(block_floats, floats_per_row), threads);
 }
 
 /// One sequence, as tokens of a batch of one.
@@ -161,26 +162,6 @@ ONE_COPY inline void exponentials(float* scores, int64_t rows, float highest, fl
       lanes[i] = std::min(0.f, scores[r + std::min(i, count - 1)] - highest);
     store(lanes, exp_of_negative(load(lanes)) * broadcast(factor));
     std::memcpy(scores + r, lanes, count * sizeof(float));
-  }
-}
-
-/// sums += sum_r factors[r] rows[r], several vectors of columns at a time in registers.
-inline void add_weighted_rows(const float* factors, Tile rows, int64_t count, int64_t width,
-                              float* sums) {
-  int64_t j = 0;
-  for (; j + 4 * LANES <= padded(width); j += 4 * LANES) {
-    vec totals[4];
-    for (int v = 0; v < 4; v++) totals[v] = load(sums + j + v * LANES);
-    for (int64_t r = 0; r < count; r++) {
-      const vec factor = broadcast(factors[r]);
-      for (int v = 0; v < 4; v++) totals[v] += factor * load(rows.row(r) + j + v * LANES);
-    }
-    for (int v = 0; v < 4; v++) store(sums + j + v * LANES, totals[v]);
-  }
-  for (; j < padded(width); j += LANES) {
-    vec total = load(sums + j);
-    for (int64_t r = 0; r < count; r++) total += broadcast(factors[r]) * load(rows.row(r) + j);
-    store(sums + j, total);
   }
 }
 
