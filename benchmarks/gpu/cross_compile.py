@@ -32,8 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
-from swiftkernels.ops.additive_attention.reference import Options
 from swiftkernels.ops.additive_attention.triton import config, launch
+from swiftkernels.ops.additive_attention.weights import Options
 from swiftkernels.utils.files import write_text
 from swiftkernels.utils.progress import Progress, track
 
