@@ -19,7 +19,7 @@ OLDEST = ("torch==2.10.0", "torchvision==0.25.0", "triton==3.6.0", "numpy<2.4")
 
 @nox.session
 def oldest(session: nox.Session) -> None:
-    """`nox -s oldest -- tests/test_export.py` runs some of the tests."""
+    """`nox -s oldest -- tests/integrations/test_export.py` runs some of the tests."""
     models = ("timm==1.0.31", "transformers==5.23.0")
     session.install(*OLDEST, *models, "-e", ".[bench,compare,coreml,export,predict,test]")
     session.run("pytest", *session.posargs, env={"OMP_NUM_THREADS": "1"})
@@ -33,7 +33,7 @@ def kernels(session: nox.Session, triton: str) -> None:
     session.install("-c", "constraints.txt", ".[bench,test]", env=without_cpu)
     # A torch build may ask for a Triton of its own; Triton up to 3.6 needs an older numpy.
     session.install("--no-deps", f"triton=={triton}", "numpy<2.4")
-    session.run("pytest", "tests/test_cross_compile.py")
+    session.run("pytest", "tests/benchmarks/test_cross_compile.py")
     session.run(
         "pytest", "tests/interpreter/test_kernels.py", "-k", SUBSET, env={"TRITON_INTERPRET": "1"}
     )

@@ -1,9 +1,9 @@
 """Build entry point: compiles the CPU kernels. All metadata is in pyproject.toml.
 
-Each instruction set gets a shared library, `swiftkernels/cpu/_kernels_<isa>.so`, with a plain C
-interface that ctypes loads: it is bound to no version of Python or torch. Without a compiler, or
-with one that refuses, the package is installed without them; `_build.json` keeps the reason for
-`swiftkernels doctor`.
+Each instruction set gets a shared library, `swiftkernels/backends/cpu/_kernels_<isa>.so`, with a
+plain C interface that ctypes loads: it is bound to no version of Python or torch. Without a
+compiler, or with one that refuses, the package is installed without them; `_build.json` keeps the
+reason for `swiftkernels doctor`.
 
 Environment: CXX, CXXFLAGS, LDFLAGS, and SWIFTKERNELS_BUILD=0, which leaves the kernels out.
 """
@@ -24,9 +24,9 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-PACKAGE = Path("swiftkernels", "cpu")
-SOURCES = sorted(str(path) for path in PACKAGE.glob("csrc/*.cpp"))
-HEADERS = sorted(str(path) for path in PACKAGE.glob("csrc/*.h"))
+PACKAGE = Path("swiftkernels", "backends", "cpu")
+SOURCES = sorted(str(path) for path in Path("swiftkernels").glob("**/csrc/*.cpp"))
+HEADERS = sorted(str(path) for path in Path("swiftkernels").glob("**/csrc/*.h"))
 
 # Never -ffast-math, not even by CXXFLAGS: gcc would link code that switches denormals off in the
 # whole process.
@@ -155,7 +155,8 @@ def compile_library(command: list[str], target: Path) -> str:
 setup(
     # Descriptions only: they make the wheel one of a platform and the sdist complete.
     ext_modules=[
-        Extension(f"swiftkernels.cpu._kernels_{isa}", SOURCES, depends=HEADERS) for isa in ISAS
+        Extension(f"swiftkernels.backends.cpu._kernels_{isa}", SOURCES, depends=HEADERS)
+        for isa in ISAS
     ],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
 )

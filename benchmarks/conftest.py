@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import timing
-from swiftkernels.writing import write_csv
+from swiftkernels.utils.files import write_csv
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 """One row for every layer measured, the columns of results/attention.csv."""

@@ -35,9 +35,9 @@ from benchmarks.engines import (
 )
 from benchmarks.speedups import OURS, speedups, table
 from benchmarks.tradeoff import positive
-from swiftkernels.peers import PEERS
-from swiftkernels.progress import Progress, track
-from swiftkernels.writing import rounded, write_csv
+from swiftkernels.testing.peers import PEERS
+from swiftkernels.utils.files import rounded, write_csv
+from swiftkernels.utils.progress import Progress, track
 
 MEMORY_CSV = "cpu_memory.csv"
 DTYPES = ("float32", "bfloat16")

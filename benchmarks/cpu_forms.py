@@ -2,10 +2,10 @@
 
     python -m benchmarks.cpu_forms
 
-times the folded forward beside the triangular one (see `swiftkernels.cpu.weights`), and the
-backward without queries and keys (`csrc/folded_backward.cpp`) beside the one that has kept them, on
-one thread, at several widths and growing numbers of tokens, and writes what it finds for this
-instruction set into `swiftkernels/cpu/forms.json`, which the kernels' choice is read from.
+times the folded forward beside the triangular one (see `cpu/packing.py` of the additive attention),
+and the backward without queries and keys (`folded_backward.cpp`) beside the one that has kept them,
+on one thread, at several widths and growing numbers of tokens, and writes what it finds for this
+instruction set into `forms.json` there, which the choice of the kernels is read from.
 """
 
 from __future__ import annotations
@@ -22,11 +22,18 @@ from torch import Tensor
 
 from benchmarks import timing
 from swiftkernels import AdditiveAttention
-from swiftkernels.cpu import config, launch, library
-from swiftkernels.cpu.weights import FOLDED, TRIANGULAR, Packed, Weights, pack
-from swiftkernels.progress import Progress
-from swiftkernels.reference import Options
-from swiftkernels.writing import write_text
+from swiftkernels.backends.cpu import library
+from swiftkernels.ops.additive_attention.cpu import config, launch
+from swiftkernels.ops.additive_attention.cpu.packing import (
+    FOLDED,
+    TRIANGULAR,
+    Packed,
+    Weights,
+    pack,
+)
+from swiftkernels.ops.additive_attention.reference import Options
+from swiftkernels.utils.files import write_text
+from swiftkernels.utils.progress import Progress
 
 WIDTHS = (48, 64, 128, 256, 512)
 BACKWARD_WIDTHS = (96, 128, 256)

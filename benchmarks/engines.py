@@ -29,7 +29,7 @@ from benchmarks.speedups import OURS
 from benchmarks.verification import operator_bound, relative_errors, type_bound
 from benchmarks.workloads import STAGES, Stage, stage_tokens
 from swiftkernels import AdditiveAttention
-from swiftkernels.peers import PEERS
+from swiftkernels.testing.peers import PEERS
 
 BACKEND = "cpu"
 """Of `AdditiveAttention`, in the engine swiftkernels."""
@@ -78,8 +78,8 @@ LARGE_SIZES = (Size("long", 65536, 64), Size("wide", 4096, 512))
 class Published(nn.Module):
     """The layer of an `AdditiveAttention` as its authors publish it: the formula, no checks.
 
-    Scores are a column [B, N, 1] here. The product with a vector in `swiftkernels.reference` is the
-    same thing, but OpenVINO's importer fails on it.
+    Scores are a column [B, N, 1] here. The product with a vector in `reference.py` is the same, but
+    OpenVINO's importer fails on it.
     """
 
     def __init__(self, module: AdditiveAttention) -> None:
@@ -313,7 +313,7 @@ def isa() -> str:
     if BACKEND != "cpu":
         return ""
     try:
-        library: Any = importlib.import_module("swiftkernels.cpu.library")
+        library: Any = importlib.import_module("swiftkernels.backends.cpu.library")
         return str(library.loaded().name)
     except ImportError:
         return ""

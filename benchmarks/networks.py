@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from swiftkernels import AdditiveAttention
-from swiftkernels.peers import PEERS
-from swiftkernels.reference import POOLINGS
+from swiftkernels.ops.additive_attention.reference import POOLINGS
+from swiftkernels.testing.peers import PEERS
 
 WIDTH = 48
 DEPTH = 2

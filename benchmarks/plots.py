@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from benchmarks.speedups import COMBINED, OURS, Setting, Speedup, setting_of, speedups
-from swiftkernels.writing import save_figure
+from swiftkernels.utils.files import save_figure
 
 TRADEOFF_CSV = "tradeoff.csv"
 TOKENS_CSV = "tokens.csv"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks import timing, verification
 from benchmarks.workloads import STAGES, Stage, stage_tokens
 from swiftkernels import AdditiveAttention
-from swiftkernels.peers import PEERS
+from swiftkernels.testing.peers import PEERS
 
 LAYERS = (*PEERS, "additive", "eager", "compiled")
 """The peers; the operator with the backend "auto"; its definition, as it is and compiled."""

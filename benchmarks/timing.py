@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from swiftkernels import bench, devices
-from swiftkernels.bench import Timing
+from swiftkernels.backends import devices
+from swiftkernels.tools import bench
+from swiftkernels.tools.bench import Timing
 
 __all__ = [
     "Timing",

@@ -26,8 +26,8 @@ from torch import Tensor
 from benchmarks import plots, timing
 from benchmarks.data import Dataset, Split, load
 from benchmarks.networks import MIXERS, WIDTH, Classifier
-from swiftkernels import progress
-from swiftkernels.writing import write_csv
+from swiftkernels.utils import progress
+from swiftkernels.utils.files import write_csv
 
 DEFAULT_MIXERS = tuple(m for m in MIXERS if m not in ("additive_sum", "additive_linear"))
 BATCHES = (1, 32)

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 import swiftkernels
 from benchmarks import resident
 from swiftkernels import models
-from swiftkernels.cpu import library
-from swiftkernels.progress import track
-from swiftkernels.writing import write_csv
+from swiftkernels.backends.cpu import library
+from swiftkernels.utils.files import write_csv
+from swiftkernels.utils.progress import track
 
 CSV = "training_memory.csv"
 CLASSES = 1000

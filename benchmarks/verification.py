@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from swiftkernels.bench import type_bound
-from swiftkernels.verify import budget as operator_bound
-from swiftkernels.verify import relative_error
+from swiftkernels.tools.bench import type_bound
+from swiftkernels.tools.verify import budget as operator_bound
+from swiftkernels.tools.verify import relative_error
 
 __all__ = ["operator_bound", "relative_error", "relative_errors", "type_bound"]
 

@@ -15,7 +15,7 @@ import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from swiftkernels.bench import WIDTHS
+from swiftkernels.tools.bench import WIDTHS
 
 IMAGE_SIZE = 224
 

@@ -1,15 +1,15 @@
 """Fused kernels for SwiftFormer's efficient additive attention (arXiv 2303.15446)."""
 
-from swiftkernels._warmup import warmup
-from swiftkernels.diagnosis import doctor
-from swiftkernels.functional import (
+from swiftkernels.backends.cache import weights_changed
+from swiftkernels.integrations.accelerate import accelerate, register
+from swiftkernels.integrations.warmup import warmup
+from swiftkernels.ops.additive_attention.api import (
     AttentionOutput,
     additive_attention,
     additive_self_attention,
 )
-from swiftkernels.guard import weights_changed
-from swiftkernels.modules import AdditiveAttention
-from swiftkernels.patch import accelerate, register
+from swiftkernels.ops.additive_attention.layer import AdditiveAttention
+from swiftkernels.tools.doctor import doctor
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from swiftkernels.cli import main
+from swiftkernels.tools.cli import main
 
 sys.exit(main())

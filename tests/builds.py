@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CSRC = Path("swiftkernels", "cpu", "csrc")
+LIBRARIES = Path("swiftkernels", "backends", "cpu")
 
 needs_compiler = pytest.mark.skipif(
     not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))),
@@ -73,5 +74,5 @@ def build_in_place(project: Path, **environment: str) -> str:
 
 def libraries(folder: Path) -> dict[str, Path]:
     """The libraries in a folder that has the package: name of the instruction set -> path."""
-    paths = (folder / CSRC.parent).glob("_kernels_*.so")
+    paths = (folder / LIBRARIES).glob("_kernels_*.so")
     return {path.stem.removeprefix("_kernels_"): path for path in paths}

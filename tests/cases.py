@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from swiftkernels.reference import POOLINGS
-from swiftkernels.verify import (
+from swiftkernels.ops.additive_attention.reference import POOLINGS
+from swiftkernels.tools.verify import (
     QUERY_KEY_NAMES,
     SELF_NAMES,
     ULPS,

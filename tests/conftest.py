@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from swiftkernels import writing
-from swiftkernels.cpu import weights
+from swiftkernels.ops.additive_attention.cpu import packing
+from swiftkernels.utils import files
 from tests.stubs import import_timm
 from tests.vision import import_torchvision
 
@@ -38,7 +38,7 @@ def transformers() -> ModuleType:
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """No file takes more than `DISK_BYTES` bytes."""
-    write = writing._Raw.write
+    write = files._Raw.write
 
     def limited(file: Any, data: Any) -> int:
         room = DISK_BYTES - file.tell()
@@ -47,20 +47,20 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
             raise file.failure
         return write(file, bytes(data)[:room])
 
-    monkeypatch.setattr(writing._Raw, "write", limited)
+    monkeypatch.setattr(files._Raw, "write", limited)
 
 
 @pytest.fixture
 def packings(monkeypatch) -> list[int]:
     """Grows by the form at each time weights are packed."""
     packed: list[int] = []
-    pack = weights.pack
+    pack = packing.pack
 
-    def counting(*args: Any, **kwargs: Any) -> weights.Packed:
+    def counting(*args: Any, **kwargs: Any) -> packing.Packed:
         packed.append(args[3])
         return pack(*args, **kwargs)
 
-    monkeypatch.setattr(weights, "pack", counting)
+    monkeypatch.setattr(packing, "pack", counting)
     return packed
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from swiftkernels import additive_self_attention
-from swiftkernels.cpu import config, launch, weights
-from swiftkernels.cpu.weights import FOLDED, PLAIN, TRIANGULAR
-from swiftkernels.verify import budget
+from swiftkernels.ops.additive_attention.cpu import config, launch, packing
+from swiftkernels.ops.additive_attention.cpu.packing import FOLDED, PLAIN, TRIANGULAR
+from swiftkernels.tools.verify import budget
 from tests.cases import (
     POOLINGS,
     SELF_NAMES,
@@ -62,7 +62,7 @@ def kernels_in_use(handle: Any) -> Iterator[None]:
     """The functions of another library in place of those that were chosen."""
 
     def forget() -> None:
-        weights._layers.clear()  # packed for the other library's vectors
+        packing._layers.clear()  # packed for the other library's vectors
         config._table.cache_clear()
 
     forget()

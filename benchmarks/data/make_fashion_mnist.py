@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.data import SUBSET, Dataset, checksum, load_full
-from swiftkernels.writing import replacing
+from swiftkernels.utils.files import replacing
 
 TRAIN_PER_CLASS = 1000
 TEST_PER_CLASS = 200

@@ -1,7 +1,7 @@
 """The images that come along as folders train/CLASS/*.png and val/CLASS/*.png.
 
-`python -m benchmarks.data.write_folders FOLDER` gives `python -m swiftkernels.train` something to
-try.
+`python -m benchmarks.data.write_folders FOLDER` gives `python -m swiftkernels.training` something
+to try.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.data import load
-from swiftkernels.progress import track
+from swiftkernels.utils.progress import track
 
 
 def write_folders(folder: Path, per_class: int, side: int) -> None:

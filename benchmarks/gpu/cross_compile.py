@@ -1,7 +1,7 @@
 """Compile every Triton kernel for GPUs that are not there, and read what the binaries use.
 
-`python -m benchmarks.gpu.cross_compile` records what `swiftkernels.triton.launch` would launch for
-each width and type, compiles it for each architecture with Triton's own ptxas and LLVM, and keeps
+`python -m benchmarks.gpu.cross_compile` records what the additive attention would launch for each
+width and type, compiles it for each architecture with Triton's own ptxas and LLVM, and keeps
 what it finds in docs/results/gpu_kernels.json: registers, spills, shared memory, tensor-core
 instructions, the widest loads and stores. A second run compiles only what has changed. From that
 file it writes the tables of docs/gpu_kernels.md. No GPU and no driver are needed.
@@ -32,10 +32,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
-from swiftkernels.progress import Progress, track
-from swiftkernels.reference import Options
-from swiftkernels.triton import config, launch
-from swiftkernels.writing import write_text
+from swiftkernels.ops.additive_attention.reference import Options
+from swiftkernels.ops.additive_attention.triton import config, launch
+from swiftkernels.utils.files import write_text
+from swiftkernels.utils.progress import Progress, track
 
 Facts = dict[str, Any]
 """What is known of one compiled kernel; the keys are listed at `facts`."""

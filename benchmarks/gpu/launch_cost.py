@@ -31,9 +31,10 @@ from triton.backends.compiler import GPUTarget
 from benchmarks.gpu import report
 from benchmarks.gpu.report import LAUNCH_COST_CSV
 from benchmarks.timing import device_name, interleave
-from swiftkernels import AdditiveAttention, compat
-from swiftkernels.triton import launch
-from swiftkernels.writing import write_csv
+from swiftkernels import AdditiveAttention
+from swiftkernels.backends import torch_state
+from swiftkernels.ops.additive_attention.triton import launch
+from swiftkernels.utils.files import write_csv
 
 WIDTH = 16
 SHAPES = {"tokens": (1, 49, WIDTH), "image": (1, WIDTH, 7, 7)}
@@ -178,7 +179,7 @@ def _turn(what: str, call: Callable[[], object], calls: int = CALLS) -> Callable
         with contextlib.ExitStack() as stack:
             if what == LOOKING_UP:  # as tensors are launched that lie anyhow
                 stack.enter_context(mock.patch.object(launch, "_reusable", _never))
-                stack.enter_context(mock.patch.object(compat, "fits_kernels", _never))
+                stack.enter_context(mock.patch.object(torch_state, "fits_kernels", _never))
             for _ in range(calls):
                 call()
 
@@ -194,7 +195,7 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(Driver())
-    with mock.patch.object(compat, "triton_takes", return_value=True):
+    with mock.patch.object(torch_state, "triton_takes", return_value=True):
         costs = measure(given.seconds)
     for cost in costs:
         print(

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from benchmarks.gpu.report import GRID_FILL_CSV, LOWER_BOUNDS_CSV, TRAFFIC_CSV
 from benchmarks.plots import COLOURS, INK, MARKERS, NAMES, _caption, _read, _title
 from benchmarks.speedups import OURS
-from swiftkernels.writing import save_figure
+from swiftkernels.utils.files import save_figure
 
 TRAFFIC_PNG = "gpu_traffic.png"
 LOWER_BOUNDS_PNG = "gpu_lower_bounds.png"

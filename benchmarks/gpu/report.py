@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.speedups import OURS
-from swiftkernels.writing import write_text
+from swiftkernels.utils.files import write_text
 
 PAGE = "gpu_evidence.md"
 TRAFFIC_CSV = "gpu_traffic.csv"

@@ -33,7 +33,7 @@ from benchmarks.gpu.report import (
     LOWER_BOUNDS_CSV,
     TRAFFIC_CSV,
 )
-from swiftkernels.writing import write_csv
+from swiftkernels.utils.files import write_csv
 
 KERNELS_JSON = "gpu_kernels.json"
 """By `benchmarks.gpu.cross_compile`: what compiled kernels use."""

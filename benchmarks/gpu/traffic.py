@@ -34,10 +34,10 @@ from benchmarks.gpu.eager import EagerTraffic, Operator
 from benchmarks.gpu.report import ENGINES, LAUNCHES_CSV, TRAFFIC_CSV
 from benchmarks.speedups import OURS
 from swiftkernels import AdditiveAttention
-from swiftkernels.peers import PEERS
-from swiftkernels.progress import Progress
-from swiftkernels.reference import Options
-from swiftkernels.writing import write_csv
+from swiftkernels.ops.additive_attention.reference import Options
+from swiftkernels.testing.peers import PEERS
+from swiftkernels.utils.files import write_csv
+from swiftkernels.utils.progress import Progress
 
 if TYPE_CHECKING:
     from benchmarks.gpu.trace import Launch
@@ -128,7 +128,7 @@ def count_ours(shape: Shape, dtype: torch.dtype) -> tuple[Part, Part]:
         MemoryFaultError: a kernel did what it must not.
     """
     from benchmarks.gpu.trace import trace
-    from swiftkernels.triton import launch
+    from swiftkernels.ops.additive_attention.triton import launch
 
     width = shape.width
     generator = torch.Generator().manual_seed(0)

@@ -1,10 +1,10 @@
 """SwiftFormer (arXiv 2303.15446): the four models of the paper, and everybody's checkpoints."""
 
 from swiftkernels.models.attention_maps import token_weights
-from swiftkernels.models.checkpoints import convert_state_dict
-from swiftkernels.models.files import load_checkpoint, save_checkpoint
-from swiftkernels.models.hub import from_pretrained
-from swiftkernels.models.swiftformer import (
+from swiftkernels.models.checkpoint_io import load_checkpoint, save_checkpoint
+from swiftkernels.models.swiftformer.checkpoints import convert_state_dict
+from swiftkernels.models.swiftformer.hub import from_pretrained
+from swiftkernels.models.swiftformer.network import (
     SwiftFormer,
     swiftformer_l1,
     swiftformer_l3,

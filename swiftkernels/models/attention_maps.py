@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swiftkernels.functional import AttentionOutput
-from swiftkernels.modules import AttentionForward, in_evaluation
+from swiftkernels.ops.additive_attention.api import AttentionOutput
+from swiftkernels.ops.additive_attention.layer import AttentionForward, in_evaluation
 
 
 def token_weights(model: nn.Module, images: Tensor) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swiftkernels.extras import need
-from swiftkernels.models.swiftformer import SwiftFormer
+from swiftkernels.models.swiftformer.network import SwiftFormer
+from swiftkernels.utils.extras import need
 
 GROUPS = 32
 """Of the head's group norms, as in the paper that they are from (arXiv 1803.08494)."""

@@ -1,4 +1,4 @@
-"""Training SwiftFormers as the paper does; the command is `python -m swiftkernels.train`."""
+"""Training SwiftFormers as the paper does; the command is `python -m swiftkernels.training`."""
 
 from swiftkernels.training.losses import DistillationLoss
 from swiftkernels.training.optimizer import clip_adaptively_, parameter_groups

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from swiftkernels import checks
-from swiftkernels.extras import need
-from swiftkernels.images import CROP, DEVIATION, MEAN, load_image
 from swiftkernels.training.recipe import Recipe
+from swiftkernels.utils import checks
+from swiftkernels.utils.extras import need
+from swiftkernels.utils.images import CROP, DEVIATION, MEAN, load_image
 
 
 class Place(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swiftkernels import checks
+from swiftkernels.utils import checks
 
 KINDS = ("none", "hard", "soft")
 

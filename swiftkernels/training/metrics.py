@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swiftkernels.writing import save_figure, write_csv
+from swiftkernels.utils.files import save_figure, write_csv
 
 COLUMNS = (
     "step",

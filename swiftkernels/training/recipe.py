@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from swiftkernels import checks
-from swiftkernels.reference import POOLINGS
+from swiftkernels.ops.additive_attention.reference import POOLINGS
 from swiftkernels.training.losses import KINDS
+from swiftkernels.utils import checks
 
 MODELS = ("swiftformer_xs", "swiftformer_s", "swiftformer_l1", "swiftformer_l3")
 

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 
-from swiftkernels import devices, models, writing
-from swiftkernels.extras import need
-from swiftkernels.progress import Progress
+from swiftkernels import models
+from swiftkernels.backends import devices
 from swiftkernels.training import data, lock, metrics, optimizer
 from swiftkernels.training.losses import DistillationLoss
 from swiftkernels.training.recipe import Recipe
+from swiftkernels.utils import files
+from swiftkernels.utils.extras import need
+from swiftkernels.utils.progress import Progress
 
 LAST, BEST = "last.pth", "best.pth"
 METRICS, PICTURE = "metrics.csv", "loss.png"
@@ -130,7 +132,7 @@ def build(recipe: Recipe, classes: int) -> models.SwiftFormer:
     return model
 
 
-def _tell(loaded: models.files.Loaded) -> None:
+def _tell(loaded: models.checkpoint_io.Loaded) -> None:
     """Print what was loaded, once for all processes."""
     if os.environ.get("RANK", "0") == "0":
         print(loaded)
@@ -337,7 +339,7 @@ class _Run:
             "step": self.step,
         }
         if isinstance(self.model, models.SwiftFormer):
-            weights["pooling"] = models.files.own_pooling(self.model)
+            weights["pooling"] = models.checkpoint_io.own_pooling(self.model)
         state = {
             "optimizer": self.optimizer.state_dict(),
             "rows": self.rows,
@@ -345,7 +347,7 @@ class _Run:
             "loss": self.loss,
             "loss_steps": self.loss_steps,
         }
-        with writing.replacing(self.recipe.out / name) as file:
+        with files.replacing(self.recipe.out / name) as file:
             torch.save(weights if name == BEST else weights | state, file)
 
     def _restore(self) -> None:
@@ -465,7 +467,7 @@ def _holding(out: Path, world: World) -> Iterator[None]:
         if world.rank == 0:
             try:
                 if held.enter_context(lock.locked(out)):
-                    writing.remove_leftovers(out)
+                    files.remove_leftovers(out)
             except (ValueError, OSError) as error:
                 failure = [error]
         if world.processes > 1:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swiftkernels import devices, verify
+from swiftkernels.backends import devices
+from swiftkernels.tools import verify
 
 NO_GPU = "needs a GPU that runs the Triton kernels (swiftkernels doctor tells more)"
 

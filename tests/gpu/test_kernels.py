@@ -7,8 +7,9 @@ import torch
 import torch._inductor.config
 from torch import Tensor
 
-from swiftkernels import AdditiveAttention, verify
-from swiftkernels.verify import DTYPES, budget, relative_error
+from swiftkernels import AdditiveAttention
+from swiftkernels.tools import verify
+from swiftkernels.tools.verify import DTYPES, budget, relative_error
 from tests.gpu.layers import make_layer, random_images, train
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES)

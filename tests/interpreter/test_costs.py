@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from swiftkernels import AdditiveAttention
-from swiftkernels.reference import Options
-from swiftkernels.triton import launch
+from swiftkernels.ops.additive_attention.reference import Options
+from swiftkernels.ops.additive_attention.triton import launch
 from tests.cases import make_tensors
 from tests.interpreter.instruments import TorchKernels, count_launches
 

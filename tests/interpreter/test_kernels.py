@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from swiftkernels import functional, reference
-from swiftkernels.reference import POOLINGS, Options
-from swiftkernels.triton import config, launch
+from swiftkernels.ops.additive_attention import api, reference
+from swiftkernels.ops.additive_attention.reference import POOLINGS, Options
+from swiftkernels.ops.additive_attention.triton import config, launch
 from tests.cases import (
     QUERY_KEY_NAMES,
     SELF_NAMES,
@@ -38,7 +38,7 @@ def run_kernels(
     """Output and all gradients by the kernels."""
 
     def attention(*tensors: Tensor) -> Tensor:
-        return functional.additive_self_attention(
+        return api.additive_self_attention(
             *tensors, mask=mask, **options._asdict(), backend="triton"
         )
 
@@ -103,9 +103,7 @@ def test_queries_and_keys_equal_the_definition(width, pooling):
     options, mask = options_for(width, pooling), make_mask(2, 21)
 
     def kernels(*tensors: Tensor) -> Tensor:
-        return functional.additive_attention(
-            *tensors, mask=mask, **options._asdict(), backend="triton"
-        )
+        return api.additive_attention(*tensors, mask=mask, **options._asdict(), backend="triton")
 
     def definition(*tensors: Tensor) -> Tensor:
         return reference.additive_attention(*tensors, mask, options)
@@ -122,9 +120,7 @@ def test_gradcheck_of_the_kernels(pooling):
     mask = make_mask(2, 5)
 
     def attention(*tensors: Tensor) -> Tensor:
-        return functional.additive_self_attention(
-            *tensors, mask=mask, pooling=pooling, backend="triton"
-        )
+        return api.additive_self_attention(*tensors, mask=mask, pooling=pooling, backend="triton")
 
     assert torch.autograd.gradcheck(attention, tensors, fast_mode=True)
 
@@ -133,7 +129,7 @@ def test_gradcheck_of_the_kernels_element_by_element():
     tensors = [t.requires_grad_() for t in make_tensors(1, 3, 5, 3, 1, seed=5)]
 
     def attention(*tensors: Tensor) -> Tensor:
-        return functional.additive_self_attention(*tensors, backend="triton")
+        return api.additive_self_attention(*tensors, backend="triton")
 
     assert torch.autograd.gradcheck(attention, tensors)
     assert torch.autograd.gradgradcheck(attention, tensors, fast_mode=True)
@@ -185,7 +181,7 @@ def test_gradients_where_biases_cancel_the_mean(pooling):
     draws = [cancelling_tensors("both", 1e-3, 2, 49, 24, seed) for seed in range(3)]
     ours, definition = (
         functools.partial(
-            functional.additive_self_attention, backend=backend, pooling=pooling, qk_norm=False
+            api.additive_self_attention, backend=backend, pooling=pooling, qk_norm=False
         )
         for backend in ("triton", "reference")
     )
@@ -362,7 +358,7 @@ def test_only_the_gradients_asked_for_are_computed(needed, width):
     exact = run_definition(tensors, dout, None, options_for(width), torch.float64)
     for i in needed:
         tensors[i].requires_grad_()
-    out = functional.additive_self_attention(*tensors, backend="triton")
+    out = api.additive_self_attention(*tensors, backend="triton")
     grads = torch.autograd.grad(out, [tensors[i] for i in needed], dout)
     names = [SELF_NAMES[i] for i in needed]
     assert_exact(dict(zip(names, grads, strict=True)), {name: exact[name] for name in names})
@@ -407,7 +403,7 @@ def test_items_more_than_two_to_the_31_elements_apart_are_read_right():
     near_results = run_kernels(tensors, dout, None, options_for(16))
 
     def attention(x: Tensor) -> Tensor:
-        return functional.additive_self_attention(x, *tensors[1:], backend="triton")
+        return api.additive_self_attention(x, *tensors[1:], backend="triton")
 
     assert torch.equal(attention(far), near_results["output"])
     _, *saved = launch.additive_self_attention_forward(far, *tensors[1:], None, options_for(16))

@@ -22,10 +22,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-import swiftkernels.triton
+import swiftkernels.backends.triton
+import swiftkernels.ops.additive_attention.triton
 from benchmarks.gpu.trace import Launch, MemoryFaultError, trace
-from swiftkernels.reference import Options
-from swiftkernels.triton import launch
+from swiftkernels.ops.additive_attention.reference import Options
+from swiftkernels.ops.additive_attention.triton import launch
 from tests.cases import make_mask, make_query_key_tensors, make_tensors
 
 BLOCK = 16
@@ -310,7 +311,7 @@ def test_outside_a_trace_nothing_is_replaced():
 # The library.
 
 Run = Callable[[ModuleType], None]
-"""Runs forward and backward by the given `swiftkernels.triton.launch`, or a mutant of it."""
+"""Runs forward and backward by the given `triton/launch.py`, or a mutant of it."""
 
 
 def layer_run(
@@ -395,7 +396,8 @@ class _DropMask(ast.NodeTransformer):
         return node
 
 
-SOURCES = sorted(Path(swiftkernels.triton.__file__).parent.glob("*.py"))
+PACKAGES = (swiftkernels.ops.additive_attention.triton, swiftkernels.backends.triton)
+SOURCES = sorted(p for package in PACKAGES for p in Path(package.__path__[0]).glob("[!_]*.py"))
 
 
 def masks() -> list[tuple[str, int, int]]:
@@ -415,7 +417,7 @@ _numbers = itertools.count()
 
 @pytest.fixture
 def mutate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ModuleType]]:
-    """Makes copies of `swiftkernels.triton` without one mask, and imports their `launch`."""
+    """Makes copies of the Triton code without one mask, and imports their `launch`."""
     names: list[str] = []
 
     def make(file: str, line: int, column: int) -> ModuleType:
@@ -428,7 +430,9 @@ def mutate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
             if source.name == file:
                 tree = _DropMask((line, column)).visit(ast.parse(text))
                 text = ast.unparse(tree)
-            (folder / source.name).write_text(text.replace("swiftkernels.triton", name))
+            for package in PACKAGES:
+                text = text.replace(package.__name__, name)
+            (folder / source.name).write_text(text)
         monkeypatch.syspath_prepend(str(tmp_path))
         importlib.invalidate_caches()
         return importlib.import_module(f"{name}.launch")

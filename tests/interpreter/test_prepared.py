@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swiftkernels import AdditiveAttention
-from swiftkernels.triton import launch
+from swiftkernels.ops.additive_attention.triton import launch
 
 
 class Compiled:

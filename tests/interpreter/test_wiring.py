@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from swiftkernels import AdditiveAttention, ops
+from swiftkernels import AdditiveAttention
+from swiftkernels.ops import operator
 from tests.cases import make_tensors
 
 
@@ -37,9 +38,9 @@ def test_queries_and_keys_that_are_called_go_to_the_kernels(layers, shape, hooke
         for part in hooked:
             layer.get_submodule(part).register_forward_hook(lambda m, i, o: o * 2)
     with monkeypatch.context() as patched:
-        call = ops.additive_attention.call
+        call = operator.additive_attention.call
         patched.setattr(
-            ops.additive_attention, "call", lambda *args: (ran.append(args), call(*args))[1]
+            operator.additive_attention, "call", lambda *args: (ran.append(args), call(*args))[1]
         )
         grads = [
             torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
@@ -63,7 +64,7 @@ def test_later_calls_go_past_the_checks_to_the_same_results(layers, shape, monke
         return [inferred, out.detach(), *grads]
 
     first = results()
-    monkeypatch.setattr("swiftkernels.modules.additive_self_attention", None)
+    monkeypatch.setattr("swiftkernels.ops.additive_attention.layer.additive_self_attention", None)
     for name, (expected, again) in enumerate(zip(first, results(), strict=True)):
         assert torch.equal(expected, again), name
         assert expected.stride() == again.stride(), name

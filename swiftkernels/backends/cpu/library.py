@@ -1,0 +1,197 @@
+"""Finds and loads the compiled kernels: the best library that the processor can run.
+
+Lazily, at the first use, and once per process. torch is imported before: the library then binds to
+the OpenMP runtime that torch brought, and shares its threads.
+
+Environment: SWIFTKERNELS_CPU_ISA names the library to take, one of `ISAS`, or "none" for none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import json
+import os
+import platform
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ABI = 3
+"""The interface these sources speak; `swiftkernels_abi` in csrc/features.cpp is the other side."""
+
+ISAS = ("avx512", "avx2", "neon", "portable")
+"""Instruction sets, the best first."""
+
+DIRECTORY = Path(__file__).parent
+
+# Bits of swiftkernels_cpu_features that a library needs, and what the processor has with them.
+_NEEDS = {
+    "avx512": (0b11, "AVX-512 (x86-64-v4)"),
+    "avx2": (0b01, "AVX2 and FMA (x86-64-v3)"),
+}
+
+
+class Library(NamedTuple):
+    """A loaded library."""
+
+    name: str
+    """Its instruction set, one of `ISAS`."""
+    path: Path
+    """Where it was loaded from."""
+    handle: ctypes.CDLL
+    """Its functions."""
+
+
+@functools.cache
+def loaded() -> Library | None:
+    """The library in use; None if there is none, and `why_not` says why.
+
+    Raises:
+        ValueError: SWIFTKERNELS_CPU_ISA names one that cannot be used.
+    """
+    wanted = _wanted()
+    if wanted == "none":
+        return None
+    if wanted:
+        try:
+            return load(wanted)
+        except ValueError as error:
+            raise ValueError(
+                f"SWIFTKERNELS_CPU_ISA must name kernels that can be used here; got {wanted!r}. "
+                f"{error} Unset the variable to take the best, or set it to none to do without."
+            ) from None
+    usable = (isa for isa in ISAS if not problem(isa))
+    return next((load(isa) for isa in usable), None)
+
+
+@functools.cache
+def why_not() -> str:
+    """Why no library is in use, as continuation of "backend='cpu' ..."; empty if one is.
+
+    Raises:
+        ValueError: SWIFTKERNELS_CPU_ISA names a library that cannot be used.
+    """
+    if loaded() is not None:
+        return ""
+    if _wanted() == "none":
+        return "is switched off by SWIFTKERNELS_CPU_ISA=none (unset the variable)"
+    if available():
+        reasons = "; ".join(f"{isa}: {problem(isa)}" for isa in available())
+        return f"cannot use its compiled kernels, {reasons} ({remedy()})"
+    record = build_record()
+    error = str(record["error"] or build_error("portable") or build_error("neon")).splitlines()
+    # Compilers say first where they were, then what was wrong.
+    reason = next((line for line in error if "error" in line), error[0])
+    return f"needs the compiled kernels, which were not built: {reason} ({remedy()})"
+
+
+def remedy() -> str:
+    """How to get libraries that were built here, from these sources."""
+    editable = (DIRECTORY.parents[2] / "setup.py").exists()
+    # The path of a source tree is known; where another installation came from is not.
+    sources = f"-e {shlex.quote(str(DIRECTORY.parents[2]))}" if editable else "--force-reinstall ."
+    command = f"pip install --no-deps {sources}"
+    if build_record()["compiler"]:
+        return f"reinstall from the sources: {command}"
+    return f"with a C++ compiler, as from apt install g++, reinstall: {command}"
+
+
+def available() -> dict[str, bool]:
+    """The libraries that were built, the best first: name -> whether the processor can run it."""
+    built = (isa for isa in ISAS if _path(isa).exists())
+    return {isa: not _lacks(isa) for isa in built}
+
+
+def load(name: str) -> Library:
+    """Load the library for an instruction set.
+
+    Raises:
+        ValueError: it is unknown, not built, of another version, or the processor cannot run it.
+    """
+    reason = f"unknown, not one of {', '.join(ISAS)}" if name not in ISAS else problem(name)
+    if not reason:
+        return _open(name)
+    built = ", ".join(available()) or "none"
+    runs = ", ".join(isa for isa, can_run in available().items() if can_run) or "none"
+    raise ValueError(
+        f"The kernels {name!r} cannot be loaded: {reason}. Built: {built}; of these, the processor "
+        f"can run: {runs}."
+    )
+
+
+def problem(isa: str) -> str:
+    """Why the library for that instruction set cannot be used; empty if it can."""
+    if not _path(isa).exists():
+        return f"not built: {build_error(isa)}"
+    lacks = _lacks(isa)
+    if lacks:
+        return f"the processor lacks {lacks}"
+    try:
+        _open(isa)
+    except OSError as error:
+        return f"cannot be loaded: {error}"
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def processor_name() -> str:
+    """What the CPU calls itself."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def build_record() -> dict[str, Any]:
+    """What setup.py wrote down: compiler, error, and command and error for each library."""
+    path = DIRECTORY / "_build.json"
+    if path.exists():
+        return dict(json.loads(path.read_text()))
+    return {"compiler": "", "error": f"no build was run in {DIRECTORY}", "libraries": {}}
+
+
+def build_error(isa: str) -> str:
+    """Why that library was not built."""
+    record = build_record()
+    library = record["libraries"].get(isa, {"error": "not made for this machine"})
+    return str(record["error"] or library["error"])
+
+
+def _wanted() -> str:
+    return os.environ.get("SWIFTKERNELS_CPU_ISA", "")
+
+
+def _path(isa: str) -> Path:
+    return DIRECTORY / f"_kernels_{isa}.so"
+
+
+@functools.cache
+def _open(isa: str) -> Library:
+    handle = ctypes.CDLL(str(_path(isa)))
+    number = handle.swiftkernels_abi() if hasattr(handle, "swiftkernels_abi") else None
+    if number != ABI:
+        raise ValueError(
+            f"built from other sources: its interface is number {number}, number {ABI} is needed"
+        )
+    return Library(isa, _path(isa), handle)
+
+
+def _lacks(isa: str) -> str:
+    """What the library needs and the processor has not; empty if nothing."""
+    needs, name = _NEEDS.get(isa, (0, ""))
+    return name if needs & ~_features() else ""
+
+
+@functools.cache
+def _features() -> int:
+    # Only the library compiled for every processor may be run in order to ask.
+    if _path("portable").exists():
+        with contextlib.suppress(OSError, ValueError):
+            return int(_open("portable").handle.swiftkernels_cpu_features())
+    # A build without it: torch knows less, but enough.
+    return {"AVX2": 0b001, "AVX512": 0b011}.get(torch.backends.cpu.get_cpu_capability(), 0)

@@ -1,0 +1,63 @@
+"""The devices that the commands run on: which there are, what they are called, what they have."""
+
+from __future__ import annotations
+
+import torch
+
+from swiftkernels.backends.cpu import library
+
+
+def gpus() -> list[torch.device]:
+    """Every device that may run the Triton kernels."""
+    counts = {"cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count()}
+    return [torch.device(kind, i) for kind, count in counts.items() for i in range(count)]
+
+
+def find(text: str | None) -> torch.device:
+    """The device of that name ("cuda" is "cuda:0"); without one the first GPU, else the CPU.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    present = [*gpus(), torch.device("cpu")]
+    if text is None:
+        return present[0]
+    for device in present:
+        if text == str(device) or (text == device.type and device.index in (None, 0)):
+            return device
+    names = ", ".join(map(str, present))
+    raise ValueError(
+        f"device must be one of {names}; got {text!r}. Which GPUs torch sees, and why not more, "
+        "tells swiftkernels doctor."
+    )
+
+
+def name(device: torch.device) -> str:
+    """What the GPU or the CPU calls itself."""
+    if device.type == "cpu":
+        return library.processor_name()
+    return str(torch.get_device_module(device).get_device_name(device))
+
+
+def facts(device: torch.device) -> str:
+    """Architecture, multiprocessors and memory of a GPU; threads on a CPU."""
+    if device.type == "cpu":
+        return f"threads used: {torch.get_num_threads()}"
+    properties = torch.get_device_module(device).get_device_properties(device)
+    memory = f"{properties.total_memory / 2**30:.1f} GiB of memory"
+    if device.type == "xpu":
+        return f"driver {properties.driver_version}, {memory}"
+    architecture = f"compute capability {properties.major}.{properties.minor}"
+    if torch.version.hip:
+        architecture = properties.gcnArchName
+    return f"{architecture}, {properties.multi_processor_count} multiprocessors, {memory}"
+
+
+def built_for() -> str:
+    """The kinds of GPUs that this torch knows, with the versions of their libraries."""
+    versions = {
+        "CUDA": torch.version.cuda,
+        "ROCm": torch.version.hip,
+        "XPU": torch.version.xpu,
+    }
+    return " and ".join(f"{kind} {v}" for kind, v in versions.items() if v) or "the CPU alone"

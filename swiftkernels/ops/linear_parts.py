@@ -1,0 +1,100 @@
+"""The four linear layers of an attention: which are read by the kernels, and which are called.
+
+The kernels read weight and bias of a linear layer. That is the same as calling it only if a call
+does nothing else. A part with a forward of its own (an adapter, a quantised layer), with hooks, or
+with a weight that is no plain tensor is called instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import Linear, Parameter
+from torch.nn.utils.parametrize import is_parametrized
+
+from swiftkernels.backends import torch_state
+
+_LINEAR_FORWARD, _MODULE_CALL = Linear.forward, nn.Module.__call__
+_PLAIN = (Parameter, Tensor)
+
+
+def plain_parameters(linears: Iterable[Any]) -> list[dict[str, Any]]:
+    """The parameters of parts that are all `nn.Linear` with nothing attached: the usual case, fast.
+
+    Empty if one is not, which does not say that it has to be called: `why_called` does.
+    """
+    found: list[dict[str, Any]] = []
+    if Linear.forward is not _LINEAR_FORWARD or torch_state.has_global_hooks():
+        return found
+    for part in linears:
+        if type(part) is not Linear:
+            return []
+        own = part.__dict__
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        ):
+            return []
+        parameters = own["_parameters"]
+        if type(parameters.get("weight")) is not Parameter or "bias" not in parameters:
+            return []
+        found.append(parameters)
+    return found
+
+
+def why_called(part: Any) -> str:
+    """Why a part has to be called; empty if reading its weight and bias is the same.
+
+    Parametrized linear layers are read: their weight is computed when it is read, and nothing else
+    happens in a call. The weight itself is judged by `why_weights_are_called`.
+    """
+    kind = type(part)
+    if getattr(kind, "forward", None) is not _LINEAR_FORWARD or kind.__call__ is not _MODULE_CALL:
+        return f"it is a {kind.__name__}"
+    return _why_touched(part)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a call of the module runs its class's forward and nothing else."""
+    return not _why_touched(module)
+
+
+def _why_touched(module: nn.Module) -> str:
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    if torch_state.has_hooks(module):
+        return "it has hooks"
+    if torch_state.has_global_hooks():
+        return "hooks of all modules are registered"
+    return ""
+
+
+def why_weights_are_called(weight: object, bias: object) -> str:
+    """Why a part with this weight and bias has to be called; empty if the kernels can read them."""
+    for name, t in (("weight", weight), ("bias", bias)):
+        if type(t) not in _PLAIN and not (t is None and name == "bias"):
+            return f"its {name} is a {type(t).__name__}"
+    return ""
+
+
+def called(module: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Those parts of a module that have to be called, and why. Computes nothing."""
+    found = {}
+    for name in names:
+        part: Any = module._modules[name]
+        why = why_called(part)
+        if not why and not is_parametrized(part):
+            why = why_weights_are_called(part.weight, part.bias)
+        if why:
+            found[name] = why
+    return found
+
+
+def listed(called: Mapping[str, str]) -> str:
+    """Which parts are called and why, in words."""
+    return "; ".join(f"{name} is called, because {why}" for name, why in called.items())

@@ -1,0 +1,368 @@
+"""The command line: `doctor` tells what works here, `verify` checks it, `bench` measures it, and
+`predict` takes a checkpoint to images."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import swiftkernels
+from swiftkernels.backends import devices, torch_state
+from swiftkernels.backends.cpu import library
+from swiftkernels.models.swiftformer.checkpoints import SOURCES
+from swiftkernels.ops import operator
+from swiftkernels.ops.additive_attention.reference import POOLINGS
+from swiftkernels.tools import verify
+from swiftkernels.utils import checks
+from swiftkernels.utils.images import CROP
+
+SHAPE = (8, 196, 64)
+"""The tokens that the doctor asks about, [B, N, C], with E = C."""
+
+TRIAL = verify.Case(1, 16, 16, 16, 1)
+"""What is compiled and run on every GPU."""
+
+DRIVERS = {"/dev/nvidiactl": "an NVIDIA", "/dev/kfd": "an AMD"}
+"""What a driver puts there -> whose."""
+
+HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
+"""Variables that choose among the GPUs."""
+
+GET_TORCH = "install a build of torch for it: https://pytorch.org/get-started/locally"
+
+REMEDIES = {
+    "C compiler": "Triton builds its launcher with one: apt install gcc",
+    "CalledProcessError": (
+        "What the C compiler said stands above; Python's headers are often missing: "
+        "apt install python3-dev"
+    ),
+    "libcuda.so": (
+        "The driver's library is not found: run ldconfig, or start the container with --gpus all"
+    ),
+    "active drivers": "Triton and torch do not fit each other: reinstall both, torch brings triton",
+    "no kernel image": f"This torch has no code for the GPU: {GET_TORCH}",
+    "ptxas": "This Triton is too old for the GPU: take a newer torch, which brings a newer one",
+    "out of memory": "Other programs hold the memory of the GPU: nvidia-smi or rocm-smi tell which",
+    "budget": "The kernels compute wrongly there; swiftkernels verify tells more: please report it",
+}
+"""Words in an error -> what to do; the first that is found."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status, 2 for arguments that are wrong."""
+    parser = argparse.ArgumentParser(prog="swiftkernels", description=swiftkernels.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("doctor", help="tell what works here, and how to mend what does not")
+    _add_verify(commands.add_parser("verify", help="check every kernel that runs here"))
+    _add_bench(commands.add_parser("bench", help="time the operator beside others, and report"))
+    _add_predict(commands.add_parser("predict", help="name what images show, draw what is seen"))
+    given = vars(parser.parse_args(arguments))
+    command = given.pop("command")
+    if command == "doctor":
+        return doctor()
+    try:
+        if command == "verify":
+            return verify.run(**given)
+        if command == "bench":
+            from swiftkernels.tools import bench
+
+            return bench.run(**given)
+        from swiftkernels.tools import predict
+
+        return predict.run(**given)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Run every kernel that runs on a device, forward and backward, against the definition in "
+        "float64. Exit status: 0 all is right, 1 something is wrong, 2 nothing could run."
+    )
+    _add_device(parser)
+    parser.add_argument("--backend", choices=verify.BACKENDS, help="this one alone")
+    parser.add_argument("--quick", action="store_true", help="about half of the cases")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Time the operator beside eager PyTorch, torch.compile and other attentions at the shapes "
+        "of SwiftFormers, and write a CSV file, plots and a report. What is wrong is not timed. A "
+        "full run takes long, as torch.compile compiles anew for every shape; stopped by Ctrl-C, "
+        "it reports what was measured. Exit status: 0, or 1 if an engine was wrong."
+    )
+    _add_device(parser)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("results"), help="folder to write to (%(default)s)")
+    add("--quick", action="store_true", help="a look at it: few shapes and types, less time each")
+    add("--threads", type=int, default=1, help="on a CPU (%(default)s: process time is measured)")
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Print the likeliest classes of images, and draw, if asked to, where the attention looks "
+        "and what the feature maps hold. The checkpoint tells the model's size; which pooling it "
+        "was trained with, its source or --pooling. Exit status: 0, or 1 if an image could not be "
+        "read."
+    )
+    add = parser.add_argument
+    add(
+        "checkpoint",
+        help="a .pth or .safetensors file of the official code, timm, transformers or this "
+        "library, a folder with one and config.json, or a repository of huggingface.co",
+    )
+    add("images", type=Path, nargs="+", help="image files, or folders with some")
+    add(
+        "--labels", "--classes", type=Path, metavar="FILE",
+        help="with a name in each line (else those of config.json, or ImageNet's for 1000 classes)",
+    )  # fmt: skip
+    add("--top", type=int, metavar="N", help="classes to name (5, or all of fewer)")
+    add(
+        "--size", type=int, nargs="+", default=(224,), metavar="PIXELS",
+        help="of the model's input: a square's side, or height and width (224)",
+    )  # fmt: skip
+    add(
+        "--crop", type=float, default=CROP, metavar="SHARE",
+        help="of an image's shorter side that is looked at (%(default)s, as the official code; "
+        "timm: 0.95)",
+    )  # fmt: skip
+    add("--attention", action="store_true", help="draw the token weights of each stage")
+    add("--features", action="store_true", help="draw the feature map of each stage")
+    add("--out", type=Path, default=Path("results"), help="folder to draw into (%(default)s)")
+    add("--source", choices=SOURCES, help="whose names the weights have (told by the names)")
+    add("--prefix", default="", help="take the names under it alone: backbone. of a detector's")
+    add("--pooling", choices=POOLINGS, help="of the attention (told by file or source)")
+    add("--ema", action="store_true", help="take the moving average of the weights")
+    _add_device(parser)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, xpu (default: the first GPU or cpu)"
+    )
+
+
+def doctor() -> int:
+    """Print what was found; 1 if something that should work here does not, else 0."""
+    _section("Versions", _versions())
+    _section("CPU", _cpu())
+    _section("CPU kernels", _cpu_kernels())
+    _section("GPUs", _gpus())
+    _section(f'backend="auto" for tokens {list(SHAPE)}, without gradients', _choices())
+    faults = list(_faults())
+    if not faults:
+        print("All that should work here does.")
+        return 0
+    print("To mend:")
+    for fault in faults:
+        print(f"  * {fault}")
+    return 1
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "swiftkernels", swiftkernels.__version__
+    yield "torch", f"{torch.__version__}, built for {devices.built_for()}"
+    yield "triton", _version("triton")
+    yield "python", platform.python_version()
+    yield "platform", platform.platform()
+    yield "installed in", str(Path(swiftkernels.__file__).parent)
+
+
+def _cpu() -> Iterator[tuple[str, str]]:
+    yield "processor", library.processor_name()
+    yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} logical processors"
+    yield "compiler", _compiler()
+
+
+def _cpu_kernels() -> Iterator[tuple[str, str]]:
+    record = library.build_record()
+    if record["compiler"]:
+        yield "compiled by", record["compiler"]
+    try:
+        chosen = library.loaded()
+    except ValueError:  # SWIFTKERNELS_CPU_ISA cannot be followed: told under "To mend"
+        chosen = None
+    if record["error"] and not library.available():
+        yield "not built", record["error"]
+    made = {} if record["error"] else record["libraries"]
+    for isa in library.ISAS:
+        if isa in made or isa in library.available():
+            yield isa, _indented(_state(isa, chosen))
+    if chosen is None:
+        yield "in use", "none"
+    else:
+        yield "in use", str(chosen.path)
+
+
+def _state(isa: str, chosen: library.Library | None) -> str:
+    problem = library.problem(isa)
+    if isa not in library.available():
+        return problem
+    if problem:
+        return f"built, not usable: {problem}"
+    if chosen is not None and isa == chosen.name:
+        return "built, in use"
+    return "built, usable, not chosen"
+
+
+def _gpus() -> Iterator[tuple[str, str]]:
+    for device in devices.gpus():
+        try:
+            text = "\n".join(_gpu(device))
+        except RuntimeError as error:
+            text = f"cannot be used: {_first_line(error)}"
+        yield str(device), _indented(text)
+    if not devices.gpus():
+        yield "none", f"torch sees no CUDA, ROCm or XPU device ({_why_no_gpu()})"
+
+
+def _gpu(device: torch.device) -> Iterator[str]:
+    """Name, architecture and memory, and whether the kernels run."""
+    yield devices.name(device)
+    free = ""
+    if device.type == "cuda":
+        free = f", {torch.cuda.mem_get_info(device)[0] / 2**30:.1f} free"
+    yield devices.facts(device) + free
+    too_old = torch_state.too_old_for_triton(device)
+    if too_old:
+        yield f"compute capability {too_old}: too old for the kernels, which need 8.0"
+    elif torch_state.has_triton():
+        yield _trial(device) or "the kernels compile and run there, and give the right numbers"
+
+
+@functools.cache
+def _trial(device: torch.device) -> str:
+    """What goes wrong when a small layer is compiled and run on a GPU; empty if nothing."""
+    return verify.verify_case(TRIAL, "triton", torch.float32, device).failure
+
+
+def _why_no_gpu() -> str:
+    if not (torch.version.cuda or torch.version.hip):
+        return f"it is built for {devices.built_for()}"
+    hiding = [f"{name}={os.environ[name]}" for name in HIDING if name in os.environ]
+    if hiding:
+        return f"{', '.join(hiding)} may hide it"
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        return _first_line(error)
+    return "the driver names none"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _choices() -> Iterator[tuple[str, str]]:
+    said: set[str] = set()  # what holds for several types is said once
+    # One of each type is enough: what the choice depends on rarely differs among several GPUs.
+    kinds = {"cpu": torch.device("cpu")} | {d.type: d for d in reversed(devices.gpus())}
+    for device in kinds.values():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            try:
+                x = torch.empty(SHAPE, dtype=dtype, device=device)
+                with torch.no_grad():
+                    chosen = operator.choose_backend("auto", x, SHAPE[-1])
+                reasons = [reason for reason in _why_not(x, chosen) if reason not in said]
+                said.update(reasons)
+                text = "\n".join((chosen, *reasons))
+            except (RuntimeError, ValueError) as error:
+                text = f"error: {_first_line(error)}"
+            yield f"{device.type} {str(dtype).removeprefix('torch.')}", _indented(text)
+
+
+def _why_not(x: Tensor, chosen: str) -> Iterator[str]:
+    """Why "auto" took none of the backends that stand before the chosen one."""
+    others = checks.BACKENDS[1:]
+    for backend in others[: others.index(chosen)]:
+        reason = operator.why_not(backend, x, SHAPE[-1])
+        yield "  " + (reason or f"backend={backend!r} works as well, when asked for.")
+
+
+def _faults() -> Iterator[str]:
+    try:
+        reason = library.why_not()
+    except ValueError as error:
+        yield str(error)
+    else:
+        if reason:
+            yield f"backend='cpu' {reason}."
+        else:
+            for isa, can_run in library.available().items():
+                problem = library.problem(isa)
+                if problem and can_run:
+                    yield f"CPU kernels for {isa} cannot be used: {problem} ({library.remedy()})."
+    yield from _gpu_faults()
+
+
+def _gpu_faults() -> Iterator[str]:
+    gpus = devices.gpus()
+    if not gpus and not any(name in os.environ for name in HIDING):
+        for path, whose in DRIVERS.items():
+            if Path(path).exists():
+                yield (
+                    f"{path} is the driver of {whose} GPU, which torch does not see "
+                    f"({_why_no_gpu()}): {GET_TORCH}."
+                )
+    if gpus and not torch_state.has_triton():
+        yield (
+            f"{gpus[0]} needs the package triton for backend='triton': "
+            "pip install swiftkernels[triton]."
+        )
+        return
+    for device in gpus:
+        failure = "" if torch_state.too_old_for_triton(device) else _trial(device)
+        if failure:
+            yield f"backend='triton' fails on {device}: {failure}. {_remedy(failure)}."
+
+
+def _remedy(failure: str) -> str:
+    unknown = "swiftkernels verify tells more: please report it"
+    return next((text for words, text in REMEDIES.items() if words in failure), unknown)
+
+
+def _section(title: str, rows: Iterator[tuple[str, str]]) -> None:
+    print(title)
+    for name, value in rows:
+        print(f"  {name:<14}  {value}")
+    print()
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n" + " " * 18)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _compiler() -> str:
+    """The compiler that an installation would find now, as in setup.py."""
+    names = ("c++", "g++", "clang++")
+    command = shlex.split(os.environ.get("CXX", "")) or [n for n in names if shutil.which(n)][:1]
+    if not command:
+        return f"none found ({', '.join(names)})"
+    try:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"{shlex.join(command)} does not run: {getattr(error, 'strerror', error)}"
+    return f"{shlex.join(command)}: {(done.stdout.splitlines() or [''])[0]}"

@@ -1,0 +1,107 @@
+"""Which attentions of a model run fused, on which backend, and what keeps the others from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from swiftkernels.integrations.accelerate import part_names
+from swiftkernels.ops import linear_parts, operator
+from swiftkernels.ops.additive_attention.layer import AttentionForward
+
+FUSED = ("triton", "cpu")
+N_TOKENS = 49
+"""Of the input that a backend is chosen for; no backend depends on it where kernels are built."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How one additive attention of a model runs."""
+
+    name: str
+    kind: str
+    """Its class."""
+    backend: str
+    """What would run it on tokens of its weights' type and device, without gradients."""
+    reason: str
+    """Why it does not run fused; empty if it does."""
+
+    def __str__(self) -> str:
+        how = f"not fused: {self.reason}" if self.reason else f"fused, backend {self.backend!r}"
+        return f"{self.name or '(the model)'}: {self.kind}, {how}"
+
+
+class Diagnosis:
+    """How the additive attentions of a model run; print it.
+
+    Attributes:
+        attentions: all that were found, in the order of `model.named_modules()`.
+    """
+
+    def __init__(self, attentions: list[Attention]) -> None:
+        self.attentions = attentions
+
+    def __str__(self) -> str:
+        fused = sum(not a.reason for a in self.attentions)
+        head = f"{fused} of {len(self.attentions)} additive attentions run fused"
+        return "\n".join([head, *(f"  {a}" for a in self.attentions)])
+
+
+def doctor(model: nn.Module) -> Diagnosis:
+    """Say which additive attentions of a model run fused, and why others do not.
+
+    Looks at the model only: nothing is run, computed or changed.
+
+    Args:
+        model: any module, with attentions of this library, accelerated ones, or others.
+
+    Raises:
+        TypeError: model is no module.
+
+    Example:
+        >>> from swiftkernels import AdditiveAttention
+        >>> model = nn.Sequential(AdditiveAttention(64, 64, 1), AdditiveAttention(64, 64, 1))
+        >>> handle = model[1].final.register_forward_hook(lambda *_: None)
+        >>> print(doctor(model))  # doctest: +SKIP
+        1 of 2 additive attentions run fused
+          0: AdditiveAttention, fused, backend 'cpu'
+          1: AdditiveAttention, not fused: final is called, because it has hooks
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+    found = []
+    for name, module in model.named_modules():
+        kind = type_before_parametrizations(module).__name__
+        if isinstance(module, AttentionForward):
+            found.append(Attention(name, kind, *_how(module)))
+        elif part_names(module):
+            reason = "it is not this library's; swiftkernels.accelerate(model) makes it so"
+            found.append(Attention(name, kind, "", reason))
+    return Diagnosis(found)
+
+
+def _how(layer: Any) -> tuple[str, str]:
+    """The backend of a layer, and why it does not run fused."""
+    called = linear_parts.called(layer, layer.names[:4])
+    if called:
+        return "", linear_parts.listed(called)
+    if "forward" in vars(layer):
+        return "", "its forward was replaced"
+    like = next(layer.parameters(), torch.empty(0))
+    x = torch.empty(1, N_TOKENS, layer.in_dims, dtype=like.dtype, device=like.device)
+    w_g = layer._parameters.get(layer.names.w_g)
+    width = layer.in_dims if w_g is None else w_g.numel()
+    try:
+        with torch.no_grad():
+            backend = operator.choose_backend(layer.backend, x, width)
+    except ValueError as error:
+        return "", str(error)
+    if backend in FUSED:
+        return backend, ""
+    if layer.backend != "auto":
+        return backend, f"backend {backend!r} was asked for"
+    return backend, " ".join(operator.why_not(fused, x, width) for fused in FUSED)

@@ -1,1 +1,0 @@
-"""The Triton backend. Import `swiftkernels.triton.launch` only where Triton is needed."""

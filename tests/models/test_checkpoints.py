@@ -1,0 +1,696 @@
+"""Checkpoint files: what is loaded from which, with which pooling, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import doctest
+import json
+import re
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from swiftkernels.models import (
+    SwiftFormer,
+    checkpoint_io,
+    convert_state_dict,
+    from_pretrained,
+    load_checkpoint,
+    save_checkpoint,
+    swiftformer_s,
+    swiftformer_xs,
+)
+from swiftkernels.models.checkpoint_io import CheckpointMismatchError, architecture
+from swiftkernels.models.swiftformer import hub
+from swiftkernels.models.swiftformer.checkpoints import SOURCES
+from tests.models.test_models import images, randomise, small
+
+POOLINGS = {"official": "l2", "timm": "l2", "transformers": "sum"}
+
+
+def trained(**options: Any) -> SwiftFormer:
+    """A model with weights of its own."""
+    model = randomise(small(**options)).eval()
+    assert isinstance(model, SwiftFormer)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)), alpha=0.1)
+    return model
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def poolings(model: SwiftFormer) -> set[str]:
+    return {stage.blocks[-1].attn.pooling for stage in model.stages}
+
+
+def output(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(images(2, 3, 40, 56))
+
+
+def written(tmp_path: Path, content: object, name: str = "weights.pth") -> Path:
+    torch.save(content, tmp_path / name)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.module."])
+@pytest.mark.parametrize("entry", ["", "model", "state_dict"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_files_of_all_sources_load_with_their_pooling(source, entry, wrapper, tmp_path):
+    pooling = POOLINGS[source]
+    theirs, ours = trained(pooling=pooling), small()
+    weights = convert_state_dict(state(theirs), "timm", source)
+    weights = {wrapper + name: t for name, t in weights.items()}
+    path = written(tmp_path, {entry: weights, "epoch": 3} if entry else weights)
+    report = load_checkpoint(ours, path)
+    assert same(state(ours), state(theirs))
+    assert poolings(ours) == {pooling}
+    assert torch.equal(output(ours), output(theirs))
+    assert (report.source, report.entry, report.pooling) == (source, entry, pooling)
+    assert report.tensors == len(weights)
+    assert str(path) in str(report)
+    assert f"with the names of {source}" in str(report)
+    assert f"pooling: {pooling}, as " in str(report)
+
+
+def test_the_backbone_of_a_detector(tmp_path):
+    theirs, ours = trained(features_only=True), small(features_only=True)
+    weights = convert_state_dict(state(theirs), "timm", "official")
+    weights = {f"backbone.{name}": t for name, t in weights.items()}
+    weights["neck.weight"] = torch.ones(3)
+    with pytest.raises(ValueError, match=r"it has backbone\..* prefix='backbone\.'"):
+        load_checkpoint(ours, {"state_dict": weights})
+    with pytest.raises(ValueError, match=r"prefix must be .* got 'head\.', and there are back"):
+        load_checkpoint(ours, {"state_dict": weights}, prefix="head.")
+    load_checkpoint(ours, {"state_dict": weights}, prefix="backbone.")
+    assert same(state(ours), state(theirs))
+
+
+def test_files_of_the_older_format(tmp_path):
+    theirs, ours = trained(), small()
+    content, path = {"model": state(theirs)}, tmp_path / "weights.pth.tar"
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    load_checkpoint(ours, path)
+    assert same(state(ours), state(theirs))
+
+
+def test_the_pooling_can_be_told():
+    weights = convert_state_dict(state(trained()), "timm", "official")
+    model = small()
+    report = load_checkpoint(model, weights)
+    assert "for weights from before: pooling='sum'" in str(report)
+    report = load_checkpoint(model, weights, pooling="sum")
+    assert poolings(model) == {"sum"}
+    assert "pooling: sum, as asked for" in str(report)
+
+
+def test_names_that_are_timms_and_ours_do_not_change_a_pooling_unasked():
+    model, weights = small(pooling="softmax"), state(trained())
+    before = state(model)
+    with pytest.raises(ValueError, match=r"the model has 'softmax', timm's have 'l2'. Say which"):
+        load_checkpoint(model, weights)
+    assert same(state(model), before)
+    load_checkpoint(model, weights, pooling="softmax")
+    assert poolings(model) == {"softmax"}
+    load_checkpoint(model, weights, source="timm")
+    assert poolings(model) == {"l2"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"pooling": "softmax"},
+        {"args": {"pooling": "softmax"}},
+        {"args": argparse.Namespace(pooling="softmax")},
+    ],
+)
+def test_what_a_file_records_counts(record, tmp_path):
+    model = small(pooling="sum")
+    path = written(tmp_path, {"model": state(trained()), **record})
+    assert "pooling: softmax, as the file records" in str(load_checkpoint(model, path))
+    assert poolings(model) == {"softmax"}
+
+
+def test_what_the_process_takes_for_safe_stays(tmp_path):
+    path = written(tmp_path, {"model": state(small()), "args": argparse.Namespace(epochs=3)})
+    for safe in ([], [argparse.Namespace]):
+        with torch.serialization.safe_globals(safe):
+            before = set(torch.serialization.get_safe_globals())
+            load_checkpoint(small(), path)
+            assert set(torch.serialization.get_safe_globals()) == before
+
+
+@pytest.mark.parametrize(
+    ("entry", "average"), [("model", "model_ema"), ("state_dict", "state_dict_ema")]
+)
+def test_the_average_is_taken_when_asked_for(entry, average, tmp_path):
+    theirs, of_them, ours = small(), trained(), small()
+    averaged = {f"module.{name}": t for name, t in state(of_them).items()}
+    averaged["n_averaged"] = torch.tensor(7)
+    path = written(tmp_path, {entry: state(theirs), average: averaged})
+    report = load_checkpoint(ours, path)
+    assert same(state(ours), state(theirs))
+    assert f"not their moving average, '{average}'" in str(report)
+    report = load_checkpoint(ours, path, ema=True)
+    assert same(state(ours), state(of_them))
+    assert report.entry == average
+    assert "moving average" not in str(report)
+
+
+def test_an_average_that_is_not_there_is_missed():
+    content = {"model": state(small()), "model_ema": None, "epoch": 3}
+    with pytest.raises(ValueError, match=r"ema=True, in 'model_ema' or .* holds model, epoch\."):
+        load_checkpoint(small(), content, ema=True)
+    with pytest.raises(ValueError, match="it holds weights alone"):
+        load_checkpoint(small(), state(small()), ema=True)
+    with pytest.raises(ValueError, match=r"average of the weights alone, 'model_ema': ema=True"):
+        load_checkpoint(small(), {"model_ema": state(small())})
+
+
+def test_what_does_not_fit_is_named_and_nothing_changes():
+    model, weights = small(), state(trained())
+    before = state(model)
+    weights["stages.0.blocks.7.dwconv.bias"] = weights.pop("stages.0.blocks.0.dwconv.bias")
+    weights["stem.0.weight"] = weights["stem.0.weight"][:, :1]
+    with pytest.raises(CheckpointMismatchError) as caught:
+        load_checkpoint(model, weights)
+    error = caught.value
+    assert error.missing == ["stages.0.blocks.0.dwconv.bias"]
+    assert error.unexpected == ["stages.0.blocks.7.dwconv.bias"]
+    assert error.misfits == {"stem.0.weight": ((8, 1, 3, 3), (8, 3, 3, 3))}
+    for said in (*error.missing, *error.unexpected, "stem.0.weight (8, 1, 3, 3), model (8, 3, 3"):
+        assert said in str(error)
+    assert same(state(model), before)
+
+    report = load_checkpoint(model, weights, strict=False)
+    assert list(report.missing) == error.missing
+    assert list(report.unexpected) == error.unexpected
+    assert list(report.misfits) == list(error.misfits)
+    assert "missing: stages.0.blocks.0.dwconv.bias" in str(report)
+    after = state(model)
+    for name in (*error.missing, *error.misfits):
+        assert torch.equal(after[name], before[name])
+    assert torch.equal(after["stem.0.bias"], weights["stem.0.bias"])
+
+
+def test_another_size_is_called_by_its_name():
+    weights = swiftformer_s().state_dict()
+    with pytest.raises(CheckpointMismatchError, match="is a SwiftFormer S, the model one XS"):
+        load_checkpoint(swiftformer_xs(), weights)
+    with pytest.raises(CheckpointMismatchError, match="It has in_chans 1, the model 3"):
+        load_checkpoint(small(), state(small(in_chans=1)))
+    with pytest.raises(CheckpointMismatchError, match="features_only=True, without classes"):
+        load_checkpoint(small(), state(small(features_only=True)))
+    with pytest.raises(CheckpointMismatchError, match="of widths \\(16, 24\\), depths \\(2, 3\\)"):
+        load_checkpoint(SwiftFormer((16, 24), (1, 3), features_only=True), state(small()))
+
+
+def test_fresh_heads_for_other_classes():
+    theirs, ours = trained(num_classes=9), small()
+    before = state(ours)
+    with pytest.raises(CheckpointMismatchError, match="fresh_heads=True"):
+        load_checkpoint(ours, state(theirs))
+    assert same(state(ours), before)
+    report = load_checkpoint(ours, state(theirs), fresh_heads=True)
+    assert "heads: as they were" in str(report)
+    for name, t in state(ours).items():
+        expected = before if name.startswith("head") else state(theirs)
+        assert torch.equal(t, expected[name]), name
+
+
+def refused_tensors() -> dict[str, tuple[Tensor, str]]:
+    name = "stages.1.blocks.2.linear.fc1.weight"
+    right = small().state_dict()[name]
+    return {
+        "meta": (right.to("meta"), "has no data: it is on the device meta"),
+        "expanded": (torch.ones(1, 1, 1, 1).expand(right.shape), "is expanded: it has less data"),
+        "strided": (torch.ones(500).as_strided(right.shape, (1, 1, 1, 1)), "is expanded"),
+        "sparse": (right.to_sparse(), r"is not dense: its layout is torch.sparse_coo"),
+        "empty": (right[:0], r"is empty: its shape is \(0, 24, 1, 1\)"),
+        "huge": (torch.ones(1).expand(1 << 20, 1 << 20), "is expanded"),
+        "huge, meta": (torch.empty(1 << 20, 1 << 20, device="meta"), "has no data"),
+    }
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("kind", refused_tensors())
+def test_tensors_without_their_data_are_refused_and_nothing_changes(kind, strict, tmp_path):
+    model, weights = small(), state(trained())
+    before = state(model)
+    name = "stages.1.blocks.2.linear.fc1.weight"
+    weights[name], message = refused_tensors()[kind]
+    with pytest.raises(ValueError, match=f"'{name}' {message}") as caught:
+        load_checkpoint(model, weights, strict=strict)
+    assert "\n" not in str(caught.value)
+    assert same(state(model), before)
+    path = written(tmp_path, weights)
+    with pytest.raises(ValueError, match=name):
+        from_pretrained(path)
+
+
+class Unwilling(Tensor):
+    """A tensor that cannot be copied."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is Tensor.copy_:
+            raise cls.error
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    error: BaseException = RuntimeError("out of copies")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("error", [RuntimeError("out of copies"), KeyboardInterrupt()])
+@pytest.mark.parametrize("name", ["norm.running_var", "stages.1.blocks.2.attn.w_g"])
+def test_a_copy_that_fails_changes_nothing(name, error, strict, monkeypatch):
+    model, weights = small(dtype=torch.float64), state(trained())
+    before = state(model)
+    monkeypatch.setattr(Unwilling, "error", error)
+    weights[name] = weights[name].as_subclass(Unwilling)
+    expected = ValueError if isinstance(error, Exception) else KeyboardInterrupt
+    with pytest.raises(expected) as caught:
+        load_checkpoint(model, weights, pooling="sum", strict=strict)
+    if expected is ValueError:
+        assert "cannot be copied into the model, which is as it was" in str(caught.value)
+        assert "out of copies" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert same(state(model), before)
+    assert all(t.dtype == before[k].dtype for k, t in state(model).items())
+    assert poolings(model) == {"l2"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("stages.1.blocks.2.", "stages.1.blocks.4000000000.", "blocks of stage 1 are 0, 1, 400000"),
+        ("stages.0.blocks.1.", "stages.0.blocks.7.", "blocks of stage 0 are 0, 7"),
+        ("stages.1.", "stages.4000000000.", "stages are 0, 4000000000"),
+        ("stages.", "stages.1", "stages are 10, 11"),
+        ("stages.", "stem.3.", "names of official, timm, transformers"),
+    ],
+)
+def test_stages_and_blocks_are_numbered_without_a_gap(old, new, message, tmp_path):
+    weights = {name.replace(old, new): t for name, t in state(trained()).items()}
+    path = written(tmp_path, weights)
+    with pytest.raises(ValueError, match=message) as caught:
+        from_pretrained(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_small_file_does_not_tell_of_a_huge_model(tmp_path, monkeypatch):
+    """Sizes that no other tensor of the file has are a mismatch, before memory is taken."""
+    built = []
+    monkeypatch.setattr(
+        hub, "SwiftFormer", lambda **options: built.append(options) or SwiftFormer(**options)
+    )
+    wide, long = torch.ones(2, 1 << 16), torch.ones(1 << 16, 2)
+    for first, second in ((wide, wide), (long, wide), (wide, long)):
+        weights = state(trained())
+        weights["stages.0.blocks.1.linear.fc1.weight"] = first
+        weights["stages.1.blocks.2.linear.fc1.weight"] = second
+        with pytest.raises(CheckpointMismatchError):
+            from_pretrained(written(tmp_path, weights))
+    assert [options["device"] for options in built] == ["meta"] * 3
+    for shape in ((), (5,)):
+        weights["stages.0.blocks.1.linear.fc1.weight"] = torch.ones(shape)
+        with pytest.raises(ValueError, match=r"two axes or more in 'stages\.0\.blocks\.1\.lin"):
+            from_pretrained(written(tmp_path, weights))
+
+
+@pytest.mark.parametrize("key", [3, None, ("a", 1)])
+def test_names_that_are_no_names_are_refused(key):
+    for content in ({key: torch.ones(1)}, {"model": {**state(small()), key: torch.ones(1)}}):
+        with pytest.raises(ValueError, match="must hold tensors by their names; got"):
+            load_checkpoint(small(), content)
+
+
+def test_whole_models_load_as_the_error_for_their_file_says(tmp_path):
+    theirs = trained(pooling="softmax")
+    for content in (theirs, {"model": theirs, "epoch": 3}):
+        path = written(tmp_path, content)
+        with pytest.raises(ValueError, match=r"holds a .*, more than tensors") as caught:
+            from_pretrained(path)
+        first, second = re.findall(
+            r"\w+_checkpoint\(model, .*?'?\)+(?=\.| then)", str(caught.value)
+        )
+        names = {"model": small(), "path": path, "torch": torch, "load_checkpoint": load_checkpoint}
+        report = eval(first, names)
+        assert report.pooling == "softmax"
+        assert same(state(names["model"]), state(theirs))
+        new = second.replace("weights.pth", str(tmp_path / "new.pth"))
+        eval(new, {"model": names["model"], "save_checkpoint": save_checkpoint})
+        assert torch.equal(output(from_pretrained(tmp_path / "new.pth").model), output(theirs))
+
+
+def test_modules_load_as_their_state_dicts(timm):
+    ours = small()
+    theirs = trained(pooling="sum")
+    for module in (theirs, nn.Sequential(OrderedDict(module=theirs))):
+        report = load_checkpoint(ours, module)
+        assert same(state(ours), state(theirs))
+        assert poolings(ours) == {"sum"}
+        assert f"from the {type(module).__name__}, with the names of timm" in str(report)
+    sizes = {"layers": [2, 3], "embed_dims": [16, 24], "downsamples": [False, True]}
+    other = randomise(timm.models.SwiftFormer(num_classes=5, **sizes)).eval()
+    load_checkpoint(ours, other, source="timm")
+    torch.testing.assert_close(output(ours), output(other))
+    with pytest.raises(ValueError, match="names of official, timm"):
+        load_checkpoint(ours, nn.Linear(2, 2))
+
+
+def test_stages_that_are_not_asked_for_are_not_used(tmp_path):
+    theirs = trained()
+    path = written(tmp_path, state(theirs))
+    model, report, _ = from_pretrained(path, features_only=True, out_indices=(0,))
+    assert "not used, as the model has none: head, head_dist, stages.1, norm" in str(report)
+    x = images(1, 3, 40, 24)
+    expected = theirs.eval().forward_intermediates(x, indices=(0,), intermediates_only=True)
+    found = model.forward_intermediates(x, intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    one = trained(features_only=True, out_indices=(1,))
+    assert same(state(from_pretrained(written(tmp_path, state(one))).model), state(one))
+
+
+def test_one_head_is_the_mean_of_two_and_two_are_both_the_one():
+    two, one, two_again = trained(), small(distillation=False), small()
+    assert "heads: the only one is the mean" in str(load_checkpoint(one, state(two)))
+    torch.testing.assert_close(output(one), output(two))
+    assert "heads: both are the only one" in str(load_checkpoint(two_again, state(one)))
+    torch.testing.assert_close(output(two_again), output(two))
+
+
+@pytest.mark.parametrize("options", [{"features_only": True}, {"num_classes": 0}])
+def test_models_without_heads_take_none(options):
+    theirs, ours = trained(), small(**options)
+    report = load_checkpoint(ours, state(theirs))
+    assert "not used, as the model has none: head" in str(report)
+    assert same(state(ours.stages), state(theirs.stages))
+    assert ("feature_norms: as they were" in str(report)) == ("features_only" in options)
+    x = images(1, 3, 40, 24)
+    pairs = (m.forward_intermediates(x, intermediates_only=True) for m in (ours.eval(), theirs))
+    for a, b in zip(*pairs, strict=True):
+        assert torch.equal(a, b)
+    load_checkpoint(small(**options), state(trained(**options)))  # its own
+
+
+def test_half_precision_layer_scales_without_axes_and_old_files():
+    theirs, ours = trained(), small()
+    weights = {
+        name: t.half().flatten() if "gamma" in name else t
+        for name, t in state(theirs).items()
+        if "num_batches" not in name
+    }
+    load_checkpoint(ours, weights)
+    for name, t in ours.named_parameters():
+        assert t.dtype == torch.float32
+        torch.testing.assert_close(t, state(theirs)[name], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "must hold a dict of weights; it holds a list"),
+        ({"model": {"a": 1}}, "a are none"),
+        ({"model": {}}, "it is empty"),
+        ({"layer1.weight": torch.ones(1)}, r"names of official, .*; it has layer1\.weight"),
+        ({"model": Path("x")}, r"holds a pathlib\.\w+, more than tensors .* weights_only=False"),
+    ],
+)
+def test_files_that_hold_something_else(content, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(small(), written(tmp_path, content))
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.pth does not exist"):
+        load_checkpoint(small(), tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="is a folder"):
+        load_checkpoint(small(), str(tmp_path))
+    path = written(tmp_path, state(small()))
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        load_checkpoint(small(), path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model": nn.Linear(2, 2)}, TypeError, "model must be a swiftkernels.models.SwiftFormer"),
+        ({"checkpoint": 3}, TypeError, "checkpoint must be a path"),
+        ({"source": "keras"}, ValueError, "source must be one of"),
+        ({"pooling": "max"}, ValueError, "pooling must be one of"),
+        ({"ema": "yes"}, ValueError, "ema must be one of"),
+        ({"source": "official"}, ValueError, "They look like 'timm'"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, error, message):
+    right = {"model": small(), "checkpoint": state(small())}
+    with pytest.raises(error, match=message):
+        load_checkpoint(**right | arguments)
+
+
+def test_a_model_without_memory_is_refused():
+    with torch.device("meta"):
+        model = small()
+    with pytest.raises(ValueError, match="to_empty"):
+        load_checkpoint(model, state(small()))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("distillation", [True, False])
+@pytest.mark.parametrize("target", SOURCES)
+def test_what_is_written_gives_the_same_outputs(target, distillation, suffix, tmp_path):
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    theirs = trained(pooling="sum", distillation=distillation)
+    path = tmp_path / f"weights{suffix}"
+    save_checkpoint(theirs, path, target)
+    model, report, _ = from_pretrained(path)
+    assert (report.source, report.pooling) == (target, "sum")
+    assert model.distillation == (distillation or target != "timm")
+    assert torch.equal(output(model), output(theirs))
+
+
+def test_no_target_gets_weights_for_another_pooling(tmp_path):
+    with pytest.raises(ValueError, match="'transformers' computes pooling sum; the model has 'l2'"):
+        save_checkpoint(small(), tmp_path / "weights.pth", "transformers")
+    with pytest.raises(ValueError, match="'official' computes pooling l2 or sum"):
+        save_checkpoint(small(pooling="linear"), tmp_path / "weights.pth", "official")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_classes": 0},
+        {"features_only": True},
+        {"distillation": False, "in_chans": 1, "mlp_ratio": 2.0},
+        {"mlp_ratio": 2.7},  # 43.2 and 64.8 rounded down
+    ],
+)
+def test_the_shapes_tell_the_model(options):
+    weights = small(**options).state_dict()
+    found = SwiftFormer(**architecture(weights)).state_dict()
+    assert {k: t.shape for k, t in found.items()} == {k: t.shape for k, t in weights.items()}
+    del weights["stem.0.weight"]
+    with pytest.raises(ValueError, match=r"it has no 'stem\.0\.weight'"):
+        architecture(weights)
+
+
+def folder_of_timm(timm: Any, folder: Path) -> nn.Module:
+    safetensors = pytest.importorskip("safetensors.torch")
+    sizes = {"layers": [1, 2], "embed_dims": [16, 24], "downsamples": [False, True]}
+    model = randomise(timm.models.SwiftFormer(num_classes=5, **sizes)).eval()
+    safetensors.save_file(model.state_dict(), folder / "model.safetensors")
+    config = {"architecture": "swiftformer_xs", "num_classes": 5, "label_names": list("abcde")}
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def test_a_folder_of_timm(timm, tmp_path):
+    theirs = folder_of_timm(timm, tmp_path)
+    model, report, config = from_pretrained(tmp_path)
+    assert not model.training
+    assert (report.source, report.pooling) == ("timm", "l2")
+    torch.testing.assert_close(output(model), output(theirs))
+    assert hub.class_names(config, 5) == list("abcde")
+
+
+def test_a_folder_of_transformers(transformers, tmp_path):
+    config = transformers.SwiftFormerConfig(
+        depths=[1, 2, 1], embed_dims=[16, 24, 32], downsamples=[True] * 3, num_labels=5
+    )
+    theirs = randomise(transformers.SwiftFormerForImageClassification(config)).eval()
+    theirs.save_pretrained(tmp_path)
+    model, report, found = from_pretrained(str(tmp_path))
+    assert (report.source, report.pooling) == ("transformers", "sum")
+    save_checkpoint(model, tmp_path / "model.safetensors", "transformers")
+    back = type(theirs).from_pretrained(tmp_path).eval()
+    assert same(state(back), state(theirs))
+    with torch.no_grad():
+        torch.testing.assert_close(output(model), back(images(2, 3, 40, 56)).logits)
+    assert hub.class_names(found, 5) == [f"LABEL_{i}" for i in range(5)]
+
+
+def test_transformers_without_layer_scales(transformers, tmp_path):
+    """Its convolutions keep theirs: their weights get them in ours, which has none."""
+    config = transformers.SwiftFormerConfig(
+        depths=[1, 2], embed_dims=[16, 24], downsamples=[True] * 2, num_labels=5,
+        use_layer_scale=False,
+    )  # fmt: skip
+    theirs = randomise(transformers.SwiftFormerForImageClassification(config)).eval()
+    theirs.save_pretrained(tmp_path)
+    model, report, _ = from_pretrained(tmp_path)
+    assert not any("layer_scale" in name for name in model.state_dict())
+    assert "layer scales of convolutions: multiplied into pwconv2" in str(report)
+    x = images(2, 3, 40, 56)
+    with torch.no_grad():
+        exact = theirs.double()(x.double()).logits
+        torch.testing.assert_close(model.double()(x.double()), exact, rtol=1e-5, atol=1e-6)
+        save_checkpoint(model.float(), tmp_path / "model.safetensors", "transformers")
+        back = type(theirs).from_pretrained(tmp_path).eval().double()
+        torch.testing.assert_close(back(x.double()).logits, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_timm_without_layer_scales(timm):
+    sizes = {"layers": [2, 3], "embed_dims": [16, 24], "downsamples": [False, True]}
+    theirs = randomise(timm.models.SwiftFormer(num_classes=5, use_layer_scale=False, **sizes))
+    weights = state(theirs)
+    assert architecture(weights)["use_layer_scale"] is False
+    ours = small(use_layer_scale=False)
+    load_checkpoint(ours, weights, source="timm")
+    assert same(state(ours), weights)
+    torch.testing.assert_close(output(ours), output(theirs))
+
+
+@pytest.mark.parametrize("target", SOURCES)
+def test_models_without_layer_scales_in_all_formats(target, tmp_path):
+    theirs = trained(use_layer_scale=False, pooling="sum")
+    save_checkpoint(theirs, tmp_path / "weights.pth", target)
+    model = from_pretrained(tmp_path / "weights.pth").model
+    assert same(state(model), state(theirs))
+    with pytest.raises(CheckpointMismatchError, match="make the model with use_layer_scale=False"):
+        load_checkpoint(small(), tmp_path / "weights.pth")
+    save_checkpoint(trained(pooling="sum"), tmp_path / "with.pth", target)
+    with pytest.raises(CheckpointMismatchError, match="make the model with use_layer_scale=True"):
+        load_checkpoint(small(use_layer_scale=False), tmp_path / "with.pth")
+
+
+def test_what_no_tensor_tells_is_read_in_the_configuration(tmp_path):
+    written(tmp_path, state(trained()), "pytorch_model.bin")
+    from_pretrained(tmp_path)
+    for config, message in (
+        ({"model_type": "swiftformer", "hidden_act": "relu"}, "hidden_act = 'relu'"),
+        ({"architecture": "resnet50"}, "it is of 'resnet50'"),
+        ([1], "must hold a JSON object"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="must be JSON"):
+        from_pretrained(tmp_path)
+
+
+def test_options_of_a_pretrained_model(tmp_path):
+    path = written(tmp_path, state(trained()))
+    model, report, config = from_pretrained(path, num_classes=3, drop_path_rate=0.2, pooling="sum")
+    assert output(model).shape == (2, 3)
+    assert model.stages[1].blocks[-1].drop_path.rate == 0.2
+    assert poolings(model) == {"sum"}
+    assert "heads: as they were" in str(report)
+    assert config == {}
+    assert len(output(from_pretrained(path, features_only=True).model)) == 2
+    assert output(from_pretrained(path, num_classes=0).model).shape == (2, 24)
+    headless = written(tmp_path, state(trained(num_classes=0)), "headless.pth")
+    assert output(from_pretrained(headless, num_classes=3).model).shape == (2, 3)
+    with pytest.raises(ValueError, match="must leave widths to the checkpoint"):
+        from_pretrained(path, widths=(8, 16))
+
+
+class NotThere(Exception):  # noqa: N818
+    """What the hub raises for a file that a repository lacks."""
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """huggingface_hub, with a repository that is the folder `tmp_path`."""
+    asked = []
+
+    def hf_hub_download(name: str, file: str, revision: str | None = None) -> str:
+        asked.append((name, file, revision))
+        if name != "owner/name":
+            raise OSError("404: no such repository\nand more")
+        if not (tmp_path / file).is_file():
+            raise NotThere(file)
+        return str(tmp_path / file)
+
+    class Other(Exception):  # noqa: N818
+        """What is not raised here."""
+
+    errors = SimpleNamespace(
+        EntryNotFoundError=NotThere,
+        LocalEntryNotFoundError=Other,
+        HfHubHTTPError=Other,
+        HFValidationError=Other,
+    )
+    parts = {
+        "huggingface_hub": SimpleNamespace(hf_hub_download=hf_hub_download),
+        "huggingface_hub.errors": errors,
+    }
+    monkeypatch.setattr(hub, "need", lambda package, *_: parts[package])
+    return asked
+
+
+def test_a_repository_is_fetched(repository, tmp_path):
+    theirs = trained()
+    written(tmp_path, state(theirs), "pytorch_model.bin")
+    (tmp_path / "config.json").write_text('{"id2label": {"0": "cat"}}')
+    model, _, config = from_pretrained("owner/name", revision="v1")
+    assert torch.equal(output(model), output(theirs))
+    assert hub.class_names(config, 1) == ["cat"]
+    files_asked = ("model.safetensors", "pytorch_model.bin", "config.json")
+    assert repository == [("owner/name", file, "v1") for file in files_asked]
+
+
+def test_repositories_that_are_not_there(repository, tmp_path):
+    with pytest.raises(ValueError, match=r"does not give it: 404: no such repository$"):
+        from_pretrained("owner/other")
+    with pytest.raises(ValueError, match=r"must hold model\.safetensors or pytorch_model\.bin"):
+        from_pretrained("owner/name")
+    with pytest.raises(ValueError, match="must hold"):
+        from_pretrained(tmp_path)
+    for checkpoint in ("none.pth", "./no/where", tmp_path / "none.pth"):
+        with pytest.raises(ValueError, match=r"checkpoint must be a file, .* does not exist"):
+            from_pretrained(checkpoint)
+
+
+def test_a_missing_package_is_told_with_its_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"pip install 'swiftkernels\[hub\]'"):
+        from_pretrained("owner/name")
+    (tmp_path / "weights.safetensors").touch()
+    with pytest.raises(ImportError, match=r"safetensors .*pip install 'swiftkernels\[hub\]'"):
+        load_checkpoint(small(), tmp_path / "weights.safetensors")
+
+
+def test_examples_run():
+    found = doctest.testmod(checkpoint_io)
+    assert found.attempted > 0
+    assert found.failed == 0
