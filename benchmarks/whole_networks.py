@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import swiftkernels
 from benchmarks import timing
 from benchmarks.engines import isa
-from swiftkernels.progress import Progress
-from swiftkernels.writing import write_csv
+from swiftkernels.utils.files import write_csv
+from swiftkernels.utils.progress import Progress
 
 CSV = "whole_networks.csv"
 NAMES = ("xs", "s", "l1", "l3")

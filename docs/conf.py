@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.util import logging
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -35,9 +37,10 @@ default_role = "py:obj"
 nitpick_ignore_regex = [
     ("py:obj", ".*"),
     # Types of other projects: their inventories would have to be fetched.
-    ("py:.*", r"(torch|nn|numpy|np|coremltools|torchvision|collections|pathlib|typing)\..*"),
+    ("py:.*", r"(torch|nn|coremltools|collections|pathlib|types|typing)\..*"),
     ("py:class", r"Tensor|Module|Path|Self|Any|Sequence|Mapping|Callable|Iterable|Iterator|Dataset"),
-    ("py:exc", "(.*Error)"),
+    ("py:exc", ".*Error"),
+    ("py:class", r"swiftkernels\.training\.trainer\.World"),
 ]
 
 # docs/_static is empty unless a page needs more than the theme.
@@ -82,8 +85,20 @@ def add_outputs(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] = examples.with_outputs(source[0])
 
 
+def mark_description(
+    app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]
+) -> None:
+    """Napoleon takes what stands before a colon in an attribute's docstring for its type."""
+    if what == "attribute" and lines:
+        lines[0] = f": {lines[0]}"
+
+
 def _write_math(translator: Any, node: nodes.Element, block: bool) -> None:
-    mathml = tex2mathml(node.astext(), as_block=block)
+    try:
+        mathml = tex2mathml(node.astext(), as_block=block)
+    except MathError as error:
+        logging.getLogger(__name__).warning("%s in %s", error, node.astext(), location=node)
+        raise nodes.SkipNode from None
     translator.body.append(f'<div class="math-block">{mathml}</div>' if block else mathml)
     raise nodes.SkipNode
 
@@ -98,9 +113,22 @@ def block_math(translator: Any, node: nodes.Element) -> None:
     _write_math(translator, node, block=True)
 
 
+def add_mathematics(app: Sphinx) -> None:
+    """A page for the README of each operator."""
+    folder = DOCS / "mathematics"
+    folder.mkdir(exist_ok=True)
+    for readme in ROOT.glob("swiftkernels/ops/*/README.md"):
+        page = folder / f"{readme.parent.name}.md"
+        text = f"```{{include}} ../../{readme.relative_to(ROOT)}\n```\n"
+        if not page.exists() or page.read_text() != text:
+            page.write_text(text)
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("builder-inited", add_mathematics)
     app.add_html_math_renderer(
         "mathml", inline_renderers=(inline_math, None), block_renderers=(block_math, None)
     )
     app.connect("source-read", add_outputs)
+    app.connect("autodoc-process-docstring", mark_description, priority=400)

@@ -34,7 +34,7 @@ def blocks(page: str) -> list[Block]:
 
     Example:
         >>> blocks("# Page\\n```python\\nx = 1\\n```\\n")
-        [Block(code='x = 1\\n', line=3, end=30)]
+        [Block(code='x = 1\\n', line=3, end=26)]
     """
     return [
         Block(match[2], page.count("\n", 0, match.start(2)) + 1, match.end())

@@ -30,7 +30,7 @@ _INTRODUCTION = """\
 # What is known of the GPU kernels without a GPU
 
 Nothing on this page was measured on a GPU: it is counted, bounded from below, or time of the host.
-Three commands write the page, its tables and its pictures from the CSV files in [results](results):
+Three commands write the page, its tables and its pictures from the CSV files in `docs/results`:
 
 ```sh
 python -m benchmarks.gpu.traffic        # half an hour on one core
