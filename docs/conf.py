@@ -25,7 +25,6 @@ ACCENTS = ("\u02c6", "\u02c9", "~", "\u02d9")
 
 project = "swiftkernels"
 author = "The swiftkernels authors"
-copyright = author
 pyproject = (ROOT / "pyproject.toml").read_text()
 version = release = re.search(r'^version = "(.+)"', pyproject, re.M)[1]  # type: ignore[index]
 
@@ -42,7 +41,7 @@ nitpick_ignore_regex = [
     ("py:obj", ".*"),
     # Types of other projects: their inventories would have to be fetched.
     ("py:.*", r"(torch|nn|coremltools|collections|pathlib|types|typing)\..*"),
-    ("py:class", r"Tensor|Module|Path|Self|Any|Sequence|Mapping|Callable|Iterable|Iterator|Dataset"),
+    ("py:class", "Tensor|Module|Path|Self|Any|Sequence|Mapping|Callable|Iterable|Iterator|Dataset"),
     ("py:exc", ".*Error"),
     ("py:class", r"swiftkernels\.training\.trainer\.World"),
 ]
@@ -104,7 +103,7 @@ def _mathml(tex: str, block: bool) -> str:
     text = tex2mathml(tex, as_block=block).replace("&ApplyFunction;", "\u2061")
     root = ElementTree.fromstring(text)
     for element in root.iter(f"{{{namespace}}}munderover"):
-        base, below, accent = element
+        base, _, accent = element
         if accent.text in ACCENTS:
             element.tag = f"{{{namespace}}}msub"
             element.remove(base)

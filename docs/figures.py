@@ -19,7 +19,7 @@ ROOT = DOCS.parent
 RESULTS = DOCS / "results"
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.speedups import Speedup, geometric_mean, setting_of, speedups  # noqa: E402
+from benchmarks.speedups import Setting, Speedup, geometric_mean, setting_of, speedups  # noqa: E402
 
 _MARKED = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end of figures -->)", re.S)
 
@@ -79,12 +79,15 @@ def _speedups(found: Sequence[Speedup]) -> str:
                 str(len(own)),
             ]
         )
-    return _table(["", "faster than", "mean", "least, at [B, N, C]", "most, at [B, N, C]", "shapes"], lines)
+    return _table(
+        ["", "faster than", "mean", "least, at [B, N, C]", "most, at [B, N, C]", "shapes"], lines
+    )
 
 
-def _order(setting: object, engine: str) -> tuple[object, ...]:
-    _, threads, dtype, direction = setting  # type: ignore[misc]
-    return dtype != "float32", threads, direction != "forward", list(ENGINES).index(engine)
+def _order(setting: Setting, engine: str) -> tuple[bool, int, bool, int]:
+    """float32 first, then by threads, direction and engine."""
+    place = list(ENGINES).index(engine)
+    return setting.dtype != "float32", setting.threads, setting.direction != "forward", place
 
 
 def _with_shape(s: Speedup) -> str:
@@ -210,7 +213,7 @@ def training_memory() -> str:
         "timm, accelerated": "timm with `swiftkernels.accelerate`",
         "swiftkernels": "`swiftformer_xs`",
         "timm, checkpointing": "timm, blocks recomputed",
-        "swiftkernels, checkpointing": "`swiftformer_xs`, blocks recomputed (`--grad-checkpointing`)",
+        "swiftkernels, checkpointing": "`swiftformer_xs`, with `--grad-checkpointing`",
     }
     lines = [
         [
