@@ -70,6 +70,7 @@ myst_heading_anchors = 3
 suppress_warnings = ["myst.xref_missing_anchor"]
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True

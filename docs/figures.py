@@ -92,7 +92,7 @@ def _order(setting: Setting, engine: str) -> tuple[bool, int, bool, int]:
 
 def _with_shape(s: Speedup) -> str:
     batch, tokens, width = s.shape
-    return f"{s.by_median:.2f} x, [{batch}, {tokens}, {width}]"
+    return f"{s.by_median:.2f} x, [{batch},&nbsp;{tokens},&nbsp;{width}]"
 
 
 def _operator_machine(found: Iterable[Speedup]) -> str:
