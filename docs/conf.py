@@ -46,7 +46,7 @@ nitpick_ignore_regex = [
     ("py:class", r"swiftkernels\.training\.trainer\.World"),
 ]
 
-# docs/_static is empty unless a page needs more than the theme.
+# The theme that PyTorch's own documentation is built on; NumPy and SciPy use it too.
 html_theme = "pydata_sphinx_theme"
 html_title = f"swiftkernels {version}"
 html_static_path = ["_static"]
