@@ -130,7 +130,7 @@ def additive_attention(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, with the
-        remedy.
+            remedy.
 
     Example:
         >>> q, k = torch.randn(2, 49, 64), torch.randn(2, 49, 64)
@@ -241,8 +241,8 @@ def additive_self_attention(
         x: tokens, [B, N, C], any strides: views of NCHW images are read without a copy.
         query_weight, query_bias: the layer `to_query`, [E, C] and [E] or None.
         key_weight, key_bias: the layer `to_key`, [E, C] and [E] or None.
-        w_g, proj_weight, proj_bias, final_weight, final_bias, mask, pooling, qk_norm, scale, eps,
-            backend, return_weights: as in `additive_attention`.
+        w_g, proj_weight, proj_bias, final_weight, final_bias: as in `additive_attention`.
+        mask, pooling, qk_norm, scale, eps, backend, return_weights: as in `additive_attention`.
         residual_scale: [C] in any shape; if given, the result is x + residual_scale * output, the
             residual branch of a SwiftFormer block, with the strides of x. The CPU kernels add it in
             inference without another pass over memory. Needs D = C.
@@ -257,7 +257,7 @@ def additive_self_attention(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, with the
-        remedy.
+            remedy.
 
     Example:
         >>> x, w, b = torch.randn(2, 49, 64), torch.randn(64, 64) / 8, torch.zeros(64)

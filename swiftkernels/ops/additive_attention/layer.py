@@ -389,7 +389,7 @@ class AdditiveAttention(AttentionForward):
     Shapes:
         x [B, N, C] or [B, C, H, W] (any number of spatial axes); the output is the same with D for
         C.
-        mask: bool [B, N] or [B, *spatial], True = the token takes part in the pooling.
+        mask: bool [B, N] or `[B, *spatial]`, True = the token takes part in the pooling.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value, with the remedy.

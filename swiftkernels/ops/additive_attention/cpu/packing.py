@@ -1,18 +1,14 @@
 """The layer's weights as the compiled kernels read them: folded and packed, or as they are.
 
-The output of a token with the unit rows qn = rq q and kn = rk k is
+The forms, with the unit rows qn = rq q and kn = rk k (README.md of the operator derives them):
 
     plain       out = ((G * kn) Wp^T + bp + qn) Wf^T + bf
-
-With M = Wf Wp, C = Wf Wq, c0 = Wf bq and c = Wf bp + bf, which depend on weights only, the same is
-
     triangular  out = rk (G * k) M^T + rq (C x + c0) + c
-    folded      out = rk (A x + a) + rq (C x + c0) + c      A = M diag(G) Wk, a = M diag(G) bk
+    folded      out = rk (A x + a) + rq (C x + c0) + c
 
-and the norms need no rows of q or k: |Wq x + bq| = |R [x; 1]| with R the triangular factor of
-[Wq | bq], half the multiplications. The scores are linear in x as well, and G comes from a weighted
-sum of x. That makes 4 N E^2 multiplications plain, 3.5 triangular, and 3 + E / N folded. Without
-norms (rq = rk = 1) the folded form is one product with A + C.
+M = Wf Wp, C = Wf Wq, c0 = Wf bq and c = Wf bp + bf depend on weights only, A = M diag(G) Wk and
+a = M diag(G) bk on the batch element too. The norms of the last two forms come from R, the
+triangular factor of [Wq | bq]: |Wq x + bq| = |R [x; 1]|.
 """
 
 from __future__ import annotations
