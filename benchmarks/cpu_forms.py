@@ -31,7 +31,7 @@ from swiftkernels.ops.additive_attention.cpu.packing import (
     Weights,
     pack,
 )
-from swiftkernels.ops.additive_attention.reference import Options
+from swiftkernels.ops.additive_attention.weights import Options
 from swiftkernels.utils.files import write_text
 from swiftkernels.utils.progress import Progress
 

@@ -34,7 +34,7 @@ from benchmarks.gpu.eager import EagerTraffic, Operator
 from benchmarks.gpu.report import ENGINES, LAUNCHES_CSV, TRAFFIC_CSV
 from benchmarks.speedups import OURS
 from swiftkernels import AdditiveAttention
-from swiftkernels.ops.additive_attention.reference import Options
+from swiftkernels.ops.additive_attention.weights import Options
 from swiftkernels.testing.peers import PEERS
 from swiftkernels.utils.files import write_csv
 from swiftkernels.utils.progress import Progress

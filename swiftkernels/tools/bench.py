@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 import swiftkernels
 from swiftkernels.backends import devices
-from swiftkernels.ops import operator
 from swiftkernels.ops.additive_attention.layer import AdditiveAttention
+from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
 from swiftkernels.testing.peers import PEERS
 from swiftkernels.tools.verify import budget, relative_error
 from swiftkernels.utils.files import save_figure, write_csv, write_text
@@ -383,7 +383,7 @@ def compare(
             "least_bytes": problem.least_bytes(problem.module(engine)),
         }
         if engine == OURS:
-            row["backend"] = operator.choose_backend("auto", problem.x, width)
+            row["backend"] = SELF_ATTENTION.choose_backend("auto", problem.x, width)
         try:
             call = problem.build(engine)
             row["note"] = check(engine, problem, call(), row)

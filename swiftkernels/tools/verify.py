@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from swiftkernels.backends import devices, torch_state
-from swiftkernels.ops import operator
 from swiftkernels.ops.additive_attention.api import additive_attention
 from swiftkernels.ops.additive_attention.layer import AdditiveAttention
+from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
 from swiftkernels.ops.additive_attention.reference import POOLINGS
 from swiftkernels.utils.progress import Progress
 
@@ -488,7 +488,7 @@ def run(device: str | None, backend: str | None = None, quick: bool = False) -> 
     print(f"Verifying on {where}: {devices.name(where)}")
     chosen = [b for b in BACKENDS if backend in (None, b)]
     probe = torch.empty(1, 1, 16, device=where)
-    reasons = {b: operator.why_not(b, probe, 16) for b in chosen}
+    reasons = {b: SELF_ATTENTION.why_not(b, probe, 16) for b in chosen}
     backends = [b for b in chosen if not reasons[b]]
     for name, reason in reasons.items():
         if reason:

@@ -11,9 +11,9 @@ pytest.importorskip("triton")
 
 from benchmarks.gpu import cross_compile
 from benchmarks.gpu.cross_compile import ARCHITECTURES, Cell
-from swiftkernels.ops.additive_attention.reference import Options
 from swiftkernels.ops.additive_attention.triton import launch
-from tests.cases import make_tensors
+from swiftkernels.ops.additive_attention.weights import Options
+from tests.cases import backward_by, forward_by, make_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +32,8 @@ def test_every_promised_alignment_holds(width, images):
     tensors[1], tensors[3] = tensors[1][:, :width], tensors[3][:, :width]
     options = Options("l2", True, width**-0.5, 1e-12)
     with cross_compile.recorded_launches() as launches:
-        out, *saved = launch.additive_self_attention_forward(*tensors, None, options)
-        launch.additive_self_attention_backward(
-            torch.ones_like(out), *tensors, None, tuple(saved), options, True, True
-        )
+        out, saved = forward_by(launch, tensors, None, options)
+        backward_by(launch, torch.ones_like(out), tensors, None, saved, options)
     assert launches
     for kernel, arguments in launches:
         for prefix, align in (("", "ALIGN"), ("dx_", "ALIGN"), ("dout_", "DOUT_ALIGN")):

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from swiftkernels import AdditiveAttention
-from swiftkernels.ops.additive_attention.reference import Options
 from swiftkernels.ops.additive_attention.triton import launch
-from tests.cases import make_tensors
+from swiftkernels.ops.additive_attention.weights import Options
+from tests.cases import backward_by, forward_by, make_tensors
 from tests.interpreter.instruments import TorchKernels, count_launches
 
 NARROW, FUSED_LIMIT, WIDE, VERY_WIDE = 48, 64, 168, 260
@@ -42,7 +42,7 @@ def test_a_forward_calls_nothing_else_up_to_256(width):
     tensors = make_tensors(2, 20, width, width, 1, dtype=torch.float32, seed=0)
     options = Options("l2", True, width**-0.5, 1e-12)
     with count_launches(), TorchKernels() as torch_kernels, torch.no_grad():
-        launch.additive_self_attention_forward(*tensors, None, options)
+        forward_by(launch, tensors, None, options)
     names = [name for name, _ in torch_kernels.calls]
     assert names == ([] if width <= 256 else ["cat", "cat", "addmm"])
 
@@ -53,12 +53,10 @@ def test_other_operators_of_a_backward_are_three_products_of_weights(width):
     batch, n_tokens = 2, 45
     tensors = make_tensors(batch, n_tokens, width, width, 1, dtype=torch.float16, seed=1)
     options = Options("l2", True, width**-0.5, 1e-12)
-    out, *saved = launch.additive_self_attention_forward(*tensors, None, options)
+    out, saved = forward_by(launch, tensors, None, options)
     dout = torch.ones_like(out)
     with count_launches(), TorchKernels() as torch_kernels, torch.no_grad():
-        launch.additive_self_attention_backward(
-            dout, *tensors, None, tuple(saved), options, True, True
-        )
+        backward_by(launch, dout, tensors, None, saved, options)
     wide = ["cat", "cat", "addmm", "mm", "addmm_"] if width > 256 else []
     assert [name for name, _ in torch_kernels.calls] == [*wide, "mm", "mv", "addmm_"]
     for _, shapes in torch_kernels.calls[len(wide) :]:

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from swiftkernels.backends import torch_state
+
 DIRECTORY = Path(__file__).parent
 
 _ISAS: dict[str, dict[str, Any]] = json.loads((DIRECTORY / "isas.json").read_text())
@@ -114,6 +116,20 @@ def why_not() -> str:
     # Compilers say first where they were, then what was wrong.
     reason = next((line for line in error if "error" in line), error[0])
     return f"needs the compiled kernels, which were not built: {reason} ({remedy()})"
+
+
+def why_not_for(x: torch.Tensor) -> str:
+    """Why the kernels cannot take x, as continuation of "backend='cpu' ..."; empty if they can."""
+    if x.device.type != "cpu":
+        return f"needs a tensor on the CPU; got one on {x.device}"
+    if x.dtype == torch.float64:
+        return "takes float32, bfloat16 and float16; got float64"
+    return _constant_why_not()
+
+
+@torch_state.constant_under_compile
+def _constant_why_not() -> str:
+    return why_not()
 
 
 def remedy() -> str:
