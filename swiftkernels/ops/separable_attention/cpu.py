@@ -91,7 +91,7 @@ def forward(
     if out.numel() > 0:
         fields, _alive = _raw_weights(weights)
         call = _call_fields(x, out, None if keep == "nothing" else saved)
-        _check(kernels().swiftkernels_separable_forward_training(fields, call))
+        library.check(kernels().swiftkernels_separable_forward_training(fields, call))
     return out, saved
 
 
@@ -120,7 +120,7 @@ def backward(
         *[t.data_ptr() for t in saved], needs.weights,
         *[0 if g is None else g.data_ptr() for g in gradients],
     )  # fmt: skip
-    _check(kernels().swiftkernels_separable_backward(fields, call))
+    library.check(kernels().swiftkernels_separable_backward(fields, call))
     return dx, *[None if g is None else g.to(x.dtype) for g in gradients]
 
 
@@ -223,14 +223,6 @@ class PackedPlan:
             self._slot.renew()
             return None
         if status != DONE:
-            _check(status)
+            library.check(status)
         packed.uses += 1
         return out
-
-
-def _check(status: int) -> None:
-    if status != DONE:
-        raise MemoryError(
-            "The CPU kernels found no memory for their tiles. Free some, or use "
-            "backend='reference'."
-        )
