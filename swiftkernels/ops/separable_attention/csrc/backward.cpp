@@ -322,7 +322,8 @@ class Backward {
       if (first == end) return;
       for (int64_t s = 0; s < schedule_.batch; s += MAX_CHAIN) {
         const Tile dcontexts{dcontexts_.row(s) + first, dcontexts_.stride};
-        gram(dcontexts, end - first, pooled_.from(s), C_, std::min(MAX_CHAIN, schedule_.batch - s), dWk_.from(first), s > 0, nullptr);
+        gram(dcontexts, end - first, pooled_.from(s), C_, std::min(MAX_CHAIN, schedule_.batch - s),
+             dWk_.from(first), s > 0, nullptr);
       }
     });
     std::fill(dbk_, dbk_ + padded(C_), 0.f);
