@@ -1,11 +1,11 @@
-"""Measures from how many tokens per channel on the CPU kernels' folded forms are the faster ones.
+"""Measures from how many tokens per channel the folded forms of the CPU kernels are faster.
 
     python -m benchmarks.cpu_forms
 
-times the folded forward beside the triangular one (see `cpu/packing.py` of the additive attention),
-and the backward without queries and keys (`folded_backward.cpp`) beside the one that has kept them,
-on one thread, at several widths and growing numbers of tokens, and writes what it finds for this
-instruction set into `forms.json` there, which the choice of the kernels is read from.
+compares the folded forward with the triangular one, and the folded backward, which needs no queries
+and keys, with the one that reads those kept by the forward: on one thread, at several widths and
+numbers of tokens. `cpu/packing.py` of additive attention explains the forms. The result for this
+instruction set goes into `cpu/forms.json`, by which the kernels are chosen.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks import timing
 from swiftkernels import AdditiveAttention
+from swiftkernels.backends import devices
 from swiftkernels.backends.cpu import library
 from swiftkernels.ops.additive_attention.cpu import config, launch
 from swiftkernels.ops.additive_attention.cpu.packing import (
@@ -32,19 +32,20 @@ from swiftkernels.ops.additive_attention.cpu.packing import (
     pack,
 )
 from swiftkernels.ops.additive_attention.reference import Options
+from swiftkernels.testing.timing import Call, Stopwatch, interleave
 from swiftkernels.utils.files import write_text
 from swiftkernels.utils.progress import Progress
 
 WIDTHS = (48, 64, 128, 256, 512)
 BACKWARD_WIDTHS = (96, 128, 256)
-"""Narrower rows are not kept in any case."""
+"""At smaller widths the forward keeps no rows in any case."""
 
 RATIOS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Tokens per channel, in growing order."""
 
 
 def problem(width: int, ratio: float) -> tuple[Tensor, Weights]:
-    """Tokens, `ratio` to a channel in every item, and a layer."""
+    """x with `ratio` tokens per channel in every batch element, and a layer's weights."""
     torch.manual_seed(0)
     layer = AdditiveAttention(width, width, 1).requires_grad_(False)
     x = torch.randn(max(1, 16384 // int(ratio * width)), int(ratio * width), width)
@@ -61,26 +62,25 @@ def options(width: int, qk_norm: bool = True) -> Options:
 
 
 def forward_gain(width: int, ratio: float, seconds: float, qk_norm: bool) -> float:
-    """Time of the triangular form over that of the folded one."""
+    """Time of the triangular forward divided by that of the folded one."""
     x, weights = problem(width, ratio)
     out = torch.empty_like(x)
 
-    def call(form: int) -> timing.Call:
+    def call(form: int) -> Call:
         packed = pack(launch.kernels(), weights, options(width, qk_norm), form)
         return lambda: _run(form, x, out, packed)
 
-    times = timing.interleave(
-        {"triangular": call(TRIANGULAR), "folded": call(FOLDED)}, "cpu", seconds
-    )
+    calls = {"triangular": call(TRIANGULAR), "folded": call(FOLDED)}
+    times = interleave(calls, Stopwatch("cpu"), seconds)
     return times["triangular"].median / times["folded"].median
 
 
 def backward_gain(width: int, ratio: float, seconds: float) -> float:
-    """Time of forward and backward with the rows kept over that of the folded ones."""
+    """Time of forward and backward with kept rows divided by that of the folded forms."""
     x, weights = problem(width, ratio)
     tensors = (x, *weights[:-1], None)
 
-    def call(folded: bool) -> timing.Call:
+    def call(folded: bool) -> Call:
         def run() -> None:
             out, G, kept, rows = launch.additive_self_attention_forward(
                 *tensors, options(width), "statistics" if folded else "rows"
@@ -92,7 +92,8 @@ def backward_gain(width: int, ratio: float, seconds: float) -> float:
 
         return run
 
-    times = timing.interleave({"rows": call(False), "folded": call(True)}, "cpu", seconds)
+    calls = {"rows": call(False), "folded": call(True)}
+    times = interleave(calls, Stopwatch("cpu"), seconds)
     return times["rows"].median / times["folded"].median
 
 
@@ -105,7 +106,7 @@ def _run(form: int, x: Tensor, out: Tensor, packed: Packed) -> None:
 
 
 def threshold(gains: dict[float, float]) -> float:
-    """The ratio from which on all gains are above 1; twice the largest if there is none.
+    """The ratio from which all gains are above 1; twice the largest ratio if there is none.
 
     Example:
         >>> threshold({1.0: 0.9, 2.0: 1.1, 4.0: 1.2})
@@ -126,15 +127,15 @@ def main() -> None:
     if loaded is None:
         parser.error(f"the CPU backend {library.why_not()}")
     torch.set_num_threads(1)
-    kinds: dict[str, tuple[Callable[..., float], tuple[int, ...]]] = {
+    thresholds: dict[str, tuple[Callable[..., float], tuple[int, ...]]] = {
         "folded_from": (functools.partial(forward_gain, qk_norm=True), WIDTHS),
         "folded_from_without_norms": (functools.partial(forward_gain, qk_norm=False), WIDTHS),
         "folded_backward_from": (backward_gain, BACKWARD_WIDTHS),
     }
     found = {}
-    total = len(RATIOS) * sum(len(widths) for _, widths in kinds.values())
+    total = len(RATIOS) * sum(len(widths) for _, widths in thresholds.values())
     with Progress(total, "comparisons") as progress:
-        for name, (gain, widths) in kinds.items():
+        for name, (gain, widths) in thresholds.items():
             gains = {}
             for ratio in RATIOS:
                 values = []
@@ -145,7 +146,7 @@ def main() -> None:
                 progress.write(f"{name}, {ratio:g} tokens per channel: {gains[ratio]:.3f}")
             found[name] = threshold(gains)
     table = json.loads(config.TABLE.read_text())
-    table[loaded.name] = found | {"device": timing.device_name("cpu")}
+    table[loaded.name] = found | {"device": devices.name(torch.device("cpu"))}
     write_text(config.TABLE, json.dumps(table, indent=2) + "\n")
     print(f"{loaded.name}: {found}, written to {config.TABLE}")
 

@@ -1,4 +1,4 @@
-"""Peak memory of a training step of SwiftFormer-XS on a CPU: this library's model beside timm's.
+"""Peak memory of a training step of SwiftFormer-XS on a CPU: this library's model and timm's.
 
 `python -m benchmarks.training_memory` needs timm, which may lack torchvision, and writes
 training_memory.csv. Every model has timm's weights and runs in a process of its own. A step is
@@ -99,7 +99,7 @@ def measure_here(name: str, batch: int, side: int, threads: int) -> tuple[int, f
 
 
 def measure(name: str, batch: int, side: int, threads: int, repeats: int) -> dict[str, Any]:
-    """The model as a row, each repeat in a process of its own.
+    """The model as a row; each repeat runs in a process of its own.
 
     Raises:
         RuntimeError: a process failed.
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--threads", type=int, default=1, help="(%(default)s)")
     add("--repeats", type=int, default=1, help="processes for each model (%(default)s)")
     add("--out", type=Path, default=Path("results"), help="folder to write to (%(default)s)")
-    add("--one", choices=MODELS, metavar="MODEL", help="print bytes and loss of this one alone")
+    add("--one", choices=MODELS, metavar="MODEL", help="print bytes and loss of this model only")
     given = parser.parse_args(arguments)
     if given.one:
         print(*measure_here(given.one, given.batch, given.side, given.threads))

@@ -15,17 +15,15 @@ from torch import Tensor, nn
 from swiftkernels import additive_self_attention
 from swiftkernels.ops.additive_attention.cpu import config, launch, packing
 from swiftkernels.ops.additive_attention.cpu.packing import FOLDED, PLAIN, TRIANGULAR
-from swiftkernels.tools.verify import budget
-from tests.cases import (
+from swiftkernels.testing.cases import (
     POOLINGS,
     SELF_NAMES,
-    assert_as_good_as_eager,
     convert,
     forward_backward,
     make_mask,
     make_tensors,
-    relative_error,
 )
+from swiftkernels.testing.tolerance import assert_as_good_as_eager, budget, relative_error
 
 Tensors = list[Tensor | None]
 

@@ -30,10 +30,10 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.gpu import report
 from benchmarks.gpu.report import LAUNCH_COST_CSV
-from benchmarks.timing import device_name, interleave
 from swiftkernels import AdditiveAttention
-from swiftkernels.backends import torch_state
+from swiftkernels.backends import devices, torch_state
 from swiftkernels.ops.additive_attention.triton import launch
+from swiftkernels.testing.timing import Stopwatch, interleave
 from swiftkernels.utils.files import write_csv
 
 WIDTH = 16
@@ -118,7 +118,7 @@ def measure(seconds: float) -> list[Cost]:
                     what: _turn(what, call) for (what, d), call in calls.items() if d == direction
                 }
                 with torch.set_grad_enabled(direction != "forward"):
-                    timings = interleave(turns, "cpu", seconds)
+                    timings = interleave(turns, Stopwatch("cpu"), seconds)
                 costs += [
                     Cost(
                         what=what,
@@ -128,7 +128,7 @@ def measure(seconds: float) -> list[Cost]:
                         microseconds=_microseconds(timing.median),
                         spread=_microseconds(timing.spread),
                         fastest=_microseconds(timing.minimum),
-                        device=device_name("cpu"),
+                        device=devices.name(torch.device("cpu")),
                         torch=torch.__version__,
                         triton=triton.__version__,
                     )

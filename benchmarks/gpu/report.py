@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.speedups import OURS
+from swiftkernels.testing.engines import OURS
 from swiftkernels.utils.files import write_text
 
 PAGE = "gpu_evidence.md"

@@ -32,15 +32,15 @@ from torch import nn
 from benchmarks.gpu import eager, inductor, plots, report
 from benchmarks.gpu.eager import EagerTraffic, Operator
 from benchmarks.gpu.report import ENGINES, LAUNCHES_CSV, TRAFFIC_CSV
-from benchmarks.speedups import OURS
 from swiftkernels import AdditiveAttention
 from swiftkernels.ops.additive_attention.reference import Options
+from swiftkernels.testing.engines import OURS
 from swiftkernels.testing.peers import PEERS
 from swiftkernels.utils.files import write_csv
 from swiftkernels.utils.progress import Progress
 
 if TYPE_CHECKING:
-    from benchmarks.gpu.trace import Launch
+    from swiftkernels.testing.triton_trace import Launch
 
 DTYPES = ("float16", "float32")
 
@@ -127,8 +127,8 @@ def count_ours(shape: Shape, dtype: torch.dtype) -> tuple[Part, Part]:
     Raises:
         MemoryFaultError: a kernel did what it must not.
     """
-    from benchmarks.gpu.trace import trace
     from swiftkernels.ops.additive_attention.triton import launch
+    from swiftkernels.testing.triton_trace import trace
 
     width = shape.width
     generator = torch.Generator().manual_seed(0)
@@ -156,7 +156,7 @@ def extrapolate(one: Part, two: Part, batch: int) -> Part:
     Raises:
         ValueError: the two differ in what they launch.
     """
-    from benchmarks.gpu.trace import Bytes, Launch
+    from swiftkernels.testing.triton_trace import Bytes, Launch
 
     names = [[a.kernel for a in p.launches] + [o.name for o in p.operators] for p in (one, two)]
     if names[0] != names[1]:

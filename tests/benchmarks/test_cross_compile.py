@@ -13,7 +13,7 @@ from benchmarks.gpu import cross_compile
 from benchmarks.gpu.cross_compile import ARCHITECTURES, Cell
 from swiftkernels.ops.additive_attention.reference import Options
 from swiftkernels.ops.additive_attention.triton import launch
-from tests.cases import make_tensors
+from swiftkernels.testing.cases import make_tensors
 
 
 @pytest.fixture(autouse=True)

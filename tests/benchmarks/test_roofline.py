@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.gpu import plots, report, roofline
 from benchmarks.gpu.roofline import Gpu, gpus, grid_fill, lower_bound
-from benchmarks.speedups import OURS
+from swiftkernels.testing.engines import OURS
 from tests.builds import ROOT
 
 RESULTS = ROOT / "docs" / "results"

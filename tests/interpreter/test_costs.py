@@ -9,7 +9,7 @@ from torch import Tensor
 from swiftkernels import AdditiveAttention
 from swiftkernels.ops.additive_attention.reference import Options
 from swiftkernels.ops.additive_attention.triton import launch
-from tests.cases import make_tensors
+from swiftkernels.testing.cases import make_tensors
 from tests.interpreter.instruments import TorchKernels, count_launches
 
 NARROW, FUSED_LIMIT, WIDE, VERY_WIDE = 48, 64, 168, 260

@@ -24,10 +24,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import swiftkernels.backends.triton
 import swiftkernels.ops.additive_attention.triton
-from benchmarks.gpu.trace import Launch, MemoryFaultError, trace
 from swiftkernels.ops.additive_attention.reference import Options
 from swiftkernels.ops.additive_attention.triton import launch
-from tests.cases import make_mask, make_query_key_tensors, make_tensors
+from swiftkernels.testing.cases import make_mask, make_query_key_tensors, make_tensors
+from swiftkernels.testing.triton_trace import Launch, MemoryFaultError, trace
 
 BLOCK = 16
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.gpu.trace import SECTOR, trace
 from benchmarks.gpu.traffic import Shape, count_ours, extrapolate, minimum_bytes
 from swiftkernels import AdditiveAttention
+from swiftkernels.testing.triton_trace import SECTOR, trace
 
 TENSORS = 8
 """Outputs and partial sums of one launch, at most."""

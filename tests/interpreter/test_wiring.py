@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swiftkernels import AdditiveAttention
 from swiftkernels.ops import operator
-from tests.cases import make_tensors
+from swiftkernels.testing.cases import make_tensors
 
 
 @pytest.fixture

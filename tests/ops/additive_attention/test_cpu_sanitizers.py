@@ -13,8 +13,8 @@ import torch
 
 from swiftkernels.backends.cpu import library
 from swiftkernels.ops.additive_attention.cpu import launch
+from swiftkernels.testing.cases import POOLINGS, make_mask, make_tensors
 from tests.builds import CSRC, ROOT
-from tests.cases import POOLINGS, make_mask, make_tensors
 from tests.cpu_cases import (
     SIZES,
     assert_accurate,

@@ -1,4 +1,4 @@
-"""From rows of cpu.csv to speed-ups: how many times the operator's time another engine takes."""
+"""Speed-ups from the rows of a benchmark: time of an engine divided by time of the operator."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-OURS = "swiftkernels"
+from swiftkernels.testing.engines import OURS
+
 COMBINED = {
     "best compile": ("compile", "compile-max"),
     "best runtime": ("onnxruntime", "openvino"),
 }
-"""What takes, shape by shape, the least time of several engines."""
-
-Row = Mapping[str, Any]
-"""A row of cpu.csv: as measured, or as strings read from the file."""
+"""The least time of several engines, shape by shape."""
 
 
 class Setting(NamedTuple):
@@ -23,8 +21,15 @@ class Setting(NamedTuple):
 
     device: str
     threads: int
+    """0 on a GPU."""
     dtype: str
     direction: str
+
+    @property
+    def label(self) -> str:
+        threads = f"{self.threads} thread" + ("s" if self.threads > 1 else "")
+        parts = [self.device, threads if self.threads else "", self.dtype, self.direction]
+        return ", ".join(filter(None, parts))
 
 
 class Shape(NamedTuple):
@@ -49,16 +54,19 @@ class Speedup(NamedTuple):
     by_minimum: float
 
 
-def setting_of(row: Row) -> Setting:
-    return Setting(row["device"], int(row["threads"]), row["dtype"], row["direction"])
+def setting_of(row: Mapping[str, Any]) -> Setting:
+    threads = int(row["threads"] or 0)
+    return Setting(row["device"], threads, row["dtype"], row["direction"])
 
 
-def speedups(rows: Iterable[Row]) -> list[Speedup]:
+def speedups(rows: Iterable[Mapping[str, Any]], prefix: str = "") -> list[Speedup]:
     """The operator's speed-up over every engine, and over the best of each in `COMBINED`.
 
-    Only times measured side by side (equal `started`) are divided by each other. Of what was
-    measured again, the last counts. Rows without times and comparisons without the operator are
-    left out.
+    Args:
+        rows: by `compare`, or the same as strings from a CSV file. Only times from one comparison
+            (equal `started`) are divided by each other. If a shape was measured several times, the
+            last counts. Skipped: rows without times, comparisons without the operator.
+        prefix: "graph_" for the times in CUDA graphs.
 
     Example:
         >>> row = {"started": "", "device": "", "threads": 1, "dtype": "", "direction": "",
@@ -70,11 +78,12 @@ def speedups(rows: Iterable[Row]) -> list[Speedup]:
     """
     comparisons: dict[tuple[Setting, Shape, str], dict[str, tuple[float, float]]] = {}
     for row in rows:
-        if row["median_seconds"] == "":
+        median, minimum = row[f"{prefix}median_seconds"], row[f"{prefix}min_seconds"]
+        if median == "":
             continue
         shape = Shape(int(row["batch"]), int(row["tokens"]), int(row["width"]))
         times = comparisons.setdefault((setting_of(row), shape, row["started"]), {})
-        times[row["engine"]] = float(row["median_seconds"]), float(row["min_seconds"])
+        times[row["engine"]] = float(median), float(minimum)
 
     found: dict[tuple[Setting, Shape, str], Speedup] = {}
     for (setting, shape, _), times in comparisons.items():
@@ -102,30 +111,53 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def table(found: Iterable[Speedup]) -> str:
-    """For every setting and engine the mean, the worst and the best, by medians and by minima."""
+def ratio_table(found: Iterable[Speedup], mode: str = "") -> str:
+    """Mean, least and largest speed-up over each engine: a Markdown table for each setting.
+
+    Args:
+        found: by `speedups`.
+        mode: how it was timed, for the headings.
+    """
     blocks = []
-    columns = f"{'mean':>8}{'worst':>8}{'best':>8}"
+    header = ["engine", "shapes", "mean", "worst", "best", "minima: mean", "worst", "best"]
     by_setting = sorted(found, key=lambda s: s.setting)
     for setting, members in groupby(by_setting, key=lambda s: s.setting):
         own = list(members)
         engines = dict.fromkeys(s.engine for s in own)
-        order = [*(e for e in engines if e not in COMBINED), *(e for e in COMBINED if e in engines)]
-        threads = f"{setting.threads} thread" + ("s" if setting.threads > 1 else "")
-        lines = [
-            f"{setting.device}, {threads}, {setting.dtype}, {setting.direction}: "
-            f"time of the engine / time of {OURS}",
-            f"{'':<18}{'':>7}{'by medians':>24}{'by minima':>24}",
-            f"{'engine':<18}{'shapes':>7}{2 * columns}  worst at",
-        ]
-        for engine in order:
+        lines = [[*header, "worst at"]]
+        for engine in sorted(engines, key=lambda name: name in COMBINED):
             ratios = [s for s in own if s.engine == engine]
             values = [[s.by_median for s in ratios], [s.by_minimum for s in ratios]]
+            numbers = [f"{f(v):.2f}" for v in values for f in (geometric_mean, min, max)]
             worst = min(ratios, key=lambda s: s.by_median)
-            lines.append(
-                f"{engine:<18}{len(ratios):>7}"
-                + "".join(f"{f(own):>8.2f}" for own in values for f in (geometric_mean, min, max))
-                + f"  {worst.shape.label}"
-            )
-        blocks.append("\n".join(lines))
+            lines.append([engine, str(len(ratios)), *numbers, worst.shape.label])
+        heading = f"{setting.label}{mode and ', ' + mode}: time of the engine / time of {OURS}"
+        blocks.append(heading + "\n\n" + markdown_table(lines, texts=(0, len(header))))
     return "\n\n".join(blocks)
+
+
+def markdown_table(lines: Sequence[Sequence[str]], texts: Sequence[int]) -> str:
+    """The lines, of which the first is the header, with aligned columns.
+
+    `texts` are the numbers of the columns that hold text; the others hold numbers.
+
+    Example:
+        >>> print(markdown_table([["name", "N"], ["x", "100"]], texts=[0]))
+        | name |   N |
+        | :--- | --: |
+        | x    | 100 |
+    """
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+
+    def row(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if i in texts else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    marks = [
+        ":" + "-" * (width - 1) if i in texts else "-" * (width - 1) + ":"
+        for i, width in enumerate(widths)
+    ]
+    return "\n".join([row(lines[0]), row(marks), *map(row, lines[1:])])

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import interpreter
+from swiftkernels.testing import interpreter
 
 SECTOR = 32
 """Bytes that memory moves at a time."""
