@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,110 +21,45 @@ from benchmarks import memory, plots
 from benchmarks.tradeoff import positive
 from benchmarks.workloads import size_tokens
 from swiftkernels.testing import harness
-from swiftkernels.testing.engines import COMPARED_PEERS, ENGINES, OURS, Problem
+from swiftkernels.testing.engines import COMPARED_PEERS, ENGINES, OURS
 from swiftkernels.testing.harness import Row
 from swiftkernels.testing.operators import ADDITIVE_ATTENTION, Size
 from swiftkernels.testing.peers import PEERS
 from swiftkernels.testing.ratios import ratio_table, speedups
 from swiftkernels.testing.timing import Stopwatch
 from swiftkernels.utils.files import rounded, write_csv
-from swiftkernels.utils.progress import Progress, track
+from swiftkernels.utils.progress import track
 
 DTYPES = ("float32", "bfloat16")
 
 LARGE_SIZES = (Size(65536, 64, "long"), Size(4096, 512, "wide"))
 """Beyond SwiftFormer's images: many narrow tokens, and wide ones. Batch 1 only."""
-SIZES = (*ADDITIVE_ATTENTION.sizes, *LARGE_SIZES)
 
 MEMORY_SHAPES = ((32, 3136, 48), (32, 784, 128), (1, 65536, 64))
 """Batch, tokens, width."""
 
 COLUMNS = (
-    "started",
-    "shape",
-    "tokens",
-    "width",
-    "batch",
-    "threads",
-    "dtype",
-    "direction",
-    "engine",
-    "median_seconds",
-    "min_seconds",
-    "spread_seconds",
-    "rounds",
-    "ratio_to_eager",
-    "error",
-    "gradient_error",
-    "note",
-    "device",
-    "clock",
-    "torch",
-    "onnxruntime",
-    "openvino",
-    "isa",
-)
+    "started", "shape", "tokens", "width", "batch", "threads", "dtype", "direction", "engine",
+    "median_seconds", "min_seconds", "spread_seconds", "rounds", "ratio_to_eager", "error",
+    "gradient_error", "note", "device", "clock", "torch", "onnxruntime", "openvino", "isa",
+)  # fmt: skip
 """Of cpu.csv; `harness.COLUMNS` explains them."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What one run of the command does."""
-
-    engines: tuple[str, ...]
-    out: Path
-    sizes: tuple[Size, ...] = SIZES
-    batches: tuple[int, ...] = (1, 32)
-    threads: tuple[int, ...] = (1,)
-    dtype: str = "float32"
-    backward: bool = False
-    seconds: float = 5.0
-    """For the timing of one problem."""
-    memory: bool = False
-    """Measure memory instead of time."""
-    report: bool = False
-    """Measure nothing: table and plots of the rows in the file."""
-
-    def problems(self) -> list[tuple[Size, int]]:
-        """Every size and batch; the large sizes at batch 1, if that is among the batches."""
-        return [
-            (size, batch)
-            for batch in self.batches
-            for size in self.sizes
-            if batch == 1 or size not in LARGE_SIZES
-        ]
-
-
-def run(settings: Settings) -> list[str]:
-    """Measure, write, print and draw; returns the engines that were wrong, and where."""
-    settings.out.mkdir(parents=True, exist_ok=True)
-    path = settings.out / plots.CPU_CSV
-    if settings.report:
-        report(settings.out, read_rows(path))
-        return []
+def run(settings: harness.Settings, out: Path) -> list[str]:
+    """Measure, write, print and draw; returns what was wrong, with engine and problem."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / plots.CPU_CSV
     check_columns(path)
     rows: list[Row] = []
-    wrong = []
-    before = torch.get_num_threads()
-    with Progress(len(settings.problems()) * len(settings.threads), "comparisons") as bar:
-        try:
-            for comparison in compare_all(settings, bar):
-                append_rows(path, comparison)
-                rows += comparison
-                for row in comparison:
-                    if row["note"]:
-                        message = f"{row['engine']}, {harness.label(row)}: {row['note']}"
-                        bar.write(message)
-                        if harness.is_error(row):
-                            wrong.append(message)
-                bar.advance()
-        finally:
-            torch.set_num_threads(before)
-    report(settings.out, rows)
-    return wrong
+    for comparison in harness.measure(settings, Stopwatch("cpu"), "cpu", size_tokens):
+        append_rows(path, comparison)
+        rows += comparison
+    report(out, rows)
+    return [harness.message(row) for row in rows if harness.is_error(row)]
 
 
-def report(out: Path, rows: Sequence[Row]) -> None:
+def report(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the table of these rows and draw the plots of all rows in the file."""
     found = speedups(rows)
     if not found:
@@ -133,19 +68,6 @@ def report(out: Path, rows: Sequence[Row]) -> None:
     print("\n" + ratio_table(found))
     images = plots.draw_cpu(out)
     print("\nWritten: " + ", ".join(str(file) for file in (out / plots.CPU_CSV, *images)))
-
-
-def compare_all(settings: Settings, bar: Progress) -> Iterator[list[Row]]:
-    """The rows of one comparison after the other; `bar` shows which one runs."""
-    dtype = getattr(torch, settings.dtype)
-    watch = Stopwatch("cpu")
-    for size, batch in settings.problems():
-        tokens = size_tokens(size, batch, dtype)
-        problem = Problem(size, batch, dtype, settings.backward, tokens=tokens, backend="cpu")
-        for threads in settings.threads:
-            bar.show(f"{size.name}, batch {batch}, {threads} thread(s)")
-            torch.set_num_threads(threads)
-            yield harness.compare(problem, settings.engines, watch, settings.seconds, bar.note)
 
 
 def check_columns(path: Path) -> None:
@@ -170,34 +92,31 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
         writer.writerows(map(rounded, rows))
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of the CSV file.
 
     Raises:
-        ValueError: there is no file, or it has other columns.
+        ValueError: there are none, or the file has other columns.
     """
     check_columns(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; nothing was measured yet.")
-    with path.open(newline="") as file:
-        return [dict(row) for row in csv.DictReader(file)]
+    return plots.read(path, "benchmarks.cpu")
 
 
-def measure_memory(settings: Settings) -> list[Row]:
+def measure_memory(settings: harness.Settings, quick: bool) -> list[Row]:
     """A row for each engine, shape and direction."""
-    shapes = MEMORY_SHAPES if settings.sizes == SIZES else MEMORY_SHAPES[-1:]
     cases = [
-        memory.Case(engine, settings.dtype, direction, *shape, threads)
-        for shape in shapes
+        memory.Case(engine, harness.dtype_name(dtype), direction, *shape, threads)
+        for shape in (MEMORY_SHAPES[-1:] if quick else MEMORY_SHAPES)
         for threads in settings.threads
         for direction in ("forward", "forward+backward")
         for engine in settings.engines
+        for dtype in settings.dtypes
     ]
     return [memory.measure(case) for case in track(cases, "cases")]
 
 
-def parse(arguments: Sequence[str] | None = None) -> Settings:
-    """The settings that the command line asks for; wrong ones end the program with a message."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, with `settings`; wrong ones end the program with a message."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cpu",
         description=__doc__,
@@ -229,19 +148,20 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         given.engines = given.engines or [OURS, "eager"]
         if given.backward:
             parser.error("--memory measures both directions; remove --backward.")
-    sizes = ADDITIVE_ATTENTION.quick_sizes if given.quick else SIZES
-    return Settings(
+    batches = tuple(dict.fromkeys(given.batch or (1, 32)))
+    sizes = ADDITIVE_ATTENTION.quick_sizes if given.quick else ADDITIVE_ATTENTION.sizes
+    inputs = [(size, batch) for batch in batches for size in sizes]
+    if 1 in batches and not given.quick:
+        inputs += [(size, 1) for size in LARGE_SIZES]
+    given.settings = harness.Settings(
         engines=_engines(parser, given),
-        out=given.out,
-        sizes=sizes,
-        batches=tuple(dict.fromkeys(given.batch or (1, 32))),
+        inputs=tuple(inputs),
+        dtypes=(getattr(torch, given.dtype),),
+        backward=(given.backward,),
         threads=tuple(dict.fromkeys(given.threads)),
-        dtype=given.dtype,
-        backward=given.backward,
         seconds=given.seconds or (1.0 if given.quick else 5.0),
-        memory=given.memory,
-        report=given.report,
     )
+    return given
 
 
 def default_engines(dtype: str, backward: bool) -> tuple[str, ...]:
@@ -283,20 +203,22 @@ def _seconds(text: str) -> float:
 
 
 def main() -> None:
-    settings = parse()
+    given = parse()
+    wrong = []
     try:
-        if settings.memory:
-            rows = measure_memory(settings)
-            settings.out.mkdir(parents=True, exist_ok=True)
-            write_csv(settings.out / memory.CSV, rows, digits=6)
-            print(memory.table(rows))
-            print(f"\nWritten: {settings.out / memory.CSV}")
-            return
-        wrong = run(settings)
+        if given.report:
+            report(given.out, read_rows(given.out / plots.CPU_CSV))
+        elif given.memory:
+            rows = measure_memory(given.settings, given.quick)
+            given.out.mkdir(parents=True, exist_ok=True)
+            write_csv(given.out / memory.CSV, rows, digits=6)
+            print(f"{memory.table(rows)}\n\nWritten: {given.out / memory.CSV}")
+        else:
+            wrong = run(given.settings, given.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        kept = "nothing was written" if settings.memory else "the CSV file has the rows so far"
+        kept = "nothing was written" if given.memory else "the CSV file has the rows so far"
         sys.exit(f"\ninterrupted; {kept}")
     if wrong:
         sys.exit("\nNot timed, because wrong:\n" + "\n".join(wrong))

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 from collections.abc import Sequence
 from itertools import product
@@ -30,7 +29,7 @@ from swiftkernels.testing.plots import (
     speedups_figure,
 )
 from swiftkernels.testing.ratios import Setting, setting_of, speedups
-from swiftkernels.utils.files import save_figure
+from swiftkernels.utils.files import read_csv, save_figure
 
 TRADEOFF_CSV = "tradeoff.csv"
 TOKENS_CSV = "tokens.csv"
@@ -187,12 +186,10 @@ def latency_tokens(rows: Sequence[dict[str, str]]) -> Figure:
 
 
 def read(path: Path, command: str = "benchmarks.tradeoff") -> list[dict[str, str]]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; `python -m {command}` writes it.")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(path)
     if not rows:
-        raise ValueError(f"{path} has no rows; run `python -m {command}` again.")
+        what = "has no rows" if path.is_file() else "is missing"
+        raise ValueError(f"{path} {what}; `python -m {command}` writes it.")
     return rows
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from benchmarks.gpu.report import (
     LOWER_BOUNDS_CSV,
     TRAFFIC_CSV,
 )
-from swiftkernels.utils.files import write_csv
+from swiftkernels.utils.files import read_csv, write_csv
 
 KERNELS_JSON = "gpu_kernels.json"
 """By `benchmarks.gpu.cross_compile`: what compiled kernels use."""
@@ -136,41 +135,13 @@ def grid_fill(launch: dict[str, str], gpu: Gpu, resident: int | None = None) -> 
     }
 
 
-def table(bounds: Sequence[dict[str, str]]) -> str:
-    """Rows of gpu_lower_bounds.csv in microseconds, float16, one line a shape and direction."""
-    own = [b for b in bounds if b["dtype"] == "float16"]
-    engines = report.engines_in(own)
-    lines = [
-        "Lower bounds, not times, in microseconds (float16; * where the layer fits in the cache)",
-        f"{'GPU':<8}{'[B, N, E]':<15}{'direction':<18}" + "".join(f"{e:>14}" for e in engines),
-    ]
-    cases = dict.fromkeys(_case(b) for b in own)
-    for case in cases:
-        found = {b["engine"]: b for b in own if _case(b) == case}
-        gpu, direction, *shape = case
-        line = f"{gpu:<8}{', '.join(shape):<15}{direction:<18}"
-        for engine in engines:
-            b = found.get(engine)
-            if b:
-                star = "*" if b["fits_in_cache"] == "True" else " "
-                line += f"{1e6 * float(b['lower_bound_seconds']):>13.3g}{star}"
-            else:
-                line += f"{'':>14}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def _case(bound: dict[str, str]) -> tuple[str, ...]:
-    return tuple(bound[n] for n in ("gpu", "direction", "batch", "tokens", "width"))
-
-
 def run(out: Path) -> None:
     """Write both CSV files from what was counted.
 
     Raises:
         ValueError: nothing was counted.
     """
-    rows, launches = (report.read(out / name) for name in (TRAFFIC_CSV, LAUNCHES_CSV))
+    rows, launches = (read_csv(out / name) for name in (TRAFFIC_CSV, LAUNCHES_CSV))
     if not rows or not launches:
         raise ValueError(
             f"{out} has no {TRAFFIC_CSV} and {LAUNCHES_CSV} with rows; "
@@ -201,7 +172,9 @@ def _main() -> None:
         run(out)
     except ValueError as error:
         parser.error(str(error))
-    print(table(report.read(out / LOWER_BOUNDS_CSV)))
+    half = [row for row in read_csv(out / LOWER_BOUNDS_CSV) if row["dtype"] == "float16"]
+    print("Lower bounds, not times, in microseconds (float16; * where the layer fits in the cache)")
+    print(report.bounds_table(half, ("gpu", *report.CASE)))
     print("\n".join(str(path) for path in plots.draw_lower_bounds(out)))
     print(report.write(out))
 

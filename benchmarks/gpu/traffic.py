@@ -36,7 +36,8 @@ from swiftkernels import AdditiveAttention
 from swiftkernels.ops.additive_attention.reference import Options
 from swiftkernels.testing.engines import OURS
 from swiftkernels.testing.peers import PEERS
-from swiftkernels.utils.files import write_csv
+from swiftkernels.testing.ratios import Shape
+from swiftkernels.utils.files import read_csv, write_csv
 from swiftkernels.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -52,14 +53,6 @@ LONG_INPUT = 784
 """Tokens from which on a batch is extrapolated from batches 1 and 2."""
 
 FORWARD, BOTH = "forward", "forward+backward"
-
-
-class Shape(NamedTuple):
-    """Size of the input, [batch, tokens, width]."""
-
-    batch: int
-    tokens: int
-    width: int
 
 
 SHAPES = tuple(
@@ -305,7 +298,7 @@ def run(
     shapes, dtypes, engines = list(shapes), list(dtypes), list(engines)
     cases = [(s, d, b) for s in shapes for d in dtypes for b in (False, True)]
     path = out / TRAFFIC_CSV
-    rows = {_key(row): row for row in report.read(path)}
+    rows = {_key(row): row for row in read_csv(path)}
 
     def keep(count: Count) -> None:
         row = vars(count)
@@ -341,34 +334,12 @@ def _keep_launches(path: Path, kernels: list[dict[str, Any]]) -> None:
     """Write rows of gpu_launches.csv in place of those of the same shape and type."""
     names = ("dtype", "batch", "tokens", "width")
     new = {tuple(str(row[n]) for n in names) for row in kernels}
-    others = [row for row in report.read(path) if tuple(row[n] for n in names) not in new]
+    others = [row for row in read_csv(path) if tuple(row[n] for n in names) not in new]
     write_csv(path, [*others, *kernels], digits=6)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(value) for value in list(row.values())[:6])
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Launches and MB of every engine, one line a shape, type and direction."""
-    engines = report.engines_in(rows)
-    lines = [
-        f"{'[B, N, E]':<16}{'type':<9}{'direction':<18}{'minimum':>9}"
-        + "".join(f"{engine:>19}" for engine in engines),
-        f"{'':<43}{'MB':>9}" + f"{'launches':>11}{'MB':>8}" * len(engines),
-    ]
-    cases = dict.fromkeys(tuple(str(v) for v in list(row.values())[1:6]) for row in rows)
-    for case in cases:
-        own = {row["engine"]: row for row in rows if _key(row)[1:] == case}
-        first = next(iter(own.values()))
-        dtype, direction, *shape = case
-        line = f"{', '.join(shape):<16}{dtype:<9}{direction:<18}"
-        line += f"{int(first['minimum_bytes']) / 1e6:>9.2f}"
-        for engine in engines:
-            row = own.get(engine)
-            line += f"{row['launches']:>11}{int(row['bytes']) / 1e6:>8.2f}" if row else f"{'':>19}"
-        lines.append(line)
-    return "\n".join(lines)
 
 
 def _shape(text: str) -> Shape:
@@ -395,10 +366,10 @@ def _main() -> None:
     options = parser.parse_args()
     if not options.report:
         run(options.shapes, options.dtypes, options.engines, options.out)
-    rows = report.read(options.out / TRAFFIC_CSV)
+    rows = read_csv(options.out / TRAFFIC_CSV)
     if not rows:
         parser.error(f"{options.out / TRAFFIC_CSV} has no rows; run without --report.")
-    print(table(rows))
+    print(report.traffic_table(rows, ("dtype", *report.CASE)))
     print(plots.draw_traffic(options.out))
     print(report.write(options.out))
 

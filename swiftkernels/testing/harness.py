@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import gc
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,8 +23,10 @@ from swiftkernels.backends.cpu import library
 from swiftkernels.ops import operator
 from swiftkernels.testing import costs, timing
 from swiftkernels.testing.engines import ENGINES, LONGEST_CALL, OURS, Call, Engine, Problem
+from swiftkernels.testing.operators import Size
 from swiftkernels.testing.timing import Stopwatch, interleave
 from swiftkernels.testing.tolerance import relative_errors
+from swiftkernels.utils.progress import Progress
 
 COLUMNS = (
     "started",  # of the comparison: rows that were measured in turn have it in common
@@ -65,6 +69,67 @@ NO_GRAPH = "no graph: "
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What one run of a command measures."""
+
+    engines: tuple[str, ...]
+    """Keys of `ENGINES`."""
+    inputs: tuple[tuple[Size, int], ...]
+    """Sizes and batches."""
+    dtypes: tuple[torch.dtype, ...]
+    backward: tuple[bool, ...] = (False,)
+    threads: tuple[int, ...] = (1,)
+    """On a CPU."""
+    seconds: float = 1.0
+    """For the timing of one problem."""
+
+    def problems(self) -> list[tuple[torch.dtype, bool, Size, int]]:
+        """Dtype, whether with a backward, size and batch."""
+        combined = product(self.dtypes, self.backward, self.inputs)
+        return [(dtype, backward, *sized) for dtype, backward, sized in combined]
+
+
+def measure(
+    settings: Settings,
+    watch: Stopwatch,
+    backend: str = "auto",
+    tokens: Callable[[Size, int, torch.dtype], Tensor | None] = lambda *_: None,
+) -> Iterator[list[Row]]:
+    """Compare the engines on one problem after the other, and show the progress.
+
+    Args:
+        settings: what to measure.
+        watch: of the device to measure on.
+        backend: of the operator.
+        tokens: makes the input from size, batch and dtype; None for a random one.
+
+    Yields:
+        The rows of one comparison.
+    """
+    problems = settings.problems()
+    threads = settings.threads if watch.device.type == "cpu" else (torch.get_num_threads(),)
+    before = torch.get_num_threads()
+    with Progress(len(problems) * len(threads), "comparisons") as bar:
+        try:
+            for dtype, backward, size, batch in problems:
+                problem = Problem(
+                    size, batch, dtype, backward, watch.device,
+                    tokens=tokens(size, batch, dtype), backend=backend,
+                )  # fmt: skip
+                for count in threads:
+                    torch.set_num_threads(count)
+                    bar.show(label(common_columns(problem)))
+                    rows = compare(problem, settings.engines, watch, settings.seconds, bar.note)
+                    for row in rows:
+                        if row["note"]:
+                            bar.write(message(row))
+                    yield rows
+                    bar.advance()
+        finally:
+            torch.set_num_threads(before)
+
+
 def direction_name(backward: bool) -> str:
     return "forward+backward" if backward else "forward"
 
@@ -94,7 +159,7 @@ def compare(
     """
     torch.compiler.reset()  # old graphs would count towards the limit of recompilations
     gc.collect()
-    common = _common(problem)
+    common = common_columns(problem)
     rows = {name: common | {"engine": name} for name in engines}
     calls: dict[str, Call] = {}
     graphs: dict[str, Call] = {}
@@ -110,14 +175,14 @@ def compare(
             if problem.device.type == "cuda" and (graph := _try_capture(problem, row, call)):
                 graphs[name] = graph
         show("timing")
-        _time("", rows, calls, watch, seconds)
-        _time("graph_", rows, graphs, functools.partial(watch, queued=True), seconds)
+        time_calls(rows, calls, watch, seconds)
+        time_calls(rows, graphs, functools.partial(watch, queued=True), seconds, "graph_")
     show("")
     return list(rows.values())
 
 
-def _common(problem: Problem) -> Row:
-    """What the rows of one problem have in common."""
+def common_columns(problem: Problem) -> Row:
+    """A row with what all engines of one problem have in common; the other columns are ""."""
     on_cpu = problem.device.type == "cpu"
     kernels = library.loaded() if on_cpu else None
     return dict.fromkeys(COLUMNS, "") | {
@@ -170,14 +235,15 @@ def _try_capture(problem: Problem, row: Row, call: Call) -> Call | None:
     return None if wrong else graph
 
 
-def _time(
-    prefix: str,
+def time_calls(
     rows: Mapping[str, Row],
     calls: Mapping[str, Call],
-    measure: Callable[[Call], float],
+    clock: Callable[[Call], float],
     seconds: float,
+    prefix: str = "",
 ) -> None:
-    timings = interleave(calls, measure, seconds)
+    """Time the calls in turn, and write their times into the rows of the same names."""
+    timings = interleave(calls, clock, seconds)
     for name, own in timings.items():
         row = rows[name]
         row[f"{prefix}median_seconds"] = own.median
@@ -209,6 +275,11 @@ def check(problem: Problem, engine: Engine, results: Sequence[Tensor], row: Row)
 def is_error(row: Row) -> bool:
     """Whether the engine of a row is wrong, or a kernel of this library raised an error."""
     return str(row["note"]).removeprefix(NO_GRAPH).startswith((WRONG, FAILED))
+
+
+def message(row: Row) -> str:
+    """The note of a row, with its engine and problem."""
+    return f"{row['engine']}, {label(row)}: {row['note']}"
 
 
 def first_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -101,16 +101,6 @@ def speedups(rows: Iterable[Mapping[str, Any]], prefix: str = "") -> list[Speedu
     return list(found.values())
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    """Mean of factors.
-
-    Example:
-        >>> round(geometric_mean([1, 4]), 9)
-        2.0
-    """
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
 def ratio_table(found: Iterable[Speedup], mode: str = "") -> str:
     """Mean, least and largest speed-up over each engine: a Markdown table for each setting.
 
@@ -128,7 +118,7 @@ def ratio_table(found: Iterable[Speedup], mode: str = "") -> str:
         for engine in sorted(engines, key=lambda name: name in COMBINED):
             ratios = [s for s in own if s.engine == engine]
             values = [[s.by_median for s in ratios], [s.by_minimum for s in ratios]]
-            numbers = [f"{f(v):.2f}" for v in values for f in (geometric_mean, min, max)]
+            numbers = [f"{f(v):.2f}" for v in values for f in (statistics.geometric_mean, min, max)]
             worst = min(ratios, key=lambda s: s.by_median)
             lines.append([engine, str(len(ratios)), *numbers, worst.shape.label])
         heading = f"{setting.label}{mode and ', ' + mode}: time of the engine / time of {OURS}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -17,13 +16,12 @@ import torch
 import swiftkernels
 from swiftkernels.backends import devices
 from swiftkernels.testing import harness
-from swiftkernels.testing.engines import COMPARED_PEERS, OURS, Problem
+from swiftkernels.testing.engines import COMPARED_PEERS, OURS
 from swiftkernels.testing.harness import Row
-from swiftkernels.testing.operators import ADDITIVE_ATTENTION, Size
+from swiftkernels.testing.operators import ADDITIVE_ATTENTION
 from swiftkernels.testing.ratios import markdown_table, ratio_table, speedups
 from swiftkernels.testing.timing import Stopwatch, clock_name, copy_rate
 from swiftkernels.utils.files import save_figure, write_csv, write_text
-from swiftkernels.utils.progress import Progress
 
 CSV = "bench.csv"
 PLOT = "bench.png"
@@ -39,36 +37,17 @@ MODES = {"": "as called", "graph_": "in a graph"}
 """By the prefix of their columns."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What one run measures."""
-
-    sizes: tuple[Size, ...]
-    batches: tuple[int, ...]
-    dtypes: tuple[torch.dtype, ...]
-    seconds: float
-    """For the timing of one problem."""
-
-    def problems(self) -> list[tuple[Size, int, torch.dtype, bool]]:
-        """Size, batch, dtype, and whether with a backward."""
-        return [
-            (size, batch, dtype, backward)
-            for dtype in self.dtypes
-            for backward in (False, True)
-            for batch in self.batches
-            for size in self.sizes
-        ]
-
-
-def settings_for(device: torch.device, quick: bool) -> Settings:
+def settings_for(device: torch.device, quick: bool, threads: int = 1) -> harness.Settings:
     """What is worth measuring on a device."""
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
     batches: tuple[int, ...] = (1, 8, 64)
+    sizes, seconds = ADDITIVE_ATTENTION.sizes, 1.0
     if device.type == "cpu":
         dtypes, batches = (torch.float32, torch.bfloat16), (1, 8)
     if quick:
-        return Settings(ADDITIVE_ATTENTION.quick_sizes, (8,), dtypes[:1], 0.3)
-    return Settings(ADDITIVE_ATTENTION.sizes, batches, dtypes, 1.0)
+        sizes, batches, dtypes, seconds = ADDITIVE_ATTENTION.quick_sizes, (8,), dtypes[:1], 0.3
+    inputs = tuple((size, batch) for batch in batches for size in sizes)
+    return harness.Settings(NAMES, inputs, dtypes, (False, True), (threads,), seconds)
 
 
 def run(device: str | None, out: Path, quick: bool = False, threads: int = 1) -> int:
@@ -89,39 +68,29 @@ def run(device: str | None, out: Path, quick: bool = False, threads: int = 1) ->
     else:
         torch.get_device_module(where).set_device(where)  # that of graphs and events
     try:
-        return _run(where, out, settings_for(where, quick))
+        return _run(where, out, settings_for(where, quick, threads))
     finally:
         torch.set_num_threads(before)
 
 
-def _run(device: torch.device, out: Path, settings: Settings) -> int:
+def _run(device: torch.device, out: Path, settings: harness.Settings) -> int:
     watch = Stopwatch(device)
     rate = copy_rate(watch)
     rows: list[Row] = []
-    status = 0
-    problems = settings.problems()
-    with Progress(len(problems), "problems") as progress:
-        try:
-            for size, batch, dtype, backward in problems:
-                problem = Problem(size, batch, dtype, backward, device)
-                name = f"{harness.dtype_name(dtype)} {harness.direction_name(backward)}"
-                progress.show(f"{name}, {size.name}, batch {batch}")
-                found = harness.compare(problem, NAMES, watch, settings.seconds, progress.note)
-                for row in found:
-                    speed = row["gigabytes_per_second"]
-                    row["share_of_copy"] = 1e9 * speed / rate if speed else ""
-                    if harness.is_error(row):
-                        status = 1
-                        progress.write(f"{row['engine']}, {harness.label(row)}: {row['note']}")
-                rows += found
-                write_csv(out / CSV, rows, COLUMNS, digits=6)
-                progress.advance()
-        except KeyboardInterrupt:
-            status = 130
-            if not rows:
-                print("\ninterrupted; nothing was measured, nothing written", file=sys.stderr)
-                return status
-            print("\ninterrupted; reporting what was measured", file=sys.stderr)
+    interrupted = False
+    try:
+        for found in harness.measure(settings, watch):
+            for row in found:
+                speed = row["gigabytes_per_second"]
+                row["share_of_copy"] = 1e9 * speed / rate if speed else ""
+            rows += found
+            write_csv(out / CSV, rows, COLUMNS, digits=6)
+    except KeyboardInterrupt:
+        interrupted = True
+        if not rows:
+            print("\ninterrupted; nothing was measured, nothing written", file=sys.stderr)
+            return 130
+        print("\ninterrupted; reporting what was measured", file=sys.stderr)
     ratios = _ratios(rows)
     write_text(out / REPORT, report(rows, ratios, device, rate))
     written = [CSV, REPORT]
@@ -131,7 +100,7 @@ def _run(device: torch.device, out: Path, settings: Settings) -> int:
     except ImportError as error:
         print(f"No plots: {error}. To have them: pip install '.[bench]'")
     print(f"\n{ratios}\n\nWritten: " + ", ".join(str(out / name) for name in written))
-    return status
+    return 130 if interrupted else int(any(map(harness.is_error, rows)))
 
 
 def _ratios(rows: Sequence[Row]) -> str:

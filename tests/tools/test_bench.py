@@ -18,7 +18,9 @@ from swiftkernels.testing.operators import Size
 from swiftkernels.tools import bench, cli
 
 CPU = torch.device("cpu")
-TINY = bench.Settings(sizes=(Size(9, 16),), batches=(2,), dtypes=(torch.float32,), seconds=0.0)
+TINY = harness.Settings(
+    bench.NAMES, ((Size(9, 16), 2),), (torch.float32,), backward=(False, True), seconds=0.0
+)
 
 
 def no_compiler(*args):
@@ -28,7 +30,7 @@ def no_compiler(*args):
 @pytest.fixture
 def tiny(monkeypatch):
     """One small problem instead of many; without a compiler, which takes long."""
-    monkeypatch.setattr(bench, "settings_for", lambda device, quick: TINY)
+    monkeypatch.setattr(bench, "settings_for", lambda *_: TINY)
     monkeypatch.setitem(timing.COPY_BYTES, "cpu", 1 << 12)
     uncompiled = replace(engines.ENGINES["compile"], build=no_compiler)
     monkeypatch.setitem(engines.ENGINES, "compile", uncompiled)
@@ -168,8 +170,7 @@ def test_wrong_arguments_are_reported(capsys, arguments, said):
 
 def test_the_shapes_are_those_of_swiftformers():
     settings = bench.settings_for(torch.device("cuda", 0), quick=False)
-    assert len(settings.sizes) == 14
-    assert settings.batches == (1, 8, 64)
+    assert {batch for _, batch in settings.inputs} == {1, 8, 64}
     assert len(settings.problems()) == 14 * 3 * 3 * 2
     quick = bench.settings_for(CPU, quick=True)
     assert set(quick.problems()) <= set(bench.settings_for(CPU, quick=False).problems())
