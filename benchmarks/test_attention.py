@@ -17,12 +17,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.workloads import size_tokens
-from swiftkernels.backends import devices
 from swiftkernels.testing import costs, harness
 from swiftkernels.testing.engines import ENGINES, OURS, Problem
 from swiftkernels.testing.operators import ADDITIVE_ATTENTION, Size
 from swiftkernels.testing.peers import PEERS
-from swiftkernels.testing.timing import Stopwatch, interleave
+from swiftkernels.testing.timing import Stopwatch
 
 LAYERS = {name: name for name in PEERS} | {
     "additive": OURS,
@@ -99,34 +98,21 @@ def test_attention(
     module, eager = (problem.module(e.layer) for e in (engine, ENGINES["eager"]))
     with torch.set_grad_enabled(case.backward):
         call, eager_call = engine.build(problem, module), problem.call(eager)
-        wrong = harness.check(problem, engine, call(), {})
+        errors: harness.Row = {}
+        wrong = harness.check(problem, engine, call(), errors)
         assert not wrong, wrong
         if benchmark.disabled:
             benchmark(call)
             return
-        timings = interleave({"eager": eager_call, "this": call}, Stopwatch(device))
+        common = harness.common_columns(problem) | {"least_bytes": problem.least_bytes(module)}
+        timed = {name: dict(common) for name in ("eager", "this")}
+        calls = {"eager": eager_call, "this": call}
+        harness.time_calls(timed, calls, Stopwatch(device), seconds=0.5)
         # Inductor's kernels do the FLOPs of the eager layer, but where a counter does not see them.
         flops = costs.flops(eager_call if layer == "compiled" else call)
         kept = costs.saved_bytes(lambda: call()[0], [problem.x, *module.parameters()])
-        row: dict[str, Any] = {
-            "case": case.name,
-            "layer": layer,
-            "stage": case.stage,
-            "tokens": case.size.tokens,
-            "width": case.size.width,
-            "batch": case.batch,
-            "direction": harness.direction_name(case.backward),
-            "dtype": harness.dtype_name(dtype),
-            "median_seconds": timings["this"].median,
-            "spread_seconds": timings["this"].spread,
-            "ratio_to_eager": timings["this"].median / timings["eager"].median,
-            "rounds": len(timings["this"].samples),
-            "saved_bytes": kept,
-            "flops": flops,
-            "device": devices.name(device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
+        names = {"case": case.name, "layer": layer, "engine": LAYERS[layer]}
+        row = timed["this"] | errors | names | {"saved_bytes": kept, "flops": flops}
         rows.append(row)
         benchmark.extra_info.update(row)
         benchmark.group = f"{case.name} (N={case.size.tokens}, C={case.size.width})"
