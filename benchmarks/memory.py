@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from benchmarks import resident
-from swiftkernels.backends.cpu import library
 from swiftkernels.testing.engines import ENGINES, Problem
+from swiftkernels.testing.harness import isa
 from swiftkernels.testing.operators import Size
 from swiftkernels.testing.ratios import markdown_table
 
@@ -61,7 +61,6 @@ def measure(case: Case, repeats: int = 3) -> dict[str, Any]:
     ]
     itemsize: int = getattr(torch, case.dtype).itemsize
     x_bytes = case.batch * case.tokens * case.width * itemsize
-    kernels = library.loaded()
     return asdict(case) | {
         "x_bytes": x_bytes,
         "peak_bytes": int(statistics.median(found)),
@@ -70,7 +69,7 @@ def measure(case: Case, repeats: int = 3) -> dict[str, Any]:
         "peak_in_x": statistics.median(found) / x_bytes,
         "repeats": repeats,
         "torch": torch.__version__,
-        "isa": kernels.name if kernels else "",
+        "isa": isa(),
     }
 
 

@@ -1,4 +1,4 @@
-"""A small image classifier whose token mixer is the only part that varies."""
+"""A small image classifier in which only the token mixer varies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MIXERS: dict[str, Callable[[int], nn.Module] | None] = {
     **PEERS,
     "none": None,
 }
-"""A mixer of that width, [B, N, C] -> [B, N, C], by its name; none leaves the branch out."""
+"""A mixer of that width, [B, N, C] -> [B, N, C], by its name; none removes the branch."""
 
 
 class Block(nn.Module):
@@ -50,9 +50,9 @@ class Block(nn.Module):
 class Classifier(nn.Module):
     """4x4 patches, two blocks on the 7x7 tokens, the mean, and a head, [B, 1, 28, 28] -> [B, 10].
 
-    Before the mean, patches meet in the mixers alone: overlapping convolutions such as those of
-    SwiftFormer would do part of their work. They would also tell a token its place; an embedding
-    does that here.
+    Before the mean, patches interact only in the mixers: overlapping convolutions such as those of
+    SwiftFormer would do part of their work. They would also encode the positions of the tokens; an
+    embedding does that here.
 
     Args:
         mixer: a key of `MIXERS`.

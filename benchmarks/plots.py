@@ -1,4 +1,4 @@
-"""The plots of `benchmarks.tradeoff` and `benchmarks.cpu`, drawn from their CSV files alone.
+"""The plots of `benchmarks.tradeoff` and `benchmarks.cpu`, drawn only from their CSV files.
 
 `python -m benchmarks.plots results/` draws them again.
 """
@@ -137,7 +137,7 @@ def accuracy_latency(rows: Sequence[dict[str, str]]) -> Figure:
         figure,
         f"{bars}. {rows[0]['data']}: {int(rows[0]['train_images']):,} for training, "
         f"{int(rows[0]['test_images']):,} for the test "
-        f"(their sampling alone: ±\u00a0{sampling:.1f}\u00a0points); {rows[0]['epochs']} epochs. "
+        f"(sampling error: ±\u00a0{sampling:.1f}\u00a0points); {rows[0]['epochs']} epochs. "
         f"{_machine(rows[0])}.",
     )
     return figure
@@ -237,7 +237,7 @@ def _label_points(
     points: Sequence[tuple[str, float, float]],
     intervals: Sequence[tuple[float, float, float, float]],
 ) -> None:
-    """Put each name where it covers the least of the names, markers and bars already there."""
+    """Place each name where it covers the least of the other names, markers and bars."""
     figure.draw_without_rendering()
     frame = axes.get_window_extent()
     taken: list[Bbox] = []
@@ -299,7 +299,7 @@ def _overlap(a: Bbox, b: Bbox) -> float:
 
 
 def _label_ends(figure: Figure, axes: Axes, ends: dict[str, tuple[int, float]]) -> None:
-    """Names right of the lines' ends, pushed apart, with thin leaders to those that moved."""
+    """Names to the right of the lines' ends, moved apart, with thin leaders."""
     figure.subplots_adjust(right=1 - 1.95 / figure.get_figwidth())
     figure.draw_without_rendering()
     bottom, top = axes.get_ylim()

@@ -25,6 +25,7 @@ import swiftkernels
 from benchmarks import resident
 from swiftkernels import models
 from swiftkernels.backends.cpu import library
+from swiftkernels.testing.harness import isa
 from swiftkernels.utils.files import write_csv
 from swiftkernels.utils.progress import track
 
@@ -111,7 +112,6 @@ def measure(name: str, batch: int, side: int, threads: int, repeats: int) -> dic
         peak, loss = printed.split()[-2:]
         peaks.append(int(peak))
         losses.append(float(loss))
-    kernels = library.loaded()
     return {
         "model": name,
         "batch": batch,
@@ -124,7 +124,7 @@ def measure(name: str, batch: int, side: int, threads: int, repeats: int) -> dic
         "repeats": repeats,
         "threads": threads,
         "processor": library.processor_name(),
-        "isa": kernels.name if kernels else "",
+        "isa": isa(),
         "torch": torch.__version__,
     }
 

@@ -141,11 +141,11 @@ def lower_bounds(rows: Rows) -> Figure:
     )
     add_caption(
         figure,
-        "Lower bound, not a time: no GPU has run this, and how far above its bound an engine ends "
-        "the bound does not tell, so their ratios are no speed-ups. float16; the larger of bytes / "
-        "memory bandwidth and operations / peak (not known of torch.compile: bytes alone). Hollow: "
-        "the layer's tensors fit in the GPU's last cache, where bytes between kernels may stay, "
-        "and even less time may do.",
+        "Lower bound, not a time: no GPU has run this. The bounds do not say how much longer an "
+        "engine takes, so their ratios are no speed-ups. float16; the larger of bytes / memory "
+        "bandwidth and operations / peak (torch.compile: only bytes, operations are unknown). "
+        "Hollow: the layer's tensors fit in the GPU's last-level cache; bytes between kernels may "
+        "stay there, and the real time may be below the bound.",
     )
     return figure
 
@@ -186,14 +186,14 @@ def grid_fill(rows: Rows) -> Figure:
     add_title(figure, "Grid fill: programs of each kernel against the multiprocessors of a GPU")
     add_caption(
         figure,
-        "Below a dotted line, multiprocessors of that GPU have nothing to do. Black: forward; "
+        "Below a dotted line, some multiprocessors of that GPU are idle. Black: forward; "
         "vermilion: backward. float16, [batch, tokens, width] above each panel.",
     )
     return figure
 
 
 def _place(row: dict[str, str], cases: Sequence[tuple[str, ...]]) -> float:
-    """Across: the engines of one shape side by side."""
+    """The position on the x axis: the engines of one shape next to each other."""
     engines = list(STYLES)
     middle = (len(engines) - 1) / 2
     return cases.index(_case(row)) + 0.13 * (engines.index(row["engine"]) - middle)
@@ -243,7 +243,7 @@ def _short(kernel: str) -> str:
 
 
 def _legend(figure: Figure, hollow: str) -> None:
-    """All engines, and what hollow markers are."""
+    """A legend of all engines and of hollow markers."""
     handles = [
         Line2D([], [], linestyle="", color=s.colour, marker=s.marker, label=s.name)
         for s in STYLES.values()

@@ -18,10 +18,10 @@ LAUNCH_COST_CSV = "gpu_launch_cost.csv"
 ENGINES = (OURS, "eager", "inductor", "mhsa", "separable", "linear")
 """In the order of the tables."""
 NAMES = {"inductor": "torch.compile", "mhsa": "self-attention"}
-"""Of engines in the tables, where it is another."""
+"""Names of engines in the tables, where they differ."""
 DATASHEETS = Path(__file__).with_name("datasheets.json")
 SHOWN_GPU = "H100"
-"""Whose lower bounds stand on the page; a page of all would be long."""
+"""The page shows the lower bounds of this GPU only."""
 
 Row = dict[str, str]
 
@@ -122,8 +122,10 @@ in Python costs less.
 
 
 def write(results: Path) -> Path:
-    """Write the page beside the folder of results; returns its path. Sections without CSV are left
-    out."""
+    """Write the page next to the folder of results; returns its path.
+
+    Sections without a CSV file are skipped.
+    """
     traffic = read_csv(results / TRAFFIC_CSV)
     bounds = read_csv(results / LOWER_BOUNDS_CSV)
     fills = read_csv(results / GRID_FILL_CSV)
@@ -149,7 +151,7 @@ def write(results: Path) -> Path:
 
 
 def engines_in(rows: Iterable[Row]) -> list[str]:
-    """The engines that the rows are of, in the order of the tables."""
+    """The engines in the rows, in the order of the tables."""
     found = {row["engine"] for row in rows}
     return [engine for engine in ENGINES if engine in found]
 
@@ -175,7 +177,7 @@ def traffic_table(rows: Sequence[Row], case: Sequence[str] = CASE) -> str:
 
 
 def _promises(rows: Sequence[Row]) -> str:
-    """How the bytes stand against the bounds that the tests assert."""
+    """The bytes relative to the bounds that the tests assert."""
     ours = [row for row in rows if row["engine"] == OURS]
     inductor = {_key(row): row for row in rows if row["engine"] == "inductor"}
     lines = [
@@ -285,7 +287,7 @@ def _table(
     cell: Callable[[Row], str],
     extra: Sequence[tuple[str, Callable[[Row], str]]] = (),
 ) -> str:
-    """A line a case, a column an engine."""
+    """A line for each case, a column for each engine."""
     head = [*case, *(name for name, _ in extra), *(NAMES.get(e, e) for e in engines)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for values in dict.fromkeys(tuple(row[name] for name in case) for row in rows):
@@ -309,7 +311,7 @@ def _mega(count: str) -> str:
 
 
 def _three_digits(value: float) -> str:
-    """Three digits, but whole numbers to the last.
+    """Three significant digits, but all digits before the decimal point.
 
     Example:
         >>> _three_digits(0.01234), _three_digits(12345.6)

@@ -2,12 +2,13 @@
 
     python -m benchmarks.gpu.traffic
 
-Four ways to compute the layer, forward alone and with its backward: the Triton kernels, traced lane
-by lane in Triton's interpreter (`trace`), and PyTorch's GEMMs around them; eager PyTorch (`eager`);
-what Inductor writes for a GPU (`inductor`); and eager layers of other attentions. Beside them
-stands the minimum: every input read once, every output written once, forward and backward each.
-Writes gpu_traffic.csv and, kernel by kernel, gpu_launches.csv, draws gpu_traffic.png and writes the
-page docs/gpu_evidence.md. Rows of what was counted before are replaced.
+Counted are a forward, and a forward with its backward, of: the Triton kernels, traced lane by lane
+in Triton's interpreter (`swiftkernels.testing.triton_trace`), with PyTorch's GEMMs around them;
+eager PyTorch (`eager`); the code that Inductor writes for a GPU (`inductor`); and eager layers of
+other attentions. They are compared with the minimum: in the forward and in the backward every input
+is read once and every output is written once. Writes gpu_traffic.csv and, kernel by kernel,
+gpu_launches.csv, draws gpu_traffic.png and writes the page docs/gpu_evidence.md. New rows replace
+older ones of the same case.
 
 Where the kernels' bytes are affine in the batch (up to `MAX_AFFINE_WIDTH`), long inputs are counted
 at two small batches and extrapolated; `counted_batches` says so.
@@ -46,11 +47,11 @@ if TYPE_CHECKING:
 DTYPES = ("float16", "float32")
 
 MAX_AFFINE_WIDTH = 64
-"""Up to this width partial sums of weight gradients are per item; above, a number of them that
-depends on the batch."""
+"""Up to this width there is one partial sum of the weight gradients per batch element; above, their
+number is no affine function of the batch."""
 
 LONG_INPUT = 784
-"""Tokens from which on a batch is extrapolated from batches 1 and 2."""
+"""Tokens from which the counts of a batch are extrapolated from batches 1 and 2."""
 
 FORWARD, BOTH = "forward", "forward+backward"
 
@@ -87,12 +88,12 @@ class Count:
     bytes: int
     """Distinct bytes, launch by launch."""
     requested_bytes: int | str
-    """Of all lanes; known of traced kernels alone."""
+    """Of all lanes; known only for traced kernels."""
     flops: int | str
-    """Of matrix products, with the padding of tiles; not known of Inductor."""
+    """Of matrix products, with the padding of tiles; unknown for Inductor."""
     minimum_bytes: int
     two_pass_bytes: int
-    """The minimum where the forward, and the backward, read their tokens twice."""
+    """The minimum if forward and backward each read their tokens twice."""
     counted_batches: str
     how: str
     torch: str
@@ -100,17 +101,17 @@ class Count:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What a row is a count of."""
+        """What identifies a row."""
         return tuple(map(str, astuple(self)[:6]))
 
 
 class Part(NamedTuple):
-    """What the forward, or the backward, of one call launches and moves."""
+    """The launches of the forward, or of the backward, of one call."""
 
     launches: list[Launch]
-    """Of Triton kernels."""
+    """Triton kernels."""
     operators: list[Operator]
-    """Of PyTorch, around them."""
+    """PyTorch's operators around them."""
 
 
 @functools.cache
@@ -118,7 +119,7 @@ def count_ours(shape: Shape, dtype: torch.dtype) -> tuple[Part, Part]:
     """Trace forward and backward of one call; needs TRITON_INTERPRET=1.
 
     Raises:
-        MemoryFaultError: a kernel did what it must not.
+        MemoryFaultError: a kernel accessed memory in a forbidden way.
     """
     from swiftkernels.ops.additive_attention.triton import launch
     from swiftkernels.testing.triton_trace import trace
@@ -189,7 +190,7 @@ def extrapolate(one: Part, two: Part, batch: int) -> Part:
 
 
 def minimum_bytes(shape: Shape, dtype: torch.dtype, backward: bool, passes: int = 1) -> int:
-    """Bytes of a layer that reads its tokens `passes` times and all else once.
+    """Bytes of a layer that reads its tokens `passes` times, and everything else once.
 
     The forward reads x and the weights and writes the output; the backward reads x, dout and the
     weights and writes dx and the gradients of the weights.
@@ -293,7 +294,7 @@ def _count_eager(engine: str, case: tuple[Shape, str, bool]) -> Count:
 def run(
     shapes: Iterable[Shape], dtypes: Iterable[str], engines: Iterable[str], out: Path
 ) -> list[dict[str, Any]]:
-    """Count, and write the CSV files as rows are ready; returns all rows of gpu_traffic.csv."""
+    """Count, and write the CSV files after each row; returns all rows of gpu_traffic.csv."""
     out.mkdir(parents=True, exist_ok=True)
     shapes, dtypes, engines = list(shapes), list(dtypes), list(engines)
     cases = [(s, d, b) for s in shapes for d in dtypes for b in (False, True)]
@@ -331,7 +332,7 @@ def run(
 
 
 def _keep_launches(path: Path, kernels: list[dict[str, Any]]) -> None:
-    """Write rows of gpu_launches.csv in place of those of the same shape and type."""
+    """Write rows of gpu_launches.csv; they replace those of the same shape and dtype."""
     names = ("dtype", "batch", "tokens", "width")
     new = {tuple(str(row[n]) for n in names) for row in kernels}
     others = [row for row in read_csv(path) if tuple(row[n] for n in names) not in new]
@@ -351,7 +352,7 @@ def _shape(text: str) -> Shape:
 
 def _main() -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
-        # Triton looks when it is imported, and PyTorch's FLOP counter has done that above.
+        # Triton reads the variable when it is imported, as PyTorch's FLOP counter did above.
         command = [sys.executable, "-m", "benchmarks.gpu.traffic", *sys.argv[1:]]
         os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
     assert __doc__
@@ -362,7 +363,9 @@ def _main() -> None:
     )
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=DTYPES)
     parser.add_argument("--engines", choices=ENGINES, nargs="+", default=ENGINES)
-    parser.add_argument("--report", action="store_true", help="count nothing: table, plot and page")
+    parser.add_argument(
+        "--report", action="store_true", help="count nothing: write table, plot and page"
+    )
     options = parser.parse_args()
     if not options.report:
         run(options.shapes, options.dtypes, options.engines, options.out)

@@ -33,7 +33,7 @@ OPSET = 20
 LONGEST_CALL = 3.0
 """Seconds; engines that take longer for one call are not measured."""
 
-SLOW_FLOPS = 1e10
+SLOW_FLOPS = 2e10
 """Floating-point operations a second of a slow CPU core, to estimate self-attention's time."""
 
 EXACT_SCORES = 1 << 24
@@ -219,7 +219,7 @@ def _compile(problem: Problem, module: nn.Module, **options: Any) -> Call:
 def _compile_max(problem: Problem, module: nn.Module) -> Call:
     import torch._inductor.config  # takes seconds: not in processes that measure memory
 
-    # As mode="max-autotune-no-cudagraphs", which torch.compile does not take along with options.
+    # As mode="max-autotune-no-cudagraphs": torch.compile accepts either a mode or options.
     options: dict[str, Any] = {
         **torch._inductor.list_mode_options("max-autotune-no-cudagraphs"),
         "freezing": True,

@@ -184,7 +184,6 @@ def compare(
 def common_columns(problem: Problem) -> Row:
     """A row with what all engines of one problem have in common; the other columns are ""."""
     on_cpu = problem.device.type == "cpu"
-    kernels = library.loaded() if on_cpu else None
     return dict.fromkeys(COLUMNS, "") | {
         "started": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         "shape": problem.size.name,
@@ -199,7 +198,7 @@ def common_columns(problem: Problem) -> Row:
         "torch": torch.__version__,
         "onnxruntime": version("onnxruntime"),
         "openvino": version("openvino"),
-        "isa": kernels.name if kernels else "",
+        "isa": isa() if on_cpu else "",
     }
 
 
@@ -294,6 +293,12 @@ def version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def isa() -> str:
+    """The instruction set of the CPU kernels in use; "" if there are none."""
+    kernels = library.loaded()
+    return kernels.name if kernels else ""
 
 
 def label(row: Row) -> str:

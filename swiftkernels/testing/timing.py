@@ -1,8 +1,8 @@
 """Time of calls: one clock for each kind of device, and calls measured in turn.
 
-* On a GPU, a time lies between two events. As called: the device is idle before, so that the time
-  in which the host launches the kernels counts. Queued: the call waits behind other work, so that
-  the time is the device's alone. The caches are flushed before every sample.
+* On a GPU, a time is that between two events. As called: the device is idle before, so that the
+  time in which the host launches the kernels counts. Queued: the call waits behind other work, so
+  that only the device's time counts. The caches are flushed before every sample.
 * On a CPU with one thread it is the process time, which other programs disturb least. With several
   threads, of which the process time would be the sum, it is wall time.
 """

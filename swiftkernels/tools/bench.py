@@ -177,7 +177,7 @@ def _method(device: torch.device) -> str:
         f"{clock_name(device)}, caches as the previous call left them"
         if device.type == "cpu"
         else "between events on the device, caches flushed before every sample. As called: from "
-        "an idle device, so that launching counts; in a graph: the kernels alone"
+        "an idle device, so that launching counts; in a graph: only the kernels"
     )
     return f"Engines in turn, {how}. Each engine is verified against float64 before it is timed."
 

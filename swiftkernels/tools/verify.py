@@ -388,7 +388,7 @@ def run(device: str | None, backend: str | None = None, quick: bool = False) -> 
             "bfloat16, which it computes wrongly."
         )
     if not backends:
-        print("Nothing to verify could run here; swiftkernels doctor tells more.")
+        print("Nothing to verify could run here; swiftkernels doctor explains why.")
         return 2
     began = time.perf_counter()
     results = []

@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs that are not there, with the arguments they are launched with."""
+"""The kernels can be cross-compiled, with the arguments they are launched with."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def compiler_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("images", [False, True])
 @pytest.mark.parametrize("width", [24, 80, 264])
 def test_every_promised_alignment_holds(width, images):
-    """Of a slice of wider tokens, whose gradient is narrower; a GPU would fault or write astray."""
+    """For a slice of wider tokens: with wrong promises, a GPU would fault or write elsewhere."""
     tensors = make_tensors(2, 21, width + 8, width, 1, dtype=torch.float16)
     x = tensors[0].transpose(1, 2).contiguous().transpose(1, 2) if images else tensors[0]
     tensors[0] = x[..., :width]

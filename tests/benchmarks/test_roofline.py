@@ -95,7 +95,7 @@ def test_programs_fit_by_registers_shared_memory_and_threads(facts, programs):
     assert roofline.resident_programs(facts, GPU) == programs
 
 
-def test_compiled_kernels_tell_how_many_programs_fit(drawn):
+def test_compiled_kernels_give_how_many_programs_fit(drawn):
     facts = {"warps": 4, "registers": 64, "shared": 0}
     kernels = {"a sm_80 fp16 8": facts, "a sm_90 fp16 8": {"error": "none"}}
     (drawn / roofline.KERNELS_JSON).write_text(json.dumps(kernels))

@@ -1,7 +1,7 @@
 """Every lane of every load and store: inside its tensors, free of races, nothing left unwritten.
 
-First the instrument itself, on small kernels that are right and on ones that are wrong on purpose;
-then the library's kernels; then each of them with one mask left out, which must be found out.
+First the trace itself, on small kernels that are right and on ones that are wrong on purpose; then
+the library's kernels; then each of them with one mask removed, which must be found.
 """
 
 from __future__ import annotations
@@ -325,7 +325,7 @@ def layer_run(
     images: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Run:
-    """The layer on two items of tokens or, transposed in memory, images."""
+    """The layer on two sequences of tokens or, transposed in memory, images."""
     tensors = make_tensors(2, n_tokens, in_dims, token_dim, heads, dtype=dtype)
     if images:
         tensors[0] = tensors[0].transpose(1, 2).contiguous().transpose(1, 2)
@@ -380,11 +380,11 @@ def test_the_kernels_are_clean(name):
     assert launches
 
 
-# Mutants: the library's kernels with one mask left out.
+# Mutants: the library's kernels with one mask removed.
 
 
 class _DropMask(ast.NodeTransformer):
-    """Leaves out the masks of the call at one place (with `other`, which needs one)."""
+    """Removes the mask of the call at one place (with `other`, which needs a mask)."""
 
     def __init__(self, place: tuple[int, int]) -> None:
         self.place = place

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
-import pkgutil
-
 import pytest
 import torch
 
-import swiftkernels.testing
 from swiftkernels.ops import operator
 from swiftkernels.ops.additive_attention import eager
 from swiftkernels.ops.additive_attention.layer import AdditiveAttention
@@ -153,15 +148,3 @@ def test_measured_results_stay_readable():
 
     rows = cpu.read_rows(ROOT / "docs" / "results" / "cpu.csv")
     assert len(ratios.speedups(rows)) > 100
-
-
-def test_examples_run():
-    attempted = 0
-    for module in pkgutil.iter_modules(swiftkernels.testing.__path__):
-        if module.name in ("interpreter", "triton_trace", "plots", "peers"):
-            continue  # these need optional packages
-        found = importlib.import_module(f"swiftkernels.testing.{module.name}")
-        result = doctest.testmod(found)
-        assert result.failed == 0
-        attempted += result.attempted
-    assert attempted > 0
