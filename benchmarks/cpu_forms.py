@@ -15,6 +15,7 @@ import functools
 import json
 import statistics
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
@@ -23,15 +24,8 @@ from torch import Tensor
 from swiftkernels import AdditiveAttention
 from swiftkernels.backends import devices
 from swiftkernels.backends.cpu import library
-from swiftkernels.ops.additive_attention.cpu import config, launch
-from swiftkernels.ops.additive_attention.cpu.packing import (
-    FOLDED,
-    TRIANGULAR,
-    Packed,
-    Weights,
-    pack,
-)
-from swiftkernels.ops.additive_attention.reference import Options
+from swiftkernels.ops.additive_attention.cpu import config
+from swiftkernels.ops.additive_attention.cpu.packing import FOLDED, TRIANGULAR
 from swiftkernels.testing.timing import Call, Stopwatch, interleave
 from swiftkernels.utils.files import write_text
 from swiftkernels.utils.progress import Progress
@@ -44,65 +38,54 @@ RATIOS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Tokens per channel, in growing order."""
 
 
-def problem(width: int, ratio: float) -> tuple[Tensor, Weights]:
-    """x with `ratio` tokens per channel in every batch element, and a layer's weights."""
+def forced(call: Call, function: str, value: object) -> Call:
+    """The call while a function of `config` chooses `value` for all shapes."""
+
+    def run() -> None:
+        with mock.patch.object(config, function, return_value=value):
+            call()
+
+    return run
+
+
+def layer_and_tokens(width: int, ratio: float, **options: Any) -> tuple[AdditiveAttention, Tensor]:
+    """A layer, and x with `ratio` tokens per channel in every batch element."""
     torch.manual_seed(0)
-    layer = AdditiveAttention(width, width, 1).requires_grad_(False)
-    x = torch.randn(max(1, 16384 // int(ratio * width)), int(ratio * width), width)
-    weights = Weights(
-        layer.to_query.weight, layer.to_query.bias, layer.to_key.weight, layer.to_key.bias,
-        layer.w_g.flatten(), layer.proj.weight, layer.proj.bias, layer.final.weight,
-        layer.final.bias,
-    )  # fmt: skip
-    return x, weights
+    layer = AdditiveAttention(width, width, 1, backend="cpu", **options)
+    return layer, torch.randn(max(1, 16384 // int(ratio * width)), int(ratio * width), width)
 
 
-def options(width: int, qk_norm: bool = True) -> Options:
-    return Options("l2", qk_norm, width**-0.5, 1e-12)
+def gain(calls: dict[str, Call], seconds: float) -> float:
+    """Time of the first call divided by that of the second."""
+    first, second = interleave(calls, Stopwatch("cpu"), seconds).values()
+    return first.median / second.median
 
 
+@torch.no_grad()
 def forward_gain(width: int, ratio: float, seconds: float, qk_norm: bool) -> float:
     """Time of the triangular forward divided by that of the folded one."""
-    x, weights = problem(width, ratio)
-    out = torch.empty_like(x)
 
     def call(form: int) -> Call:
-        packed = pack(launch.kernels(), weights, options(width, qk_norm), form)
-        return lambda: _run(form, x, out, packed)
+        layer, x = layer_and_tokens(width, ratio, qk_norm=qk_norm)
+        return forced(lambda: layer(x), "form", form)
 
-    calls = {"triangular": call(TRIANGULAR), "folded": call(FOLDED)}
-    times = interleave(calls, Stopwatch("cpu"), seconds)
-    return times["triangular"].median / times["folded"].median
+    return gain({"triangular": call(TRIANGULAR), "folded": call(FOLDED)}, seconds)
 
 
 def backward_gain(width: int, ratio: float, seconds: float) -> float:
     """Time of forward and backward with kept rows divided by that of the folded forms."""
-    x, weights = problem(width, ratio)
-    tensors = (x, *weights[:-1], None)
 
     def call(folded: bool) -> Call:
-        def run() -> None:
-            out, G, kept, rows = launch.additive_self_attention_forward(
-                *tensors, options(width), "statistics" if folded else "rows"
-            )
-            with mock.patch.object(config, "folds_backward", return_value=folded):
-                launch.additive_self_attention_backward(
-                    out, *tensors, (G, kept, rows), options(width), True, True
-                )
+        layer, x = layer_and_tokens(width, ratio, recompute=folded)
+        leaves = [x.requires_grad_(), *layer.parameters()]
 
-        return run
+        def step() -> None:
+            out = layer(x)
+            torch.autograd.grad(out, leaves, out.detach())
 
-    calls = {"rows": call(False), "folded": call(True)}
-    times = interleave(calls, Stopwatch("cpu"), seconds)
-    return times["rows"].median / times["folded"].median
+        return forced(step, "folds_backward", folded)
 
-
-def _run(form: int, x: Tensor, out: Tensor, packed: Packed) -> None:
-    batch, n_tokens, _ = x.shape
-    done = launch.call_forward(
-        packed, batch, n_tokens, form, x, x.stride(), out, out.stride(), add_input=False
-    )
-    assert done
+    return gain({"rows": call(False), "folded": call(True)}, seconds)
 
 
 def threshold(gains: dict[float, float]) -> float:
@@ -135,12 +118,12 @@ def main() -> None:
     found = {}
     total = len(RATIOS) * sum(len(widths) for _, widths in thresholds.values())
     with Progress(total, "comparisons") as progress:
-        for name, (gain, widths) in thresholds.items():
+        for name, (measure, widths) in thresholds.items():
             gains = {}
             for ratio in RATIOS:
                 values = []
                 for width in widths:
-                    values.append(gain(width, ratio, arguments.seconds))
+                    values.append(measure(width, ratio, arguments.seconds))
                     progress.advance()
                 gains[ratio] = statistics.geometric_mean(values)
                 progress.write(f"{name}, {ratio:g} tokens per channel: {gains[ratio]:.3f}")

@@ -32,8 +32,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
-from swiftkernels.ops.additive_attention.reference import Options
+from benchmarks.gpu import calls
 from swiftkernels.ops.additive_attention.triton import config, launch
+from swiftkernels.testing.cases import make_mask, make_tensors
 from swiftkernels.utils.files import write_text
 from swiftkernels.utils.progress import Progress, track
 
@@ -147,22 +148,16 @@ def launches_of(
     `images`, a transposed [2, width, 64]. Neither number enters the kernels.
     """
 
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
-    x = zeros(2, width, 64).transpose(1, 2) if images else zeros(2, 64, width)
-    matrix, vector = zeros(width, width), zeros(width)
-    tensors = (x, matrix, vector, matrix, vector, vector, matrix, vector, matrix, vector)
-    mask = torch.ones(2, 64, dtype=torch.bool) if masked else None
-    options = Options(pooling, True, width**-0.5, 1e-12)
+    tensors = make_tensors(2, 64, width, width, dtype=dtype)
+    x = tensors[0]
+    assert x is not None
+    if images:
+        tensors[0] = x.transpose(1, 2).contiguous().transpose(1, 2)
+    mask = make_mask(2, 64) if masked else None
     on_class = mock.patch.object(config, "architecture", return_value=class_)
     launch.forget_plans()  # their key is the device, which is always the CPU here
     with on_class, recorded_launches() as launches:
-        out, *rest = launch.additive_self_attention_forward(*tensors, mask, options)
-        saved = (rest[0], rest[1], rest[2])
-        launch.additive_self_attention_backward(
-            torch.zeros_like(out), *tensors, mask, saved, options, True, True
-        )
+        calls.forward(tensors, mask, pooling)()
     return launches
 
 

@@ -34,7 +34,7 @@ from benchmarks.gpu import eager, inductor, plots, report
 from benchmarks.gpu.eager import EagerTraffic, Operator
 from benchmarks.gpu.report import ENGINES, LAUNCHES_CSV, TRAFFIC_CSV
 from swiftkernels import AdditiveAttention
-from swiftkernels.ops.additive_attention.reference import Options
+from swiftkernels.testing.cases import make_tensors
 from swiftkernels.testing.engines import OURS
 from swiftkernels.testing.peers import PEERS
 from swiftkernels.testing.ratios import Shape
@@ -121,26 +121,15 @@ def count_ours(shape: Shape, dtype: torch.dtype) -> tuple[Part, Part]:
     Raises:
         MemoryFaultError: a kernel accessed memory in a forbidden way.
     """
-    from swiftkernels.ops.additive_attention.triton import launch
+    from benchmarks.gpu import calls
     from swiftkernels.testing.triton_trace import trace
 
-    width = shape.width
-    generator = torch.Generator().manual_seed(0)
-    # A layer's own parameter comes before those of its linear layers.
-    x, w_g, wq, bq, wk, bk, wp, bp, wf, bf = (
-        (torch.randn(size, generator=generator) * size[-1] ** -0.5).to(dtype)
-        for size in (shape, *(p.shape for p in _layer(width, dtype).parameters()))
-    )
-    tensors = (x, wq, bq, wk, bk, w_g.flatten(), wp, bp, wf, bf)
-    options = Options("l2", True, width**-0.5, 1e-12)
+    tensors = make_tensors(*shape, shape.width, dtype=dtype)
     with torch.no_grad():
         with trace() as forward, EagerTraffic() as around_forward:
-            out, G, statistics, folded = launch.additive_self_attention_forward(
-                *tensors, None, options
-            )
+            run_backward = calls.forward(tensors)
         with trace() as backward, EagerTraffic() as around_backward:
-            saved = G, statistics, folded
-            launch.additive_self_attention_backward(out, *tensors, None, saved, options, True, True)
+            run_backward()
     return Part(forward, around_forward.operators), Part(backward, around_backward.operators)
 
 

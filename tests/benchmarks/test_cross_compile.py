@@ -9,10 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import cross_compile
+from benchmarks.gpu import calls, cross_compile
 from benchmarks.gpu.cross_compile import ARCHITECTURES, Cell
-from swiftkernels.ops.additive_attention.reference import Options
-from swiftkernels.ops.additive_attention.triton import launch
 from swiftkernels.testing.cases import make_tensors
 
 
@@ -30,12 +28,8 @@ def test_every_promised_alignment_holds(width, images):
     x = tensors[0].transpose(1, 2).contiguous().transpose(1, 2) if images else tensors[0]
     tensors[0] = x[..., :width]
     tensors[1], tensors[3] = tensors[1][:, :width], tensors[3][:, :width]
-    options = Options("l2", True, width**-0.5, 1e-12)
     with cross_compile.recorded_launches() as launches:
-        out, *saved = launch.additive_self_attention_forward(*tensors, None, options)
-        launch.additive_self_attention_backward(
-            torch.ones_like(out), *tensors, None, tuple(saved), options, True, True
-        )
+        calls.forward(tensors)()
     assert launches
     for kernel, arguments in launches:
         for prefix, align in (("", "ALIGN"), ("dx_", "ALIGN"), ("dout_", "DOUT_ALIGN")):
