@@ -20,7 +20,6 @@ from torch import Tensor
 
 from swiftkernels.backends import devices
 from swiftkernels.backends.cpu import library
-from swiftkernels.ops import operator
 from swiftkernels.testing import costs, timing
 from swiftkernels.testing.engines import ENGINES, LONGEST_CALL, OURS, Call, Engine, Problem
 from swiftkernels.testing.operators import Size
@@ -212,8 +211,7 @@ def _try_build(problem: Problem, name: str, row: Row, watch: Stopwatch) -> Call 
         module = problem.module(engine.layer)
         row["least_bytes"] = problem.least_bytes(module)
         if name == OURS:
-            backend, width = problem.backend, problem.size.width
-            row["backend"] = operator.choose_backend(backend, problem.x, width)
+            row["backend"] = problem.operator.choose_backend(problem.backend, problem.x)
         call = engine.build(problem, module)
         row["note"] = check(problem, engine, call(), row)
         if not row["note"] and (took := watch(call)) > LONGEST_CALL:

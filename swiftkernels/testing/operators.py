@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftkernels.ops.additive_attention.layer import AdditiveAttention
+from swiftkernels.ops.operator import choose_backend
 
 IMAGE_SIZE = 224
 """Pixels of a side of the images that the networks classify."""
@@ -78,6 +79,8 @@ class Operator:
     name: str
     layer: Callable[[int, str], nn.Module]
     """The layer from its width C and a backend, with weights drawn from torch's generator."""
+    choose_backend: Callable[[str, Tensor], str]
+    """The backend that runs where this one is asked for, for an input."""
     published: Callable[[nn.Module], nn.Module]
     """The layer as its authors publish it, with the weights of one by `layer`. It needs nothing but
     operators of PyTorch that export to ONNX."""
@@ -112,6 +115,10 @@ def _additive_layer(width: int, backend: str) -> nn.Module:
     return AdditiveAttention(width, width, num_heads=1, backend=backend)
 
 
+def _choose_additive_backend(backend: str, x: Tensor) -> str:
+    return choose_backend(backend, x, x.shape[-1])
+
+
 def _published_additive(layer: nn.Module) -> nn.Module:
     assert isinstance(layer, AdditiveAttention)
     return _PublishedAdditive(layer)
@@ -122,6 +129,7 @@ _SIZES = _swiftformer_sizes()
 ADDITIVE_ATTENTION = Operator(
     "additive_attention",
     layer=_additive_layer,
+    choose_backend=_choose_additive_backend,
     published=_published_additive,
     sizes=_SIZES,
     quick_sizes=tuple(s for s in _SIZES if s.name in ("XS-1/S-1/L1-1", "XS-3", "XS-4")),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,7 +15,6 @@ from swiftkernels.testing.engines import ENGINES, OURS, Problem
 from swiftkernels.testing.operators import ADDITIVE_ATTENTION, OPERATORS, Size
 from swiftkernels.testing.timing import Stopwatch
 from swiftkernels.testing.tolerance import relative_errors
-from tests.builds import ROOT
 
 SMALL = Size(9, 16, "small")
 UNCOMPILED = tuple(
@@ -142,9 +143,15 @@ def test_only_times_of_one_comparison_are_divided():
     assert "| eager  |      1 | 1.50 |" in ratios.ratio_table(found)
 
 
-def test_measured_results_stay_readable():
-    pytest.importorskip("matplotlib")
-    from benchmarks import cpu
-
-    rows = cpu.read_rows(ROOT / "docs" / "results" / "cpu.csv")
-    assert len(ratios.speedups(rows)) > 100
+def test_a_further_operator_is_a_fused_peer_by_one_entry(monkeypatch):
+    """Judged against its own definition, with the same weights."""
+    other = replace(ADDITIVE_ATTENTION, name="other", layer=lambda width, backend: AdditiveAttention(
+        width, width, num_heads=1, pooling="softmax", backend=backend,
+    ))  # fmt: skip
+    made = [lambda p, b=b: other.layer(p.size.width, b) for b in ("aten", "reference")]
+    monkeypatch.setitem(ENGINES, "other-fused", engines.Engine(*made, fused=True))
+    monkeypatch.setitem(ENGINES, "other", engines.Engine(made[1]))
+    rows = compare(small_problem(backward=True), OURS, "other", "other-fused")
+    assert [row["note"] for row in rows.values()] == ["", "", ""]
+    monkeypatch.setitem(ENGINES, "mixed-up", engines.Engine(made[0], ENGINES["eager"].layer))
+    assert harness.is_error(compare(small_problem(), "mixed-up")["mixed-up"])
