@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -145,10 +143,11 @@ def test_only_times_of_one_comparison_are_divided():
 
 def test_a_further_operator_is_a_fused_peer_by_one_entry(monkeypatch):
     """Judged against its own definition, with the same weights."""
-    other = replace(ADDITIVE_ATTENTION, name="other", layer=lambda width, backend: AdditiveAttention(
-        width, width, num_heads=1, pooling="softmax", backend=backend,
-    ))  # fmt: skip
-    made = [lambda p, b=b: other.layer(p.size.width, b) for b in ("aten", "reference")]
+
+    def layer(width: int, backend: str) -> AdditiveAttention:
+        return AdditiveAttention(width, width, num_heads=1, pooling="softmax", backend=backend)
+
+    made = [lambda p, b=b: layer(p.size.width, b) for b in ("aten", "reference")]
     monkeypatch.setitem(ENGINES, "other-fused", engines.Engine(*made, fused=True))
     monkeypatch.setitem(ENGINES, "other", engines.Engine(made[1]))
     rows = compare(small_problem(backward=True), OURS, "other", "other-fused")
