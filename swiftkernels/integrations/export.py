@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from swiftkernels.ops.additive_attention.layer import AttentionForward, in_evaluation
-from swiftkernels.tools.verify import budget, relative_error
+from swiftkernels.testing.tolerance import budget, relative_error
 from swiftkernels.utils import checks, files
 from swiftkernels.utils.extras import need
 from swiftkernels.utils.progress import timed

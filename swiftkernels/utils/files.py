@@ -122,6 +122,14 @@ def write_csv(
     write_text(path, text.getvalue())
 
 
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a CSV file by column; none if there is no such file."""
+    if not Path(path).is_file():
+        return []
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def rounded(row: Mapping[str, Any], digits: int = 6) -> dict[str, Any]:
     """The row with its floats as texts of that many significant digits."""
     return {k: f"{v:.{digits}g}" if isinstance(v, float) else v for k, v in row.items()}

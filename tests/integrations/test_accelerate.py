@@ -19,7 +19,8 @@ from swiftkernels import AdditiveAttention, accelerate, warmup
 from swiftkernels.integrations import accelerate as acceleration
 from swiftkernels.integrations.accelerate import TRANSFORMERS, Acceleration, register
 from swiftkernels.ops.additive_attention.layer import AttentionForward
-from tests.cases import POOLINGS, assert_as_good_as_eager
+from swiftkernels.testing.cases import POOLINGS
+from swiftkernels.testing.tolerance import assert_as_good_as_eager
 from tests.models.test_public_models import OfficialLayer
 from tests.stubs import import_timm
 

@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 from swiftkernels import AdditiveAttention, accelerate
 from swiftkernels.integrations import export
 from swiftkernels.models import SwiftFormer, swiftformer_xs
+from swiftkernels.testing.cases import POOLINGS
+from swiftkernels.testing.tolerance import assert_as_good_as_eager
 from tests import mil
-from tests.cases import POOLINGS, assert_as_good_as_eager
 
 Run = Callable[[Tensor], list[Tensor]]
 Loader = Callable[[Path], Run]

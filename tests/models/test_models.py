@@ -17,7 +17,7 @@ from swiftkernels import models
 from swiftkernels.models import SwiftFormer, convert_state_dict, feature_info, recompute
 from swiftkernels.models.swiftformer import checkpoints, network
 from swiftkernels.models.swiftformer.checkpoints import SOURCES, guess_source
-from tests.cases import assert_as_good_as_eager
+from swiftkernels.testing.tolerance import assert_as_good_as_eager
 
 PUBLISHED = {
     "swiftformer_xs": (3_475_360, 0.60),

@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftkernels import AdditiveAttention
-from tests.cases import EXACT, assert_as_good_as_eager, assert_exact, relative_error
+from swiftkernels.testing.tolerance import (
+    EXACT,
+    assert_as_good_as_eager,
+    assert_exact,
+    relative_error,
+)
 
 BACKENDS = ("auto", "aten", "reference")
 SIZES = [(48, 48, 1), (56, 28, 2), (37, 64, 2)]

@@ -19,8 +19,9 @@ from swiftkernels.models import attention_maps, save_checkpoint, token_weights
 from swiftkernels.ops.additive_attention import reference
 from swiftkernels.ops.additive_attention.layer import AttentionForward
 from swiftkernels.ops.additive_attention.weights import Options
+from swiftkernels.testing.cases import POOLINGS
+from swiftkernels.testing.tolerance import assert_exact
 from swiftkernels.tools import cli, predict
-from tests.cases import POOLINGS, assert_exact
 from tests.integrations.test_accelerate import Fork, OnImages, randn
 from tests.models.test_checkpoints import trained
 from tests.models.test_models import images

@@ -24,7 +24,7 @@ needs_kernels = pytest.mark.skipif(library.loaded() is None, reason="needs the C
 
 @pytest.fixture
 def few_cases(monkeypatch):
-    """And one thread: small work is faster so, beside other processes."""
+    """Few cases, and one thread, which is faster for small work next to other processes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(verify, "CASES", SMALL)
@@ -173,7 +173,7 @@ def test_a_kernel_that_raises_has_failed_and_the_others_go_on(few_cases, monkeyp
     assert f"FAIL: {3 * len(SMALL)} of {3 * len(SMALL)}" in said
 
 
-def test_what_cannot_run_is_told(capsys, monkeypatch):
+def test_what_cannot_run_is_reported(capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert cli.main(["verify", "--device", "cpu", "--backend", "triton"]) == 2
     said = capsys.readouterr().out

@@ -26,8 +26,8 @@ from swiftkernels import AdditiveAttention, accelerate
 from swiftkernels.ops import linear_parts
 from swiftkernels.ops.additive_attention.reference import attend
 from swiftkernels.ops.additive_attention.weights import Options
+from swiftkernels.testing.tolerance import relative_error
 from tests.builds import ROOT
-from tests.cases import relative_error
 from tests.models.test_public_models import OfficialLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(weight_norm|quantization|ao).*")
