@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from swiftkernels.integrations.accelerate import part_names
+from swiftkernels.integrations.probe import part_names
 from swiftkernels.ops import linear_parts, operator
 from swiftkernels.ops.additive_attention.layer import AttentionForward
 
