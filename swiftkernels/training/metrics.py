@@ -22,7 +22,7 @@ COLUMNS = (
     "ema_top5",
 )
 """train_loss is the mean since the previous row, with mixed and smoothed labels. The last six
-columns are cross-entropy and percentages on the validation images, in rows at the end of an epoch."""
+columns, cross-entropy and percentages on the validation images, are set at the end of an epoch."""
 
 Row = dict[str, Any]
 
