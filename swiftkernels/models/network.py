@@ -87,12 +87,14 @@ class Network(nn.Module):
             (`swiftkernels.models.feature_info.FeatureInfo`).
         feature_channels, feature_strides: of the feature maps that `features_only` returns.
         grad_checkpointing: whether blocks are recomputed in the backward.
-        pretrained: what `from_pretrained` read (report, config.json, class names); None for a
-            network that was built in another way.
+        pretrained: what `from_pretrained` read (report, config.json, class names); only the
+            networks that it returns have this attribute.
         pretrained_cfg, default_cfg: as the argument.
     """
 
     __jit_unused_properties__ = ("grad_checkpointing",)
+    if TYPE_CHECKING:  # TorchScript reads the annotations that a class has at run time
+        pretrained: Pretrained
 
     def __init__(
         self,
@@ -127,7 +129,6 @@ class Network(nn.Module):
         )
         self.feature_channels: tuple[int, ...] = tuple(self.feature_info.channels())
         self.feature_strides: tuple[int, ...] = tuple(self.feature_info.reduction())
-        self.pretrained: Pretrained | None = None
         self.pretrained_cfg = pretrained_cfg
         self.default_cfg = pretrained_cfg
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import doctest
 import json
 import re
@@ -632,12 +633,13 @@ def test_options_of_a_pretrained_model(tmp_path):
     path = written(tmp_path, state(trained()))
     model = from_pretrained(path, num_classes=3, drop_path_rate=0.2, pooling="sum")
     assert output(model).shape == (2, 3)
+    assert copy.deepcopy(model).pretrained == model.pretrained
     assert model.stages[1].blocks[-1].drop_path.rate == 0.2
     assert poolings(model) == {"sum"}
     assert "heads: unchanged" in str(model.pretrained.report)
     assert model.pretrained.config == {}
     assert model.pretrained.class_names is None
-    assert small().pretrained is None
+    assert not hasattr(small(), "pretrained")
     assert len(output(from_pretrained(path, features_only=True))) == 2
     assert output(from_pretrained(path, num_classes=0)).shape == (2, 24)
     headless = written(tmp_path, state(trained(num_classes=0)), "headless.pth")

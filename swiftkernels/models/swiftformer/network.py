@@ -218,8 +218,8 @@ class SwiftFormer(Network):
         feature_channels, feature_strides: of the feature maps that `features_only` returns.
         grad_checkpointing: whether blocks are recomputed in the backward
             (`set_grad_checkpointing`).
-        pretrained: what `from_pretrained` read: report, config.json and class names. None for a
-            network that was built in another way.
+        pretrained: what `from_pretrained` read: report, config.json and class names; only the
+            networks that it returns have this attribute.
         pretrained_cfg, default_cfg: how the public weights were trained, by the keys of timm: size
             and crop of the images, mean and deviation of their channels, names of the first
             convolution and of the heads.
