@@ -338,8 +338,9 @@ def read_checkpoint(
         known = " or ".join(f.network.__name__ for f in candidates)
         raise ValueError(
             f"{name} must hold the weights of a {known}, with the names of {', '.join(SOURCES)}; "
-            f"it has {listed(list(weights), 5)}. If they are part of a larger model, pass its "
-            "name, such as prefix='backbone.'. To list the unknown names, pass source='official'."
+            f"it has {listed(list(weights), 5)}. If they are part of a larger model, pass the "
+            "start of their names, as prefix='backbone.'. To list unknown names, pass "
+            "source='official'."
         )
     state_dict = family.convert(weights, source, family.own_names)
     recorded = _recorded_pooling(content)
@@ -468,7 +469,7 @@ def own_pooling(model: nn.Module) -> Pooling:
     Raises:
         ValueError: they have several.
     """
-    poolings = {attention.pooling for attention in _attentions(model)}
+    poolings: set[Any] = {attention.pooling for attention in _attentions(model)}
     if len(poolings) > 1:
         raise ValueError(
             f"model must have one pooling; its attentions have {', '.join(sorted(poolings))}."

@@ -106,9 +106,9 @@ def family_of(model: object) -> Family:
     for family in families():
         if isinstance(model, family.network):
             return family
-    known = " or ".join(f"swiftkernels.models.{family.network.__name__}" for family in families())
+    known = " or ".join(family.network.__name__ for family in families())
     raise TypeError(
-        f"model must be a {known}, without wrappers; got a "
+        f"model must be a {known} of swiftkernels.models, without wrappers; got a "
         f"{type(model).__module__}.{type(model).__name__}. For the models of other libraries use "
         "convert_state_dict, which renames their weights, or swiftkernels.accelerate."
     )

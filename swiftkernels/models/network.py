@@ -265,17 +265,17 @@ class Network(nn.Module):
         """
         checks.check_option("output_fmt", output_fmt, ("NCHW",))
         count = len(self.stages)
-        taken = take_indices(indices, count)
-        end = max(taken) + 1 if stop_early else count
+        chosen = take_indices(indices, count)
+        end = max(chosen) + 1 if stop_early else count
         maps = self._stage_maps(x, end)
         if self.feature_norms is None:
             norms = {count - 1: self.norm}
         else:
             norms = {int(index): module for index, module in self.feature_norms.items()}
         # Each BatchNorm runs at most once: in training it updates its statistics.
-        wanted = {*(taken if norm else ()), *(() if intermediates_only else (count - 1,))}
+        wanted = {*(chosen if norm else ()), *(() if intermediates_only else (count - 1,))}
         normed = [norms[i](m) if i in wanted and i in norms else m for i, m in enumerate(maps)]
-        found = [normed[i] if norm else maps[i] for i in sorted(set(taken))]
+        found = [normed[i] if norm else maps[i] for i in sorted(set(chosen))]
         return found if intermediates_only else (normed[-1], found)
 
     def prune_intermediate_layers(
@@ -301,8 +301,8 @@ class Network(nn.Module):
             TypeError, ValueError: a wrong argument, or a network with `features_only`.
         """
         self._check_heads()
-        taken = take_indices(indices, len(self.stages))
-        last = max(taken)
+        chosen = take_indices(indices, len(self.stages))
+        last = max(chosen)
         shorter = last < len(self.stages) - 1
         del self.stages[last + 1 :]
         if shorter or prune_norm:
@@ -310,7 +310,7 @@ class Network(nn.Module):
         if shorter or prune_head:
             self.num_features = self.head_hidden_size = self.feature_info.channels(last)
             self.reset_classifier(0, "")
-        return taken
+        return chosen
 
     def get_classifier(self) -> Any:
         """The heads: the pair (head, head_dist), or with distillation=False the single head.

@@ -463,7 +463,7 @@ def test_unreadable_files_raise(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"model": nn.Linear(2, 2)}, TypeError, "model must be a swiftkernels.models.SwiftFormer"),
+        ({"model": nn.Linear(2, 2)}, TypeError, "model must be a SwiftFormer of swiftkernels"),
         ({"checkpoint": 3}, TypeError, "checkpoint must be a path"),
         ({"source": "keras"}, ValueError, "source must be one of"),
         ({"pooling": "max"}, ValueError, "pooling must be one of"),

@@ -399,10 +399,10 @@ def test_errors_name_options_of_the_command(folder, tmp_path, capsys):
         (None, f"checkpoint must be a file, a folder, or a repository .*; {path} does not", ()),
         (
             {"model": weights, "model_ema": {}},
-            "If they are part of a larger model, pass its name, such as --prefix back",
+            "If they are part of a larger model, pass the start of their names, as --prefix back",
             (),
         ),
-        (weights, "To list the unknown names, pass --source official", ()),
+        (weights, "To list unknown names, pass --source official", ()),
         (weights, "it holds only weights. Leave out --ema to", ("--ema",)),
         ({"model_ema": weights}, r"'model_ema': pass --ema to load it\.", ()),
         (weights, "prefix must be the start of names", ("--prefix", "neck.")),

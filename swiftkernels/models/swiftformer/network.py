@@ -287,7 +287,7 @@ class SwiftFormer(Network):
                 "forward_intermediates returns the feature maps of a classifier."
             )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        taken = sorted(set(take_indices(out_indices, len(widths), "out_indices")))
+        chosen = sorted(set(take_indices(out_indices, len(widths), "out_indices")))
         first = widths[0]
         stem = nn.Sequential(
             nn.Conv2d(in_chans, first // 2, 3, stride=2, padding=1, **factory),
@@ -299,7 +299,7 @@ class SwiftFormer(Network):
         )
         total = sum(depths)
         stages: list[Stage] = []
-        for i in range(taken[-1] + 1):
+        for i in range(chosen[-1] + 1):
             width, depth = widths[i], depths[i]
             hidden = int(width * mlp_ratio)
             before = sum(depths[:i])
@@ -334,7 +334,7 @@ class SwiftFormer(Network):
             global_pool=global_pool,
             distillation=distillation,
             features_only=features_only,
-            out_indices=taken,
+            out_indices=chosen,
             pretrained_cfg=_pretrained_cfg(widths, depths, distillation, features_only),
             **factory,
         )
