@@ -70,8 +70,8 @@ class Stage(nn.Module):
 class Network(nn.Module):
     """A stem, stages, a BatchNorm and classification heads, with the methods of timm's networks.
 
-    A family derives its network from this class and documents the arguments. The weights of stem and
-    stages are set by `initialise`.
+    A family derives its network from this class and documents the arguments. `initialise` sets the
+    weights of stem and stages.
 
     Args:
         stem: images [B, in_chans, H, W] -> [B, C, H / 4, W / 4].
