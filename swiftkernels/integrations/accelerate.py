@@ -191,6 +191,7 @@ def _replace_class(
         if restored is None:
             return  # other code has changed its class since: leave it
         module.__class__ = restored
+        AttentionForward.invalidate(module)  # type: ignore[arg-type]
         for name in attributes:
             vars(module).pop(name, None)
         vars(module).update(before)

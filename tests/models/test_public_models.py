@@ -120,7 +120,10 @@ def test_output_strides_are_those_of_timm(timm, backend, memory_format, shape):
     theirs = timm_layer(timm, 48, 32, 2)
     ours = with_the_weights_of(theirs, 48, 32, 2, backend=backend)
     x = torch.randn(shape).contiguous(memory_format=memory_format)
-    assert ours(x).stride() == theirs(x).stride()
+    out, expected = ours(x), theirs(x)
+    # The stride of an axis of one element means nothing.
+    axes = [axis for axis, size in enumerate(out.shape) if size > 1]
+    assert [out.stride(a) for a in axes] == [expected.stride(a) for a in axes]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
