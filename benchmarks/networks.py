@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from swiftkernels import AdditiveAttention
 from swiftkernels.ops.additive_attention.reference import POOLINGS
+from swiftkernels.ops.types import Pooling
 from swiftkernels.testing.peers import PEERS
 
 WIDTH = 48
@@ -17,7 +18,7 @@ DEPTH = 2
 PATCH = 4
 
 
-def additive(pooling: str, dim: int) -> nn.Module:
+def additive(pooling: Pooling, dim: int) -> nn.Module:
     """The library's operator with one of its poolings, [B, N, dim] -> [B, N, dim]."""
     return AdditiveAttention(dim, dim, num_heads=1, pooling=pooling)
 

@@ -56,9 +56,9 @@ def packings(monkeypatch) -> list[int]:
     packed: list[int] = []
     pack = packing.pack
 
-    def counting(*args: Any, **kwargs: Any) -> packing.Packed:
-        packed.append(args[3])
-        return pack(*args, **kwargs)
+    def counting(*args: Any) -> bytes:
+        packed.append(args[-1])
+        return pack(*args)
 
     monkeypatch.setattr(packing, "pack", counting)
     return packed

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from swiftkernels import additive_self_attention
-from swiftkernels.ops.additive_attention.cpu import config, launch, packing
+from swiftkernels.ops import plan
+from swiftkernels.ops.additive_attention.cpu import config, launch
 from swiftkernels.ops.additive_attention.cpu.packing import FOLDED, PLAIN, TRIANGULAR
 from swiftkernels.testing.cases import (
     POOLINGS,
@@ -60,7 +61,7 @@ def kernels_in_use(handle: Any) -> Iterator[None]:
     """The functions of another library in place of those that were chosen."""
 
     def forget() -> None:
-        packing._layers.clear()  # packed for the other library's vectors
+        plan._known.clear()  # packed for the other library's vectors
         config._table.cache_clear()
 
     forget()

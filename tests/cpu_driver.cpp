@@ -1,30 +1,33 @@
-// The kernels in a process of their own, for tests: under sanitizers, or for another processor in an
-// emulator. It reads calls from its input and answers on its output; tests/cpu_remote.py is the
+// The kernels in a process of their own, for tests: under sanitizers, or for another processor in
+// an emulator. It reads calls from its input and answers on its output; tests/cpu_remote.py is the
 // other side.
 //
-// A call: its number; the number of buffers, and for each its address over there, its bytes and
-// their content; the number of arguments, and for each its bytes and their content. Every number has
-// eight bytes. Whatever in the arguments is an address inside of a buffer is replaced by that of its
-// copy, which has exactly as many bytes. The answer: what the function returned, and the content of
-// all buffers.
+// A call: the number of the function; the number of buffers, and for each its address in the other
+// process, its size and its bytes; the number of arguments, and for each its size and its bytes.
+// Every number has eight bytes. An address in an argument that lies in a buffer is replaced by that
+// of the buffer's copy here, which has exactly as many bytes. The answer: what the function
+// returned, and the bytes of all buffers.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <vector>
 
-#include "layer.h"
+#include "abi.h"
+
+using namespace swiftkernels;
+using namespace swiftkernels::additive;
 
 EXPORT int64_t swiftkernels_lanes();
 EXPORT void swiftkernels_pack(const float*, int64_t, int64_t, int64_t, int64_t, float*);
-EXPORT uint64_t swiftkernels_fingerprint(const Layer*, int64_t);
-EXPORT int swiftkernels_forward(const Layer*, const Call*);
-EXPORT int swiftkernels_forward_training(const RawLayer*, const Call*);
-EXPORT int swiftkernels_backward(const RawLayer*, const BackwardCall*);
+EXPORT uint64_t swiftkernels_fingerprint(const Fingerprint*, int64_t);
+EXPORT int swiftkernels_additive_forward(const Layer*, const Call*);
+EXPORT int swiftkernels_additive_forward_training(const RawLayer*, const Call*);
+EXPORT int swiftkernels_additive_backward(const RawLayer*, const BackwardCall*);
 
 namespace {
 
-enum Function : int64_t { LANES_, PACK, FINGERPRINT, FORWARD, TRAINING, BACKWARD };
+enum Function : int64_t { GET_LANES, PACK, FINGERPRINT, FORWARD, TRAINING, BACKWARD };
 
 void read_bytes(void* to, size_t count) {
   if (count > 0 && std::fread(to, 1, count, stdin) != count) std::exit(3);
@@ -73,7 +76,8 @@ float* floats(int64_t address) { return reinterpret_cast<float*>(address); }
 
 int64_t call(int64_t function, const std::vector<std::vector<int64_t>>& arguments) {
   switch (function) {
-    case LANES_: return swiftkernels_lanes();
+    case GET_LANES:
+      return swiftkernels_lanes();
     case PACK: {
       const auto& a = arguments[0];
       swiftkernels_pack(floats(a[0]), a[1], a[2], a[3], a[4], floats(a[5]));
@@ -81,13 +85,17 @@ int64_t call(int64_t function, const std::vector<std::vector<int64_t>>& argument
     }
     case FINGERPRINT:
       return static_cast<int64_t>(
-          swiftkernels_fingerprint(as<Layer>(arguments[0]), *as<int64_t>(arguments[1])));
-    case FORWARD: return swiftkernels_forward(as<Layer>(arguments[0]), as<Call>(arguments[1]));
+          swiftkernels_fingerprint(as<Fingerprint>(arguments[0]), *as<int64_t>(arguments[1])));
+    case FORWARD:
+      return swiftkernels_additive_forward(as<Layer>(arguments[0]), as<Call>(arguments[1]));
     case TRAINING:
-      return swiftkernels_forward_training(as<RawLayer>(arguments[0]), as<Call>(arguments[1]));
+      return swiftkernels_additive_forward_training(as<RawLayer>(arguments[0]),
+                                                    as<Call>(arguments[1]));
     case BACKWARD:
-      return swiftkernels_backward(as<RawLayer>(arguments[0]), as<BackwardCall>(arguments[1]));
-    default: std::exit(4);
+      return swiftkernels_additive_backward(as<RawLayer>(arguments[0]),
+                                            as<BackwardCall>(arguments[1]));
+    default:
+      std::exit(4);
   }
 }
 

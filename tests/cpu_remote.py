@@ -26,14 +26,18 @@ FUNCTIONS = (
 )
 """Their numbers in cpu_driver.cpp."""
 
-SOURCES = [*sorted((ROOT / CSRC).glob("*.cpp")), ROOT / "tests" / "cpu_driver.cpp"]
+OPERATOR = ROOT / "swiftkernels" / "ops" / "additive_attention" / "csrc"
+
+KERNELS = [path for folder in (ROOT / CSRC, OPERATOR) for path in sorted(folder.glob("*.cpp"))]
 
 FLAGS = ("-std=c++17", "-fopenmp", "-ffp-contract=fast", f"-I{ROOT / CSRC}")
 
 
 def compile_driver(target: Path, compiler: str, *flags: str) -> Path:
     """The kernels' sources and tests/cpu_driver.cpp as a program."""
-    command = [compiler, *FLAGS, *flags, *map(str, SOURCES), "-o", str(target)]
+    driver = ROOT / "tests" / "cpu_driver.cpp"
+    sources = map(str, (*KERNELS, driver))
+    command = [compiler, *FLAGS, f"-I{OPERATOR}", *flags, *sources, "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return target
@@ -69,16 +73,16 @@ class RemoteKernels:
     def swiftkernels_pack(self, *arguments: int) -> None:
         self._call("pack", struct.pack("6q", *arguments))
 
-    def swiftkernels_fingerprint(self, layer: bytes, everything: int) -> int:
-        return self._call("fingerprint", layer, struct.pack("q", everything)) % 2**64
+    def swiftkernels_fingerprint(self, fingerprint: bytes, everything: int) -> int:
+        return self._call("fingerprint", fingerprint, struct.pack("q", everything)) % 2**64
 
-    def swiftkernels_forward(self, layer: bytes, call: bytes) -> int:
+    def swiftkernels_additive_forward(self, layer: bytes, call: bytes) -> int:
         return self._call("forward", layer, call)
 
-    def swiftkernels_forward_training(self, layer: bytes, call: bytes) -> int:
+    def swiftkernels_additive_forward_training(self, layer: bytes, call: bytes) -> int:
         return self._call("forward_training", layer, call)
 
-    def swiftkernels_backward(self, layer: bytes, call: bytes) -> int:
+    def swiftkernels_additive_backward(self, layer: bytes, call: bytes) -> int:
         return self._call("backward", layer, call)
 
     def _call(self, name: str, *arguments: bytes) -> int:

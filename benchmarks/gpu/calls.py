@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from swiftkernels.ops.additive_attention.reference import Options
 from swiftkernels.ops.additive_attention.triton import launch
+from swiftkernels.ops.additive_attention.weights import Options
+from swiftkernels.ops.types import Pooling
+from swiftkernels.testing.cases import backward_by, forward_by
 
 
 def forward(
-    tensors: Any, mask: Tensor | None = None, pooling: str = "l2"
+    tensors: Any, mask: Tensor | None = None, pooling: Pooling = "l2"
 ) -> Callable[[], list[Any]]:
     """Run the forward.
 
@@ -27,8 +29,6 @@ def forward(
     """
     width = tensors[1].shape[0]
     options = Options(pooling, True, width**-0.5, 1e-12)
-    run_forward: Any = launch.additive_self_attention_forward
-    run_backward: Any = launch.additive_self_attention_backward
-    out, *saved = run_forward(*tensors, mask, options)
+    out, saved = forward_by(launch, tensors, mask, options)
     # The output serves as its gradient: another tensor would be one more operator.
-    return functools.partial(run_backward, out, *tensors, mask, tuple(saved), options, True, True)
+    return functools.partial(backward_by, launch, out, tensors, mask, saved, options)

@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu import calls
 from swiftkernels.ops.additive_attention.triton import config, launch
+from swiftkernels.ops.types import Pooling
 from swiftkernels.testing.cases import make_mask, make_tensors
 from swiftkernels.utils.files import write_text
 from swiftkernels.utils.progress import Progress, track
@@ -138,7 +139,7 @@ def launches_of(
     dtype: torch.dtype,
     *,
     class_: str = "large",
-    pooling: str = "l2",
+    pooling: Pooling = "l2",
     images: bool = False,
     masked: bool = False,
 ) -> list[Launch]:
@@ -502,32 +503,32 @@ def report(results: Results) -> str:
     verdicts = _verdict_table(judged)
     versions = sorted({found["triton"] for _, _, found in judged if found}) or ["none"]
     return f"""\
-# The GPU kernels, compiled for GPUs that are not there
+# What the compiled GPU kernels use
 
 Written by `python -m benchmarks.gpu.cross_compile` from
-[results/gpu_kernels.json](results/gpu_kernels.json); not to be edited. Compiled by
-Triton {", ".join(versions)} with the arguments that the library launches its kernels with: forward
-and backward of a layer with C = E = D = width, tokens [B, N, C], pooling l2, no mask, all
-gradients. Nothing here ran on a GPU and nothing here is a time.
+[results/gpu_kernels.json](results/gpu_kernels.json); do not edit it. The kernels are cross-compiled
+by Triton {", ".join(versions)}, with the arguments that the library launches them with: forward and
+backward of a layer with C = E = D = width, tokens [B, N, C], pooling l2, no mask, all gradients.
+Nothing here ran on a GPU, and nothing here is a time.
 
 ## Which form a width takes
 
-Up to E = {config.MAX_PROJECTED_WIDTH} the kernels project q and k themselves, above a GEMM does;
-up to {config.MAX_FUSED_WIDTH} the moments for the weight gradients are summed inside the rows
-kernel, above by a kernel of their own. Launches are forward + backward, GEMMs not counted. A kernel
-fits if it stays within shared memory and registers; counted are those compiled, on all GPUs from
-sm_80 on. The ones that do not fit are under "Exceptions".
+Up to E = {config.MAX_PROJECTED_WIDTH} the kernels compute q and k themselves, above it a GEMM does.
+Up to E = {config.MAX_FUSED_WIDTH} the rows kernel also sums the moments for the weight gradients,
+above it a kernel of its own does. Launches are forward + backward, without GEMMs. A kernel fits if
+it stays within shared memory and registers. The counts are of compiled kernels on all GPUs from
+sm_80 on; those that do not fit are under "Exceptions".
 
 {_form_table(judged)}
 
 ## Verdicts
 
-Kernels compiled, of those there are (the rest were not compiled yet, or changed since), and how
-many of them spill registers or use local memory, are over the shared memory of a block, make no use
-of tensor cores, read tokens by less than 128 bits although their rows are aligned. float32 is
-computed in float32 (`ieee`), unless PyTorch is told to allow TF32: without tensor cores on NVIDIA's
-GPUs; AMD's have them for float32 too. The last kernel of a backward adds up partial sums and has no
-products for a tensor core.
+"compiled" counts the kernels that were compiled, of all there are; the rest were not compiled yet,
+or changed since. The other columns count those that spill registers or use local memory, exceed the
+shared memory of a block, use no tensor cores, or read tokens by less than 128 bits although their
+rows are aligned. float32 is computed in float32 (`ieee`) unless PyTorch allows TF32: without tensor
+cores on NVIDIA's GPUs; AMD's have them for float32 too. The last kernel of a backward only adds
+partial sums, and has nothing for a tensor core to do.
 
 {verdicts}
 
@@ -537,14 +538,14 @@ products for a tensor core.
 
 ## Widths that are no multiple of 8
 
-A row of such a width does not begin at a multiple of 16 bytes, so that loads are narrower; and
-every width is padded to the next power of two inside the tiles, where the padding is computed with.
+A row of such a width does not start at a multiple of 16 bytes, so that loads are narrower. Every
+width is padded to the next power of two inside the tiles, and the padding is computed too.
 
 {_odd_table(judged)}
 
 ## GPUs before sm_80
 
-The library gives them to its other backends. Compiled for sm_75 (T4) all the same:
+The library uses its other backends there. Compiled for sm_75 (T4) nevertheless:
 
 {_old_gpus(judged)}
 """

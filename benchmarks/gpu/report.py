@@ -26,10 +26,11 @@ SHOWN_GPU = "H100"
 Row = dict[str, str]
 
 _INTRODUCTION = """\
-# What is known of the GPU kernels without a GPU
+# What is known about the GPU kernels without a GPU
 
-Nothing on this page was measured on a GPU: it is counted, bounded from below, or time of the host.
-Three commands write the page, its tables and its pictures from the CSV files in [results](results):
+Nothing on this page was measured on a GPU. The figures are counts, lower bounds, or times of the
+host.
+Three commands write the page, its tables and its pictures from the CSV files in `docs/results`:
 
 ```sh
 python -m benchmarks.gpu.traffic        # half an hour on one core
@@ -40,14 +41,17 @@ python -m benchmarks.gpu.launch_cost    # two minutes
 ## Memory safety
 
 `TRITON_INTERPRET=1 pytest tests/interpreter/test_memory_safety.py` runs every kernel in Triton's
-interpreter under an instrument (`benchmarks/gpu/trace.py`, for any Triton kernels) that sees
-every lane of every load and store. Each tensor lies in a buffer of its own between poisoned
-guards. A lane outside of its tensors is a finding, in the gaps of a slice too; so are programs
-that write what others read or write, lanes of a program that store to one address, and outputs
-not written to their last element. With `-m slow` each mask of the kernels is left out in turn,
-and each time the instrument has to find it.
+interpreter and traces every lane of every load and store (`benchmarks/gpu/trace.py`, for any
+Triton kernels). Each tensor is in a buffer of its own, between poisoned guards. These are errors:
 
-The interpreter runs programs one after the other: it does not show reads that race with stores of
+* a lane outside of its tensor, or in the gaps of a slice,
+* a program that writes what another one reads or writes,
+* two lanes of a program that store to one address,
+* an output that is not written to its last element.
+
+With `-m slow`, each mask of the kernels is removed in turn, and the trace has to find each removal.
+
+The interpreter runs programs one after the other. It does not show reads that race with stores of
 the same program, shared-memory limits, or rounding to tf32.
 
 ## Bytes that cross the boundaries of kernels
@@ -56,16 +60,16 @@ the same program, shared-memory limits, or rounding to tf32.
   least once, loads and stores, added up over the launches; *requested* bytes are those of all
   lanes. Distinct bytes alone would flatter a kernel whose programs all read the same weights.
   PyTorch's GEMMs around the kernels count too.
-* **eager**: every operator of PyTorch that is no view reads its inputs and writes its output
-  (`benchmarks/gpu/eager.py`). Attention by scores counts as the fused kernel that GPUs have.
+* **eager**: every operator of PyTorch, except for views, reads its inputs and writes its output
+  (`benchmarks/gpu/eager.py`). Self-attention counts as the fused kernel that GPUs have.
 * **torch.compile**: the code that Inductor writes for an H100, and its own count of the buffers
   that each kernel reads and writes (`benchmarks/gpu/inductor.py`). Forward and backward are
-  compiled as one graph, which spares it what a backward reads of a forward: an underestimate.
-* **minimum**: every input read once, every output written once, in the forward and in the
-  backward. A kernel that pools over all tokens before it can write the first output reads x
+  compiled as one graph. This saves what a backward reads of a forward: an underestimate.
+* **minimum**: every input is read once and every output is written once, in the forward and in the
+  backward. An operator that pools over all tokens before it can write the first output reads x
   twice.
 
-These are not bytes of the memory: caches may hold some of them from one kernel to the next.
+These are not bytes of DRAM traffic: caches may hold some of them from one kernel to the next.
 
 ![Bytes that cross the boundaries of kernels, and launches](results/gpu_traffic.png)
 """
@@ -73,13 +77,13 @@ These are not bytes of the memory: caches may hold some of them from one kernel 
 _BOUNDS = """\
 ## Lower bounds, not times
 
-The larger of bytes / memory bandwidth and operations / peak, by the vendors' datasheets
-(`benchmarks/gpu/datasheets.json`). It is what no GPU can do better than if every kernel reads
-from and writes to memory; how far above it an engine ends, it does not tell. So **no ratio of two
-bounds is a speed-up**. The operations of {ours} include the padding of its tiles to powers of
-two; those of torch.compile are not known, and its bounds are those of its bytes. An asterisk
-marks sizes at which the layer's own tensors fit in the GPU's last cache: there bytes between
-kernels need not reach the memory, and even less time may do.
+A bound is the larger of bytes / memory bandwidth and operations / peak, by the vendors' datasheets
+(`benchmarks/gpu/datasheets.json`). No GPU can be faster if every kernel reads from and writes to
+memory. The bound does not say how far above it the real time is. So **no ratio of two bounds is a
+speed-up**. The operations of {ours} include the padding of its tiles to powers of two. Those of
+torch.compile are not known, and its bounds are those of its bytes. An asterisk marks sizes at which
+the layer's own tensors fit in the GPU's last-level cache: there, bytes between kernels need not
+reach memory, and the real time may be below the bound.
 
 ![Lower bounds, not times](results/gpu_lower_bounds.png)
 """
@@ -105,8 +109,8 @@ multiprocessors leaves the others idle, which no lower bound shows.
 """
 
 _FILL_NOTE = """\
-float16, batch 1: programs for each multiprocessor and, in brackets where the compiled kernel is
-known (`gpu_kernels.json`), how many fit on one at a time by shared memory, registers and threads.
+float16, batch 1: programs per multiprocessor. In brackets, where the compiled kernel is known
+(`gpu_kernels.json`): how many fit on one at a time by shared memory, registers and threads.
 """
 
 _LAUNCH_COST = """\
@@ -115,7 +119,7 @@ _LAUNCH_COST = """\
 Microseconds of process time from the Python call to the last launch, with a launcher that launches
 nothing: median, interquartile range, minimum, all calls in turn. [1, 49, 16] and [1, 16, 7, 7] on
 {device}, torch {torch}, Triton {triton}. CUDA's allocator and launcher are not in it. From the
-second call on, a launch goes past the lookup by which Triton finds the compiled kernel. The empty
+second call on, a launch skips Triton's lookup of the compiled kernel. The empty
 autograd function has the layer's inputs and gradients and computes nothing: no training step made
 in Python costs less.
 """
@@ -206,7 +210,7 @@ def _promises(rows: Sequence[Row]) -> str:
         "can exceed torch.compile's. With two of the four sums in each of the backward's two "
         "passes no planes would be needed, but at E = 128 they do not fit: with the best tiles "
         "found, 15 to 52 instructions spill on sm_80 and up to 19 on sm_90. Fewer splits would "
-        "spare bytes on short inputs and leave most of a GPU idle.\n\n" + "\n".join(lines) + "\n"
+        "save bytes on short inputs and leave most of a GPU idle.\n\n" + "\n".join(lines) + "\n"
     )
 
 

@@ -1,11 +1,11 @@
-"""The guard against packed weights that are no longer the layer's.
+"""The guard against stale packed weights.
 
-Packed weights are used for as long as the weights they were made from
+What is packed of weights is used for as long as the weights
 
 * are in the same memory, with the same sizes, strides and version counters, and
 * give the same fingerprint, which the CPU kernels compare at every call: of all bytes or, where
   that would take more than 3 % of the call, of all vectors and a sample of each matrix. The sample
-  holds a part of every row and, in any 16 rows, of every column.
+  contains a part of every row and, in any 16 rows, of every column.
 
 After a step of any `torch.optim.Optimizer`, and after `weights_changed()`, all bytes are compared
 once. What remains unnoticed: writes to a few elements of a matrix that PyTorch does not count
@@ -17,6 +17,7 @@ Weights that change between any two calls are soon read as they are, not packed:
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -28,20 +29,23 @@ some calls with them, twice as many for each further such packing."""
 
 State = tuple[list[Any], ...]
 
+_bytes = operator.attrgetter("nbytes")
+_dtype = operator.attrgetter("dtype")
+_shape = operator.attrgetter("shape")
 _version = operator.attrgetter("_version")
 _generation = 0
 
 
 def weights_changed() -> None:
-    """Say that weights were written to in a way that PyTorch does not count.
+    """Report that weights were written in a way that PyTorch does not count.
 
     Call it after writing single elements of a weight through `.data`, numpy, or code outside of
-    PyTorch. Every layer then compares, at its next call, all bytes of its weights with those that
-    it has packed. Writes by optimizers, in-place operators, `load_state_dict` and the like, and
+    PyTorch. At its next call, every layer compares all bytes of its weights with those that
+    it packed. Writes by optimizers, in-place operators, `load_state_dict` and the like, and
     larger writes through `.data`, are noticed without it.
 
     Example:
-        >>> attention = AdditiveAttention(64, 64, 1)
+        >>> attention = AdditiveAttention(64)
         >>> attention.final.weight.data[3, 5] = 0.25
         >>> weights_changed()
     """
@@ -52,16 +56,26 @@ def weights_changed() -> None:
 register_optimizer_step_post_hook(lambda *_: weights_changed())
 
 
-def generation() -> int:
-    """How often something has said that weights changed."""
-    return _generation
+def present(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """Those that are not None."""
+    return tuple([t for t in tensors if t is not None])
+
+
+def places(tensors: tuple[Tensor, ...]) -> State:
+    """Where tensors are and how they lie. By `map`, because every call in training needs it."""
+    return (
+        list(map(Tensor.data_ptr, tensors)),
+        list(map(_dtype, tensors)),
+        list(map(_shape, tensors)),
+        list(map(Tensor.stride, tensors)),
+    )
 
 
 def state(tensors: tuple[Tensor, ...]) -> State:
-    """What changes with the tensors. By `map`, because every call asks for it."""
+    """What changes when tensors are replaced, or written in a way that PyTorch counts."""
     found = (
         list(map(Tensor.data_ptr, tensors)),
-        list(map(Tensor.numel, tensors)),
+        list(map(_bytes, tensors)),
         list(map(Tensor.stride, tensors)),
     )
     try:
@@ -70,15 +84,15 @@ def state(tensors: tuple[Tensor, ...]) -> State:
         return found
 
 
-class Packing(Protocol):
-    """Weights that were packed."""
+class Packed(Protocol):
+    """Packed weights."""
 
     uses: int
     """Calls that they served."""
 
 
 class Slot:
-    """A packing of weights, the state they were in, and whether packing them has paid."""
+    """What is packed of some weights, the state they were in, and whether packing them has paid."""
 
     __slots__ = ("generation", "packed", "skipped", "state", "wasted")
 
@@ -88,23 +102,59 @@ class Slot:
         self.generation = -1
         """At which all bytes were last known to be those packed."""
         self.skipped = 0
-        """Calls without a packing since the weights changed."""
+        """Calls without packed weights since the weights changed."""
         self.wasted = 0
         """Packings in a row that served a single call or none."""
 
-    def renew(self, state: State) -> None:
-        """Take weights in another state, not packed."""
-        packed: Packing | None = self.packed
+    def find(self, tensors: tuple[Tensor, ...]) -> Any:
+        """What is packed of these tensors as they are; None: `ensure` has to look closer."""
+        if self.generation == _generation and self.state == state(tensors):
+            return self.packed
+        return None
+
+    def ensure(
+        self,
+        tensors: tuple[Tensor, ...],
+        unchanged: Callable[[Any], bool],
+        pack: Callable[[], Any],
+    ) -> Any:
+        """What is packed of these tensors, packed now if needed; None where that does not pay.
+
+        Args:
+            tensors: the weights.
+            unchanged: compares all bytes of the weights with those that were packed.
+            pack: packs them.
+        """
+        found = state(tensors)
+        if self.state != found or (self.packed is not None and not self._verified(unchanged)):
+            self.renew(found)
+        if self.packed is None and self.pays():
+            # The generation from before: the weights may change while they are packed.
+            generation, packed = _generation, pack()
+            self.generation, self.packed = generation, packed
+        if self.packed is None:
+            self.skipped += 1
+        return self.packed
+
+    def renew(self, state: State | None = None) -> None:
+        """Take weights in another state, or in the same with other bytes, not packed."""
+        packed: Packed | None = self.packed
         self.packed = None  # first: another thread may look
         if packed is not None:
             self.wasted = self.wasted + 1 if packed.uses <= 1 else 0
-        self.state, self.skipped = state, 0
-
-    def fill(self, packed: Packing) -> None:
-        """Keep what was packed of the weights in this state."""
-        self.generation = _generation
-        self.packed = packed
+        if state is not None:
+            self.state = state
+        self.skipped = 0
 
     def pays(self) -> bool:
         """Whether packing now is likely to pay."""
         return self.wasted < WASTED or self.skipped >= 2 ** (self.wasted - WASTED)
+
+    def _verified(self, unchanged: Callable[[Any], bool]) -> bool:
+        if self.generation == _generation:
+            return True
+        generation = _generation
+        if not unchanged(self.packed):
+            return False
+        self.generation = generation
+        return True

@@ -1,4 +1,4 @@
-"""What the backends share: the accumulator type and the packed projection."""
+"""How tokens and images lie in memory, and the type that sums are computed in."""
 
 from __future__ import annotations
 
@@ -11,19 +11,6 @@ from torch import Tensor
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The type that norms, scores and sums are computed in: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def pack_projections(
-    wq: Tensor, bq: Tensor | None, wk: Tensor, bk: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Query and key layer as one with 2 E outputs: weight [2 E, C], bias [2 E] or None."""
-    weight = torch.cat((wq, wk))
-    if bq is None and bk is None:
-        return weight, None
-    if bq is None or bk is None:
-        zeros = wq.new_zeros(wq.shape[0])
-        bq, bk = zeros if bq is None else bq, zeros if bk is None else bk
-    return weight, torch.cat((bq, bk))
 
 
 def as_tokens(image: Tensor) -> Tensor:
@@ -64,3 +51,18 @@ def output_like(t: Tensor, width: int) -> tuple[tuple[int, ...], tuple[int, ...]
         return (batch, n_tokens, width), (n_tokens * width, width, 1)
     batch, _, rows, columns = t.shape
     return (batch, width, rows, columns), (rows * columns * width, 1, columns * width, width)
+
+
+def to_tokens(x: Tensor, channels_first: bool) -> Tensor:
+    """[B, N, C], [B, *spatial, C] or, if `channels_first`, [B, C, *spatial] -> [B, N, C]."""
+    if channels_first:
+        return as_tokens(x)
+    return x if x.dim() == 3 else x.flatten(1, -2)
+
+
+def from_tokens(tokens: Tensor, shape: Sequence[int], channels_first: bool) -> Tensor:
+    """[B, N, D] -> the axes of x, which has that shape; a view."""
+    if channels_first:
+        return as_image(tokens, shape[2:])
+    batch, _, width = tokens.shape
+    return tokens if len(shape) == 3 else tokens.view(batch, *shape[1:-1], width)

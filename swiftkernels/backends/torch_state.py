@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
-from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _modules
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _NO_GUARD: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
@@ -217,44 +215,36 @@ def any_autocast() -> bool:
     return torch._C._is_any_autocast_enabled()
 
 
-def saves_through_hooks() -> bool:
-    """Whether something wants to see what is saved for a backward: activation checkpointing, which
-    compares it between two calls."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+def register_flops(formulas: Mapping[Any, Callable[..., int]]) -> None:
+    """Register formulas by operator with the FLOP counter, if that has been imported.
 
-
-def when_imported(name: str, callback: Callable[[ModuleType], None]) -> None:
-    """Call callback(module) as soon as the module `name` has been imported; now, if it has been.
-
-    For registries that live in modules too slow to import for everybody's sake.
+    Its import takes 0.2 s, so this happens when an operator is called while something listens in
+    the dispatcher. Counters that are at work copied the registry when they were made.
     """
-    if name in sys.modules:
-        callback(sys.modules[name])
-    else:
-        sys.meta_path.insert(0, _ImportWatch(name, callback))
+    counter = sys.modules.get("torch.utils.flop_counter")
+    if counter is None:
+        return
+    for op, formula in formulas.items():
+        if op not in counter.flop_registry:
+            counter.register_flop_formula(op)(formula)
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, counter._FlopCounterMode):
+            own = mode.counter.flop_registry
+            for op in formulas:
+                own.setdefault(op, counter.flop_registry[op])
 
 
-class _ImportWatch(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; runs a callback behind the loader of one module."""
-
-    def __init__(self, name: str, callback: Callable[[ModuleType], None]) -> None:
-        self.name, self.callback = name, callback
-
-    def find_spec(self, name: str, *_: object) -> importlib.machinery.ModuleSpec | None:
-        if name != self.name:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def execute_and_call(module: ModuleType) -> None:
-            execute(module)
-            self.callback(module)
-
-        spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
-        return spec
+def why_not_triton(device: torch.device) -> str:
+    """Why Triton kernels cannot run on tensors of that device; empty if they can."""
+    if not has_triton():
+        return "needs the package triton, which is not installed (pip install '.[triton]')"
+    if not triton_takes(device):
+        return f"needs a tensor on a CUDA, ROCm or XPU device; got one on {device}"
+    if old := too_old_triton():
+        return f"needs triton 3.6 or newer, which newer builds of torch bring; got {old}"
+    if old := too_old_for_triton(device):
+        return f"needs compute capability 8.0 or newer; {device} has {old}"
+    return ""
 
 
 @constant_under_compile

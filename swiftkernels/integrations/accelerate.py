@@ -21,6 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from swiftkernels.backends import torch_state
 from swiftkernels.ops import linear_parts
 from swiftkernels.ops.additive_attention import reference
+from swiftkernels.ops.additive_attention.api import BACKENDS
 from swiftkernels.ops.additive_attention.layer import AttentionForward, Names
 from swiftkernels.ops.additive_attention.reference import POOLINGS, Options
 from swiftkernels.utils import checks
@@ -167,7 +168,7 @@ def accelerate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
-    checks.check_option("backend", backend, checks.BACKENDS)
+    checks.check_option("backend", backend, BACKENDS)
     checks.check_option("recompute", recompute, (None, True, False))
     given = _given_names(names)
     layers: list[Layer] = []
@@ -236,7 +237,7 @@ def register(*, backend: str = "auto", recompute: bool | None = None) -> Registr
         >>> with register():  # doctest: +SKIP
         ...     model = AutoModelForImageClassification.from_pretrained("MBZUAI/swiftformer-xs")
     """
-    checks.check_option("backend", backend, checks.BACKENDS)
+    checks.check_option("backend", backend, BACKENDS)
     checks.check_option("recompute", recompute, (None, True, False))
     try:
         patching: Any = importlib.import_module("transformers.monkey_patching")

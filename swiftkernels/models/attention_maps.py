@@ -30,6 +30,7 @@ def token_weights(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         ValueError: a model without attentions of this library.
 
     Example:
+        >>> from swiftkernels.models import SwiftFormer
         >>> model = SwiftFormer((8, 16), (1, 2))
         >>> {k: a.shape for k, a in token_weights(model, torch.randn(1, 3, 32, 48)).items()}
         {'stages.0.blocks.0.attn': torch.Size([1, 8, 12]), 'stages.1.blocks.1.attn': \

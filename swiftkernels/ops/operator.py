@@ -1,380 +1,363 @@
-"""The operators as PyTorch knows them: choice of backend, torch.library registration, autograd.
+"""What every operator needs from PyTorch, built from a specification by names.
 
-Two operators, each with its backward: `swiftkernels::additive_self_attention` from tokens and all
-weights, and `swiftkernels::additive_attention` from queries and keys. Their outputs are (out, G,
-statistics, folded): what the caller wants, and what the backward needs beside the inputs. `keep`
-tells the CPU kernels how much that may be: "nothing" (no backward follows), "statistics" (a few
-numbers for each token) or "rows" (the unit rows of q and k too); the other backends have no choice.
+An `Operator` is made of the names of its inputs, a named tuple of weights, a named tuple of
+options, its definition in PyTorch, and its backends. From these follow its schema in
+`torch.library`, the fakes for torch.compile, autograd, gradients of gradients (through the
+definition) and the formulas of the FLOP counter. No other code knows the order of the arguments.
+
+A backend is a module with
+
+    class Saved(NamedTuple)         the tensors that its backward needs besides the inputs
+    saved_like(inputs, weights, keep) -> Saved                          uninitialised
+    forward(inputs, weights, mask, options, keep) -> (out, Saved)
+    backward(dout, inputs, weights, mask, saved, options, needs) -> gradients
+
+in which nothing is differentiable. `keep` says how much a forward keeps for the backward:
+"nothing" (no backward follows), "statistics" (a few numbers per token) or "rows" (rows of the width
+of the operator too); a backend without a choice ignores it. Gradients come in the order of the
+inputs, then of the weights; None where `needs` does not ask or there is no bias. A backend with a
+faster way of inference also has
+
+    inference_plan(x, weights, mask, options, residual_scale, plans) -> Plan | None
+
+(`ops/plan.py`).
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+import importlib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from swiftkernels.backends import torch_state
-from swiftkernels.backends.cpu import library
-from swiftkernels.backends.layouts import as_tokens, output_like
-from swiftkernels.ops.additive_attention import eager, reference
-from swiftkernels.ops.additive_attention.cpu import config as cpu_config
-from swiftkernels.ops.additive_attention.cpu.packing import Weights
-from swiftkernels.ops.additive_attention.reference import Options
-from swiftkernels.ops.additive_attention.triton import config
+from swiftkernels.backends.layouts import as_image, as_tokens, output_like
 from swiftkernels.utils import checks
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+class Needs(NamedTuple):
+    """Which gradients a backward computes."""
+
+    inputs: bool
+    weights: bool
 
 
-def choose_backend(backend: str, x: Tensor, width: int, from_tokens: bool = True) -> str:
-    """The backend for x, tokens or (not `from_tokens`) queries; raises where an explicit one cannot
-    take it."""
-    checks.check_option("backend", backend, checks.BACKENDS)
-    if backend == "auto":
-        return _automatic_backend(x, width, from_tokens)
-    if backend in ("triton", "cpu"):
-        reason = _why_not_triton(x, width) if backend == "triton" else _why_not_cpu(x, from_tokens)
-        if reason:
-            raise ValueError(
-                f"backend={backend!r} {reason}. Use backend='auto', which takes the best there is."
-            )
-    # torch.func and forward-mode AD differentiate the definition itself: the kernels have no such
-    # rules.
-    return "reference" if torch_state.transforming() else backend
+class Backend(NamedTuple):
+    """Where the kernels of a backend are, and what they can take."""
+
+    module: str
+    """Imported at the first use: importing Triton takes longer than the rest of the package."""
+    why_not: Callable[[Tensor, int], str]
+    """Why it cannot take an input at the operator's width, as continuation of "backend='...' ...";
+    empty if it can."""
+    automatic: Callable[[Tensor], bool] = lambda _: True
+    """Whether backend="auto" may choose it for an input that it can take."""
 
 
-def why_not(backend: str, x: Tensor, width: int) -> str:
-    """Why a backend cannot take the tokens x at E = width; empty if it can."""
-    try:
-        choose_backend(backend, x, width)
-    except ValueError as error:
-        return str(error).removesuffix(" Use backend='auto', which takes the best there is.")
-    return ""
+class Call(NamedTuple):
+    """The arguments of an operator."""
+
+    inputs: tuple[Tensor, ...]
+    weights: Any
+    mask: Tensor | None
+    options: Any
+    backend: str
+    keep: str
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Inputs and weights; biases may be None."""
+        return (*self.inputs, *self.weights)
 
 
-def _automatic_backend(x: Tensor, width: int, from_tokens: bool) -> str:
-    # Exported programs run elsewhere: they get plain operators.
-    if torch_state.transforming() or torch_state.being_exported():
-        return "reference"
-    # Compiled, a CPU tensor does not even ask: that would trace what is cached here.
-    may_be_triton = x.device.type != "cpu" or not torch.compiler.is_compiling()
-    if may_be_triton and _takes_triton(x, width):
-        return "triton"
-    if not _why_not_cpu(x, from_tokens):
-        return "cpu"
-    if torch.compiler.is_compiling():
-        return "reference"  # Inductor fuses the definition well
-    # Measured on a CPU: the rewrite pays where the eager layer streams far more through memory than
-    # it multiplies, that is for much input of narrow tokens; otherwise eager's larger GEMMs win.
-    enough = (2 if torch.is_grad_enabled() else 5) * eager.CHUNK_BYTES
-    pays = x.shape[1] >= 8 * width and x.numel() * x.element_size() >= enough
-    return "aten" if pays else "reference"
+class Operator:
+    """One operator and its backward.
 
-
-def _takes_triton(x: Tensor, width: int) -> bool:
-    # float64 is for checking: its tiles need more memory on chip than many GPUs have.
-    return x.dtype != torch.float64 and not _why_not_triton(x, width)
-
-
-def _why_not_triton(x: Tensor, width: int) -> str:
-    """Why the Triton kernels cannot take x; empty if they can."""
-    if not torch_state.has_triton():
-        return "needs the package triton, which is not installed (pip install swiftkernels[triton])"
-    if not torch_state.triton_takes(x.device):
-        return f"needs a tensor on a CUDA, ROCm or XPU device; got one on {x.device}"
-    old_triton = torch_state.too_old_triton()
-    if old_triton:
-        return f"needs triton 3.6 or newer, which newer builds of torch bring; got {old_triton}"
-    too_old = torch_state.too_old_for_triton(x.device)
-    if too_old:
-        return f"needs compute capability 8.0 or newer; {x.device} has {too_old}"
-    max_width = config.max_width(x.dtype)
-    if width > max_width:
-        return f"takes token_dim * num_heads up to {max_width} in {x.dtype}; got {width}"
-    return ""
-
-
-def _why_not_cpu(x: Tensor, from_tokens: bool = True) -> str:
-    """Why the compiled CPU kernels cannot take x; empty if they can."""
-    if not from_tokens:
-        return "takes tokens and computes queries and keys itself (additive_self_attention)"
-    if x.device.type != "cpu":
-        return f"needs a tensor on the CPU; got one on {x.device}"
-    if x.dtype == torch.float64:
-        return "takes float32, bfloat16 and float16; got float64"
-    return _why_no_kernels()
-
-
-@torch_state.constant_under_compile
-def _why_no_kernels() -> str:
-    return library.why_not()
-
-
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd wants to know of a call on these."""
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return False
-
-
-def infer_on_cpu(x: Tensor, layer: Weights, mask: Tensor | None, options: Options) -> Tensor:
-    """attention(x) by the CPU kernels or, with a layer scale, x + layer_scale * attention(x) with
-    the strides of x."""
-    if layer.layer_scale is None:
-        out = x.new_empty(*x.shape[:2], layer.wf.shape[0])
-    else:
-        out = torch.empty_like(x)
-    filled: Tensor = implementation("cpu").run(x, out, layer, mask, options)
-    return filled
-
-
-@functools.cache
-def implementation(backend: str) -> ModuleType:
-    """The module that launches the kernels of a backend."""
-    if backend == "cpu":
-        from swiftkernels.ops.additive_attention.cpu import launch as cpu_launch
-
-        return cpu_launch
-    if backend == "triton":
-        # Imported at the first use: importing triton takes longer than the rest of the package.
-        from swiftkernels.ops.additive_attention.triton import launch
-
-        return launch
-    return eager
-
-
-class _Operator:
-    """One operator and its backward: what they run, schemas, fakes, autograd, FLOP formulas.
+    Args:
+        name: after "swiftkernels::".
+        inputs: names of the tensors with tokens, all of one shape.
+        weights: a named tuple of tensors, with `token_dim`, the width of the output.
+        options: a named tuple of str, bool and float.
+        reference: the definition, `(*inputs, weights, mask, options) -> out`.
+        backends: by name, in the order in which backend="auto" tries them.
+        eager: which of the backends, or "reference", computes an input where no kernels run.
+        flops: multiply-adds of the definition per token, from the weights' shapes by name.
+        example: `(batch, n_tokens, in_dims, token_dim) -> Call`: random arguments, for tests and
+            benchmarks.
 
     Attributes:
-        name: after "swiftkernels::" and in the backends, where `<name>_forward` and `_backward`
-            stand.
-        definition: the function of `swiftkernels.ops.additive_attention.reference`.
-        inputs: schema of the tensors that tokens come in; `n_inputs` is their number.
+        op, backward_op: as registered in `torch.library`.
     """
 
     def __init__(
-        self, name: str, definition: Callable[..., Tensor], inputs: str, layers: str
+        self,
+        name: str,
+        *,
+        inputs: Sequence[str],
+        weights: Any,
+        options: Any,
+        reference: Callable[..., Tensor],
+        backends: Mapping[str, Backend],
+        eager: Callable[[Tensor, int], str],
+        flops: Callable[[Mapping[str, Sequence[int]]], int],
+        example: Callable[..., Call],
     ) -> None:
-        self.name = name
-        self.definition = definition
-        self.n_inputs = inputs.count("Tensor")
-        tensors = f"{inputs}, {layers}{_OUTPUT_LAYERS}"
+        self.name, self.inputs = name, tuple(inputs)
+        self.weights, self.options = weights, options
+        self.reference, self.backends, self.eager = reference, dict(backends), eager
+        self.flops_per_token, self.example = flops, example
+        self._count = len(self.inputs) + len(self.weights._fields)
+        tensors = [*(f"Tensor {i}" for i in inputs), *_schema(weights), "Tensor? mask"]
+        arguments = ", ".join([*tensors, *_schema(options), "str backend", "str keep"])
+        saved = "Tensor[] saved, bool needs_inputs, bool needs_weights"
         self.op = torch.library.custom_op(
             f"swiftkernels::{name}",
-            self.run,
+            self._run,
             mutates_args=(),
-            schema=f"({tensors}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+            schema=f"({arguments}) -> Tensor[]",
         )
         self.backward_op = torch.library.custom_op(
             f"swiftkernels::{name}_backward",
-            self.run_backward,
+            self._run_backward,
             mutates_args=(),
-            schema=f"(Tensor dout, {tensors}, {_OPTIONS}, {_SAVED}) -> Tensor[]",
+            schema=f"(Tensor dout, {arguments}, {saved}) -> Tensor[]",
         )
-        self.op.register_fake(self.fake)
-        self.backward_op.register_fake(self.fake_backward)
-        self.op.register_autograd(self.autograd_backward, setup_context=self.setup_context)
-        # That module imports triton; whoever counts FLOPs imports it anyway.
-        torch_state.when_imported("torch.utils.flop_counter", self.register_flops)
+        self.op.register_fake(self._fake)
+        self.backward_op.register_fake(self._fake_backward)
+        self.op.register_autograd(self._differentiate, setup_context=self._setup_context)
 
-    # Tensors below are the inputs, then the weights: 1 + 9 or 2 + 5 of them, biases may be None.
-    # The CPU and Triton kernels also take w_g as [E, 1], as layers have it, and the Triton kernels
-    # x as an image [B, C, H, W]: every view made before would be one more node for autograd.
-
-    def __call__(
-        self,
-        *tensors: Tensor | None,
-        mask: Tensor | None,
-        options: Options,
-        backend: str,
-        recompute: bool | None = None,
-    ) -> Tensor:
-        """The output [B, N, D], differentiable."""
-        keep = "nothing"
+    def __call__(self, call: Call) -> Tensor:
+        """The output, differentiable; `call.keep` is for a backward, if one can follow."""
+        tensors = call.tensors()
         needs_grad = needs_gradient(*tensors)
-        if needs_grad:
-            if recompute is None and backend == "cpu":
-                tokens, final_weight = tensors[0], tensors[-2]
-                assert tokens is not None
-                assert final_weight is not None
-                batch, n_tokens, _ = tokens.shape
-                recompute = not cpu_config.keeps_rows(batch, n_tokens, final_weight.shape[1])
-            keep = "statistics" if recompute else "rows"
+        if not needs_grad:
+            call = call._replace(keep="nothing")
         if torch.compiler.is_compiling():
-            return self.op(*tensors, mask, *options, backend, keep)[0]
+            return self.op(*self._flat(call))[0]
         if needs_grad:
-            return _Attention.apply(self, mask, options, backend, keep, *tensors)
-        return self.call(tensors, mask, options, backend, keep)[0]
+            return self.differentiable(call)
+        return self._dispatch(call, tensors)[0]
 
-    def call(
-        self,
-        tensors: tuple[Tensor | None, ...],
-        mask: Tensor | None,
-        options: Options,
-        backend: str,
-        keep: str,
-    ) -> Outputs:
-        """The operator, past PyTorch's dispatcher where nothing listens there."""
-        call = self.run if torch_state.is_plain(*tensors) else self.op
-        return call(*tensors, mask, *options, backend, keep)
+    def differentiable(self, call: Call) -> Tensor:
+        """The output in eager mode, followed by autograd."""
+        return _Function.apply(self, *call[2:], *call.inputs, *call.weights)
 
-    def run(self, *args: Any) -> Outputs:
-        """What the operator runs; arguments by its schema."""
-        *tensors, mask, pooling, qk_norm, scale, eps, backend, keep = args
-        options = Options(pooling, qk_norm, scale, eps)
-        forward = getattr(implementation(backend), f"{self.name}_forward")
-        with torch_state.autocast_off(tensors[0].device.type):
-            return forward(*tensors, mask, options, keep)
+    def _dispatch(
+        self, call: Call, tensors: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Output and saved tensors, past PyTorch's dispatcher where nothing listens there."""
+        if torch_state.is_plain(*tensors):
+            return self._forward(call)
+        torch_state.register_flops(self._flop_formulas())
+        out, *saved = self.op(*self._flat(call))
+        return out, saved
 
-    def run_backward(self, dout: Tensor, *args: Any) -> list[Tensor]:
-        """What the backward operator runs; arguments by its schema."""
-        *tensors, mask, pooling, qk_norm, scale, eps, backend, _ = args[:-5]
-        *saved, needs_inputs, needs_weights = args[-5:]
-        if dout.numel() == 0:
-            return [torch.zeros_like(fake) for fake in self.fake_backward(dout, *args)]
-        options = Options(pooling, qk_norm, scale, eps)
-        backward = getattr(implementation(backend), f"{self.name}_backward")
-        with torch_state.autocast_off(dout.device.type):
-            grads = backward(
-                dout, *tensors, mask, tuple(saved), options, needs_inputs, needs_weights
+    def choose_backend(self, backend: str, x: Tensor, width: int) -> str:
+        """The backend for an input.
+
+        Args:
+            backend: a name, or "auto".
+            x: the first input.
+            width: of the operator; for additive attention E.
+
+        Raises:
+            ValueError: an unknown name, or a backend that cannot take the input.
+        """
+        if backend == "auto":
+            return self._automatic_backend(x, width)
+        checks.check_option("backend", backend, ("auto", *self.backends, "reference"))
+        if reason := self.why_not(backend, x, width):
+            raise ValueError(
+                f"{reason}. Use backend='auto', which takes the best that can take the input."
             )
-        # An operator cannot return None in a list: an empty tensor stands for it.
-        return [dout.new_empty(0) if g is None else g for g in grads]
+        # torch.func and forward-mode AD differentiate the definition: the kernels have no rules.
+        return "reference" if torch_state.transforming() else backend
 
-    def fake(self, *args: Any) -> Outputs:
-        """Shapes, dtypes and strides of the operator's outputs."""
-        x, final_weight, backend, keep = args[0], args[-9], args[-2], args[-1]
-        token_dim, width = final_weight.shape
-        acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-        shape, strides = output_like(x, token_dim)
-        out = x.new_empty_strided(shape, strides)
-        batch = x.shape[0]
-        if backend == "cpu":
-            return (
-                out,
-                x.new_empty(0 if keep == "nothing" else (batch, width), dtype=acc),
-                x.new_empty(0 if keep == "nothing" else (batch, 3 * x.shape[1] + 1), dtype=acc),
-                x.new_empty((2, batch, x.shape[1], width) if keep == "rows" else 0),
-            )
-        triton = backend == "triton"
-        return (
-            out,
-            x.new_empty(batch, width, dtype=acc),
-            x.new_empty(batch, 2, dtype=acc) if triton else x.new_empty(0),
-            x.new_empty(token_dim, width) if triton else x.new_empty(0),
+    def why_not(self, backend: str, x: Tensor, width: int) -> str:
+        """Why a backend cannot take an input; empty if it can."""
+        reason = self.backends[backend].why_not(x, width) if backend in self.backends else ""
+        return f"backend={backend!r} {reason}" if reason else ""
+
+    def _automatic_backend(self, x: Tensor, width: int) -> str:
+        # Exported programs run elsewhere: they get plain operators.
+        if torch_state.transforming() or torch_state.being_exported():
+            return "reference"
+        for name, backend in self.backends.items():
+            if backend.automatic(x) and not backend.why_not(x, width):
+                return name
+        # Inductor fuses the definition well.
+        return "reference" if torch.compiler.is_compiling() else self.eager(x, width)
+
+    def implementation(self, backend: str) -> Any:
+        """The module of a backend."""
+        return _implementation(self.backends[backend].module)
+
+    def _flat(self, call: Call) -> tuple[Any, ...]:
+        """The arguments in the order of the schema."""
+        return (*call.tensors(), call.mask, *call.options, call.backend, call.keep)
+
+    def _parse(self, args: Sequence[Any]) -> Call:
+        """The inverse of `_flat`."""
+        tensors, (mask, *options, backend, keep) = args[: self._count], args[self._count :]
+        return self._bundle(tensors, mask, self.options(*options), backend, keep)
+
+    def _bundle(self, tensors: Sequence[Any], *rest: Any) -> Call:
+        count = len(self.inputs)
+        return Call(tuple(tensors[:count]), self.weights._make(tensors[count:]), *rest)
+
+    def _forward(self, call: Call) -> tuple[Tensor, Sequence[Tensor]]:
+        run = self.implementation(call.backend).forward
+        with torch_state.autocast_off(call.inputs[0].device.type):
+            out, saved = run(call.inputs, call.weights, call.mask, call.options, call.keep)
+        return out, saved
+
+    def _run(self, *args: Any) -> list[Tensor]:
+        out, saved = self._forward(self._parse(args))
+        return [out, *saved]
+
+    def _fake(self, *args: Any) -> list[Tensor]:
+        """Shapes, dtypes and strides of the output and of what is saved."""
+        call = self._parse(args)
+        x = call.inputs[0]
+        out = x.new_empty_strided(*output_like(x, call.weights.token_dim))
+        saved = self.implementation(call.backend).saved_like(call.inputs, call.weights, call.keep)
+        return [out, *saved]
+
+    def _run_backward(self, dout: Tensor, *args: Any) -> list[Tensor]:
+        *arguments, saved, needs_inputs, needs_weights = args
+        found = self._backward(
+            dout, self._parse(arguments), saved, Needs(needs_inputs, needs_weights)
         )
+        # An operator cannot return None in a list: an empty tensor stands for it.
+        return [dout.new_empty(0) if g is None else g for g in found]
 
-    def fake_backward(self, dout: Tensor, *args: Any) -> list[Tensor]:
-        """Shapes, dtypes and strides of the gradients: of the inputs' strides, or contiguous."""
-        tensors, (needs_inputs, needs_weights) = args[:-12], args[-2:]
-        inputs, weights = tensors[: self.n_inputs], tensors[self.n_inputs :]
+    def _backward(
+        self, dout: Tensor, call: Call, saved: Sequence[Tensor], needs: Needs
+    ) -> Sequence[Tensor | None]:
+        if dout.numel() == 0:
+            return [None if t is None else torch.zeros_like(t) for t in call.tensors()]
+        backend = self.implementation(call.backend)
+        with torch_state.autocast_off(dout.device.type):
+            gradients: Sequence[Tensor | None] = backend.backward(
+                dout, call.inputs, call.weights, call.mask, backend.Saved._make(saved),
+                call.options, needs,
+            )  # fmt: skip
+        return gradients
+
+    def _fake_backward(self, dout: Tensor, *args: Any) -> list[Tensor]:
+        """The gradients: of the strides of the inputs; contiguous for weights."""
+        *arguments, _, needs_inputs, needs_weights = args
+        call = self._parse(arguments)
         return [
-            *(torch.empty_like(t) if needs_inputs else dout.new_empty(0) for t in inputs),
+            *(torch.empty_like(t) if needs_inputs else dout.new_empty(0) for t in call.inputs),
             *(
                 dout.new_empty(0) if t is None or not needs_weights else t.new_empty(t.shape)
-                for t in weights
+                for t in call.weights
             ),
         ]
 
+    def _save(
+        self, ctx: Any, call: Call, tensors: Sequence[Tensor | None], saved: Sequence[Tensor]
+    ) -> None:
+        """Keep for the backward what it needs."""
+        ctx.save_for_backward(*tensors, call.mask, *saved)
+        ctx.rest = call[3:]
+        ctx.needs = [t is not None and t.requires_grad for t in tensors]
+        ctx.set_materialize_grads(False)
+
     def gradients(self, ctx: Any, dout: Tensor) -> list[Tensor | None]:
-        """Gradients of the tensors from what `_save` left in ctx; None where not needed."""
-        *tensors, mask, G, statistics, folded = ctx.saved_tensors
+        """Gradients of inputs and weights from what `save` kept; None where not needed."""
+        found = ctx.saved_tensors
+        tensors, (mask, *saved) = found[: self._count], found[self._count :]
+        call = self._bundle(tensors, mask, *ctx.rest)
         if torch.is_grad_enabled() or torch_state.in_batched_backward():
             # create_graph=True, or many gradients at once: these go through the definition.
-            return self._definition_gradients(tensors, mask, ctx.options, ctx.needs, dout)
-        needs_inputs = any(ctx.needs[: self.n_inputs])
-        needs_weights = any(ctx.needs[self.n_inputs :])
-        call = self.run_backward if torch_state.is_plain(dout, *tensors) else self.backward_op
-        grads = call(
-            dout, *tensors, mask, *ctx.options, ctx.backend, "", G, statistics, folded,
-            needs_inputs, needs_weights,
-        )  # fmt: skip
-        return [g if need else None for g, need in zip(grads, ctx.needs, strict=True)]
+            return self._definition_gradients(call, ctx.needs, dout)
+        count = len(self.inputs)
+        needs = Needs(any(ctx.needs[:count]), any(ctx.needs[count:]))
+        if torch_state.is_plain(dout, *tensors):
+            gradients = self._backward(dout, call, saved, needs)
+        else:
+            torch_state.register_flops(self._flop_formulas())
+            gradients = self.backward_op(dout, *self._flat(call), saved, *needs)
+        return [g if need else None for g, need in zip(gradients, ctx.needs, strict=True)]
 
     def _definition_gradients(
-        self,
-        tensors: list[Tensor | None],
-        mask: Tensor | None,
-        options: Options,
-        needs: list[bool],
-        dout: Tensor,
+        self, call: Call, needs: Sequence[bool], dout: Tensor
     ) -> list[Tensor | None]:
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # Aliases: the tensors may be one (tied weights) or depend on each other (x on weights
-            # of an earlier call), and each is to get its own share alone.
+            # of an earlier call), and each gets its own share only.
             tensors = [
                 t.view_as(t) if need and t is not None else t
-                for t, need in zip(tensors, needs, strict=True)
+                for t, need in zip(call.tensors(), needs, strict=True)
             ]
             wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
-            *inputs, w_g, wp, bp, wf, bf = tensors
-            x = inputs[0]
-            assert w_g is not None
-            assert x is not None
-            if x.dim() == 4:
-                inputs[0], dout = as_tokens(x), as_tokens(dout)
-            out = self.definition(*inputs, w_g.flatten(), wp, bp, wf, bf, mask, options)
-        grads = iter(
+            call = self._bundle(tensors, *call[2:])
+            if call.inputs[0].dim() == 3:
+                out = self.reference(*call.inputs, call.weights, call.mask, call.options)
+            else:  # kernels take images too, the definition takes tokens
+                tokens = map(as_tokens, call.inputs)
+                out = self.reference(*tokens, call.weights, call.mask, call.options)
+                out = as_image(out, call.inputs[0].shape[2:])
+        found = iter(
             torch.autograd.grad(
                 out, wanted, dout, create_graph=create_graph, materialize_grads=True
             )
         )
-        return [next(grads) if need else None for need in needs]
+        return [next(found) if need else None for need in needs]
 
-    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-        """For autograd under torch.compile; in eager mode see `_Attention`."""
-        *tensors, mask, pooling, qk_norm, scale, eps, backend, _ = inputs
-        options = Options(pooling, qk_norm, scale, eps)
-        _save(ctx, tensors, mask, options, backend, output)
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        """For autograd under torch.compile; in eager mode `_Function` does it."""
+        self._save(ctx, self._parse(inputs), inputs[: self._count], output[1:])
 
-    def autograd_backward(self, ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
-        return (*self.gradients(ctx, dout), *[None] * 7)
+    def _differentiate(self, ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+        without = 3 + len(self.options._fields)  # mask, options, backend, keep
+        return (*self.gradients(ctx, grads[0]), *[None] * without)
 
-    def register_flops(self, flop_counter: ModuleType) -> None:
-        """Tell PyTorch's FLOP counter how to count the operator and its backward."""
-        register = flop_counter.register_flop_formula
-        register(getattr(torch.ops.swiftkernels, self.name))(self.flops)
-        register(getattr(torch.ops.swiftkernels, f"{self.name}_backward"))(self.backward_flops)
+    def _flop_formulas(self) -> dict[Any, Callable[..., int]]:
+        ours = torch.ops.swiftkernels
+        return {
+            getattr(ours, self.name): self._flops,
+            getattr(ours, f"{self.name}_backward"): self._backward_flops,
+        }
 
-    def flops(self, *shapes: Any, **_: Any) -> int:
-        """The GEMMs of the definition: query, key, proj and final."""
-        token_dim, width = shapes[-9]
-        projected = self.n_inputs == 1
-        in_dims = shapes[1][1] if projected else width
-        tokens = math.prod(shapes[0]) // in_dims
-        return 2 * tokens * width * (2 * in_dims * projected + width + token_dim)
+    def _flops(self, *shapes: Any, **_: Any) -> int:
+        """Of the definition's matrix products."""
+        names = (*self.inputs, *self.weights._fields)
+        by_name = dict(zip(names, shapes[: self._count], strict=True))
+        x = by_name[self.inputs[0]]
+        n_tokens = x[1] if len(x) == 3 else x[2] * x[3]
+        return 2 * x[0] * n_tokens * self.flops_per_token(by_name)
 
-    def backward_flops(self, dout_shape: Any, *shapes: Any, **_: Any) -> int:
-        """Twice the forward, as for any chain of GEMMs."""
-        return 2 * self.flops(*shapes[:-5])
+    def _backward_flops(self, _: Any, *shapes: Any, **__: Any) -> int:
+        """Twice the forward, as for any chain of matrix products."""
+        return 2 * self._flops(*shapes)
 
 
-class _Attention(torch.autograd.Function):
+class _Function(torch.autograd.Function):
     """Eager autograd. In ctx style: a `setup_context` costs 20 to 30 microseconds more a call."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        operator: _Operator,
+        operator: Operator,
         mask: Tensor | None,
-        options: Options,
+        options: Any,
         backend: str,
         keep: str,
         *tensors: Tensor | None,
     ) -> Tensor:
-        outputs = operator.call(tensors, mask, options, backend, keep)
+        call = operator._bundle(tensors, mask, options, backend, keep)
+        out, saved = operator._dispatch(call, tensors)
         ctx.operator = operator
-        _save(ctx, list(tensors), mask, options, backend, outputs)
-        return outputs[0]
+        operator._save(ctx, call, tensors, saved)
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
@@ -383,36 +366,42 @@ class _Attention(torch.autograd.Function):
         return (*[None] * 5, *ctx.operator.gradients(ctx, dout))
 
 
-def _save(
-    ctx: Any,
-    tensors: list[Tensor | None],
-    mask: Tensor | None,
-    options: Options,
-    backend: str,
-    outputs: Outputs,
-) -> None:
-    """Keep the tensors, the mask, G, and what is no larger than a weight for the backward."""
-    ctx.save_for_backward(*tensors, mask, *outputs[1:])
-    ctx.options, ctx.backend = options, backend
-    ctx.needs = [t is not None and t.requires_grad for t in tensors]
-    ctx.set_materialize_grads(False)
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd follows a call on these."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
-_OUTPUT_LAYERS = (
-    "Tensor w_g, Tensor proj_weight, Tensor? proj_bias, Tensor final_weight, Tensor? final_bias, "
-    "Tensor? mask"
-)
-_OPTIONS = "str pooling, bool qk_norm, float scale, float eps, str backend, str keep"
-_SAVED = (
-    "Tensor global_query, Tensor statistics, Tensor folded, bool needs_inputs, bool needs_weights"
-)
+@functools.cache
+def _implementation(module: str) -> Any:
+    return importlib.import_module(module)
 
-additive_self_attention = _Operator(
-    "additive_self_attention",
-    reference.additive_self_attention,
-    "Tensor x",
-    "Tensor query_weight, Tensor? query_bias, Tensor key_weight, Tensor? key_bias, ",
-)
-additive_attention = _Operator(
-    "additive_attention", reference.additive_attention, "Tensor q, Tensor k", ""
-)
+
+def _schema(bundle: type) -> list[str]:
+    """The fields of a named tuple as arguments in a schema."""
+    return [f"{_SCHEMA_TYPES[_kind(hint)]} {name}" for name, hint in _hints(bundle).items()]
+
+
+def _hints(bundle: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(bundle)
+    return {name: hints[name] for name in bundle._fields}
+
+
+def _kind(hint: Any) -> Any:
+    """Tensor | None as it is, a Literal as the type of its values."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return Tensor | None
+    return type(typing.get_args(hint)[0]) if origin is typing.Literal else hint
+
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    str: "str",
+    bool: "bool",
+    float: "float",
+}

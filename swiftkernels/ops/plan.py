@@ -1,247 +1,193 @@
-"""The short way to the kernels, for small inputs: past the checks that a layer has passed before.
+"""Plans: what is decided once for a kind of call, and used for all calls of that kind.
 
-A call through `api.py` takes longer than the kernels do for a small image. It
-leaves a note here, and as long as the layer's weights are of the same kind and stand where they
-stood, the next calls need to look at the input alone.
+Checking the arguments, choosing a backend and packing the weights take longer than the kernels do
+for a small image. A plan is the result of these decisions: guards and code. A layer keeps its plans
+by `call_key`. A plan whose guards fail returns None, and the caller makes a new one.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from swiftkernels.backends import torch_state
-from swiftkernels.backends.layouts import as_image, as_tokens, output_like, tokens_of
-from swiftkernels.ops import operator
-from swiftkernels.ops.additive_attention.cpu import launch, packing
-from swiftkernels.ops.additive_attention.cpu.packing import Weights
-from swiftkernels.ops.additive_attention.reference import Options
-from swiftkernels.ops.additive_attention.triton import config
+from swiftkernels.backends import cache, torch_state
+from swiftkernels.backends.layouts import from_tokens, to_tokens
+from swiftkernels.ops.operator import Call, Operator, needs_gradient
 
-Key = tuple[str, str, bool, float | None, float]
-"""backend, pooling, qk_norm, scale, eps: as `additive_self_attention` is given them."""
-
-MAX_KINDS = 64
-"""Kinds of input kept in mind for a layer."""
+MAX_PLANS = 64
+"""Plans kept for a layer."""
 
 
-class Checked(NamedTuple):
-    """A layer that passed all checks."""
+class Plan(Protocol):
+    """Guards and code for a kind of call."""
 
-    backend: str
-    """The one that was chosen."""
-    options: Options
-    dtype: torch.dtype
-    device: torch.device
-    in_dims: int
-    width: int
-    token_dim: int
-    addresses: packing.Addresses
-    shapes: tuple[torch.Size | None, ...]
-    """These two of the weights."""
-    by_address: bool
-    """The Triton kernels can be started by these addresses."""
-    prepared: dict[Any, Any]
-    """By kinds of input: `_Prepared` or `_Sizes`."""
+    @property
+    def lasting(self) -> bool:
+        """Whether the next call of that kind may use it."""
 
-    def keep(self, kind: Any, prepared: Any) -> None:
-        """Keep in mind what was prepared for a kind of input."""
-        if len(self.prepared) >= MAX_KINDS:
-            self.prepared.clear()
-        self.prepared[kind] = prepared
+    def __call__(
+        self, x: Tensor, weights: Any, mask: Tensor | None, residual_scale: Tensor | None
+    ) -> Tensor | None:
+        """The output; None if the guards fail."""
 
 
-def remember(layer: Weights, key: Key, chosen: str, options: Options, x: Tensor) -> None:
-    """Note that a call with this layer and options on tokens like x passed all checks."""
-    token_dim, width = layer.wf.shape
-    notes = packing.layer_of(layer).notes
-    before: Checked | None = notes.get(key)
-    checked = Checked(
-        backend=chosen,
-        options=options,
-        dtype=x.dtype,
-        device=x.device,
-        in_dims=x.shape[2],
-        width=width,
-        token_dim=token_dim,
-        addresses=packing.addresses(layer),
-        shapes=tuple(None if w is None else w.shape for w in layer),
-        by_address=width <= config.MAX_PROJECTED_WIDTH
-        and all(w is None or torch_state.fits_kernels(w) for w in layer),
-        prepared={},
-    )
-    if before is not None and before._replace(prepared={}) == checked:
-        return  # and what was prepared stays
-    notes[key] = checked
+class Plans:
+    """The plans of one set of weights, and what is packed of these for inference."""
+
+    __slots__ = ("_slots", "by_key")
+
+    def __init__(self) -> None:
+        self.by_key: dict[Hashable, Plan] = {}
+        self._slots: dict[Hashable, cache.Slot] = {}
+
+    def keep(self, key: Hashable, plan: Plan) -> None:
+        """Keep a plan for the next calls of that kind."""
+        if plan.lasting:
+            if len(self.by_key) >= MAX_PLANS:
+                self.by_key.clear()
+            self.by_key[key] = plan
+
+    def slot(self, key: Hashable) -> cache.Slot:
+        """Where the weights are kept packed in one way."""
+        found = self._slots.get(key)
+        if found is None:
+            found = self._slots[key] = cache.Slot()
+        return found
 
 
-def _note(x: Tensor, layer: Weights, key: Key) -> tuple[Checked, packing.KnownLayer] | None:
-    """What is noted for a layer, if nothing but the kernels wants to see a call on x."""
-    if type(x) is not Tensor or not torch_state.nothing_listens() or torch_state.any_autocast():
-        return None
-    known = packing.find_layer(layer.wq, layer.wf)
-    checked = None if known is None else known.notes.get(key)
-    if known is None or checked is None or x.dtype is not checked.dtype:
-        return None
-    if x.layout is not torch.strided or x.is_neg():
-        return None
-    return checked, known
+def run(make: Callable[[], Plan], *arguments: Any) -> tuple[Tensor, Plan]:
+    """The output by a new plan, and the plan.
 
-
-def _fits(x: Tensor, checked: Checked, channels_first: bool) -> bool:
-    """Whether x [B, N, C] or [B, C, H, W] needs no more checks either."""
-    dims, channels = (4, 1) if channels_first else (3, 2)
-    return (
-        x.dim() == dims
-        and x.shape[channels] == checked.in_dims
-        and x.numel() > 0
-        and x.device == checked.device
-    )
-
-
-def infer(x: Tensor, layer: Weights, key: Key, channels_first: bool) -> Tensor | None:
-    """The output for x where no gradient is needed; None: take the long way.
-
-    With a layer scale, x + scale * output.
+    The kernels may refuse what was packed: the weights were written since, or their numbers need
+    another form. Then the next plan differs.
     """
-    noted = _note(x, layer, key)
-    if noted is None:
+    while True:
+        plan = make()
+        out = plan(*arguments)
+        if out is not None:
+            return out, plan
+
+
+def call_key(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    mask: Tensor | None,
+    scale: Tensor | None,
+    *options: Hashable,
+) -> Hashable | None:
+    """What plans depend on; None: a plan for this call fits no other.
+
+    Args:
+        x: the input.
+        weights: plain tensors or parameters.
+        mask: a mask of the tokens.
+        scale: the scale of the residual branch.
+        options: of the layer.
+    """
+    if (
+        type(x) is not Tensor
+        or not torch_state.nothing_listens()
+        or torch_state.any_autocast()
+        or x.layout is not torch.strided
+        or x.is_neg()
+    ):
         return None
-    checked, known = noted
-    if checked.backend == "cpu":
-        return _infer_on_cpu(x, layer, checked, known, channels_first)
-    if layer.layer_scale is not None or not _fits(x, checked, channels_first):
+    needs_grad = torch.is_grad_enabled() and needs_gradient(x, *weights)
+    key = (x.shape, x.stride(), x.dtype, x.device, needs_grad, options)
+    if mask is None and scale is None:
+        return key
+    if not torch_state.is_plain(mask, scale):
         return None
-    if not _same_weights(layer, checked):
-        return None
-    out = _infer_by_triton(x, checked)
-    if out is not None:
-        return out
-    op = operator.additive_self_attention
-    return op.call((x, *layer[:9]), None, checked.options, checked.backend, "nothing")[0]
+    others = (
+        None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in (mask, scale)
+    )
+    return (*key, *others, needs_gradient(scale))
 
 
-def _same_weights(layer: Weights, checked: Checked) -> bool:
-    """Whether the weights, which may have been replaced through `.data`, are what was checked."""
-    if packing.addresses(layer) != checked.addresses:
-        return False
-    dtype = checked.dtype
-    for w, shape in zip(layer, checked.shapes, strict=True):
-        if w is not None and (w.shape != shape or w.dtype is not dtype or not w.is_contiguous()):
-            return False
-    return True
+class OperatorPlan(NamedTuple):
+    """Calls an operator: for training, and where no kernel is started directly."""
 
+    operator: Operator
+    options: Any
+    backend: str
+    keep: str
+    """What a forward keeps, if a backward can follow."""
+    trains: bool
+    """Whether a gradient is known to be needed, in eager mode."""
+    dtype: torch.dtype | None
+    """To cast the weights to, under autocast."""
+    places: cache.State | None
+    """Where the weights must be; None: the plan is used only once."""
 
-class _Prepared(NamedTuple):
-    """How the Triton kernels are started for one kind of input, and what the output is."""
+    @property
+    def lasting(self) -> bool:
+        return self.places is not None
 
-    start: Callable[[Tensor, Tensor, Sequence[int | None]], None]
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-def _infer_by_triton(x: Tensor, checked: Checked) -> Tensor | None:
-    """By address, once the kernels for inputs like x are compiled; till then None."""
-    if not (checked.by_address and torch_state.fits_kernels(x)):
-        return None
-    kind = (x.shape, x.stride(), checked.dtype is torch.float32 and torch_state.allow_tf32())
-    prepared = checked.prepared.get(kind)
-    if prepared is None:
-        start = operator.implementation("triton").compiled_forward(
-            x, checked.width, checked.token_dim, checked.addresses[:9], checked.options
-        )
-        if start is None:
+    def __call__(
+        self, x: Tensor, weights: Any, mask: Tensor | None, residual_scale: Tensor | None
+    ) -> Tensor | None:
+        assert residual_scale is None, "only inference plans of a backend add x"
+        if self.places is not None and self.places != cache.places(cache.present(weights)):
             return None
-        prepared = _Prepared(start, *output_like(x, checked.token_dim))
-        checked.keep(kind, prepared)
-    out = torch.empty_strided(
-        prepared.shape, prepared.strides, dtype=checked.dtype, device=checked.device
-    )
-    prepared.start(x, out, checked.addresses)
-    return out
+        if self.dtype is not None:
+            weights = type(weights)(*[None if w is None else w.to(self.dtype) for w in weights])
+        if self.backend == "reference":
+            return self.operator.reference(x, weights, mask, self.options)
+        call = Call((x,), weights, mask, self.options, self.backend, self.keep)
+        return self.operator.differentiable(call) if self.trains else self.operator(call)
 
 
-class _Sizes(NamedTuple):
-    """What the CPU kernels are told of one kind of input and its output."""
+class ViewingPlan(NamedTuple):
+    """Another plan on tokens, for inputs in another order of axes, or to be cast, or added."""
 
-    batch: int
-    n_tokens: int
-    form: int
-    key: Hashable
-    """The `packing_key`."""
-    x_strides: tuple[int, ...]
-    """Of batch, token, channel; as the next."""
-    out_strides: tuple[int, ...]
-    out_layout: tuple[tuple[int, ...], tuple[int, ...]]
-    """Shape and strides."""
+    plan: Plan
+    channels_first: bool
+    dtype: torch.dtype | None
+    """To cast x to, under autocast."""
+    adds: bool
+    """Whether to add x here; else the other plan does, if there is a residual_scale."""
 
+    @property
+    def lasting(self) -> bool:
+        return self.plan.lasting
 
-def _infer_on_cpu(
-    x: Tensor, layer: Weights, checked: Checked, known: packing.KnownLayer, channels_first: bool
-) -> Tensor | None:
-    """By the CPU kernels, which the packed weights lead to at once."""
-    scaled = layer.layer_scale is not None
-    kind = (x.shape, x.stride(), channels_first, scaled)
-    sizes: _Sizes | None = checked.prepared.get(kind)
-    if not x.is_cpu:
-        return None
-    if sizes is None:
-        sizes = _sizes(x, checked, scaled) if _fits(x, checked, channels_first) else None
-        if sizes is None:
-            return None  # or rows of pixels with gaps: the long way makes a copy
-        checked.keep(kind, sizes)
-    form = sizes.form
-    tensors = packing.present(layer)
-    packed = known.find_packed(tensors, sizes.key)
-    if packed is not None and packed.cancels:
-        form = packing.PLAIN
-        key = packing.packing_key(scaled, checked.options, form, checked.dtype)
-        packed = known.find_packed(tensors, key)
-    if packed is None:
-        return None
-    out = torch.empty_strided(*sizes.out_layout, dtype=checked.dtype, device="cpu")
-    done = launch.call_forward(
-        packed, sizes.batch, sizes.n_tokens, form, x, sizes.x_strides, out, sizes.out_strides,
-        scaled,
-    )  # fmt: skip
-    return out if done else None
+    def __call__(
+        self, x: Tensor, weights: Any, mask: Tensor | None, residual_scale: Tensor | None
+    ) -> Tensor | None:
+        tokens = to_tokens(x, self.channels_first)
+        given = tokens if self.dtype is None else tokens.to(self.dtype)
+        out = self.plan(given, weights, mask, None if self.adds else residual_scale)
+        if out is None:
+            return None
+        if self.adds and residual_scale is not None:
+            out = tokens + residual_scale.flatten() * out
+        return from_tokens(out, x.shape, self.channels_first)
 
 
-def _sizes(x: Tensor, checked: Checked, scaled: bool) -> _Sizes | None:
-    layout = output_like(x, checked.token_dim)
-    if scaled:
-        like = torch.empty_like(x)
-        layout = tuple(like.shape), like.stride()
-    tokens, out = tokens_of(x.shape, x.stride()), tokens_of(*layout)
-    if tokens is None or out is None:
-        return None
-    batch, n_tokens, _, x_strides = tokens
-    form = launch.config.form(n_tokens, checked.in_dims, checked.width, checked.options.qk_norm)
-    key = packing.packing_key(scaled, checked.options, form, checked.dtype)
-    return _Sizes(batch, n_tokens, form, key, x_strides, out[3], layout)
+_known: dict[tuple[int, int], tuple[list[weakref.ref[Any]], Plans]] = {}
+"""By the addresses of the first and the last matrix: layers may have one of them in common."""
 
 
-def train(
-    x: Tensor, layer: Weights, key: Key, channels_first: bool, recompute: bool | None
-) -> Tensor | None:
-    """The output for x, differentiable; None: take the long way."""
-    noted = _note(x, layer, key)
-    if noted is None or layer.layer_scale is not None:
-        return None
-    checked, _ = noted
-    if not _fits(x, checked, channels_first) or not _same_weights(layer, checked):
-        return None
-    # The CPU kernels take tokens alone, and the long way saves those.
-    flattens = channels_first and (checked.backend == "cpu" or torch_state.saves_through_hooks())
-    out = operator.additive_self_attention(
-        as_tokens(x) if flattens else x,
-        *layer[:9],
-        mask=None,
-        options=checked.options,
-        backend=checked.backend,
-        recompute=recompute,
-    )
-    return as_image(out, x.shape[2:]) if flattens else out
+def plans_of(matrices: Sequence[Tensor]) -> Plans:
+    """The plans of weights that a function gets; kept while the memory of all matrices lives.
+
+    They are known by their storages, of which PyTorch keeps one object each: weak references to the
+    tensors themselves would forbid `torch.utils.swap_tensors`.
+    """
+    place = matrices[0].data_ptr(), matrices[-1].data_ptr()
+    storages = [m.untyped_storage() for m in matrices]
+    known = _known.get(place)
+    if known is not None and all(r() is s for r, s in zip(known[0], storages, strict=True)):
+        return known[1]
+    plans, everything = Plans(), _known  # a local: at exit the module's may be gone
+
+    def forget(_: object) -> None:
+        if place in everything and everything[place][1] is plans:
+            del everything[place]
+
+    _known[place] = [weakref.ref(s, forget) for s in storages], plans
+    return plans

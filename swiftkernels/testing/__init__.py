@@ -1,4 +1,4 @@
-"""What tests, benchmarks and other code share. No layer needs anything of it to run.
+"""What tests, benchmarks and code outside this library share. Layers run without it.
 
 * `tolerance`: how wrong a result may be, judged against float64.
 * `cases`: inputs for the operators of additive attention.

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swiftkernels.ops.additive_attention.reference import POOLINGS
+from swiftkernels.ops.additive_attention.weights import Options, OutputWeights, Weights
+from swiftkernels.ops.operator import Needs
 from swiftkernels.testing.tolerance import budget, relative_error
 
 __all__ = [
@@ -25,12 +27,15 @@ __all__ = [
     "SELF_NAMES",
     "Tensors",
     "assert_gradients_survive_cancellation",
+    "backward_by",
     "cancelling_tensors",
     "convert",
     "forward_backward",
+    "forward_by",
     "make_mask",
     "make_query_key_tensors",
     "make_tensors",
+    "split",
 ]
 
 PARAMETERS = (
@@ -184,3 +189,35 @@ def assert_gradients_survive_cancellation(
         error, eager_error = map(statistics.median, zip(*pairs, strict=True))
         bound = budget(eager_error, torch.float32)
         assert error <= bound, f"{key}, {name}: error {error:.3g}, eager's {eager_error:.3g}"
+
+
+def split(tensors: Sequence[Any]) -> tuple[tuple[Tensor, ...], Any]:
+    """Inputs and weights of one of the operators, from its tensors in order."""
+    if len(tensors) == len(SELF_NAMES):
+        return (tensors[0],), Weights(*tensors[1:])
+    return tuple(tensors[:2]), OutputWeights(*tensors[2:])
+
+
+def forward_by(
+    backend: Any,
+    tensors: Sequence[Any],
+    mask: Tensor | None,
+    options: Options,
+    keep: str = "statistics",
+) -> tuple[Tensor, Any]:
+    """The forward of a backend: its output, and what it saves."""
+    result: tuple[Tensor, Any] = backend.forward(*split(tensors), mask, options, keep)
+    return result
+
+
+def backward_by(
+    backend: Any,
+    dout: Tensor,
+    tensors: Sequence[Any],
+    mask: Tensor | None,
+    saved: Any,
+    options: Options,
+) -> list[Tensor | None]:
+    """The backward of a backend: all gradients, in the order of the tensors."""
+    needs = Needs(inputs=True, weights=True)
+    return list(backend.backward(dout, *split(tensors), mask, saved, options, needs))

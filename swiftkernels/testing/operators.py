@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftkernels.ops.additive_attention.layer import AdditiveAttention
-from swiftkernels.ops.operator import choose_backend
+from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
 
 IMAGE_SIZE = 224
 """Pixels of a side of the images that the networks classify."""
@@ -111,12 +111,12 @@ class _PublishedAdditive(nn.Module):
         return self.final(self.proj(G * k) + q)
 
 
-def _additive_layer(width: int, backend: str) -> nn.Module:
+def _additive_layer(width: int, backend: Any) -> nn.Module:
     return AdditiveAttention(width, width, num_heads=1, backend=backend)
 
 
 def _choose_additive_backend(backend: str, x: Tensor) -> str:
-    return choose_backend(backend, x, x.shape[-1])
+    return SELF_ATTENTION.choose_backend(backend, x, x.shape[-1])
 
 
 def _published_additive(layer: nn.Module) -> nn.Module:

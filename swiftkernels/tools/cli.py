@@ -22,10 +22,10 @@ import swiftkernels
 from swiftkernels.backends import devices, torch_state
 from swiftkernels.backends.cpu import library
 from swiftkernels.models.swiftformer.checkpoints import SOURCES
-from swiftkernels.ops import operator
+from swiftkernels.ops.additive_attention.api import BACKENDS
+from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
 from swiftkernels.ops.additive_attention.reference import POOLINGS
 from swiftkernels.tools import verify
-from swiftkernels.utils import checks
 from swiftkernels.utils.images import CROP
 
 SHAPE = (8, 196, 64)
@@ -278,7 +278,7 @@ def _choices() -> Iterator[tuple[str, str]]:
             try:
                 x = torch.empty(SHAPE, dtype=dtype, device=device)
                 with torch.no_grad():
-                    chosen = operator.choose_backend("auto", x, SHAPE[-1])
+                    chosen = SELF_ATTENTION.choose_backend("auto", x, SHAPE[-1])
                 reasons = [reason for reason in _why_not(x, chosen) if reason not in said]
                 said.update(reasons)
                 text = "\n".join((chosen, *reasons))
@@ -289,9 +289,9 @@ def _choices() -> Iterator[tuple[str, str]]:
 
 def _why_not(x: Tensor, chosen: str) -> Iterator[str]:
     """Why "auto" took none of the backends that stand before the chosen one."""
-    others = checks.BACKENDS[1:]
+    others = BACKENDS[1:]
     for backend in others[: others.index(chosen)]:
-        reason = operator.why_not(backend, x, SHAPE[-1])
+        reason = SELF_ATTENTION.why_not(backend, x, SHAPE[-1])
         yield "  " + (reason or f"backend={backend!r} works as well, when asked for.")
 
 

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from swiftkernels.integrations.accelerate import part_names
-from swiftkernels.ops import linear_parts, operator
+from swiftkernels.ops import linear_parts
 from swiftkernels.ops.additive_attention.layer import AttentionForward
+from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
 
 FUSED = ("triton", "cpu")
 N_TOKENS = 49
@@ -97,11 +98,11 @@ def _how(layer: Any) -> tuple[str, str]:
     width = layer.in_dims if w_g is None else w_g.numel()
     try:
         with torch.no_grad():
-            backend = operator.choose_backend(layer.backend, x, width)
+            backend = SELF_ATTENTION.choose_backend(layer.backend, x, width)
     except ValueError as error:
         return "", str(error)
     if backend in FUSED:
         return backend, ""
     if layer.backend != "auto":
         return backend, f"backend {backend!r} was asked for"
-    return backend, " ".join(operator.why_not(fused, x, width) for fused in FUSED)
+    return backend, " ".join(SELF_ATTENTION.why_not(fused, x, width) for fused in FUSED)

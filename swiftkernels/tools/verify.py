@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from swiftkernels.backends import devices, torch_state
-from swiftkernels.ops import operator
 from swiftkernels.ops.additive_attention.api import additive_attention
 from swiftkernels.ops.additive_attention.layer import AdditiveAttention
+from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
 from swiftkernels.ops.additive_attention.reference import POOLINGS
+from swiftkernels.ops.types import Backend, Pooling
 from swiftkernels.testing.cases import (
     PARAMETERS,
     QUERY_KEY_NAMES,
@@ -32,7 +33,7 @@ from swiftkernels.testing.cases import (
 from swiftkernels.testing.tolerance import ULPS, budget, relative_error
 from swiftkernels.utils.progress import Progress
 
-BACKENDS = ("triton", "cpu", "aten")
+BACKENDS: tuple[Backend, ...] = ("triton", "cpu", "aten")
 """What can be verified: all but the definition itself."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -51,7 +52,7 @@ class Case:
     in_dims: int
     token_dim: int
     num_heads: int
-    pooling: str = "l2"
+    pooling: Pooling = "l2"
     qk_norm: bool = True
     masked: bool = False
     bias: bool = True
@@ -209,7 +210,7 @@ class Result(NamedTuple):
     """What was wrong; empty if nothing."""
 
 
-def verify_case(case: Case, backend: str, dtype: torch.dtype, device: torch.device) -> Result:
+def verify_case(case: Case, backend: Backend, dtype: torch.dtype, device: torch.device) -> Result:
     """Run one case; a kernel that raises has failed."""
     worst = {"output": 0.0, "gradient": 0.0}
     failure = ""
@@ -229,7 +230,7 @@ def verify_case(case: Case, backend: str, dtype: torch.dtype, device: torch.devi
 
 
 def _errors(
-    case: Case, backend: str, dtype: torch.dtype, device: torch.device
+    case: Case, backend: Backend, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, float, float]]:
     """Of every result of a case its name, its relative error and its budget."""
     inputs = _inputs(case, dtype)
@@ -265,7 +266,7 @@ def _inputs(case: Case, dtype: torch.dtype) -> Tensors:
 
 def _evaluate(
     case: Case,
-    backend: str,
+    backend: Backend,
     mask: Tensor | None,
     dout: Tensor,
     scale: Tensor,
@@ -299,7 +300,7 @@ Call = Callable[..., Tensor]
 
 def _layer(
     case: Case,
-    backend: str,
+    backend: Backend,
     x: Tensor,
     weights: Sequence[Tensor | None],
     mask: Tensor | None,
@@ -327,7 +328,7 @@ def _layer(
 
 def _on_queries_and_keys(
     case: Case,
-    backend: str,
+    backend: Backend,
     q: Tensor,
     tensors: Sequence[Tensor | None],
     mask: Tensor | None,
@@ -336,7 +337,7 @@ def _on_queries_and_keys(
     leaves = [None if t is None else t.detach().requires_grad_() for t in (q, *tensors)]
 
     def call() -> Tensor:
-        output = additive_attention(
+        output: Tensor = additive_attention(
             *leaves,  # type: ignore[arg-type]
             mask=mask,
             pooling=case.pooling,
@@ -375,7 +376,7 @@ def run(device: str | None, backend: str | None = None, quick: bool = False) -> 
     print(f"Verifying on {where}: {devices.name(where)}")
     chosen = [b for b in BACKENDS if backend in (None, b)]
     probe = torch.empty(1, 1, 16, device=where)
-    reasons = {b: operator.why_not(b, probe, 16) for b in chosen}
+    reasons = {b: SELF_ATTENTION.why_not(b, probe, 16) for b in chosen}
     backends = [b for b in chosen if not reasons[b]]
     for name, reason in reasons.items():
         if reason:

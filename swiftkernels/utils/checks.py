@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from swiftkernels.ops.additive_attention.reference import POOLINGS
-
-BACKENDS = ("auto", "triton", "cpu", "aten", "reference")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -43,17 +40,6 @@ def check_number(name: str, value: float, positive: bool = False) -> None:
         raise ValueError(f"{name} must be {expected}; got {value}. Leave it out for the default.")
 
 
-def check_pooling(pooling: str, n_tokens: int) -> None:
-    """Raise unless `pooling` is known and defined for that many tokens."""
-    check_option("pooling", pooling, POOLINGS)
-    # The branch on n_tokens comes last: under torch.compile it would otherwise guard every graph.
-    if pooling in ("l2", "softmax") and n_tokens == 0:
-        raise ValueError(
-            f"pooling={pooling!r} normalises over the tokens and needs at least one; got 0 tokens. "
-            "Skip the layer for empty inputs, or use pooling='sum' or 'linear'."
-        )
-
-
 def check_tensor(name: str, t: object) -> None:
     """Raise unless t is a tensor."""
     if not isinstance(t, Tensor):
@@ -73,24 +59,19 @@ def check_weight(name: str, t: Tensor, meaning: str) -> None:
         )
 
 
-def check_w_g(w_g: Tensor) -> None:
-    """Raise unless w_g is [E] or [E, 1]."""
-    check_tensor("w_g", w_g)
-    if w_g.numel() == 0 or (w_g.dim() != 1 and w_g.shape[1:] != (1,)):
-        raise ValueError(
-            f"w_g must have shape [E] or [E, 1]; got {tuple(w_g.shape)}. "
-            "Pass one weight for each channel of the queries, as the layer's state dict has them."
+def check_floating(name: str, t: Tensor) -> None:
+    """Raise unless t is a tensor of a type that the operators take."""
+    check_tensor(name, t)
+    if t.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must be float64, float32, float16 or bfloat16; got {t.dtype}. "
+            f"Convert it first: {name}.to(torch.float32)."
         )
 
 
 def check_tokens(name: str, x: Tensor, width: int, width_name: str) -> None:
     """Raise unless x is a floating-point [B, N, width]."""
-    check_tensor(name, x)
-    if x.dtype not in DTYPES:
-        raise TypeError(
-            f"{name} must be float64, float32, float16 or bfloat16; got {x.dtype}. "
-            f"Convert it first: {name}.to(torch.float32)."
-        )
+    check_floating(name, x)
     if x.dim() != 3:
         raise ValueError(
             f"{name} must have 3 dimensions [B, N, {width}] (batch, tokens, {width_name}); got "
@@ -145,8 +126,8 @@ def check_device(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
         )
 
 
-def check_mask(mask: Tensor | None, x: Tensor) -> None:
-    """Raise unless mask is None or a bool [B, N] on the device of x [B, N, ...]."""
+def check_mask(mask: Tensor | None, shape: Sequence[int], device: torch.device) -> None:
+    """Raise unless mask is None or a bool tensor of that shape, [B, N], on that device."""
     if mask is None:
         return
     check_tensor("mask", mask)
@@ -155,13 +136,13 @@ def check_mask(mask: Tensor | None, x: Tensor) -> None:
             f"mask must be bool (True = the token takes part); got {mask.dtype}. "
             "Convert it: mask.bool() (for additive -inf masks: mask == 0)."
         )
-    if mask.shape != x.shape[:2]:
+    if mask.shape != torch.Size(shape):
         raise ValueError(
-            f"mask must have shape [B, N] = {tuple(x.shape[:2])}; got {tuple(mask.shape)}. "
-            "One value per token and batch item: expand or reshape it."
+            f"mask must have shape [B, N] = {tuple(shape)}; got {tuple(mask.shape)}. "
+            "One value per token and batch element: expand or reshape it."
         )
-    if mask.device != x.device:
+    if mask.device != device:
         raise ValueError(
-            f"mask must be on the device of the input, {x.device}; got {mask.device}. "
-            f"Move it: mask.to({str(x.device)!r})."
+            f"mask must be on the device of the input, {device}; got {mask.device}. "
+            f"Move it: mask.to({str(device)!r})."
         )

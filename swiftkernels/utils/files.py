@@ -39,6 +39,7 @@ def replacing(path: str | Path, name: str = "path") -> Iterator[BinaryIO]:
             into the file raised another error.
 
     Example:
+        >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
         >>> with replacing(folder / "a.txt") as file:
         ...     _ = file.write(b"complete")

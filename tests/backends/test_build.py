@@ -6,11 +6,13 @@ import json
 import platform
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from swiftkernels.backends.cpu import library
+from swiftkernels.ops.additive_attention.cpu import launch
 from tests.builds import (
     CSRC,
     LIBRARIES,
@@ -22,6 +24,7 @@ from tests.builds import (
     run,
 )
 
+OPERATOR = Path("swiftkernels", "ops", "additive_attention", "csrc")
 NO_COMPILER = ({"PATH": "/nonexistent", "CXX": ""}, {"CXX": "/nonexistent/c++"})
 
 
@@ -41,7 +44,7 @@ def built(tmp_path_factory):
 @pytest.fixture
 def in_process(monkeypatch, built):
     """The loader of this process, looking into the built project."""
-    caches = (library.loaded, library.why_not, library._open, library._features)
+    caches = (library.loaded, library.why_not, library._open, library._processor_runs)
 
     def look_into(directory):
         for cache in caches:
@@ -141,7 +144,7 @@ def test_a_wheel_with_libraries_is_for_one_platform_and_every_python(project):
     names = zipfile.ZipFile(wheel).namelist()
     assert [n for n in names if n.endswith(".so")]
     assert "swiftkernels/backends/cpu/_build.json" in names
-    data = {p.relative_to(project).as_posix() for p in project.glob("swiftkernels/**/forms.json")}
+    data = {p.relative_to(project).as_posix() for p in project.glob("swiftkernels/**/[!_]*.json")}
     data |= {"swiftkernels/py.typed", "swiftkernels/tools/imagenet_labels.txt"}
     assert data <= set(names)
     assert not [n for n in names if "csrc" in n or ".data/" in n]
@@ -161,8 +164,9 @@ def test_the_sdist_has_every_source(tmp_path):
     (sdist,) = (project / "dist").glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    sources = {path.relative_to(project).as_posix() for path in (project / CSRC).iterdir()}
-    assert sources
+    paths = project.glob("swiftkernels/**/csrc/*")
+    sources = {path.relative_to(project).as_posix() for path in paths}
+    assert {f"{OPERATOR.as_posix()}/forward.cpp", f"{CSRC.as_posix()}/simd.h"} <= sources
     assert sources <= names
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
     assert not [n for n in names if n.endswith((".so", "_build.json"))]
@@ -175,8 +179,7 @@ def test_the_best_library_that_the_processor_can_run_is_loaded(in_process):
     assert library.loaded().name == runs[0]
     assert library.loaded() is library.loaded()
     assert library.why_not() == ""
-    for isa in runs:
-        assert library.load(isa).handle.swiftkernels_abi() == library.ABI
+    assert [library.load(isa).name for isa in runs] == runs
 
 
 @needs_compiler
@@ -190,7 +193,7 @@ def test_the_environment_chooses_the_library(in_process, monkeypatch, built):
     assert "ValueError: SWIFTKERNELS_CPU_ISA must name" in said
     assert "'nonsense'" in said
     assert f"Built: {', '.join(library.available())}" in said
-    monkeypatch.setattr(library, "_features", lambda: 0)
+    monkeypatch.setattr(library, "_processor_runs", lambda isa: isa == "portable")
     monkeypatch.setenv("SWIFTKERNELS_CPU_ISA", "avx2")
     with pytest.raises(ValueError, match=r"the processor lacks AVX2.*can run: portable\."):
         library.loaded()
@@ -200,16 +203,45 @@ def test_the_environment_chooses_the_library(in_process, monkeypatch, built):
 
 
 @needs_compiler
-def test_a_library_of_another_interface_is_refused(in_process, project):
-    source = project / CSRC / "features.cpp"
-    text = source.read_text()
-    assert f"return {library.ABI};" in text
-    source.write_text(text.replace(f"return {library.ABI};", "return 12345;"))
+@pytest.mark.parametrize(
+    ("source", "entry", "replacement", "difference"),
+    [
+        (
+            CSRC / "features.cpp",
+            '{"DONE", DONE}',
+            '{"DONE", 7}',
+            f"in swiftkernels_cpu_abi, DONE is 7, {library.DONE} is needed",
+        ),
+        (
+            OPERATOR / "abi.cpp",
+            '{"sizeof(Call)", sizeof(Call)}',
+            '{"sizeof(Call)", 8}',
+            f"in swiftkernels_additive_abi, sizeof(Call) is 8, {launch._CALL.size} is needed",
+        ),
+        (
+            OPERATOR / "abi.cpp",
+            '{"PLAIN", PLAIN}',
+            '{"PLAIN", PLAIN}, {"FANCY", 3}',
+            "in swiftkernels_additive_abi, FANCY is 3, None is needed",
+        ),
+        (
+            OPERATOR / "abi.cpp",
+            "swiftkernels_additive_abi()",
+            "swiftkernels_subtractive_abi()",
+            "it has no swiftkernels_additive_abi",
+        ),
+    ],
+)
+def test_a_library_of_another_interface_is_refused(
+    in_process, project, source, entry, replacement, difference
+):
+    text = (project / source).read_text()
+    assert text.count(entry) == 1
+    (project / source).write_text(text.replace(entry, replacement))
     build_in_place(project)
     in_process(project / LIBRARIES)
     assert library.loaded() is None
-    needed = f"its interface is number 12345, number {library.ABI} is needed"
-    assert needed in library.why_not()
+    assert f"built from other sources: {difference}" in library.why_not()
     assert "reinstall from the sources: pip install" in library.why_not()
 
 

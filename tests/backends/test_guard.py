@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 from swiftkernels import AdditiveAttention, weights_changed
 from swiftkernels.backends import cache
 from swiftkernels.backends.cpu import library
-from swiftkernels.ops.additive_attention.cpu import packing
+from swiftkernels.backends.cpu.packing import Packed
 from swiftkernels.testing.tolerance import relative_error
 
 pytestmark = [
@@ -306,7 +306,7 @@ def test_weights_that_change_between_any_two_calls_are_hardly_packed(write, pack
         packings.clear()
         layer(x)
     assert not packings
-    slots = packing.find_layer(layer.to_query.weight, layer.final.weight).slots.values()
+    slots = layer._plans()._slots.values()
     assert any(slot.packed is not None for slot in slots)  # and at last they are
 
 
@@ -339,14 +339,18 @@ def test_layers_that_share_a_query_weight_are_right_and_hardly_packed(packings):
 
 def test_what_does_not_last_is_packed_less_and_less_often():
     slot, packed = cache.Slot(), 0
+    weight = torch.zeros(1)
+
+    def pack() -> Packed:
+        nonlocal packed
+        packed += 1
+        return Packed(b"", [])
+
     for version in range(1000):
-        slot.renew(([version],))
+        weight.fill_(version)
         for _ in range(1 + version % 3):
-            if slot.pays():
-                slot.fill(packing.Packed(b"", []))  # and the weights change at once
-                packed += 1
-                break
-            slot.skipped += 1
+            if slot.ensure((weight,), lambda _: True, pack) is not None:
+                break  # and the weights change at once
     assert packed < 10
 
 

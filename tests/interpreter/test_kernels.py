@@ -10,18 +10,22 @@ import torch
 from torch import Tensor
 
 from swiftkernels.ops.additive_attention import api, reference
-from swiftkernels.ops.additive_attention.reference import POOLINGS, Options
+from swiftkernels.ops.additive_attention.reference import POOLINGS
 from swiftkernels.ops.additive_attention.triton import config, launch
+from swiftkernels.ops.additive_attention.weights import Options
 from swiftkernels.testing.cases import (
     QUERY_KEY_NAMES,
     SELF_NAMES,
     assert_gradients_survive_cancellation,
+    backward_by,
     cancelling_tensors,
     convert,
     forward_backward,
+    forward_by,
     make_mask,
     make_query_key_tensors,
     make_tensors,
+    split,
 )
 from swiftkernels.testing.tolerance import assert_as_good_as_eager, assert_exact, relative_error
 
@@ -49,7 +53,8 @@ def run_definition(
     """Output and all gradients by the definition, in `dtype`."""
 
     def attention(*tensors: Tensor) -> Tensor:
-        return reference.additive_self_attention(*tensors, mask, options)
+        (x,), weights = split(tensors)
+        return reference.additive_self_attention(x, weights, mask, options)
 
     return forward_backward(attention, convert(tensors, dtype), SELF_NAMES, dout)
 
@@ -104,7 +109,8 @@ def test_queries_and_keys_equal_the_definition(width, pooling):
         return api.additive_attention(*tensors, mask=mask, **options._asdict(), backend="triton")
 
     def definition(*tensors: Tensor) -> Tensor:
-        return reference.additive_attention(*tensors, mask, options)
+        (q, k), weights = split(tensors)
+        return reference.additive_attention(q, k, weights, mask, options)
 
     assert_exact(
         forward_backward(kernels, tensors, QUERY_KEY_NAMES),
@@ -242,10 +248,9 @@ def test_seventy_thousand_tokens_in_half_precision_stay_finite():
     tensors = make_tensors(1, 1, 16, 16, 1, dtype=torch.float16, seed=11)
     tensors[0] = tensors[0].expand(1, 70_000, 16)
     options = options_for(16, "sum")
-    out, *_ = launch.additive_self_attention_forward(*tensors, None, options)
-    exact = reference.additive_self_attention(
-        *(None if t is None else t.double() for t in tensors), None, options
-    )
+    out, _ = forward_by(launch, tensors, None, options)
+    (x,), weights = split([None if t is None else t.double() for t in tensors])
+    exact = reference.additive_self_attention(x, weights, None, options)
     assert out.isfinite().all()
     within = exact.abs() < torch.finfo(torch.float16).max
     assert within.any()
@@ -404,8 +409,7 @@ def test_items_more_than_two_to_the_31_elements_apart_are_read_right():
         return api.additive_self_attention(x, *tensors[1:], backend="triton")
 
     assert torch.equal(attention(far), near_results["output"])
-    _, *saved = launch.additive_self_attention_forward(far, *tensors[1:], None, options_for(16))
-    dx, *_ = launch.additive_self_attention_backward(
-        dout, far, *tensors[1:], None, tuple(saved), options_for(16), True, True
-    )
+    tensors = [far, *tensors[1:]]
+    _, saved = forward_by(launch, tensors, None, options_for(16))
+    dx, *_ = backward_by(launch, dout, tensors, None, saved, options_for(16))
     assert torch.equal(dx, near_results["x"])

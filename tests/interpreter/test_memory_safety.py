@@ -24,9 +24,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import swiftkernels.backends.triton
 import swiftkernels.ops.additive_attention.triton
-from swiftkernels.ops.additive_attention.reference import Options
 from swiftkernels.ops.additive_attention.triton import launch
-from swiftkernels.testing.cases import make_mask, make_query_key_tensors, make_tensors
+from swiftkernels.ops.additive_attention.weights import Options
+from swiftkernels.testing.cases import (
+    backward_by,
+    forward_by,
+    make_mask,
+    make_query_key_tensors,
+    make_tensors,
+)
 from swiftkernels.testing.triton_trace import Launch, MemoryFaultError, trace
 
 BLOCK = 16
@@ -333,11 +339,8 @@ def layer_run(
     mask = make_mask(2, n_tokens) if masked else None
 
     def run(module: ModuleType) -> None:
-        out, *saved = module.additive_self_attention_forward(*tensors, mask, options)
-        dout = torch.ones_like(out)
-        module.additive_self_attention_backward(
-            dout, *tensors, mask, tuple(saved), options, True, True
-        )
+        out, saved = forward_by(module, tensors, mask, options)
+        backward_by(module, torch.ones_like(out), tensors, mask, saved, options)
 
     return run
 
@@ -351,10 +354,8 @@ def query_key_run(n_tokens: int, width: int, pooling: str, masked: bool) -> Run:
     mask = make_mask(2, n_tokens) if masked else None
 
     def run(module: ModuleType) -> None:
-        out, *saved = module.additive_attention_forward(*tensors, mask, options)
-        module.additive_attention_backward(
-            torch.ones_like(out), *tensors, mask, tuple(saved), options, True, True
-        )
+        out, saved = forward_by(module, tensors, mask, options)
+        backward_by(module, torch.ones_like(out), tensors, mask, saved, options)
 
     return run
 

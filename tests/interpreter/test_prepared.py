@@ -148,7 +148,6 @@ def test_images_have_second_derivatives(compiled):
     layer = AdditiveAttention(16, 16, 1, backend="triton")
     with torch.no_grad():
         layer(images(16))
-    assert layer._attend_quickly(images(16), None, True) is not None
     seconds = []
     for backend in ("triton", "reference"):
         layer.backend = backend

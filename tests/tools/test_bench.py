@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from swiftkernels.backends import devices
-from swiftkernels.ops import operator
 from swiftkernels.ops.additive_attention import eager
+from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
 from swiftkernels.testing import engines, harness, timing
 from swiftkernels.testing.operators import Size
 from swiftkernels.tools import bench, cli
@@ -57,7 +57,7 @@ def test_every_engine_is_measured_and_reported(tiny, tmp_path, capsys):
             assert 0 <= float(row["min_seconds"]) <= float(row["median_seconds"])
             assert float(row["error"]) < 1e-5
             assert (row["gradient_error"] == "") == (row["direction"] == "forward")
-    assert rows[0]["backend"] == operator.choose_backend("auto", torch.zeros(2, 9, 16), 16)
+    assert rows[0]["backend"] == SELF_ATTENTION.choose_backend("auto", torch.zeros(2, 9, 16), 16)
     said = (tmp_path / "new" / bench.REPORT).read_text()
     assert devices.name(CPU) in said
     assert f"torch: {torch.__version__}" in said
@@ -68,13 +68,13 @@ def test_every_engine_is_measured_and_reported(tiny, tmp_path, capsys):
 
 
 def test_a_wrong_engine_is_not_timed_and_fails_the_command(tiny, monkeypatch, tmp_path, capsys):
-    forward = eager.additive_self_attention_forward
+    forward = eager.forward
     monkeypatch.setattr(
         eager,
-        "additive_self_attention_forward",
+        "forward",
         lambda *args: (forward(*args)[0] * 1.001, *forward(*args)[1:]),
     )
-    monkeypatch.setattr(operator, "_automatic_backend", lambda *args: "aten")
+    monkeypatch.setattr(SELF_ATTENTION, "_automatic_backend", lambda *args: "aten")
     assert bench.run("cpu", tmp_path) == 1
     rows = read(tmp_path / bench.CSV)
     for row in rows:
@@ -91,8 +91,8 @@ def test_an_operator_that_raises_fails_the_command(tiny, monkeypatch, tmp_path):
     def broken(*args):
         raise RuntimeError("out of registers")
 
-    monkeypatch.setattr(operator, "_automatic_backend", lambda *args: "aten")
-    monkeypatch.setattr(eager, "additive_self_attention_backward", broken)
+    monkeypatch.setattr(SELF_ATTENTION, "_automatic_backend", lambda *args: "aten")
+    monkeypatch.setattr(eager, "backward", broken)
     assert bench.run("cpu", tmp_path) == 1
     forward, backward = (r for r in read(tmp_path / bench.CSV) if r["engine"] == engines.OURS)
     assert forward["note"] == ""

@@ -18,7 +18,7 @@ from swiftkernels import accelerate
 from swiftkernels.models import attention_maps, save_checkpoint, token_weights
 from swiftkernels.ops.additive_attention import reference
 from swiftkernels.ops.additive_attention.layer import AttentionForward
-from swiftkernels.ops.additive_attention.reference import Options
+from swiftkernels.ops.additive_attention.weights import Options
 from swiftkernels.testing.cases import POOLINGS
 from swiftkernels.testing.tolerance import assert_exact
 from swiftkernels.tools import cli, predict

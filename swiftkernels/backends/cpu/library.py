@@ -3,6 +3,9 @@
 Lazily, at the first use, and once per process. torch is imported before: the library then binds to
 the OpenMP runtime that torch brought, and shares its threads.
 
+isas.json lists the instruction sets. A new one is added there, with its vectors to csrc/simd.h, and
+with the question whether the processor has it to csrc/features.cpp.
+
 Environment: SWIFTKERNELS_CPU_ISA names the library to take, one of `ISAS`, or "none" for none.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 import json
 import os
 import platform
@@ -20,18 +24,31 @@ from typing import Any, NamedTuple
 
 import torch
 
-ABI = 3
-"""The interface these sources speak; `swiftkernels_abi` in csrc/features.cpp is the other side."""
-
-ISAS = ("avx512", "avx2", "neon", "portable")
-"""Instruction sets, the best first."""
+from swiftkernels.backends import torch_state
 
 DIRECTORY = Path(__file__).parent
 
-# Bits of swiftkernels_cpu_features that a library needs, and what the processor has with them.
-_NEEDS = {
-    "avx512": (0b11, "AVX-512 (x86-64-v4)"),
-    "avx2": (0b01, "AVX2 and FMA (x86-64-v3)"),
+_ISAS: dict[str, dict[str, Any]] = json.loads((DIRECTORY / "isas.json").read_text())
+
+ISAS = tuple(_ISAS)
+"""Instruction sets, the best first."""
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Codes of the element types."""
+
+DONE, OUT_OF_MEMORY, STALE, CANCELLATION = range(4)
+"""What a call of a kernel returns; `Status` in csrc/exports.h explains."""
+
+# By the symbol of the table that a library exports: what is to be in it.
+_interfaces: dict[str, dict[str, int]] = {
+    "swiftkernels_cpu_abi": {
+        "revision": 4,
+        **{str(dtype).removeprefix("torch.").upper(): code for dtype, code in TYPES.items()},
+        "DONE": DONE,
+        "OUT_OF_MEMORY": OUT_OF_MEMORY,
+        "STALE": STALE,
+        "CANCELLATION": CANCELLATION,
+    }
 }
 
 
@@ -44,6 +61,18 @@ class Library(NamedTuple):
     """Where it was loaded from."""
     handle: ctypes.CDLL
     """Its functions."""
+
+
+def register_interface(operator: str, numbers: dict[str, int]) -> None:
+    """Load only libraries in which an operator's C++ agrees with its Python.
+
+    Args:
+        operator: the library exports a table `swiftkernels_<operator>_abi` (csrc/exports.h).
+        numbers: what the table has to contain: sizes of structs, codes, limits.
+    """
+    _interfaces[f"swiftkernels_{operator}_abi"] = numbers
+    for cache in (loaded, why_not, _open):
+        cache.cache_clear()
 
 
 @functools.cache
@@ -87,6 +116,20 @@ def why_not() -> str:
     # Compilers say first where they were, then what was wrong.
     reason = next((line for line in error if "error" in line), error[0])
     return f"needs the compiled kernels, which were not built: {reason} ({remedy()})"
+
+
+def why_not_for(x: torch.Tensor) -> str:
+    """Why the kernels cannot take x, as continuation of "backend='cpu' ..."; empty if they can."""
+    if x.device.type != "cpu":
+        return f"needs a tensor on the CPU; got one on {x.device}"
+    if x.dtype == torch.float64:
+        return "takes float32, bfloat16 and float16; got float64"
+    return _constant_why_not()
+
+
+@torch_state.constant_under_compile
+def _constant_why_not() -> str:
+    return why_not()
 
 
 def remedy() -> str:
@@ -173,25 +216,44 @@ def _path(isa: str) -> Path:
 @functools.cache
 def _open(isa: str) -> Library:
     handle = ctypes.CDLL(str(_path(isa)))
-    number = handle.swiftkernels_abi() if hasattr(handle, "swiftkernels_abi") else None
-    if number != ABI:
-        raise ValueError(
-            f"built from other sources: its interface is number {number}, number {ABI} is needed"
-        )
+    for symbol, numbers in _interfaces.items():
+        _check_interface(handle, symbol, numbers)
     return Library(isa, _path(isa), handle)
+
+
+class _AbiEntry(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char_p), ("value", ctypes.c_int64))
+
+
+def _check_interface(handle: ctypes.CDLL, symbol: str, numbers: dict[str, int]) -> None:
+    if not hasattr(handle, symbol):
+        raise ValueError(f"built from other sources: it has no {symbol}")
+    function = getattr(handle, symbol)
+    function.restype = ctypes.POINTER(_AbiEntry)
+    entries = itertools.takewhile(lambda entry: entry.name, function())
+    built = {entry.name.decode(): entry.value for entry in entries}
+    for name in {**numbers, **built}:
+        if built.get(name) != numbers.get(name):
+            raise ValueError(
+                f"built from other sources: in {symbol}, {name} is {built.get(name)}, "
+                f"{numbers.get(name)} is needed"
+            )
 
 
 def _lacks(isa: str) -> str:
     """What the library needs and the processor has not; empty if nothing."""
-    needs, name = _NEEDS.get(isa, (0, ""))
-    return name if needs & ~_features() else ""
+    return "" if _processor_runs(isa) else str(_ISAS[isa]["needs"])
 
 
 @functools.cache
-def _features() -> int:
-    # Only the library compiled for every processor may be run in order to ask.
-    if _path("portable").exists():
-        with contextlib.suppress(OSError, ValueError):
-            return int(_open("portable").handle.swiftkernels_cpu_features())
-    # A build without it: torch knows less, but enough.
-    return {"AVX2": 0b001, "AVX512": 0b011}.get(torch.backends.cpu.get_cpu_capability(), 0)
+def _processor_runs(isa: str) -> bool:
+    if not _ISAS[isa]["needs"]:
+        return True
+    # Only a library compiled for every processor may be run in order to ask.
+    for name in ISAS:
+        if not _ISAS[name]["needs"] and _path(name).exists():
+            with contextlib.suppress(OSError, ValueError):
+                return bool(_open(name).handle.swiftkernels_processor_runs(isa.encode()))
+    # A build without one: torch knows less, but enough.
+    runs = {"AVX2": ("avx2",), "AVX512": ("avx2", "avx512")}
+    return isa in runs.get(torch.backends.cpu.get_cpu_capability(), ())

@@ -1,21 +1,32 @@
-"""The functional interface: check the arguments, cast for autocast, choose the backend, call it."""
+"""The functions of additive attention: check the arguments, choose the backend, make a plan."""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swiftkernels.backends import torch_state
-from swiftkernels.backends.torch_state import autocast_off, autocasts
-from swiftkernels.ops import operator, plan
+from swiftkernels.backends import cache, torch_state
+from swiftkernels.backends.layouts import to_tokens, tokens_of
+from swiftkernels.backends.torch_state import autocasts
+from swiftkernels.ops import plan as planning
 from swiftkernels.ops.additive_attention import reference
-from swiftkernels.ops.additive_attention.cpu.packing import Weights
-from swiftkernels.ops.additive_attention.reference import Options
+from swiftkernels.ops.additive_attention.cpu import config as cpu_config
+from swiftkernels.ops.additive_attention.op import QUERY_KEY_ATTENTION, SELF_ATTENTION
+from swiftkernels.ops.additive_attention.weights import Options, OutputWeights, Weights
+from swiftkernels.ops.operator import Call, needs_gradient
+from swiftkernels.ops.plan import OperatorPlan, Plan, Plans, ViewingPlan
+from swiftkernels.ops.types import Backend, Pooling
 from swiftkernels.utils import checks
+
+POOLINGS, BACKENDS = reference.POOLINGS, ("auto", "triton", "cpu", "aten", "reference")
+IMAGES = ("triton", "cpu")
+"""Backends that read images [B, C, H, W] without views of them."""
 
 
 class AttentionOutput(NamedTuple):
@@ -33,6 +44,53 @@ class AttentionOutput(NamedTuple):
     """Global query G, [B, E]."""
 
 
+class Request(NamedTuple):
+    """How a caller wants additive attention computed; the arguments explain themselves there."""
+
+    pooling: str
+    qk_norm: bool
+    scale: float | None
+    eps: float
+    backend: str
+    recompute: bool | None = None
+
+
+@overload
+def additive_attention(
+    q: Tensor,
+    k: Tensor,
+    w_g: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    final_weight: Tensor,
+    final_bias: Tensor | None,
+    *,
+    mask: Tensor | None = ...,
+    pooling: Pooling = ...,
+    qk_norm: bool = ...,
+    scale: float | None = ...,
+    eps: float = ...,
+    backend: Backend = ...,
+    return_weights: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def additive_attention(
+    q: Tensor,
+    k: Tensor,
+    w_g: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    final_weight: Tensor,
+    final_bias: Tensor | None,
+    *,
+    mask: Tensor | None = ...,
+    pooling: Pooling = ...,
+    qk_norm: bool = ...,
+    scale: float | None = ...,
+    eps: float = ...,
+    backend: Backend = ...,
+    return_weights: Literal[True],
+) -> AttentionOutput: ...
 def additive_attention(
     q: Tensor,
     k: Tensor,
@@ -43,11 +101,11 @@ def additive_attention(
     final_bias: Tensor | None,
     *,
     mask: Tensor | None = None,
-    pooling: str = "l2",
+    pooling: Pooling = "l2",
     qk_norm: bool = True,
     scale: float | None = None,
     eps: float = 1e-12,
-    backend: str = "auto",
+    backend: Backend = "auto",
     return_weights: bool = False,
 ) -> Tensor | AttentionOutput:
     """Efficient additive attention on given queries and keys (section 3 of arXiv 2303.15446).
@@ -72,7 +130,7 @@ def additive_attention(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, with the
-        remedy.
+            remedy.
 
     Example:
         >>> q, k = torch.randn(2, 49, 64), torch.randn(2, 49, 64)
@@ -80,31 +138,78 @@ def additive_attention(
         >>> additive_attention(q, k, torch.randn(64), w, None, w, None).shape
         torch.Size([2, 49, 64])
     """
-    checks.check_w_g(w_g)
+    _check_w_g(w_g)
     w_g = w_g.flatten()
-    q, k, w_g, proj_weight, proj_bias, final_weight, final_bias = _autocast(
-        q, k, w_g, proj_weight, proj_bias, final_weight, final_bias
-    )
+    if (dtype := _autocast_dtype(q)) is not None:
+        q, k, w_g, proj_weight, proj_bias, final_weight, final_bias = _cast(
+            dtype, q, k, w_g, proj_weight, proj_bias, final_weight, final_bias
+        )
     width = w_g.shape[0]
     checks.check_tokens("q", q, width, "E, the length of w_g")
     checks.check_shape(
         "k", k, tuple(q.shape), "that of q", "Queries and keys come from the same tokens."
     )
-    weights = (w_g, proj_weight, proj_bias, final_weight, final_bias)
-    _check_weights(checks.check_alike, "q", q, *weights)
+    weights = OutputWeights(w_g, proj_weight, proj_bias, final_weight, final_bias)
+    _check_output_weights(weights)
+    checks.check_alike("q", q, weights._asdict())
     checks.check_alike("q", q, {"k": k})
-    checks.check_mask(mask, q)
-    options = _options(pooling, qk_norm, scale, eps, q.shape[1], final_weight.shape[0])
-    chosen = operator.choose_backend(backend, q, width, from_tokens=False)
+    checks.check_mask(mask, q.shape[:2], q.device)
+    request = Request(pooling, qk_norm, scale, eps, backend)
+    options = _options(request, q.shape[1], weights.token_dim)
+    chosen = QUERY_KEY_ATTENTION.choose_backend(backend, q, width)
     if chosen == "reference":
-        out = reference.additive_attention(q, k, *weights, mask, options)
+        out = reference.additive_attention(q, k, weights, mask, options)
     else:
-        out = operator.additive_attention(
-            q, k, *weights, mask=mask, options=options, backend=chosen
-        )
+        out = QUERY_KEY_ATTENTION(Call((q, k), weights, mask, options, chosen, "statistics"))
     return _with_weights(out, q, w_g, mask, options) if return_weights else out
 
 
+@overload
+def additive_self_attention(
+    x: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor | None,
+    key_weight: Tensor,
+    key_bias: Tensor | None,
+    w_g: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    final_weight: Tensor,
+    final_bias: Tensor | None,
+    *,
+    mask: Tensor | None = ...,
+    pooling: Pooling = ...,
+    qk_norm: bool = ...,
+    scale: float | None = ...,
+    eps: float = ...,
+    backend: Backend = ...,
+    return_weights: Literal[False] = ...,
+    residual_scale: Tensor | None = ...,
+    recompute: bool | None = ...,
+) -> Tensor: ...
+@overload
+def additive_self_attention(
+    x: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor | None,
+    key_weight: Tensor,
+    key_bias: Tensor | None,
+    w_g: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    final_weight: Tensor,
+    final_bias: Tensor | None,
+    *,
+    mask: Tensor | None = ...,
+    pooling: Pooling = ...,
+    qk_norm: bool = ...,
+    scale: float | None = ...,
+    eps: float = ...,
+    backend: Backend = ...,
+    return_weights: Literal[True],
+    residual_scale: Tensor | None = ...,
+    recompute: bool | None = ...,
+) -> AttentionOutput: ...
 def additive_self_attention(
     x: Tensor,
     query_weight: Tensor,
@@ -118,16 +223,16 @@ def additive_self_attention(
     final_bias: Tensor | None,
     *,
     mask: Tensor | None = None,
-    pooling: str = "l2",
+    pooling: Pooling = "l2",
     qk_norm: bool = True,
     scale: float | None = None,
     eps: float = 1e-12,
-    backend: str = "auto",
+    backend: Backend = "auto",
     return_weights: bool = False,
     residual_scale: Tensor | None = None,
     recompute: bool | None = None,
 ) -> Tensor | AttentionOutput:
-    """The whole attention layer from tokens and weights; what `AdditiveAttention` calls.
+    """The whole attention layer from tokens and weights; `AdditiveAttention` as a function.
 
     In inference on a CPU, weight matrices that are `nn.Parameter` are packed once, others are read
     as they are at every call.
@@ -136,8 +241,8 @@ def additive_self_attention(
         x: tokens, [B, N, C], any strides: views of NCHW images are read without a copy.
         query_weight, query_bias: the layer `to_query`, [E, C] and [E] or None.
         key_weight, key_bias: the layer `to_key`, [E, C] and [E] or None.
-        w_g, proj_weight, proj_bias, final_weight, final_bias, mask, pooling, qk_norm, scale, eps,
-            backend, return_weights: as in `additive_attention`.
+        w_g, proj_weight, proj_bias, final_weight, final_bias: as in `additive_attention`.
+        mask, pooling, qk_norm, scale, eps, backend, return_weights: as in `additive_attention`.
         residual_scale: [C] in any shape; if given, the result is x + residual_scale * output, the
             residual branch of a SwiftFormer block, with the strides of x. The CPU kernels add it in
             inference without another pass over memory. Needs D = C.
@@ -152,7 +257,7 @@ def additive_self_attention(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, with the
-        remedy.
+            remedy.
 
     Example:
         >>> x, w, b = torch.randn(2, 49, 64), torch.randn(64, 64) / 8, torch.zeros(64)
@@ -160,201 +265,166 @@ def additive_self_attention(
         torch.Size([2, 49, 64])
     """
     weights = Weights(
-        query_weight,
-        query_bias,
-        key_weight,
-        key_bias,
-        w_g,
-        proj_weight,
-        proj_bias,
-        final_weight,
+        query_weight, query_bias, key_weight, key_bias, w_g, proj_weight, proj_bias, final_weight,
         final_bias,
-        residual_scale,
-    )
-    checks.check_w_g(w_g)
+    )  # fmt: skip
+    _check_w_g(w_g)
     checks.check_weight("query_weight", query_weight, "[E, C]")
-    residual, (x,) = x, _autocast(x)
-    width, in_dims = w_g.shape[0], query_weight.shape[-1]
-    checks.check_tokens("x", x, in_dims, "C, the width of query_weight")
-    checks.check_shape(
-        "query_weight", query_weight, (width, in_dims), "[E, C], E the length of w_g"
-    )
-    checks.check_shape("key_weight", key_weight, (width, in_dims), "[E, C]")
-    for name, bias in (("query_bias", query_bias), ("key_bias", key_bias)):
-        if bias is not None:
-            checks.check_shape(name, bias, (width,), "[E]")
-    projections = {
-        "query_weight": query_weight,
-        "query_bias": query_bias,
-        "key_weight": key_weight,
-        "key_bias": key_bias,
-    }
-    check_alike = _check_castable if autocasts(x.device.type) else checks.check_alike
-    check_alike("x", x, projections)
-    _check_weights(check_alike, "x", x, *weights[4:9])
-    checks.check_mask(mask, x)
-    checks.check_option("recompute", recompute, (None, True, False))
-    if residual_scale is not None:
-        _check_residual(residual_scale, residual, final_weight.shape[0])
-    options = _options(pooling, qk_norm, scale, eps, x.shape[1], final_weight.shape[0])
-    chosen = operator.choose_backend(backend, x, width)
-    plain = (
-        chosen in ("cpu", "triton")
-        and torch_state.nothing_listens()
-        and torch_state.is_plain(x, *weights)
-    )
-    added = False
-    if plain and chosen == "cpu" and not operator.needs_gradient(residual, *weights):
-        # These kernels round the weights to the type of x, and add x themselves.
-        added = residual_scale is not None and residual is x and residual_scale.dtype == x.dtype
-        out = operator.infer_on_cpu(
-            x, weights if added else weights._replace(layer_scale=None), mask, options
-        )
-    else:
-        out = _attend(x, weights, mask, options, chosen, recompute, plain)
-    if residual_scale is not None and not added:
-        out = residual + residual_scale.flatten() * out
-    if plain and x is residual:
-        plan.remember(weights, (backend, pooling, qk_norm, scale, eps), chosen, options, x)
-    if not return_weights:
-        return out
-    with torch.no_grad():
-        q = F.linear(x, *_autocast(query_weight, query_bias))
-    return _with_weights(out, q, w_g.flatten(), mask, options)
+    checks.check_tokens("x", x, weights.in_dims, "C, the width of query_weight")
+    request = Request(pooling, qk_norm, scale, eps, backend, recompute)
+    out, _ = attend(x, weights, mask, residual_scale, request, False)
+    return with_weights(out, x, weights, mask, request) if return_weights else out
 
 
-def _attend(
+def attend(
     x: Tensor,
     weights: Weights,
     mask: Tensor | None,
-    options: Options,
-    chosen: str,
-    recompute: bool | None,
-    plain: bool,
-) -> Tensor:
-    """The output by the chosen backend, differentiable."""
-    w = Weights(*_autocast(*weights[:9]))
-    if chosen == "reference":
-        return reference.additive_self_attention(x, *w[:4], w.w_g.flatten(), *w[5:9], mask, options)
-    # In the shape in which the short way past these checks saves it for the backward: activation
-    # checkpointing compares what two calls save.
-    w_g = w.w_g if plain else w.w_g.flatten()
-    return operator.additive_self_attention(
-        x, *w._replace(w_g=w_g)[:9],
-        mask=mask, options=options, backend=chosen, recompute=recompute,
-    )  # fmt: skip
+    residual_scale: Tensor | None,
+    request: Request,
+    channels_first: bool,
+    plans: Plans | None = None,
+) -> tuple[Tensor, Plan]:
+    """The output by a new plan, and the plan.
+
+    Args:
+        x: tokens [B, N, C], [B, *spatial, C] or, if `channels_first`, [B, C, *spatial].
+        weights, mask, residual_scale: as in `additive_self_attention`.
+        request: the options.
+        channels_first: the order of the axes of x.
+        plans: of a layer, whose next calls may use the plan; None: it is used only once.
+    """
+    make = functools.partial(
+        _make_plan, x, weights, mask, residual_scale, request, channels_first, plans
+    )
+    return planning.run(make, x, weights, mask, residual_scale)
+
+
+def _make_plan(
+    x: Tensor,
+    weights: Weights,
+    mask: Tensor | None,
+    residual_scale: Tensor | None,
+    request: Request,
+    channels_first: bool,
+    plans: Plans | None,
+) -> Plan:
+    """Check everything, choose the backend, pack the weights."""
+    options = _check(x, weights, mask, residual_scale, request, channels_first)
+    dtype = _autocast_dtype(x)
+    given = x if dtype is None else x.to(dtype)
+    backend = SELF_ATTENTION.choose_backend(request.backend, given, weights.width)
+    needs_grad = needs_gradient(x, residual_scale, *weights)
+    as_image = backend in IMAGES and channels_first and x.dim() == 4
+    infers = (
+        (backend == "cpu" or (backend == "triton" and dtype is None))
+        and not needs_grad
+        and torch_state.nothing_listens()
+        and torch_state.is_plain(x, residual_scale, *weights)
+    )
+    if infers and backend == "cpu" and as_image:
+        # No gaps between rows of pixels; nor in an output with the strides of x.
+        outputs = [] if residual_scale is None else [torch.empty_like(x, device="meta")]
+        as_image = all(tokens_of(t.shape, t.stride()) is not None for t in (x, *outputs))
+    # The CPU kernels add x of their own type.
+    fuses = infers and backend == "cpu" and dtype is None
+    adds = residual_scale is not None and not (fuses and residual_scale.dtype == x.dtype)
+    as_is = dtype is None and not adds and (as_image or (x.dim() == 3 and not channels_first))
+    plan: Plan | None = None
+    if infers:
+        tokens = given if as_is else to_tokens(given, channels_first)
+        scale = None if adds else residual_scale
+        found = _plans_of(weights) if plans is None else plans
+        plan = _inference_plan(backend, tokens, weights, mask, options, scale, found)
+    if plan is None:
+        keep = "statistics"
+        if needs_grad and backend == "cpu":
+            keep = _keep(x, weights.width, request.recompute, channels_first)
+        places = None if plans is None else cache.places(cache.present(weights))
+        trains = places is not None and needs_grad
+        plan = OperatorPlan(SELF_ATTENTION, options, backend, keep, trains, dtype, places)
+    return plan if as_is else ViewingPlan(plan, channels_first, dtype, adds)
+
+
+def _inference_plan(backend: str, *arguments: Any) -> Plan:
+    plan: Plan = SELF_ATTENTION.implementation(backend).inference_plan(*arguments)
+    return plan
+
+
+def _plans_of(weights: Weights) -> Plans:
+    w = weights
+    return planning.plans_of((w.query_weight, w.key_weight, w.proj_weight, w.final_weight))
+
+
+def _keep(x: Tensor, width: int, recompute: bool | None, channels_first: bool) -> str:
+    """What the CPU kernels keep for a backward."""
+    if recompute is None:
+        recompute = not cpu_config.keeps_rows(x.shape[0], _n_tokens(x, channels_first), width)
+    return "statistics" if recompute else "rows"
+
+
+def _n_tokens(x: Tensor, channels_first: bool) -> int:
+    return math.prod(x.shape[2:] if channels_first else x.shape[1:-1])
 
 
 def attend_by_parts(
-    x: Tensor,
-    query: Callable[[Tensor], Tensor],
-    key: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    linears: tuple[Callable[[Tensor], Tensor], ...],
     w_g: Tensor,
-    proj: Callable[[Tensor], Tensor],
-    final: Callable[[Tensor], Tensor],
-    readable: bool,
-    *,
     mask: Tensor | None,
-    pooling: str,
-    qk_norm: bool,
-    scale: float,
-    eps: float,
-    backend: str,
-    return_weights: bool,
     residual_scale: Tensor | None,
+    request: Request,
+    readable: bool,
+    return_weights: bool,
 ) -> Tensor | AttentionOutput:
     """As `additive_self_attention`, with linear layers that have to be called.
 
-    `readable`: proj and final are `nn.Linear` whose weights may be read, so that the operator on
-    queries and keys can run fused, where a backend has it.
+    Args:
+        tokens: [B, N, C].
+        linears: the query and key layers, proj and final.
+        w_g, mask, residual_scale, return_weights: as there.
+        request: the options.
+        readable: proj and final are `nn.Linear` whose weights may be read, so that the operator on
+            queries and keys can run fused, where a backend has it.
     """
-    checks.check_w_g(w_g)
-    checks.check_mask(mask, x)
-    q, k = query(x), key(x)
-    checks.check_tokens("the output of the query layer", q, w_g.shape[0], "E, the length of w_g")
-    options = _options(pooling, qk_norm, scale, eps, x.shape[1], 1)
+    query, key, proj, final = linears
+    _check_w_g(w_g)
+    checks.check_mask(mask, tokens.shape[:2], tokens.device)
+    q, k = query(tokens), key(tokens)
+    width = w_g.shape[0]
+    checks.check_tokens("the output of the query layer", q, width, "E, the length of w_g")
+    options = _options(request, tokens.shape[1], 1)
+    backend = request.backend
     fused = backend in ("triton", "aten") or (
-        backend == "auto"
-        and operator.choose_backend(backend, q, w_g.shape[0], from_tokens=False) != "reference"
+        backend == "auto" and QUERY_KEY_ATTENTION.choose_backend(backend, q, width) != "reference"
     )
     if readable and fused:
         assert isinstance(proj, nn.Linear)
         assert isinstance(final, nn.Linear)
-        out = additive_attention(
-            q, k, w_g, proj.weight, proj.bias, final.weight, final.bias,
-            mask=mask, pooling=pooling, qk_norm=qk_norm, scale=scale, eps=eps, backend=backend,
-        )  # fmt: skip
-        assert isinstance(out, Tensor)
+        chosen: Any = request._asdict()
+        del chosen["recompute"]
+        out: Tensor = additive_attention(
+            q, k, w_g, proj.weight, proj.bias, final.weight, final.bias, mask=mask, **chosen
+        )
     else:
         out = reference.attend(q, k, w_g.flatten(), proj, final, mask, options)
     if residual_scale is not None:
-        _check_residual(residual_scale, x, out.shape[2])
-        out = x + residual_scale.flatten() * out
+        _check_residual(residual_scale, tokens, tokens.shape[2], out.shape[2])
+        out = tokens + residual_scale.flatten() * out
     return _with_weights(out, q, w_g.flatten(), mask, options) if return_weights else out
 
 
-def _check_weights(
-    check_alike: Callable[..., None],
-    like_name: str,
-    like: Tensor,
-    w_g: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    final_weight: Tensor,
-    final_bias: Tensor | None,
-) -> None:
-    width = w_g.shape[0]
-    checks.check_shape("proj_weight", proj_weight, (width, width), "[E, E]")
-    checks.check_weight("final_weight", final_weight, "[D, E]")
-    token_dim = final_weight.shape[0]
-    checks.check_shape("final_weight", final_weight, (token_dim, width), "[D, E]")
-    if proj_bias is not None:
-        checks.check_shape("proj_bias", proj_bias, (width,), "[E]")
-    if final_bias is not None:
-        checks.check_shape("final_bias", final_bias, (token_dim,), "[D]")
-    weights = {
-        "w_g": w_g,
-        "proj_weight": proj_weight,
-        "proj_bias": proj_bias,
-        "final_weight": final_weight,
-        "final_bias": final_bias,
-    }
-    check_alike(like_name, like, weights)
-
-
-def _check_castable(like_name: str, like: Tensor, others: Mapping[str, Tensor | None]) -> None:
-    """As `check_alike`, where autocast is on: it casts every floating-point type but float64."""
-    for name, t in others.items():
-        if t is not None:
-            if torch.float64 in (t.dtype, like.dtype) or not t.is_floating_point():
-                checks.check_dtype(name, t, like_name, like)
-            checks.check_device(name, t, like_name, like)
-
-
-def _check_residual(residual_scale: Tensor, x: Tensor, token_dim: int) -> None:
-    checks.check_tensor("residual_scale", residual_scale)
-    in_dims = x.shape[2]
-    if residual_scale.numel() != in_dims or in_dims != token_dim:
-        raise ValueError(
-            f"residual_scale must have {in_dims} elements, one for each channel of x, and the "
-            f"output as many channels; got shape {tuple(residual_scale.shape)} and {token_dim} "
-            "channels. "
-            "Leave it out and add the branches yourself."
-        )
-    check_alike = _check_castable if autocasts(x.device.type) else checks.check_alike
-    check_alike("x", x, {"residual_scale": residual_scale})
-
-
-def _options(
-    pooling: str, qk_norm: bool, scale: float | None, eps: float, n_tokens: int, token_dim: int
-) -> Options:
-    checks.check_option("qk_norm", qk_norm, (True, False))
-    checks.check_number("eps", eps, positive=True)
-    if scale is None:
-        scale = token_dim**-0.5
-    checks.check_number("scale", scale)
-    checks.check_pooling(pooling, n_tokens)
-    return Options(pooling, qk_norm, scale, eps)
+def with_weights(
+    out: Tensor, tokens: Tensor, weights: Weights, mask: Tensor | None, request: Request
+) -> AttentionOutput:
+    """Add token weights and global query to an output for tokens [B, N, C]."""
+    with torch.no_grad():
+        query = (weights.query_weight, weights.query_bias)
+        if (dtype := _autocast_dtype(tokens)) is not None:
+            tokens, *query = _cast(dtype, tokens, *query)
+        q = F.linear(tokens, *query)
+    options = _options(request, tokens.shape[1], weights.token_dim)
+    return _with_weights(out, q, weights.w_g.flatten(), mask, options)
 
 
 def _with_weights(
@@ -362,19 +432,114 @@ def _with_weights(
 ) -> AttentionOutput:
     # In float32 for halves, as in the kernels: in float16 eps is 0, and a long sum overflows.
     dtype = torch.promote_types(q.dtype, torch.float32)
-    with torch.no_grad(), autocast_off(q.device.type):
+    with torch.no_grad(), torch_state.autocast_off(q.device.type):
         q, w_g = q.to(dtype), w_g.to(dtype)
         if options.qk_norm:
             q = F.normalize(q, dim=-1, eps=options.eps)
         return AttentionOutput(out, *reference.global_query(q, w_g, mask, options))
 
 
-def _autocast(*tensors):  # type: ignore[no-untyped-def]
-    """Cast to the active autocast dtype, as autocast casts the inputs of a linear layer."""
-    first = next((t for t in tensors if isinstance(t, Tensor)), None)
-    if first is None or not autocasts(first.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+def _check(
+    x: Tensor,
+    weights: Weights,
+    mask: Tensor | None,
+    residual_scale: Tensor | None,
+    request: Request,
+    channels_first: bool,
+) -> Options:
+    """Raise for bad arguments; x has as many channels as the weights."""
+    w = weights
+    in_dims, n_tokens = w.query_weight.shape[-1], _n_tokens(x, channels_first)
+    _check_w_g(w.w_g)
+    checks.check_weight("query_weight", w.query_weight, "[E, C]")
+    checks.check_floating("x", x)
+    width = w.w_g.shape[0]
+    projection = (width, in_dims)
+    checks.check_shape("query_weight", w.query_weight, projection, "[E, C], E the length of w_g")
+    checks.check_shape("key_weight", w.key_weight, projection, "[E, C]")
+    for name, bias in (("query_bias", w.query_bias), ("key_bias", w.key_bias)):
+        if bias is not None:
+            checks.check_shape(name, bias, (width,), "[E]")
+    _check_output_weights(w.output)
+    _check_alike(x, w._asdict())
+    checks.check_mask(mask, (x.shape[0], n_tokens), x.device)
+    checks.check_option("recompute", request.recompute, (None, True, False))
+    if residual_scale is not None:
+        _check_residual(residual_scale, x, in_dims, w.token_dim)
+    return _options(request, n_tokens, w.token_dim)
+
+
+def _check_w_g(w_g: Tensor) -> None:
+    checks.check_tensor("w_g", w_g)
+    if w_g.numel() == 0 or (w_g.dim() != 1 and w_g.shape[1:] != (1,)):
+        raise ValueError(
+            f"w_g must have shape [E] or [E, 1]; got {tuple(w_g.shape)}. "
+            "Pass one weight for each channel of the queries, as the layer's state dict has them."
+        )
+
+
+def _check_output_weights(weights: OutputWeights) -> None:
+    width = weights.w_g.shape[0]
+    checks.check_shape("proj_weight", weights.proj_weight, (width, width), "[E, E]")
+    checks.check_weight("final_weight", weights.final_weight, "[D, E]")
+    token_dim = weights.token_dim
+    checks.check_shape("final_weight", weights.final_weight, (token_dim, width), "[D, E]")
+    if weights.proj_bias is not None:
+        checks.check_shape("proj_bias", weights.proj_bias, (width,), "[E]")
+    if weights.final_bias is not None:
+        checks.check_shape("final_bias", weights.final_bias, (token_dim,), "[D]")
+
+
+def _check_alike(x: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    """Raise unless all are of the type and device of x.
+
+    Where autocast is on, it casts every floating-point type but float64.
+    """
+    if not autocasts(x.device.type):
+        checks.check_alike("x", x, others)
+        return
+    for name, t in others.items():
+        if t is not None:
+            if torch.float64 in (t.dtype, x.dtype) or not t.is_floating_point():
+                checks.check_dtype(name, t, "x", x)
+            checks.check_device(name, t, "x", x)
+
+
+def _check_residual(residual_scale: Tensor, x: Tensor, in_dims: int, token_dim: int) -> None:
+    checks.check_tensor("residual_scale", residual_scale)
+    if residual_scale.numel() != in_dims or in_dims != token_dim:
+        raise ValueError(
+            f"residual_scale must have {in_dims} elements, one for each channel of x, and the "
+            f"output as many channels; got shape {tuple(residual_scale.shape)} and {token_dim} "
+            "channels. Leave it out and add the branches yourself."
+        )
+    _check_alike(x, {"residual_scale": residual_scale})
+
+
+def _options(request: Request, n_tokens: int, token_dim: int) -> Options:
+    checks.check_option("qk_norm", request.qk_norm, (True, False))
+    checks.check_number("eps", request.eps, positive=True)
+    scale = token_dim**-0.5 if request.scale is None else request.scale
+    checks.check_number("scale", scale)
+    checks.check_option("pooling", request.pooling, POOLINGS)
+    # The branch on n_tokens comes last: under torch.compile it would otherwise guard every graph.
+    if request.pooling in ("l2", "softmax") and n_tokens == 0:
+        raise ValueError(
+            f"pooling={request.pooling!r} normalises over the tokens and needs at least one; got 0 "
+            "tokens. Skip the layer for empty inputs, or use pooling='sum' or 'linear'."
+        )
+    return Options(request.pooling, request.qk_norm, scale, request.eps)  # type: ignore[arg-type]
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts the inputs of a linear layer to; None where it does nothing."""
+    if not isinstance(x, Tensor) or x.dtype == torch.float64 or not autocasts(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def _cast(dtype: torch.dtype, *tensors):  # type: ignore[no-untyped-def]
+    """As autocast does it: floating-point tensors but float64."""
     return tuple(
         t.to(dtype)
         if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64

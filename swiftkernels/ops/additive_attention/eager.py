@@ -3,21 +3,28 @@
 Queries and keys come from one GEMM, norms and scores are applied in place, and the backward keeps
 nothing from the forward but its inputs and G: it recomputes q and k and takes the gradients of the
 two output layers as second moments (derivation in `triton/backward.py`). The batch is walked
-through in chunks that stay in a processor's cache. The signatures are those of `triton/launch.py`;
-nothing here is differentiable.
+through in chunks that stay in a processor's cache. It is a backend (`ops/operator.py`), also for
+given queries and keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swiftkernels.backends.layouts import accumulator, pack_projections
-from swiftkernels.ops.additive_attention.reference import Options, pool_weights
+from swiftkernels.backends.layouts import accumulator
+from swiftkernels.ops.additive_attention.reference import pool_weights
+from swiftkernels.ops.additive_attention.weights import (
+    Options,
+    OutputWeights,
+    Weights,
+    pack_projections,
+)
+from swiftkernels.ops.operator import Needs
 
 CHUNK_BYTES = 1 << 20
 """Size of the [q | k] rows that are worked on at a time."""
@@ -25,12 +32,19 @@ CHUNK_BYTES = 1 << 20
 POOL_TOKENS = 512
 """Tokens that are summed in one go: a longer sum, one by one, is less accurate than eager's."""
 
-Saved = tuple[Tensor, Tensor, Tensor]
-"""G [B, E]; and two empty tensors, which other backends need."""
+AnyWeights = Weights | OutputWeights
+"""Of the operator on tokens, or on given queries and keys."""
+
+
+class Saved(NamedTuple):
+    """What the backward needs besides the inputs."""
+
+    global_query: Tensor
+    """G, [B, E]"""
 
 
 class _Rows(NamedTuple):
-    """What forward and backward both need of some items, in the accumulator type."""
+    """What forward and backward both need of some batch elements, in the accumulator type."""
 
     q: Tensor
     """Unit rows, or the rows themselves without qk_norm, [b, N, E]."""
@@ -53,8 +67,8 @@ def _operand(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _chunks(q: Tensor, width: int) -> Iterator[slice]:
-    item_bytes = 2 * q.shape[1] * width * q.element_size()
-    step = max(1, CHUNK_BYTES // max(1, item_bytes))
+    element_bytes = 2 * q.shape[1] * width * q.element_size()
+    step = max(1, CHUNK_BYTES // max(1, element_bytes))
     return (slice(start, start + step) for start in range(0, q.shape[0], step))
 
 
@@ -70,7 +84,7 @@ def _normalize_(rows: Tensor, options: Options) -> Tensor | None:
 def _rows(q: Tensor, k: Tensor, w_g: Tensor, mask: Tensor | None, options: Options) -> _Rows:
     """Normalise q and k (in place) and score the queries."""
     q_norms, k_norms = _normalize_(q, options), _normalize_(k, options)
-    scores = (q @ w_g.to(q.dtype)).mul_(options.scale)
+    scores = (q @ w_g.flatten().to(q.dtype)).mul_(options.scale)
     weights = pool_weights(scores, mask, options.pooling, options.eps)
     if mask is not None:
         scores = scores.masked_fill(~mask, 0)
@@ -89,190 +103,150 @@ def _pool(rows: Tensor, weights: Tensor) -> Tensor:
     return torch.matmul(weight_blocks, row_blocks).sum((1, 2)) + rest
 
 
-def additive_self_attention_forward(
-    x: Tensor,
-    wq: Tensor,
-    bq: Tensor | None,
-    wk: Tensor,
-    bk: Tensor | None,
-    w_g: Tensor,
-    wp: Tensor,
-    bp: Tensor | None,
-    wf: Tensor,
-    bf: Tensor | None,
+def saved_like(inputs: Sequence[Tensor], weights: AnyWeights, keep: str) -> Saved:
+    """What a forward keeps, uninitialised."""
+    x = inputs[0]
+    return Saved(x.new_empty(x.shape[0], weights.width, dtype=accumulator(x.dtype)))
+
+
+def forward(
+    inputs: Sequence[Tensor],
+    weights: AnyWeights,
     mask: Tensor | None,
     options: Options,
     keep: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out [B, N, D], and for the backward G [B, E]; `keep` is for the CPU kernels."""
-    weight, bias = pack_projections(wq, bq, wk, bk)
-    out, global_query = _outputs(x, wf)
-    for items in _chunks(x, wq.shape[0]):
-        q, k = F.linear(x[items], weight, bias).to(global_query.dtype).chunk(2, dim=2)
-        _forward_chunk(q, k, items, w_g, wp, bp, wf, bf, mask, options, out, global_query)
-    return out, global_query, x.new_empty(0), x.new_empty(0)
+) -> tuple[Tensor, Saved]:
+    """Output [B, N, D], and what the backward needs.
+
+    Args:
+        inputs: x, or q and k.
+        weights: `Weights`, or `OutputWeights` for q and k.
+        keep: for other backends.
+    """
+    batch, n_tokens, _ = inputs[0].shape
+    out = inputs[0].new_empty(batch, n_tokens, weights.token_dim)
+    saved = saved_like(inputs, weights, keep)
+    projection = _Projection(inputs, weights, saved.global_query.dtype)
+    for elements in _chunks(inputs[0], weights.width):
+        q, k = projection.rows(elements)
+        rows = _rows(q, k, weights.w_g, None if mask is None else mask[elements], options)
+        G = _pool(rows.q, rows.weights)
+        saved.global_query[elements] = G
+        dtype = out.dtype
+        t = _operand(rows.k.mul_(G.unsqueeze(1)), dtype)
+        y = F.linear(t, weights.proj_weight, weights.proj_bias) + _operand(rows.q, dtype)
+        out[elements] = F.linear(y, weights.final_weight, weights.final_bias)
+    return out, saved
 
 
-def additive_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    w_g: Tensor,
-    wp: Tensor,
-    bp: Tensor | None,
-    wf: Tensor,
-    bf: Tensor | None,
-    mask: Tensor | None,
-    options: Options,
-    keep: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `additive_self_attention_forward`, from queries and keys [B, N, E]."""
-    out, global_query = _outputs(q, wf)
-    for items in _chunks(q, w_g.shape[0]):
-        q_chunk = q[items].to(global_query.dtype, copy=True)
-        k_chunk = k[items].to(global_query.dtype, copy=True)
-        _forward_chunk(
-            q_chunk, k_chunk, items, w_g, wp, bp, wf, bf, mask, options, out, global_query
-        )
-    return out, global_query, q.new_empty(0), q.new_empty(0)
-
-
-def _outputs(like: Tensor, wf: Tensor) -> tuple[Tensor, Tensor]:
-    batch, n_tokens, _ = like.shape
-    out = like.new_empty(batch, n_tokens, wf.shape[0])
-    return out, like.new_empty(batch, wf.shape[1], dtype=accumulator(like.dtype))
-
-
-def _forward_chunk(
-    q: Tensor,
-    k: Tensor,
-    items: slice,
-    w_g: Tensor,
-    wp: Tensor,
-    bp: Tensor | None,
-    wf: Tensor,
-    bf: Tensor | None,
-    mask: Tensor | None,
-    options: Options,
-    out: Tensor,
-    global_query: Tensor,
-) -> None:
-    """Fill out[items] and global_query[items]; overwrites q and k."""
-    rows = _rows(q, k, w_g, None if mask is None else mask[items], options)
-    G = _pool(rows.q, rows.weights)
-    global_query[items] = G
-    t = _operand(rows.k.mul_(G.unsqueeze(1)), wp.dtype)
-    y = F.linear(t, wp, bp) + _operand(rows.q, wp.dtype)
-    out[items] = F.linear(y, wf, bf)
-
-
-def additive_self_attention_backward(
+def backward(
     dout: Tensor,
-    x: Tensor,
-    wq: Tensor,
-    bq: Tensor | None,
-    wk: Tensor,
-    bk: Tensor | None,
-    w_g: Tensor,
-    wp: Tensor,
-    bp: Tensor | None,
-    wf: Tensor,
-    bf: Tensor | None,
+    inputs: Sequence[Tensor],
+    weights: AnyWeights,
     mask: Tensor | None,
     saved: Saved,
     options: Options,
-    needs_tokens: bool,
-    needs_weights: bool,
+    needs: Needs,
 ) -> list[Tensor | None]:
-    """Gradients of x and the nine weights; None where not asked for or without bias."""
-    weight, bias = pack_projections(wq, bq, wk, bk)
-    width, in_dims = wq.shape
-    call = _Backward(w_g, wp, bp, wf, bf, mask, saved[0], options, needs_weights)
-    dx = torch.empty_like(x) if needs_tokens else None
-    d_weight = weight.new_zeros(weight.shape, dtype=call.acc)
-    d_bias = weight.new_zeros(2 * width, dtype=call.acc)
-    for items in _chunks(x, width):
-        q, k = F.linear(x[items], weight, bias).to(call.acc).chunk(2, dim=2)
-        grads = torch.cat(call.chunk(dout[items], q, k, items), dim=2)  # [b, N, 2 E]
-        operand = _operand(grads, x.dtype)
-        if dx is not None:
-            dx[items] = operand @ weight
+    """Gradients of inputs and weights; None where not needed or without bias."""
+    sums = _Backward(weights, mask, saved.global_query, options, needs.weights)
+    projection = _Projection(inputs, weights, sums.acc)
+    d_inputs = [torch.empty_like(x) if needs.inputs else None for x in inputs]
+    for elements in _chunks(inputs[0], weights.width):
+        q, k = projection.rows(elements)
+        dq_dk = sums.chunk(dout[elements], q, k, elements)
+        projection.backward(dq_dk, elements, d_inputs, needs.weights)
+    if not needs.weights:
+        return [*d_inputs, *[None] * len(weights)]
+    return [*d_inputs, *projection.weight_gradients(), *sums.weight_gradients()]
+
+
+class _Projection:
+    """Queries and keys: given, or made of tokens by one product with both weights.
+
+    Its backward sums the gradients of these weights over the chunks.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], weights: AnyWeights, acc: torch.dtype) -> None:
+        self.inputs, self.acc = inputs, acc
+        self.weights = weights if isinstance(weights, Weights) else None
+        if self.weights is not None:
+            self.weight, self.bias = pack_projections(*self.weights[:4])
+            self.d_weight = self.weight.new_zeros(self.weight.shape, dtype=acc)
+            self.d_bias = self.weight.new_zeros(self.weight.shape[0], dtype=acc)
+
+    def rows(self, elements: slice) -> Sequence[Tensor]:
+        """q and k [b, N, E] of some batch elements, in the accumulator type, to be overwritten."""
+        if self.weights is None:
+            return [t[elements].to(self.acc, copy=True) for t in self.inputs]
+        x = self.inputs[0][elements]
+        return F.linear(x, self.weight, self.bias).to(self.acc).chunk(2, dim=2)
+
+    def backward(
+        self,
+        dq_dk: Sequence[Tensor],
+        elements: slice,
+        d_inputs: Sequence[Tensor | None],
+        needs_weights: bool,
+    ) -> None:
+        """Fill the gradients of the inputs, and add to those of the weights."""
+        if self.weights is None:
+            for d_input, gradient in zip(d_inputs, dq_dk, strict=True):
+                if d_input is not None:
+                    d_input[elements] = gradient
+            return
+        gradients = torch.cat(tuple(dq_dk), dim=2)  # [b, N, 2 E]
+        x = self.inputs[0][elements]
+        operand = _operand(gradients, x.dtype)
+        if d_inputs[0] is not None:
+            d_inputs[0][elements] = operand @ self.weight
         if needs_weights:
-            d_weight += operand.flatten(0, 1).t() @ x[items].reshape(-1, in_dims)
-            d_bias += grads.sum((0, 1))
-    if not needs_weights:
-        return [dx, *[None] * 9]
-    dwq, dwk = (part.to(x.dtype, copy=True) for part in d_weight.chunk(2))
-    dbq, dbk = (part.to(x.dtype, copy=True) for part in d_bias.chunk(2))
-    return [
-        dx,
-        dwq,
-        None if bq is None else dbq,
-        dwk,
-        None if bk is None else dbk,
-        *call.weight_gradients(),
-    ]
+            self.d_weight += operand.flatten(0, 1).t() @ x.reshape(-1, x.shape[2])
+            self.d_bias += gradients.sum((0, 1))
 
-
-def additive_attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    w_g: Tensor,
-    wp: Tensor,
-    bp: Tensor | None,
-    wf: Tensor,
-    bf: Tensor | None,
-    mask: Tensor | None,
-    saved: Saved,
-    options: Options,
-    needs_tokens: bool,
-    needs_weights: bool,
-) -> list[Tensor | None]:
-    """Gradients of q, k and the five weights; None where not asked for or without bias."""
-    call = _Backward(w_g, wp, bp, wf, bf, mask, saved[0], options, needs_weights)
-    dq, dk = torch.empty_like(q), torch.empty_like(k)
-    for items in _chunks(q, w_g.shape[0]):
-        q_chunk, k_chunk = (t[items].to(call.acc, copy=True) for t in (q, k))
-        dq[items], dk[items] = call.chunk(dout[items], q_chunk, k_chunk, items)
-    tokens: list[Tensor | None] = [dq, dk] if needs_tokens else [None, None]
-    return [*tokens, *(call.weight_gradients() if needs_weights else [None] * 5)]
+    def weight_gradients(self) -> list[Tensor | None]:
+        """dWq, dbq, dWk, dbk, if there are these weights."""
+        if self.weights is None:
+            return []
+        dtype, w = self.weight.dtype, self.weights
+        dwq, dwk = (part.to(dtype, copy=True) for part in self.d_weight.chunk(2))
+        dbq, dbk = (part.to(dtype, copy=True) for part in self.d_bias.chunk(2))
+        return [
+            dwq, None if w.query_bias is None else dbq, dwk, None if w.key_bias is None else dbk,
+        ]  # fmt: skip
 
 
 class _Backward:
-    """What one backward call sums over its chunks: dw_g, dbf and the moments U and V."""
+    """What one backward sums over its chunks: dw_g, dbf and the moments U and V."""
 
     def __init__(
         self,
-        w_g: Tensor,
-        wp: Tensor,
-        bp: Tensor | None,
-        wf: Tensor,
-        bf: Tensor | None,
+        weights: AnyWeights,
         mask: Tensor | None,
         global_query: Tensor,
         options: Options,
         needs_weights: bool,
     ) -> None:
-        self.w_g, self.wp, self.bp, self.wf, self.bf = w_g, wp, bp, wf, bf
-        self.mask, self.global_query, self.options = mask, global_query, options
-        self.needs_weights = needs_weights
+        self.weights, self.mask, self.global_query = weights, mask, global_query
+        self.options, self.needs_weights = options, needs_weights
         self.acc = global_query.dtype
-        token_dim, width = wf.shape
-        self.dw_g = wf.new_zeros(width, dtype=self.acc)
-        self.d_final_bias = wf.new_zeros(token_dim, dtype=self.acc)
-        self.U = wf.new_zeros(token_dim, width, dtype=self.acc)
-        self.V = wf.new_zeros(token_dim, width, dtype=self.acc)
+        new_zeros = weights.final_weight.new_zeros
+        shape = weights.final_weight.shape
+        self.dw_g = new_zeros(weights.width, dtype=self.acc)
+        self.d_final_bias = new_zeros(weights.token_dim, dtype=self.acc)
+        self.U, self.V = new_zeros(shape, dtype=self.acc), new_zeros(shape, dtype=self.acc)
 
-    def chunk(self, dout: Tensor, q: Tensor, k: Tensor, items: slice) -> tuple[Tensor, Tensor]:
-        """dq and dk [b, N, E] of some items, in the accumulator type; overwrites q and k."""
-        mask = None if self.mask is None else self.mask[items]
-        scale, dtype = self.options.scale, self.wf.dtype
-        rows = _rows(q, k, self.w_g, mask, self.options)
-        G = self.global_query[items]
-        w_g = self.w_g.to(self.acc)
+    def chunk(self, dout: Tensor, q: Tensor, k: Tensor, elements: slice) -> tuple[Tensor, Tensor]:
+        """dq and dk [b, N, E] of some batch elements, in the accumulator type; overwrites q, k."""
+        w = self.weights
+        mask = None if self.mask is None else self.mask[elements]
+        scale, dtype = self.options.scale, w.final_weight.dtype
+        rows = _rows(q, k, w.w_g, mask, self.options)
+        G = self.global_query[elements]
+        w_g = w.w_g.flatten().to(self.acc)
 
-        d_final = dout @ self.wf  # [b, N, E]
-        d_product = (d_final @ self.wp).to(self.acc)  # gradient of G * kn, [b, N, E]
+        d_final = dout @ w.final_weight  # [b, N, E]
+        d_product = (d_final @ w.proj_weight).to(self.acc)  # gradient of G * kn, [b, N, E]
         dG = (rows.k * d_product).sum(1)  # [b, E]
         d_weights = torch.bmm(rows.q, dG.unsqueeze(2)).squeeze(2)
         d_scores = scale * _score_gradients(rows, d_weights, mask, self.options)
@@ -284,7 +258,7 @@ class _Backward:
             self.dw_g += _pool(rows.q, d_scores).sum(0)
             self.d_final_bias += dout.sum((0, 1), dtype=self.acc)
             t = _operand(rows.k * G.unsqueeze(1), dtype).flatten(0, 1)
-            z = rows.q if self.bp is None else rows.q + self.bp
+            z = rows.q if w.proj_bias is None else rows.q + w.proj_bias
             dout_t = dout.flatten(0, 1).t()
             self.U += dout_t @ t
             self.V += dout_t @ _operand(z, dtype).flatten(0, 1)
@@ -292,13 +266,14 @@ class _Backward:
 
     def weight_gradients(self) -> list[Tensor | None]:
         """dw_g, dWp, dbp, dWf, dbf; None where there is no bias."""
-        wp, wf, dtype = self.wp.to(self.acc), self.wf.to(self.acc), self.wf.dtype
+        w, dtype = self.weights, self.weights.final_weight.dtype
+        wp, wf = w.proj_weight.to(self.acc), w.final_weight.to(self.acc)
         return [
-            self.dw_g.to(dtype),
+            self.dw_g.to(dtype).view(w.w_g.shape),
             (wf.t() @ self.U).to(dtype),
-            None if self.bp is None else (wf.t() @ self.d_final_bias).to(dtype),
+            None if w.proj_bias is None else (wf.t() @ self.d_final_bias).to(dtype),
             torch.addmm(self.V, self.U, wp.t()).to(dtype),
-            None if self.bf is None else self.d_final_bias.to(dtype),
+            None if w.final_bias is None else self.d_final_bias.to(dtype),
         ]
 
 

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+import functools
+import warnings
+from collections.abc import Hashable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, overload
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
 from swiftkernels.backends import torch_state
-from swiftkernels.backends.layouts import as_image, as_tokens
-from swiftkernels.ops import linear_parts, plan
+from swiftkernels.backends.layouts import from_tokens, to_tokens
+from swiftkernels.ops import linear_parts
 from swiftkernels.ops.additive_attention import reference
 from swiftkernels.ops.additive_attention.api import (
+    BACKENDS,
+    POOLINGS,
     AttentionOutput,
-    additive_self_attention,
+    Request,
+    attend,
     attend_by_parts,
+    with_weights,
 )
-from swiftkernels.ops.additive_attention.cpu.packing import Weights
-from swiftkernels.ops.additive_attention.reference import POOLINGS
+from swiftkernels.ops.additive_attention.weights import Weights
+from swiftkernels.ops.plan import Plans, call_key
+from swiftkernels.ops.types import Backend, Layout, Pooling
 from swiftkernels.utils import checks
 
-LAYOUTS = ("auto", "channels_first", "channels_last")
+LAYOUTS = get_args(Layout)
 
 
 class Names(NamedTuple):
@@ -59,104 +66,173 @@ class AttentionForward(nn.Module):
         final: nn.Linear
         w_g: nn.Parameter
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        return_weights: bool = False,
-        residual_scale: Tensor | None = None,
-    ) -> Tensor:
-        """Attend; shapes as in the class, errors as in `additive_self_attention`.
+    if TYPE_CHECKING:
 
-        With `residual_scale`, [C] in any shape: x + residual_scale * attention(x). With
-        `return_weights` an `AttentionOutput`.
-        """
-        # TorchScript compiles the first branch alone, and goes by the annotations.
-        if torch.jit.is_scripting():
-            return self._scripted(x, mask, return_weights, residual_scale)
-        else:  # noqa: RET505
-            return self._attend(x, mask, return_weights, residual_scale)  # type: ignore[return-value]
+        @overload
+        def forward(
+            self,
+            x: Tensor,
+            mask: Tensor | None = ...,
+            return_weights: Literal[False] = ...,
+            residual_scale: Tensor | None = ...,
+        ) -> Tensor: ...
+        @overload
+        def forward(
+            self,
+            x: Tensor,
+            mask: Tensor | None = ...,
+            *,
+            return_weights: Literal[True],
+            residual_scale: Tensor | None = ...,
+        ) -> AttentionOutput: ...
+        def forward(self, *_: Any, **__: Any) -> Tensor | AttentionOutput: ...
+
+        __call__ = forward
+    else:
+
+        def forward(
+            self,
+            x: Tensor,
+            mask: Tensor | None = None,
+            return_weights: bool = False,
+            residual_scale: Tensor | None = None,
+        ) -> Tensor:
+            """Attend; shapes as in the class, errors as in `additive_self_attention`.
+
+            With `residual_scale`, [C] in any shape: x + residual_scale * attention(x). With
+            `return_weights` an `AttentionOutput`.
+            """
+            # TorchScript compiles the first branch only, and goes by the annotations.
+            if torch.jit.is_scripting():
+                return self._scripted(x, mask, return_weights, residual_scale)
+            else:  # noqa: RET505
+                return self._attend(x, mask, return_weights, residual_scale)
 
     def _attend(
         self, x: Tensor, mask: Tensor | None, return_weights: bool, residual_scale: Tensor | None
     ) -> Tensor | AttentionOutput:
         if type(x) is not Tensor and isinstance(x, torch.fx.Proxy):
             return self._traced(x, mask, return_weights, residual_scale)
-        checks.check_tensor("x", x)
-        channels_first = self.layout == "channels_first" or (self.layout == "auto" and x.dim() > 3)
-        if mask is None and not return_weights and self.backend in ("auto", "cpu", "triton"):
-            out = self._attend_quickly(x, residual_scale, channels_first)
-            if out is not None:
-                return out
-        spatial = self._spatial_shape(x, channels_first)
-        tokens = as_tokens(x) if channels_first else x.flatten(1, -2)
-        if isinstance(mask, Tensor) and mask.dim() > 2:
-            if mask.shape[1:] != spatial:
-                raise ValueError(
-                    f"mask must have shape [B, N] or [B, *spatial] = {(x.shape[0], *spatial)}; "
-                    f"got {tuple(mask.shape)}. One value per token: drop the channel axis."
-                )
-            mask = mask.flatten(1)
-        result = self._attend_to_tokens(tokens, mask, return_weights, residual_scale)
-        if isinstance(result, AttentionOutput):
-            return result._replace(output=_restore(result.output, spatial, channels_first))
-        return _restore(result, spatial, channels_first)
+        if mask is not None:
+            mask = self._flat_mask(mask, x)
+        weights = self._plain_weights()
+        options = (
+            self.pooling, self.qk_norm, self.scale_factor, self.eps, self.backend, self.recompute,
+        )  # fmt: skip
+        key = None
+        if weights is not None and not return_weights:
+            key = call_key(x, weights, mask, residual_scale, options, self.layout)
+            plan = None if key is None else self._plans().by_key.get(key)
+            if plan is not None:
+                out = plan(x, weights, mask, residual_scale)
+                if out is not None:
+                    return out
+        return self._attend_anew(x, weights, mask, return_weights, residual_scale, options, key)
 
-    def _attend_to_tokens(
+    def _attend_anew(
         self,
-        tokens: Tensor,
+        x: Tensor,
+        weights: Weights | None,
         mask: Tensor | None,
         return_weights: bool,
         residual_scale: Tensor | None,
+        options: tuple[Any, ...],
+        key: Hashable | None,
     ) -> Tensor | AttentionOutput:
-        """By way of all checks, [B, N, C] -> [B, N, D]."""
-        linears = [getattr(self, name) for name in self.names[:4]]
-        w_g = getattr(self, self.names.w_g)
-        called = self.called_parts()
-        options: dict[str, Any] = {
-            "mask": mask,
-            "pooling": self.pooling,
-            "qk_norm": self.qk_norm,
-            "scale": self.scale_factor,
-            "eps": self.eps,
-            "backend": self.backend,
-            "return_weights": return_weights,
-            "residual_scale": residual_scale,
-        }
-        if not called:
-            # Once: a parametrization may change with every access.
-            weights = [t for linear in linears for t in (linear.weight, linear.bias)]
-            if not any(map(linear_parts.why_weights_are_called, weights[::2], weights[1::2])):
-                tensors = [tokens, *weights[:4], w_g, *weights[4:]]
-                return additive_self_attention(*tensors, recompute=self.recompute, **options)
-        query, key, proj, final = linears
-        readable = bool(called) and called.keys().isdisjoint(self.names[2:4])
-        return attend_by_parts(tokens, query, key, w_g, proj, final, readable, **options)
+        """By a new plan, kept under the key; or by calling the linear layers."""
+        channels_first = self._channels_first(x)
+        request = Request(*options)
+        if weights is None:
+            weights = self._read_weights()
+        if weights is None:
+            return self._attend_by_parts(
+                to_tokens(x, channels_first), x, mask, residual_scale, request, return_weights
+            )
+        plans = None if key is None else self._plans()
+        out, plan = attend(x, weights, mask, residual_scale, request, channels_first, plans)
+        if plans is not None:
+            plans.keep(key, plan)
+        if not return_weights:
+            return out
+        return with_weights(out, to_tokens(x, channels_first), weights, mask, request)
 
-    def _attend_quickly(
-        self, x: Tensor, residual_scale: Tensor | None, channels_first: bool
-    ) -> Tensor | None:
+    def _plans(self) -> Plans:
+        """What was decided and packed for the calls so far."""
+        plans: Plans | None = self.__dict__.get("_plan_cache")
+        if plans is None:
+            plans = self.__dict__["_plan_cache"] = Plans()
+        return plans
+
+    def invalidate(self) -> None:
+        """Forget what is packed of the weights, at once; the next call packs them anew.
+
+        Needed only after writes that PyTorch does not count and a sample may miss: see
+        `swiftkernels.weights_changed`, which tells all layers.
+
+        Example:
+            >>> attention = AdditiveAttention(64)
+            >>> attention.final.weight.data[3, 5] = 0.25
+            >>> attention.invalidate()
+        """
+        self.__dict__.pop("_plan_cache", None)
+
+    def __getstate__(self) -> Any:
+        """Without plans: they are of this process, and of these addresses."""
+        inherited = getattr(super(), "__getstate__", None)  # Python 3.10 has none
+        state = self.__dict__ if inherited is None else inherited()
+        if isinstance(state, dict) and "_plan_cache" in state:
+            state = {name: value for name, value in state.items() if name != "_plan_cache"}
+        return state
+
+    def _plain_weights(self) -> Weights | None:
+        """The weights, if all parts are plain linear layers with parameters: the usual case."""
         # Past the attribute lookup of nn.Module, which takes a third of the time of a small call.
         modules, names = self._modules, self.names
-        own_w_g = self._parameters.get(names.w_g)
+        w_g = self._parameters.get(names.w_g)
         linears = linear_parts.plain_parameters(map(modules.get, names[:4]))
-        if (
-            not linears
-            or own_w_g is None
-            or (residual_scale is not None and not isinstance(residual_scale, Tensor))
-        ):
+        if not linears or type(w_g) is not nn.Parameter:
             return None
         query, key, proj, final = linears
-        layer = Weights(
-            query["weight"], query["bias"], key["weight"], key["bias"],
-            own_w_g,
+        return Weights(
+            query["weight"], query["bias"], key["weight"], key["bias"], w_g,
             proj["weight"], proj["bias"], final["weight"], final["bias"],
-            residual_scale,
         )  # fmt: skip
-        options = (self.backend, self.pooling, self.qk_norm, self.scale_factor, self.eps)
-        if torch.is_grad_enabled():
-            return plan.train(x, layer, options, channels_first, self.recompute)
-        return plan.infer(x, layer, options, channels_first)
+
+    def _read_weights(self) -> Weights | None:
+        """The weights, if reading them is the same as calling the parts; None if it is not."""
+        if self.called_parts():
+            return None
+        # Once: a parametrization may change with every access.
+        linears = (getattr(self, name) for name in self.names[:4])
+        query, key, proj, final = found = [(linear.weight, linear.bias) for linear in linears]
+        if any(linear_parts.why_weights_are_called(*pair) for pair in found):
+            return None
+        return Weights(*query, *key, getattr(self, self.names.w_g), *proj, *final)
+
+    def _attend_by_parts(
+        self,
+        tokens: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        residual_scale: Tensor | None,
+        request: Request,
+        return_weights: bool,
+    ) -> Tensor | AttentionOutput:
+        called = self.called_parts()
+        result = attend_by_parts(
+            tokens,
+            tuple(getattr(self, name) for name in self.names[:4]),
+            getattr(self, self.names.w_g),
+            mask,
+            residual_scale,
+            request,
+            readable=bool(called) and called.keys().isdisjoint(self.names[2:4]),
+            return_weights=return_weights,
+        )
+        shape, channels_first = x.shape, self._channels_first(x)
+        if isinstance(result, AttentionOutput):
+            return result._replace(output=from_tokens(result.output, shape, channels_first))
+        return from_tokens(result, shape, channels_first)
 
     def called_parts(self) -> dict[str, str]:
         """The linear layers that are called, not read by the kernels, and why.
@@ -205,12 +281,19 @@ class AttentionForward(nn.Module):
         out: Tensor = self.final(self.proj(G * k) + q)
         return out
 
-    def _spatial_shape(self, x: Tensor, channels_first: bool) -> torch.Size:
+    def _channels_first(self, x: Tensor) -> bool:
+        """The order of the axes of x.
+
+        Raises:
+            TypeError, ValueError: x is no tensor, or not of the layer's width.
+        """
+        checks.check_tensor("x", x)
         if x.dim() < 3:
             raise ValueError(
                 f"x must be [B, N, {self.in_dims}] or [B, {self.in_dims}, *spatial]; got shape "
                 f"{tuple(x.shape)}. Add the missing axis with x.unsqueeze(0)."
             )
+        channels_first = self.layout == "channels_first" or (self.layout == "auto" and x.dim() > 3)
         width = x.shape[1 if channels_first else -1]
         if width != self.in_dims:
             order = "[B, C, *spatial]" if channels_first else "[B, *spatial, C]"
@@ -219,23 +302,72 @@ class AttentionForward(nn.Module):
                 f"shape {tuple(x.shape)}. If the axes are in another order, set "
                 "layout='channels_first' or layout='channels_last'."
             )
-        return x.shape[2:] if channels_first else x.shape[1:-1]
+        if (
+            self.layout == "auto"
+            and x.dim() > 3
+            and x.shape[-1] == width
+            and not torch.compiler.is_compiling()
+        ):
+            _warn_of_ambiguity(tuple(x.shape))
+        return channels_first
+
+    def _flat_mask(self, mask: Tensor, x: Tensor) -> Tensor:
+        """[B, *spatial] -> [B, N]"""
+        if not isinstance(mask, Tensor) or mask.dim() < 3 or not isinstance(x, Tensor):
+            return mask
+        spatial = x.shape[2:] if self._channels_first(x) else x.shape[1:-1]
+        if mask.shape[1:] != spatial:
+            raise ValueError(
+                f"mask must have shape [B, N] or [B, *spatial] = {(x.shape[0], *spatial)}; "
+                f"got {tuple(mask.shape)}. One value per token: drop the channel axis."
+            )
+        return mask.flatten(1)
+
+
+@functools.cache
+def _warn_of_ambiguity(shape: tuple[int, ...]) -> None:
+    """Once per shape."""
+    warnings.warn(
+        f"layout='auto' reads x of shape {list(shape)} as [B, C, *spatial], but its last axis has "
+        "as many elements as the layer has channels. Pass layout='channels_first' or "
+        "layout='channels_last' to say which it is.",
+        stacklevel=2,
+    )
 
 
 class AdditiveAttention(AttentionForward):
-    """Efficient additive attention (arXiv 2303.15446), a drop-in for the layer of SwiftFormer.
+    r"""Efficient additive attention (arXiv 2303.15446); `num_heads` widens queries and keys only.
 
-    Takes the constructor arguments, parameter names and state dicts (`Proj` or `proj`) of the
-    official ``EfficientAdditiveAttnetion`` and of timm's ``EfficientAdditiveAttention``, and gives
-    their outputs.
+    With the rows of q = to_query(x) and k = to_key(x) divided by their norms, a token's output is
+
+    .. math::
+
+        y_n = \mathrm{final}(\mathrm{proj}(G \odot k_n) + q_n), \qquad G = \sum_m a_m q_m,
+        \qquad s_m = (q_m \cdot w_g) \cdot \mathrm{token\_dim}^{-1/2}
+
+    where the pooling makes the token weights a of the scores s. The same weights give other outputs
+    with another pooling; which one a checkpoint was trained with depends on where it is from:
+
+    ===========  ============================  ====================================================
+    ``pooling``  a_n                           used by
+    ===========  ============================  ====================================================
+    ``l2``       s_n / max(norm(s), eps)       the official code since July 2023, timm
+    ``softmax``  exp(s_n) / sum_m exp(s_m)     what readers of the paper expect; Fastformer
+    ``sum``      1                             the official code before July 2023, transformers
+    ``linear``   s_n                           equations 4 to 6 of the paper as printed
+    ===========  ============================  ====================================================
+
+    The layer replaces the official ``EfficientAdditiveAttnetion`` and timm's
+    ``EfficientAdditiveAttention``: it has their constructor arguments, parameter names, state dicts
+    (`Proj` or `proj`) and outputs.
 
     Args:
         in_dims: width C of the input.
-        token_dim: width D of the output; the scores are scaled by token_dim ** -0.5.
+        token_dim: width D of the output, in_dims by default; the scores are scaled by
+            token_dim ** -0.5.
         num_heads: widens queries and keys to E = token_dim * num_heads; there is one score per
-            token.
-        pooling: "l2" (official code since July 2023, timm), "sum" (before, and transformers),
-            "softmax" or "linear". The same weights under another pooling give other outputs.
+            token, whatever the number.
+        pooling: "l2", "softmax", "sum" or "linear", see above.
         qk_norm: divide the rows of queries and keys by their L2 norms.
         bias: whether the four linear layers have biases.
         layout: order of the input's axes. "channels_last" [B, ..., C], "channels_first" [B, C,
@@ -250,17 +382,20 @@ class AdditiveAttention(AttentionForward):
     The kernels read the weights of `to_query`, `to_key`, `proj` and `final`. A part that is more
     than a linear layer with a weight and a bias (an adapter, a quantised layer, one with hooks) is
     called instead, under every backend, and the layer does not run fused as a whole; `called_parts`
-    and `swiftkernels.doctor` say which and why. In inference on a CPU the weights are packed once;
-    changes are noticed, but for a few elements written past PyTorch's version counters: see
-    `swiftkernels.weights_changed`.
+    and `swiftkernels.doctor` report which and why. In inference on a CPU the weights are packed
+    once. Changes are noticed, except writes to a few elements that PyTorch does not count: see
+    `swiftkernels.weights_changed` and `invalidate`.
 
     Shapes:
         x [B, N, C] or [B, C, H, W] (any number of spatial axes); the output is the same with D for
         C.
-        mask: bool [B, N] or [B, *spatial], True = the token takes part in the pooling.
+        mask: bool [B, N] or `[B, *spatial]`, True = the token takes part in the pooling.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, with the remedy.
 
     Example:
-        >>> attention = AdditiveAttention(64, 64, num_heads=1)
+        >>> attention = AdditiveAttention(64)
         >>> attention(torch.randn(2, 64, 14, 14)).shape
         torch.Size([2, 64, 14, 14])
         >>> output, weights, global_query = attention(torch.randn(2, 49, 64), return_weights=True)
@@ -268,16 +403,16 @@ class AdditiveAttention(AttentionForward):
 
     def __init__(
         self,
-        in_dims: int = 512,
-        token_dim: int = 256,
-        num_heads: int = 2,
+        in_dims: int,
+        token_dim: int | None = None,
+        num_heads: int = 1,
         *,
-        pooling: str = "l2",
+        pooling: Pooling = "l2",
         qk_norm: bool = True,
         bias: bool = True,
-        layout: str = "auto",
+        layout: Layout = "auto",
         eps: float = 1e-12,
-        backend: str = "auto",
+        backend: Backend = "auto",
         recompute: bool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -287,13 +422,14 @@ class AdditiveAttention(AttentionForward):
             "Pass the width in channels (in_dims, token_dim) or the number of heads (num_heads)."
         )
         checks.check_positive("in_dims", in_dims, remedy)
+        token_dim = in_dims if token_dim is None else token_dim
         checks.check_positive("token_dim", token_dim, remedy)
         checks.check_positive("num_heads", num_heads, remedy)
         checks.check_option("pooling", pooling, POOLINGS)
         checks.check_option("qk_norm", qk_norm, (True, False))
         checks.check_number("eps", eps, positive=True)
         checks.check_option("layout", layout, LAYOUTS)
-        checks.check_option("backend", backend, checks.BACKENDS)
+        checks.check_option("backend", backend, BACKENDS)
         checks.check_option("recompute", recompute, (None, True, False))
         self.in_dims = in_dims
         self.token_dim = token_dim
@@ -339,14 +475,6 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _restore(tokens: Tensor, spatial: torch.Size, channels_first: bool) -> Tensor:
-    """[B, N, D] back to the axes of the input, as a view."""
-    if channels_first:
-        return as_image(tokens, spatial)
-    batch, _, dim = tokens.shape
-    return tokens if len(spatial) == 1 else tokens.view(batch, *spatial, dim)
 
 
 # For TorchScript and torch.fx. The latter keeps calls of the two that depend on the number of axes.

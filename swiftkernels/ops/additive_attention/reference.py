@@ -8,26 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-POOLINGS = ("l2", "softmax", "sum", "linear")
+from swiftkernels.ops.additive_attention.weights import Options, OutputWeights, Weights
+from swiftkernels.ops.types import Pooling
 
-
-class Options(NamedTuple):
-    """What selects a variant of the operator."""
-
-    pooling: str
-    """"l2", "softmax", "sum" or "linear": see `pool_weights`."""
-    qk_norm: bool
-    """Divide the rows of q and k by their L2 norms."""
-    scale: float
-    """Factor of the scores, D ** -0.5 everywhere."""
-    eps: float
-    """Lower bound of every norm, 1e-12 everywhere."""
+POOLINGS = get_args(Pooling)
 
 
 def pool_weights(scores: Tensor, mask: Tensor | None, pooling: str, eps: float) -> Tensor:
@@ -96,45 +86,19 @@ def attend(
 
 
 def additive_attention(
-    q: Tensor,
-    k: Tensor,
-    w_g: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    final_weight: Tensor,
-    final_bias: Tensor | None,
-    mask: Tensor | None,
-    options: Options,
+    q: Tensor, k: Tensor, weights: OutputWeights, mask: Tensor | None, options: Options
 ) -> Tensor:
-    """The same with the weights of proj, [E, E], and final, [D, E]."""
-    proj = partial(F.linear, weight=proj_weight, bias=proj_bias)
-    final = partial(F.linear, weight=final_weight, bias=final_bias)
-    return attend(q, k, w_g, proj, final, mask, options)
+    """The same with the weights of proj and final."""
+    w = weights
+    proj = partial(F.linear, weight=w.proj_weight, bias=w.proj_bias)
+    final = partial(F.linear, weight=w.final_weight, bias=w.final_bias)
+    return attend(q, k, w.w_g.flatten(), proj, final, mask, options)
 
 
 def additive_self_attention(
-    x: Tensor,
-    query_weight: Tensor,
-    query_bias: Tensor | None,
-    key_weight: Tensor,
-    key_bias: Tensor | None,
-    w_g: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    final_weight: Tensor,
-    final_bias: Tensor | None,
-    mask: Tensor | None,
-    options: Options,
+    x: Tensor, weights: Weights, mask: Tensor | None, options: Options
 ) -> Tensor:
     """The whole layer, [B, N, C] -> [B, N, D]: queries and keys are linear in x."""
-    return additive_attention(
-        F.linear(x, query_weight, query_bias),
-        F.linear(x, key_weight, key_bias),
-        w_g,
-        proj_weight,
-        proj_bias,
-        final_weight,
-        final_bias,
-        mask,
-        options,
-    )
+    q = F.linear(x, weights.query_weight, weights.query_bias)
+    k = F.linear(x, weights.key_weight, weights.key_bias)
+    return additive_attention(q, k, weights.output, mask, options)

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: accuracy, layouts, threads, packed weights, the short way to them.
+"""The compiled CPU kernels: accuracy, layouts, threads, packed weights, plans.
 
 They are held to the error of eager PyTorch in the same type, both against float64.
 """
@@ -20,6 +20,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -38,9 +39,12 @@ from swiftkernels import (
     warmup,
 )
 from swiftkernels.backends.cpu import library
-from swiftkernels.ops.additive_attention.cpu import config, launch, packing
-from swiftkernels.ops.additive_attention.cpu.packing import Weights
-from swiftkernels.ops.additive_attention.reference import Options
+from swiftkernels.ops import plan
+from swiftkernels.ops.additive_attention import cpu
+from swiftkernels.ops.additive_attention.cpu import config, inference_plan, launch
+from swiftkernels.ops.additive_attention.weights import Options, Weights
+from swiftkernels.ops.operator import Needs
+from swiftkernels.ops.plan import Plans
 from swiftkernels.testing import costs
 from swiftkernels.testing.cases import (
     POOLINGS,
@@ -366,20 +370,39 @@ def test_outputs_where_biases_cancel_the_mean(pooling, spread, qk_norm):
         assert_forms_accurate(tensors, pooling=pooling, qk_norm=qk_norm)
 
 
+def parameters(tensors: Tensors) -> Weights:
+    """Weights that are packed."""
+    return Weights(*[None if t is None else nn.Parameter(t, False) for t in tensors[1:]])
+
+
+def infer(
+    x: Tensor,
+    weights: Weights,
+    options: Options,
+    mask: Tensor | None = None,
+    scale: Tensor | None = None,
+    plans: Plans | None = None,
+) -> Tensor:
+    """The output by the inference plans of the CPU kernels."""
+    arguments = x, weights, mask, options, scale, plans or Plans()
+    return plan.run(lambda: inference_plan(*arguments), x, weights, mask, scale)[0]
+
+
 @pytest.mark.parametrize("form", ["triangular", "folded"])
 def test_cancellation_is_noticed_and_remembered(isa, form):
     tensors, options = cancelling("both", 1e-3)
     harmless = [random_tokens(2, 40, 12, seed=2), *tensors[1:]]
+    plans = Plans()
     with form_in_use(FORMS[form]):
-        attend(*harmless)
-        key = packing.packing_key(False, options, FORMS[form], torch.float32)
-        packed = packing.layer_of(Weights(*tensors[1:])).slots[key].packed
-        assert not packed.cancels
-        attend(*tensors)
-        assert packed.cancels
+        attend_to = functools.partial(infer, weights=parameters(tensors), options=options)
+        attend_to(harmless[0], plans=plans)
+        slot = plans.slot((FORMS[form], options, torch.float32, False))
+        assert not slot.packed.cancels
+        attend_to(tensors[0], plans=plans)
+        assert slot.packed.cancels
+        again = attend_to(tensors[0], plans=plans), attend_to(harmless[0], plans=plans)
         with form_in_use(FORMS["plain"]):
-            plain = attend(*tensors), attend(*harmless)
-        again = attend(*tensors), attend(*harmless)
+            plain = attend_to(tensors[0]), attend_to(harmless[0])
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
@@ -650,11 +673,11 @@ def test_gradients_do_not_depend_on_threads(isa, kind, division):
         assert all(torch.equal(result[name], results[0][name]) for result in results), name
 
 
-def test_threads_share_an_item_unless_its_matrices_outweigh_it():
-    by_items = functools.partial(config.backward_by_items, threads=2)
-    assert by_items(2, 49, 512)
-    assert by_items(1, 49, 512)
-    assert not by_items(1, 196, 320)
+def test_threads_share_a_batch_element_unless_its_matrices_outweigh_it():
+    by_elements = functools.partial(config.backward_by_elements, threads=2)
+    assert by_elements(2, 49, 512)
+    assert by_elements(1, 49, 512)
+    assert not by_elements(1, 196, 320)
 
 
 @pytest.mark.parametrize(("batch", "n_tokens"), [(2, 200), (4, 49), (3, 100)])
@@ -683,9 +706,9 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.handle, name)
 
-    def swiftkernels_forward(self, layer: bytes, call: bytes) -> int:
+    def swiftkernels_additive_forward(self, layer: bytes, call: bytes) -> int:
         self.calls.append(launch._CALL.unpack(call))
-        return int(self.handle.swiftkernels_forward(layer, call))
+        return int(self.handle.swiftkernels_additive_forward(layer, call))
 
 
 def test_as_many_threads_are_used_as_torch_is_told():
@@ -807,49 +830,55 @@ def test_a_forked_process_computes_the_same():
 
 
 @pytest.fixture
-def quickly(monkeypatch) -> list[bool]:
-    """Grows at each call of a layer: whether it went the short way."""
-    taken: list[bool] = []
-    attend_quickly = AdditiveAttention._attend_quickly
+def reused(monkeypatch) -> list[bool]:
+    """Grows at each call of a layer: whether a plan of an earlier call served it."""
+    found: list[bool] = []
+    attend, attend_anew = AdditiveAttention._attend, AdditiveAttention._attend_anew
 
-    def watching(*args: Any) -> Tensor | None:
-        out = attend_quickly(*args)
-        taken.append(out is not None)
-        return out
+    def watching(layer: AdditiveAttention, *args: Any) -> Tensor:
+        if layer.backend != "reference":
+            found.append(True)
+        return attend(layer, *args)
 
-    monkeypatch.setattr(AdditiveAttention, "_attend_quickly", watching)
-    return taken
+    def watching_anew(layer: AdditiveAttention, *args: Any) -> Tensor:
+        if layer.backend != "reference":
+            found[-1] = False
+        return attend_anew(layer, *args)
+
+    monkeypatch.setattr(AdditiveAttention, "_attend", watching)
+    monkeypatch.setattr(AdditiveAttention, "_attend_anew", watching_anew)
+    return found
 
 
-def test_a_warm_layer_packs_nothing_and_goes_the_short_way(packings, quickly):
+def test_a_warm_layer_packs_nothing_and_has_its_plans(packings, reused):
     model = nn.Sequential(make_layer(), nn.Identity(), make_layer())
     before = copy.deepcopy(model.state_dict())
     assert warmup(model, training=True, image_sizes=[(3, 3), (12, 12)]) == ["0", "2"]
     assert len(packings) == 2 * 2  # layers, forms
     packings.clear()
-    quickly.clear()
+    reused.clear()
     with torch.no_grad():
         for x in (
-            random_tokens(2, 16, 3, 3),
+            random_tokens(1, 16, 3, 3),
             random_tokens(1, 16, 12, 12),
-            random_tokens(2, 9, 16),
+            random_tokens(1, 9, 16),
         ):
             model(x)
     model(random_tokens(1, 9, 16).requires_grad_()).sum()
     assert not packings
-    assert len(quickly) == 8
-    assert all(quickly)
+    assert len(reused) == 8
+    assert all(reused)
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
-def test_weights_are_packed_once(packings, quickly):
+def test_weights_are_packed_once(packings, reused):
     layer = make_layer()
     with torch.no_grad():
         for seed in range(3):
             layer(random_tokens(2, 9, 16, seed=seed))
             layer(random_tokens(1, 16, 3, 4, seed=seed))
-    assert quickly == [False] + 5 * [True]
+    assert reused == 2 * [False] + 4 * [True]
     assert len(packings) == 1
     for _ in range(2):
         layer(random_tokens(2, 9, 16).requires_grad_()).sum().backward()
@@ -1075,7 +1104,7 @@ def test_layers_with_one_query_weight_are_told_apart():
             assert_right(layer, x, layer(x))
 
 
-def test_weights_made_in_inference_mode_have_no_version(quickly):
+def test_weights_made_in_inference_mode_have_no_version(reused):
     with torch.inference_mode():
         layer = make_layer()
         x = random_tokens(2, 9, 16)
@@ -1083,7 +1112,7 @@ def test_weights_made_in_inference_mode_have_no_version(quickly):
             layer(x)
         layer.proj.weight[1, 3] += 1
         assert_right(layer, x, layer(x))
-    assert any(quickly)  # and are not packed at every call all the same
+    assert any(reused)  # and are not packed at every call all the same
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -1101,34 +1130,40 @@ def test_a_layer_converted_to_another_type(dtype):
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_what_is_kept_of_a_layer_goes_with_it(residual):
-    gc.collect()
-    before = len(packing._layers)
     layer, scale = make_layer(), random_tokens(16) if residual else None
     x = random_tokens(2, 9, 16)
     with torch.no_grad():
         for _ in range(2):
             layer(x, residual_scale=scale)
     layer(x.requires_grad_(), residual_scale=scale).sum().backward()
-    assert len(packing._layers) == before + 1
-    slots = packing.find_layer(layer.to_query.weight, layer.final.weight).slots
+    slots = layer._plans()._slots
     packed = [weakref.ref(b) for slot in slots.values() for b in slot.packed.buffers]
     assert packed
     del layer, slots
-    gc.collect()
-    assert len(packing._layers) == before
     assert not any(b() is not None for b in packed)
+
+
+def test_what_is_kept_of_weights_of_a_function_goes_with_them():
+    gc.collect()
+    before = len(plan._known)
+    x, *weights = make_tensors(2, 9, 6, 5, dtype=torch.float32)
+    weights = [nn.Parameter(w, requires_grad=False) for w in weights]
+    for _ in range(2):
+        additive_self_attention(x, *weights, backend="cpu")
+    assert len(plan._known) == before + 1
+    del weights
+    gc.collect()
+    assert len(plan._known) == before
 
 
 def test_computed_weights_leave_nothing_behind():
     layer, x = make_layer(), random_tokens(2, 9, 16)
     parametrise("to_query")(layer)
-    gc.collect()
-    before = len(packing._layers)
     with torch.no_grad():
         for _ in range(5):
             layer(x)
-    gc.collect()
-    assert len(packing._layers) == before
+    assert not layer._plans().by_key
+    assert not layer._plans()._slots
 
 
 def test_weights_written_to_at_every_call_are_not_taken_for_packed():
@@ -1154,7 +1189,7 @@ def work_under_other_defaults() -> None:
 
     def work() -> tuple[list[dict[str, Tensor]], list[tuple[Tensor, Tensor]]]:
         results = [gradients(tensors, dout, recompute=recompute) for recompute in (True, False)]
-        packing._layers.clear()
+        layer.invalidate()
         with torch.no_grad():
             outputs = [(layer(image), layer(image, residual_scale=scale)) for _ in range(3)]
         return results, outputs
@@ -1182,7 +1217,7 @@ def test_the_defaults_of_torch_do_not_matter():
     assert run_in_a_process("work_under_other_defaults").strip() == "done"
 
 
-# The short way, and who must not take it.
+# Plans, and which calls they must not serve.
 
 
 def outcome(call: Callable[[], Any]) -> Any:
@@ -1196,7 +1231,7 @@ def outcome(call: Callable[[], Any]) -> Any:
 def warm_and_cold(
     residual: bool = False, training: bool = False
 ) -> tuple[Callable[[Tensor], Any], Callable]:
-    """A layer that has gone the short way, and the same that has not."""
+    """A layer with plans, and the same without."""
     warm, scale = make_layer(), random_tokens(16) if residual else None
     cold = copy.deepcopy(warm)
     with torch.set_grad_enabled(training):
@@ -1267,7 +1302,7 @@ def test_a_gradient_with_the_negative_bit_is_right():
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 16), (2, 16, 3, 3)])
-def test_training_goes_the_short_way_to_the_same_gradients(shape, quickly):
+def test_training_by_a_plan_gives_the_same_gradients(shape, reused):
     layer, x = make_layer(), random_tokens(*shape).requires_grad_()
     inputs = (x, *layer.parameters())
     results = []
@@ -1276,7 +1311,7 @@ def test_training_goes_the_short_way_to_the_same_gradients(shape, quickly):
         grads = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
         results.append([out, *torch.autograd.grad(layer(x).square().sum(), inputs), *second])
-    assert quickly == [False, True, True, True]
+    assert reused == [False, True, True, True]
     for first, again in zip(*results, strict=True):
         assert torch.equal(first, again)
     with torch.no_grad():
@@ -1284,22 +1319,22 @@ def test_training_goes_the_short_way_to_the_same_gradients(shape, quickly):
     layer(x)
     layer.proj.weight.data = layer.proj.weight.detach().t()
     torch.testing.assert_close(layer(x), by_definition(layer, x))
-    assert quickly[-2:] == [True, False]
+    assert reused[-2:] == [True, False]
 
 
-def test_gradients_are_recorded_after_a_short_call(quickly):
+def test_gradients_are_recorded_after_a_planned_call(reused):
     layer, x = make_layer(), random_tokens(2, 9, 16)
     with torch.no_grad():
         layer(x)
         assert not layer(x).requires_grad
-    assert quickly == [False, True]
+    assert reused == [False, True]
     assert layer(x).requires_grad
     layer.requires_grad_(False)
     assert not layer(x).requires_grad
     assert layer(x.requires_grad_()).requires_grad
 
 
-def test_autocast_is_honoured_after_a_short_call(quickly):
+def test_autocast_is_honoured_after_a_planned_call(reused):
     layer, x = make_layer(), random_tokens(2, 9, 16)
     with torch.no_grad():
         for _ in range(2):
@@ -1309,17 +1344,17 @@ def test_autocast_is_honoured_after_a_short_call(quickly):
                 assert layer(x).dtype == torch.bfloat16
             with torch.autocast("cpu", enabled=False):
                 assert layer(x).dtype == torch.float32
-    assert quickly == [False, True, False, False, True]
+    assert reused == [False, True, False, False, True]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "auto"])
-def test_transforms_are_seen_after_a_short_call(backend, quickly):
+def test_transforms_are_seen_after_a_planned_call(backend, reused):
     layer, x = make_layer(backend=backend).double().float(), random_tokens(3, 9, 16)
     layer.requires_grad_(False)
     with torch.no_grad():
         for _ in range(2):
             layer(x)
-        quickly.clear()
+        reused.clear()
         by_item = torch.vmap(lambda item: layer(item.unsqueeze(0)).squeeze(0))(x)
         torch.testing.assert_close(by_item, by_definition(layer, x))
         tangent = torch.func.jvp(layer, (x,), (x.cos(),))[1]
@@ -1327,17 +1362,17 @@ def test_transforms_are_seen_after_a_short_call(backend, quickly):
             dual = layer(forward_ad.make_dual(x, x.cos()))
             torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, tangent)
     grad = torch.func.grad(lambda t: layer(t).sum())(x)
-    assert not any(quickly)
+    assert not any(reused)
     leaf = x.clone().requires_grad_()
     torch.testing.assert_close(grad, torch.autograd.grad(layer(leaf).sum(), leaf)[0])
 
 
-def test_modes_and_subclasses_are_seen_after_a_short_call(quickly):
+def test_modes_and_subclasses_are_seen_after_a_planned_call(reused):
     layer, x = make_layer(), random_tokens(2, 9, 16)
     with torch.no_grad():
         for _ in range(2):
             expected = layer(x)
-        quickly.clear()
+        reused.clear()
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             out = layer(mode.from_tensor(x))
             assert (out.shape, out.stride()) == (expected.shape, expected.stride())
@@ -1345,15 +1380,15 @@ def test_modes_and_subclasses_are_seen_after_a_short_call(quickly):
         with FlopCounterMode(display=False) as counter:
             layer(x)
         assert counter.get_total_flops() == 4 * 2 * 2 * 9 * 16 * 16
-    assert not any(quickly)
+    assert not any(reused)
 
 
-def test_tensor_subclasses_pass_through(quickly):
+def test_tensor_subclasses_pass_through(reused):
     layer, x = make_layer(), random_tokens(2, 9, 16)
     with torch.no_grad():
         for _ in range(2):
             layer(x)
-        quickly.clear()
+        reused.clear()
         wrapped = AdditiveAttention(16, 16, 1, backend="cpu")
         for name, p in layer.named_parameters():
             module, _, attribute = name.rpartition(".")
@@ -1364,24 +1399,24 @@ def test_tensor_subclasses_pass_through(quickly):
             assert type(out) is TwoTensor
             assert_right(layer, x, out.a)
             assert_right(layer, x + 1, out.b)
-    assert not any(quickly)
+    assert not any(reused)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_traces_after_a_short_call_hold_plain_operators(quickly):
+def test_traces_after_a_planned_call_have_plain_operators(reused):
     layer, x = make_layer(backend="auto"), random_tokens(2, 9, 16)
     with torch.no_grad():
         for _ in range(2):
             layer(x)
-        quickly.clear()
+        reused.clear()
         traced = torch.jit.trace(layer, x, check_trace=False)
     kinds = {node.kind() for node in traced.inlined_graph.nodes()}
     assert "aten::linear" in kinds
     assert_right(layer, x + 1, traced(x + 1).detach())
-    assert not any(quickly)
+    assert not any(reused)
 
 
-def test_a_layer_under_another_backend_does_not_go_the_short_way(quickly):
+def test_a_layer_with_other_options_gets_other_plans(reused):
     layer, x = make_layer(), random_tokens(2, 9, 16)
     with torch.no_grad():
         for _ in range(2):
@@ -1393,10 +1428,10 @@ def test_a_layer_under_another_backend_does_not_go_the_short_way(quickly):
         assert_right(layer, x, layer(x))
         layer.qk_norm, layer.scale_factor = False, 2.0
         assert_right(layer, x, layer(x))
-    assert quickly == [False, True, False, False]
+    assert reused == [False, True, False, False]
 
 
-def test_masks_and_weights_asked_for_do_not_go_the_short_way(quickly):
+def test_masks_have_plans_and_token_weights_have_not(reused):
     layer, x, mask = make_layer(), random_tokens(2, 9, 16), make_mask(2, 9)
     with torch.no_grad():
         for _ in range(2):
@@ -1405,7 +1440,7 @@ def test_masks_and_weights_asked_for_do_not_go_the_short_way(quickly):
         out, attention, G = layer(x, return_weights=True)
     assert_right(layer, x, out)
     assert (attention.shape, G.shape) == ((2, 9), (2, 16))
-    assert len(quickly) == 2
+    assert reused == [False, True, False, False]
 
 
 # The residual branch.
@@ -1538,7 +1573,7 @@ def test_opcheck(keep, test):
     out, *saved = operator(*arguments)
     for needs in [(True, True), (True, False), (False, True)]:
         torch.library.opcheck(
-            backward, (torch.randn_like(out), *arguments, *saved, *needs), test_utils=test
+            backward, (torch.randn_like(out), *arguments, saved, *needs), test_utils=test
         )
     for t in tensors:
         t.requires_grad_()
@@ -1549,13 +1584,13 @@ def test_opcheck(keep, test):
 def forward_calls(monkeypatch) -> list[str]:
     """Grows at each run of the operator's CPU forward by what it is asked to keep."""
     calls: list[str] = []
-    forward = launch.additive_self_attention_forward
+    forward = cpu.forward
 
     def counting(*args: Any) -> tuple[Tensor, ...]:
         calls.append(args[-1])
         return forward(*args)
 
-    monkeypatch.setattr(launch, "additive_self_attention_forward", counting)
+    monkeypatch.setattr(cpu, "forward", counting)
     return calls
 
 
@@ -1632,7 +1667,7 @@ def test_compiled_between_other_operators(forward_calls, recompute):
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_a_layer_that_went_the_short_way_compiles(training, residual):
+def test_a_layer_with_plans_compiles(training, residual):
     layer, x = make_layer(backend="auto"), random_tokens(2, 16, 3, 4)
     scale = random_tokens(16) if residual else None
     with torch.no_grad():
@@ -1777,6 +1812,11 @@ def guarded(t: Tensor | None, at_end: bool) -> Tensor | None:
     return dense.permute([order.index(d) for d in range(t.dim())])
 
 
+def allocated(out: Tensor) -> contextlib.AbstractContextManager[object]:
+    """What inference allocates for its output."""
+    return mock.patch.object(torch, "empty_strided", return_value=out)
+
+
 def work_between_forbidden_pages() -> None:
     """Touching one of them ends the process."""
     sizes = [(2, 33, 37, 37, 1), (1, 7, 220, 37, 1), (1, 260, 21, 110, 2), (3, 5, 5, 3, 1)]
@@ -1801,14 +1841,14 @@ def work_between_forbidden_pages() -> None:
                     torch.testing.assert_close(t, expected[name], rtol=1e-2, atol=1e-2)
             for form in FORMS.values():
                 out = guarded(torch.zeros_like(expected["output"]), at_end)
-                with form_in_use(form):
-                    launch.run(fenced[0], out, Weights(*fenced[1:]), fence["mask"], options)
+                with form_in_use(form), allocated(out):
+                    infer(fenced[0], parameters(fenced), options, fence["mask"])
                 torch.testing.assert_close(out, expected["output"], rtol=1e-2, atol=1e-2)
             if size[2] == size[3]:
                 scale = guarded(random_tokens(size[2], dtype=dtype), at_end)
                 out = guarded(torch.empty_like(tensors[0]), at_end)
-                layer = Weights(*fenced[1:], scale)
-                launch.run(fenced[0], out, layer, fence["mask"], options)
+                with allocated(out):
+                    infer(fenced[0], parameters(fenced), options, fence["mask"], scale)
                 torch.testing.assert_close(
                     out, tensors[0] + scale * expected["output"], rtol=2e-2, atol=2e-2
                 )
@@ -1826,18 +1866,16 @@ def test_nothing_is_touched_beside_the_tensors():
 def test_too_little_memory_is_an_error(isa):
     """What the kernels ask for is more than any machine has."""
     tensors = make_tensors(1, 9, 6, 5, dtype=torch.float32)
-    layer, options = Weights(*tensors[1:]), Options("l2", True, 0.5, 1e-12)
+    weights, options = parameters(tensors), Options("l2", True, 0.5, 1e-12)
     torch.set_num_threads(2)
     huge = tensors[0][:, :1].expand(1, 1 << 48, 6)
     out = tensors[0].new_empty(1, 1, 5).expand(1, 1 << 48, 5)
     for form in FORMS.values():
-        with form_in_use(form), pytest.raises(MemoryError, match=r"Free some, or use backend="):
-            launch.run(huge, out, layer, None, options)
-    saved = (torch.zeros(1, 5), torch.zeros(8), torch.zeros(0))
+        with form_in_use(form), allocated(out), pytest.raises(MemoryError, match="Free some, or"):
+            infer(huge, weights, options)
+    saved = launch.Saved(torch.zeros(1, 5), torch.zeros(8), torch.zeros(0))
     with pytest.raises(MemoryError, match=r"Free some, or use backend="):
-        launch.additive_self_attention_backward(
-            out, huge, *layer[:-1], None, saved, options, False, True
-        )
+        launch.backward(out, (huge,), weights, None, saved, options, Needs(False, True))
 
 
 def test_what_the_kernels_do_not_take_is_refused():

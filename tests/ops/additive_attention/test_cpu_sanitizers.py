@@ -14,7 +14,6 @@ import torch
 from swiftkernels.backends.cpu import library
 from swiftkernels.ops.additive_attention.cpu import launch
 from swiftkernels.testing.cases import POOLINGS, make_mask, make_tensors
-from tests.builds import CSRC, ROOT
 from tests.cpu_cases import (
     SIZES,
     assert_accurate,
@@ -24,7 +23,7 @@ from tests.cpu_cases import (
     options_of,
     tensors_of,
 )
-from tests.cpu_remote import RemoteKernels, compile_driver
+from tests.cpu_remote import FLAGS, KERNELS, RemoteKernels, compile_driver
 
 COMPILER = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), "")
 HAS_V3 = "avx2" in library.available() and library.available()["avx2"]
@@ -130,10 +129,9 @@ def test_weights_at_odd_addresses():
 def wide_vectors(tmp_path_factory) -> Iterator[None]:
     """A library with 16 lanes and the blocks of AVX-512, for a processor with 8 lanes."""
     made = tmp_path_factory.mktemp("wide") / "kernels.so"
-    sources = sorted(map(str, (ROOT / CSRC).glob("*.cpp")))
     command = [
-        COMPILER, "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-fopenmp",
-        "-ffp-contract=fast", *BUILDS["16 lanes"], *sources, "-o", str(made),
+        COMPILER, *FLAGS, "-O2", "-fPIC", "-shared", "-fvisibility=hidden", *BUILDS["16 lanes"],
+        *map(str, KERNELS), "-o", str(made),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr

@@ -24,7 +24,6 @@ from swiftkernels.backends import torch_state
 from swiftkernels.backends.triton import prepared
 from swiftkernels.backends.triton.prepared import Prepared
 from swiftkernels.ops import plan
-from swiftkernels.ops.additive_attention.cpu import packing
 from swiftkernels.ops.additive_attention.triton import launch
 
 Launched = tuple[tuple[Any, ...], tuple[Any, ...]]
@@ -245,14 +244,13 @@ def test_unaligned_tensors_are_left_to_triton(watch, which):
     assert not watch.wrong
 
 
-def test_kinds_of_input_are_forgotten_when_there_are_many(watch):
+def test_plans_are_forgotten_when_there_are_many(watch):
     layer = AdditiveAttention(8, 8, 1, backend="triton").requires_grad_(False)
     with torch.no_grad():
-        for n in range(1, 2 * plan.MAX_KINDS):
+        for n in range(1, 2 * plan.MAX_PLANS):
             for _ in range(2):
                 layer(torch.randn(1, n, 8))
-    (note,) = packing.find_layer(layer.to_query.weight, layer.final.weight).notes.values()
-    assert 0 < len(note.prepared) <= plan.MAX_KINDS
+    assert 0 < len(layer._plans().by_key) <= plan.MAX_PLANS
     assert not watch.wrong
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from swiftkernels import AdditiveAttention, AttentionOutput, additive_self_attention
 from swiftkernels.ops.additive_attention import reference
-from swiftkernels.ops.additive_attention.reference import Options
+from swiftkernels.ops.additive_attention.weights import Options, Weights
 from swiftkernels.testing.cases import POOLINGS, make_mask
 from swiftkernels.testing.tolerance import EXACT, relative_error
 
@@ -42,24 +42,19 @@ def definition(
     qk_norm: bool = True,
 ) -> Tensor:
     """The definition with the layer's own weights on tokens [B, N, C]."""
-    layers = (attention.proj, attention.final)
-    return reference.additive_self_attention(
-        tokens,
-        attention.to_query.weight,
-        attention.to_query.bias,
-        attention.to_key.weight,
-        attention.to_key.bias,
-        attention.w_g.flatten(),
-        *(t for layer in layers for t in (layer.weight, layer.bias)),
-        mask,
-        Options(pooling, qk_norm, TOKEN_DIM**-0.5, 1e-12),
-    )
+    a = attention
+    weights = Weights(
+        a.to_query.weight, a.to_query.bias, a.to_key.weight, a.to_key.bias, a.w_g,
+        a.proj.weight, a.proj.bias, a.final.weight, a.final.bias,
+    )  # fmt: skip
+    options = Options(pooling, qk_norm, TOKEN_DIM**-0.5, 1e-12)
+    return reference.additive_self_attention(tokens, weights, mask, options)
 
 
-def test_constructor_defaults_are_those_of_the_official_layer():
-    attention = AdditiveAttention(device="meta")
-    assert (attention.in_dims, attention.token_dim, attention.num_heads) == (512, 256, 2)
-    assert attention.scale_factor == 256**-0.5
+def test_the_width_alone_makes_a_layer_of_that_width():
+    attention = AdditiveAttention(64, device="meta")
+    assert (attention.in_dims, attention.token_dim, attention.num_heads) == (64, 64, 1)
+    assert attention.scale_factor == 64**-0.5
     assert (attention.pooling, attention.qk_norm, attention.eps) == ("l2", True, 1e-12)
     assert (attention.layout, attention.backend) == ("auto", "auto")
 

@@ -21,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from swiftkernels import AdditiveAttention, additive_attention, additive_self_attention
 from swiftkernels.backends import torch_state
 from swiftkernels.backends.cpu import library
-from swiftkernels.ops import operator
 from swiftkernels.ops.additive_attention import eager
+from swiftkernels.ops.additive_attention.op import QUERY_KEY_ATTENTION, SELF_ATTENTION
+from swiftkernels.ops.operator import Operator
 from swiftkernels.testing import costs
 from swiftkernels.testing.cases import (
     POOLINGS,
@@ -57,15 +58,13 @@ class Form(NamedTuple):
     function: Callable[..., Tensor]
     make: Callable[..., Tensors]
     names: tuple[str, ...]
-    operator: operator._Operator
+    operator: Operator
 
 
 FORMS = {
-    "tokens": Form(
-        additive_self_attention, make_tensors, SELF_NAMES, operator.additive_self_attention
-    ),
+    "tokens": Form(additive_self_attention, make_tensors, SELF_NAMES, SELF_ATTENTION),
     "queries and keys": Form(
-        additive_attention, make_query_key_tensors, QUERY_KEY_NAMES, operator.additive_attention
+        additive_attention, make_query_key_tensors, QUERY_KEY_NAMES, QUERY_KEY_ATTENTION
     ),
 }
 forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
@@ -265,7 +264,7 @@ def test_weights_used_twice_in_a_row_get_both_gradients_once(create_graph):
 def wanted_gradients() -> Iterator[Any]:
     """Each tensor alone, all tokens, all weights, everything."""
     for key, form in FORMS.items():
-        n_inputs = form.operator.n_inputs
+        n_inputs = len(form.operator.inputs)
         names = form.names
         for wanted in {*((n,) for n in names), names[:n_inputs], names[n_inputs:], names}:
             yield pytest.param(form, wanted, id=f"{key}: {' '.join(wanted)}")
@@ -273,16 +272,15 @@ def wanted_gradients() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("form", "wanted"), sorted(wanted_gradients(), key=lambda p: p.id))
 def test_only_the_gradients_asked_for_are_computed(monkeypatch, form, wanted):
-    name = f"{form.operator.name}_backward"
-    backward = getattr(eager, name)
+    backward = eager.backward
     calls = []
 
     def recording(*args: Any) -> list[Tensor | None]:
         grads = backward(*args)
-        calls.append((args[-2:], [g is not None for g in grads]))
+        calls.append((args[-1], [g is not None for g in grads]))
         return grads
 
-    monkeypatch.setattr(eager, name, recording)
+    monkeypatch.setattr(eager, "backward", recording)
     tensors = form.make(2, 4, 6, 5)
     everything = run(form, tensors, "reference")
     leaves = [t.requires_grad_(name in wanted) for name, t in zip(form.names, tensors, strict=True)]
@@ -294,7 +292,7 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch, form, wanted):
             assert relative_error(leaf.grad, everything[leaf_name]) <= EXACT, leaf_name
         else:
             assert leaf.grad is None, leaf_name
-    n_inputs = form.operator.n_inputs
+    n_inputs = len(form.operator.inputs)
     needs_inputs = any(n in wanted for n in form.names[:n_inputs])
     needs_weights = any(n in wanted for n in form.names[n_inputs:])
     computed = [needs_inputs] * n_inputs + [needs_weights] * (len(leaves) - n_inputs)
@@ -522,7 +520,7 @@ def test_opcheck(form, dense, masked, test):
     out, *saved = operator(*arguments)
     for needs in [(True, True), (True, False), (False, True)]:
         torch.library.opcheck(
-            backward, (torch.randn_like(out), *arguments, *saved, *needs), test_utils=test
+            backward, (torch.randn_like(out), *arguments, saved, *needs), test_utils=test
         )
     for t in arguments:
         if isinstance(t, Tensor) and t.is_floating_point():
@@ -540,7 +538,7 @@ def test_the_fake_of_empty_input_is_right(form, shape):
     torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
     out, *saved = operator(*arguments)
     torch.library.opcheck(
-        backward, (out, *arguments, *saved, True, True), test_utils="test_faketensor"
+        backward, (out, *arguments, saved, True, True), test_utils="test_faketensor"
     )
 
 
@@ -583,7 +581,7 @@ def test_the_fake_for_triton_matches_its_launches(form):
             tensors = [torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes]
             arguments = (*tensors, None, "l2", True, 0.5, 1e-12, "triton", "")
             out, G, statistics, folded = operator(*arguments)
-            grads = backward(out, *arguments, G, statistics, folded, True, True)
+            grads = backward(out, *arguments, [G, statistics, folded], True, True)
         assert (out.shape, out.stride(), out.dtype) == ((2, 5, 4), (20, 4, 1), dtype)
         assert (G.shape, G.dtype) == ((2, 8), acc)
         assert (statistics.shape, statistics.dtype) == ((2, 2), acc)
@@ -694,13 +692,13 @@ def test_one_dynamic_graph_serves_all_sizes(backend, training):
 def long_input() -> Tensor:
     """Tokens for which "auto" does not take the definition in eager mode."""
     x = torch.randn(1, 6 * eager.CHUNK_BYTES // (4 * 8), 8)
-    assert operator.choose_backend("auto", x, 8) in ("aten", "cpu")
+    assert SELF_ATTENTION.choose_backend("auto", x, 8) in ("aten", "cpu")
     return x
 
 
 def test_auto_takes_the_aten_backend_for_long_inputs_without_kernels(monkeypatch):
-    monkeypatch.setattr(operator, "_why_no_kernels", lambda: "needs the compiled kernels")
-    assert operator.choose_backend("auto", long_input(), 8) == "aten"
+    monkeypatch.setattr(library, "_constant_why_not", lambda: "needs the compiled kernels")
+    assert SELF_ATTENTION.choose_backend("auto", long_input(), 8) == "aten"
     x, layer = long_input(), AdditiveAttention(8, 8, 1)
     out = layer(x)
     layer.backend = "aten"
@@ -841,13 +839,13 @@ def test_compiled_transforms_differentiate_the_definition(backend, transform):
 def forward_calls(monkeypatch) -> list[None]:
     """Grows by one at each run of the ATen forward."""
     calls: list[None] = []
-    forward = eager.additive_self_attention_forward
+    forward = eager.forward
 
     def counting(*args: Any) -> tuple[Tensor, ...]:
         calls.append(None)
         return forward(*args)
 
-    monkeypatch.setattr(eager, "additive_self_attention_forward", counting)
+    monkeypatch.setattr(eager, "forward", counting)
     return calls
 
 

@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader
 import swiftkernels.models
 from swiftkernels import AdditiveAttention, accelerate
 from swiftkernels.ops import linear_parts
-from swiftkernels.ops.additive_attention.reference import Options, attend
+from swiftkernels.ops.additive_attention.reference import attend
+from swiftkernels.ops.additive_attention.weights import Options
 from swiftkernels.testing.tolerance import relative_error
 from tests.builds import ROOT
 from tests.models.test_public_models import OfficialLayer

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swiftkernels.ops.additive_attention import reference
-from swiftkernels.ops.additive_attention.reference import Options
+from swiftkernels.ops.additive_attention.weights import Options, OutputWeights, Weights
 from swiftkernels.testing.cases import (
     POOLINGS,
     QUERY_KEY_NAMES,
@@ -71,6 +73,16 @@ def token_by_token(
     return out, weights, torch.stack(global_queries)
 
 
+def on_tokens(tensors: Sequence[Any], mask: Tensor | None, options: Options) -> Tensor:
+    x, *weights = tensors
+    return reference.additive_self_attention(x, Weights(*weights), mask, options)
+
+
+def on_queries(tensors: Sequence[Any], mask: Tensor | None, options: Options) -> Tensor:
+    q, k, *weights = tensors
+    return reference.additive_attention(q, k, OutputWeights(*weights), mask, options)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("num_heads", "bias"), [(1, True), (2, True), (2, False)])
 @pytest.mark.parametrize("qk_norm", [True, False])
@@ -80,7 +92,7 @@ def test_definition_equals_the_formulas_token_by_token(pooling, qk_norm, num_hea
     mask = make_mask(2, 6) if masked else None
     options = options_for(5, pooling, qk_norm)
     exact, weights, G = token_by_token(tensors, mask, options)
-    ours = reference.additive_self_attention(*tensors, mask, options)
+    ours = on_tokens(tensors, mask, options)
     assert relative_error(ours, exact) <= EXACT
 
     x, wq, bq, *_ = tensors
@@ -105,15 +117,15 @@ def test_masked_tokens_do_not_reach_the_outputs_of_others(pooling):
     tensors = make_tensors(2, 8, 6, 5)
     mask = make_mask(2, 8)
     options = options_for(5, pooling)
-    out = reference.additive_self_attention(*tensors, mask, options)
+    out = on_tokens(tensors, mask, options)
     changed = tensors[0].clone()
     changed[~mask] = 100 * torch.randn_like(changed[~mask])
-    other = reference.additive_self_attention(changed, *tensors[1:], mask, options)
+    other = on_tokens([changed, *tensors[1:]], mask, options)
     assert torch.equal(out[mask], other[mask])
     assert not torch.equal(out[~mask], other[~mask])
 
     x = tensors[0].requires_grad_()
-    out = reference.additive_self_attention(*tensors, mask, options)
+    out = on_tokens(tensors, mask, options)
     (grad,) = torch.autograd.grad(out[mask].sum(), x)
     assert not grad[~mask].any()
     assert grad[mask].any()
@@ -125,8 +137,8 @@ def test_masking_equals_dropping_the_tokens_and_adding_their_rows(pooling, qk_no
     x, wq, bq, wk, bk, w_g, wp, bp, wf, bf = tensors = make_tensors(1, 9, 6, 5, 2)
     mask = make_mask(1, 9)
     options = options_for(5, pooling, qk_norm)
-    out = reference.additive_self_attention(*tensors, mask, options)
-    kept = reference.additive_self_attention(x[:, mask[0]], *tensors[1:], None, options)
+    out = on_tokens(tensors, mask, options)
+    kept = on_tokens([x[:, mask[0]], *tensors[1:]], None, options)
     assert relative_error(out[:, mask[0]], kept) <= EXACT
 
     q, k = F.linear(x, wq, bq), F.linear(x, wk, bk)
@@ -143,7 +155,7 @@ def test_an_item_with_all_tokens_masked_gets_a_zero_global_query(pooling):
     q, _, _, _, bp, wf, bf = tensors
     mask = torch.tensor([[False] * 5, [True] * 5])
     result = forward_backward(
-        lambda *t: reference.additive_attention(*t, mask, options_for(4, pooling)),
+        lambda *t: on_queries(t, mask, options_for(4, pooling)),
         tensors,
         QUERY_KEY_NAMES,
     )
@@ -184,10 +196,10 @@ def test_rows_below_eps_are_divided_by_eps_alone(eps):
 
     def clamped(q: Tensor, k: Tensor, *weights: Tensor) -> Tensor:
         without_norms = options._replace(qk_norm=False)
-        return reference.additive_attention(q / eps, k / eps, *weights, None, without_norms)
+        return on_queries([q / eps, k / eps, *weights], None, without_norms)
 
     def ours(*tensors: Tensor) -> Tensor:
-        return reference.additive_attention(*tensors, None, options)
+        return on_queries(tensors, None, options)
 
     exact = forward_backward(clamped, [q, k, *weights], QUERY_KEY_NAMES)
     assert exact["q"][:, 0].any()
@@ -210,9 +222,7 @@ def test_scores_below_eps_are_divided_by_eps_alone():
 def test_sum_pooling_gives_the_scoring_vector_a_gradient_of_zero(masked):
     """Zero and not None, as with the published layers: optimisers and DDP tell the two apart."""
     result = forward_backward(
-        lambda *t: reference.additive_attention(
-            *t, make_mask(2, 5) if masked else None, options_for(4, "sum")
-        ),
+        lambda *t: on_queries(t, make_mask(2, 5) if masked else None, options_for(4, "sum")),
         make_query_key_tensors(2, 5, 6, 4),
         QUERY_KEY_NAMES,
     )

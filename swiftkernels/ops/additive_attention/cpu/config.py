@@ -13,8 +13,8 @@ from swiftkernels.ops.additive_attention.cpu.packing import FOLDED, PLAIN, TRIAN
 TABLE = Path(__file__).with_name("forms.json")
 """Written by `python -m benchmarks.cpu_forms`, which measures."""
 
-WHOLE_ROWS = 256
-"""Items up to this length are worked on in one piece; as in layer.h."""
+SHORT_SEQUENCE = 256
+"""Batch elements of up to so many tokens may be processed whole; as in csrc/schedule.h."""
 
 RECOMPUTE_WIDTH = 64
 """Widest q and k that a backward computes again rather than reads."""
@@ -24,10 +24,10 @@ NARROW = 8
 
 
 def form(n_tokens: int, in_dims: int, width: int, qk_norm: bool) -> int:
-    """The fastest form for items of that many tokens.
+    """The fastest form for batch elements of that many tokens.
 
-    The folded form saves half a product for every token, and makes a matrix for every item: it pays
-    where an item has several times as many tokens as channels.
+    The folded form saves half a product per token, and makes a matrix per batch element: it pays
+    where there are several times as many tokens as channels.
     """
     if width < NARROW:
         return PLAIN
@@ -47,19 +47,19 @@ def keeps_rows(batch: int, n_tokens: int, width: int) -> bool:
 def folds_backward(batch: int, n_tokens: int, width: int) -> bool:
     """Whether the backward does without queries and keys.
 
-    That saves products for every token; it makes some E x E matrices for every item, and more of
-    them once.
+    That saves products per token; it makes some E x E matrices per batch element, and more of them
+    once.
     """
     if width < NARROW:
         return False
     return n_tokens >= _measured("folded_backward_from") * width and batch * n_tokens >= 8 * width
 
 
-def backward_by_items(batch: int, n_tokens: int, width: int, threads: int) -> bool:
-    """Whether threads of a backward take whole short items rather than share one after another.
+def backward_by_elements(batch: int, n_tokens: int, width: int, threads: int) -> bool:
+    """Whether threads of a backward take short batch elements rather than share them in turn.
 
     Shared, a token takes 8 products of E x E and the end 2 of matrices, and threads wait for each
-    other; in whole items a token takes 9, and each item has one thread.
+    other; otherwise a token takes 9, and each batch element has one thread.
     """
     if batch >= threads:
         return True

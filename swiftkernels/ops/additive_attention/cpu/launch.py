@@ -1,37 +1,48 @@
-"""Calls the compiled kernels: what a forward and a backward hand over and get back.
-
-The signatures are those of `triton/launch.py`; nothing here is differentiable.
-"""
+"""Calls the compiled kernels: a backend (`ops/operator.py`) of the operator on tokens."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import struct
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from swiftkernels.backends.cpu import library
+from swiftkernels.backends.cpu import packing as shared
+from swiftkernels.backends.cpu.library import DONE, TYPES
+from swiftkernels.backends.layouts import output_like, tokens_of
 from swiftkernels.ops.additive_attention.cpu import config, packing
-from swiftkernels.ops.additive_attention.cpu.packing import PLAIN, Weights
-from swiftkernels.ops.additive_attention.reference import Options
+from swiftkernels.ops.additive_attention.cpu.packing import FOLDED, PLAIN, TRIANGULAR
+from swiftkernels.ops.additive_attention.reference import POOLINGS
+from swiftkernels.ops.additive_attention.weights import Options, Weights
+from swiftkernels.ops.operator import Needs
 
-Saved = tuple[Tensor, Tensor, Tensor]
-"""G [B, E]; a, 1/|q|, 1/|k| [3, B, N] and 1/|s| [B] in one [B, 3 N + 1]; qn and kn [2, B, N, E]."""
-
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Codes of the types, as `Type` in tokens.h."""
-
-# `struct Call` and `struct BackwardCall` in layer.h.
+# `struct Call` and `struct BackwardCall` in csrc/abi.h.
 _CALL = struct.Struct("6qP3qP3qP2q3P")
 _BACKWARD_CALL = struct.Struct("9qP3qP3qP3qP2q12P")
 
-_NOTHING = (0, 0, 0)
-_NOTHING_AT_ALL = (0, 0, 0, 0)
-
-# `Status` in layer.h.
-_STALE, _CANCELLATION = 2, 3
+# csrc/abi.cpp exports the other side.
+library.register_interface(
+    "additive",
+    {
+        "revision": 4,
+        "sizeof(Layer)": packing.LAYER.size + shared.FINGERPRINT.size,
+        "sizeof(RawLayer)": packing.RAW_LAYER.size,
+        "sizeof(Call)": _CALL.size,
+        "sizeof(BackwardCall)": _BACKWARD_CALL.size,
+        "sizeof(Fingerprint)": shared.FINGERPRINT.size,
+        "MAX_SOURCES": shared.MAX_SOURCES,
+        **{name.upper(): code for code, name in enumerate(POOLINGS)},
+        "PLAIN": PLAIN,
+        "TRIANGULAR": TRIANGULAR,
+        "FOLDED": FOLDED,
+        "SHORT_SEQUENCE": config.SHORT_SEQUENCE,
+    },
+)
 
 
 @functools.cache
@@ -44,104 +55,77 @@ def kernels() -> ctypes.CDLL:
 
 def declare(handle: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes the types of the functions of a library."""
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    for name, result, arguments in (
-        ("lanes", number, ()),
-        ("pack", None, (pointer, *[number] * 4, pointer)),
-        ("fingerprint", ctypes.c_uint64, (ctypes.c_char_p, number)),
-        ("forward", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
-        ("forward_training", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
-        ("backward", ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)),
-    ):
-        function = getattr(handle, f"swiftkernels_{name}")
-        function.restype, function.argtypes = result, arguments
+    shared.declare(handle)
+    for name in ("forward", "forward_training", "backward"):
+        function = getattr(handle, f"swiftkernels_additive_{name}")
+        function.restype, function.argtypes = ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)
     return handle
 
 
-def additive_self_attention_forward(
-    x: Tensor,
-    wq: Tensor,
-    bq: Tensor | None,
-    wk: Tensor,
-    bk: Tensor | None,
-    w_g: Tensor,
-    wp: Tensor,
-    bp: Tensor | None,
-    wf: Tensor,
-    bf: Tensor | None,
+class Saved(NamedTuple):
+    """What the backward needs besides the inputs; empty where nothing is kept."""
+
+    global_query: Tensor
+    """G, [B, E]"""
+    statistics: Tensor
+    """a, 1/|q| and 1/|k| [3, B, N], and 1/|s| [B], in one [B, 3 N + 1]."""
+    unit_rows: Tensor
+    """The normalised q and k, [2, B, N, E]; empty: they are computed again."""
+
+
+def _read(t: Tensor) -> tuple[Tensor, int, int, tuple[int, ...]]:
+    """t [B, N, C] or [B, C, H, W] as the kernels read it: itself, B, N, and the strides of tokens.
+
+    A copy of it, if there are gaps between its rows of pixels.
+    """
+    if t.dim() == 3:
+        return t, t.shape[0], t.shape[1], t.stride()
+    found = tokens_of(t.shape, t.stride())
+    if found is None:
+        return _read(t.contiguous())
+    batch, n_tokens, _, strides = found
+    return t, batch, n_tokens, strides
+
+
+def saved_like(inputs: Sequence[Tensor], weights: Weights, keep: str) -> Saved:
+    """What a forward keeps, uninitialised."""
+    (x,) = inputs
+    if keep == "nothing":
+        return Saved(x.new_empty(0), x.new_empty(0), x.new_empty(0))
+    batch, n_tokens = x.shape[0], x.shape[1] if x.dim() == 3 else x.shape[2] * x.shape[3]
+    return Saved(
+        x.new_empty(batch, weights.width, dtype=torch.float32),
+        x.new_empty(batch, 3 * n_tokens + 1, dtype=torch.float32),
+        x.new_empty((2, batch, n_tokens, weights.width) if keep == "rows" else 0),
+    )
+
+
+def forward(
+    inputs: Sequence[Tensor],
+    weights: Weights,
     mask: Tensor | None,
     options: Options,
     keep: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out [B, N, D], and what `keep` asks for: "nothing", "statistics", or "rows" beside them."""
-    layer = Weights(wq, bq, wk, bk, w_g, wp, bp, wf, bf)
-    batch, n_tokens, _ = x.shape
-    token_dim, width = wf.shape
-    out = x.new_empty(batch, n_tokens, token_dim)
-    if keep == "nothing":
-        run(x, out, layer, mask, options)
-        return out, x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    global_query = x.new_empty(batch, width, dtype=torch.float32)
-    statistics = x.new_empty(batch, 3 * n_tokens + 1, dtype=torch.float32)
-    rows = x.new_empty((2, batch, n_tokens, width) if keep == "rows" else 0)
+) -> tuple[Tensor, Saved]:
+    """The output, and what `keep` asks for; reads the weights as they are.
+
+    x may be an image [B, C, H, W]; then the output is one, in the order of channels_last.
+    """
+    (x,) = inputs
+    out = x.new_empty_strided(*output_like(x, weights.token_dim))
+    saved = saved_like(inputs, weights, keep)
     if out.numel() > 0:
-        fields, _alive = packing.raw_layer(layer, options)
-        kept = (global_query, statistics, rows)
-        call = _call_fields(
-            batch, n_tokens, PLAIN, x, x.stride(), out, out.stride(), False, mask, kept
+        fields, _alive = packing.raw_layer(weights, options)
+        data, batch, n_tokens, strides = _read(x)
+        *_, out_strides = _read(out)
+        call = call_fields(
+            batch, n_tokens, PLAIN, data, strides, out, out_strides, False, mask, saved
         )
-        _check(kernels().swiftkernels_forward_training(fields, call))
-    return out, global_query, statistics, rows
+        check(kernels().swiftkernels_additive_forward_training(fields, call))
+    return out, saved
 
 
-def run(x: Tensor, out: Tensor, layer: Weights, mask: Tensor | None, options: Options) -> Tensor:
-    """Fill out for inference, in the fastest form; with a layer scale, x is added to it.
-
-    The weights may be of a wider type than x, which they are rounded to.
-    """
-    if out.numel() > 0:
-        form = config.form(x.shape[1], x.shape[2], layer.wq.shape[0], options.qk_norm)
-        _run(x, out, layer, mask, options, form)
-    return out
-
-
-def _run(
-    x: Tensor, out: Tensor, layer: Weights, mask: Tensor | None, options: Options, form: int
-) -> None:
-    sizes = (x.shape[0], x.shape[1], form, x, x.stride(), out, out.stride())
-    scale = layer.layer_scale
-    for _ in range(2):
-        packed = packing.packed_layer(kernels(), layer, options, form, x.dtype)
-        if packed is None:
-            break
-        if call_forward(packed, *sizes, scale is not None, mask):
-            return
-        if packed.cancels:
-            assert form != PLAIN, "the plain form takes all numbers"
-            _run(x, out, layer, mask, options, PLAIN)
-            return
-        # Written to past the version counters.
-        packing.found_stale(layer, options, form, x.dtype)
-    if scale is None:
-        _run_unpacked(x, out, layer, mask, options)
-    else:
-        _run(x, out, layer._replace(layer_scale=None), mask, options, form)
-        torch.add(x, out.mul_(scale.flatten()), out=out)
-
-
-def _run_unpacked(
-    x: Tensor, out: Tensor, layer: Weights, mask: Tensor | None, options: Options
-) -> None:
-    """In the plain form, with the weights read as they are, like a forward of training."""
-    fields, _alive = packing.raw_layer(packing.rounded(layer, x.dtype), options)
-    call = _call_fields(
-        x.shape[0], x.shape[1], PLAIN, x, x.stride(), out, out.stride(), False, mask, None
-    )
-    _check(kernels().swiftkernels_forward_training(fields, call))
-
-
-def call_forward(
-    packed: packing.Packed,
+def call_fields(
     batch: int,
     n_tokens: int,
     form: int,
@@ -149,103 +133,67 @@ def call_forward(
     x_strides: tuple[int, ...],
     out: Tensor,
     out_strides: tuple[int, ...],
-    add_input: bool,
-    mask: Tensor | None = None,
-) -> bool:
-    """Run the forward; strides are of batch, token, channel. False: not with these packed weights.
-
-    Either they are stale, or `packed.cancels`: the plain form is to be taken.
-    """
-    if packed.cancels:
-        return False
-    call = _call_fields(
-        batch, n_tokens, form, x, x_strides, out, out_strides, add_input, mask, None
-    )
-    status = kernels().swiftkernels_forward(packed.fields, call)
-    if status in (_STALE, _CANCELLATION):
-        packed.cancels = status == _CANCELLATION
-        return False
-    _check(status)
-    packed.uses += 1
-    return True
-
-
-def _call_fields(
-    batch: int,
-    n_tokens: int,
-    form: int,
-    x: Tensor,
-    x_strides: tuple[int, ...],
-    out: Tensor,
-    out_strides: tuple[int, ...],
-    add_input: bool,
+    adds_input: bool,
     mask: Tensor | None,
-    kept: Saved | None,
+    saved: Saved | None = None,
 ) -> bytes:
-    """`struct Call`."""
+    """`struct Call`; strides are of batch, token and channel."""
     return _CALL.pack(
-        batch, n_tokens, form, torch.get_num_threads(), TYPES[x.dtype], add_input, x.data_ptr(),
-        *x_strides, out.data_ptr(), *out_strides,
-        *(_NOTHING if mask is None else (mask.data_ptr(), *mask.stride())),
-        *(_NOTHING if kept is None else [t.data_ptr() for t in kept]),
+        batch, n_tokens, form, torch.get_num_threads(), TYPES[x.dtype], adds_input,
+        x.data_ptr(), *x_strides, out.data_ptr(), *out_strides,
+        *((0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())),
+        *((0, 0, 0) if saved is None else [t.data_ptr() for t in saved]),
     )  # fmt: skip
 
 
-def additive_self_attention_backward(
+def backward(
     dout: Tensor,
-    x: Tensor,
-    wq: Tensor,
-    bq: Tensor | None,
-    wk: Tensor,
-    bk: Tensor | None,
-    w_g: Tensor,
-    wp: Tensor,
-    bp: Tensor | None,
-    wf: Tensor,
-    bf: Tensor | None,
+    inputs: Sequence[Tensor],
+    weights: Weights,
     mask: Tensor | None,
     saved: Saved,
     options: Options,
-    needs_tokens: bool,
-    needs_weights: bool,
+    needs: Needs,
 ) -> list[Tensor | None]:
-    """Gradients of x and the nine weights; None where not asked for or without bias."""
-    handle = kernels()
-    batch, n_tokens, _ = x.shape
-    width = wf.shape[1]
+    """Gradients of x and the weights; None where not needed or without bias."""
+    x, batch, n_tokens, strides = _read(inputs[0])
+    dout, _, _, dout_strides = _read(dout)
+    width = weights.width
     threads = torch.get_num_threads()
-    whole = n_tokens <= config.WHOLE_ROWS and config.backward_by_items(
+    whole = n_tokens <= config.SHORT_SEQUENCE and config.backward_by_elements(
         batch, n_tokens, width, threads
     )
     # Few tokens in all make the products of E x E matrices behind the moments too expensive.
     direct = whole and batch * n_tokens < 2 * width
-    folded = saved[2].numel() == 0 and config.folds_backward(batch, n_tokens, width)
-    layer = Weights(wq, bq, wk, bk, w_g, wp, bp, wf, bf)
-    fields, _alive = packing.raw_layer(layer, options)
-    dx = torch.empty_like(x) if needs_tokens else None
-    gradients = [
-        torch.empty_like(w, dtype=torch.float32, memory_format=torch.contiguous_format)
-        if w is not None and needs_weights
-        else None
-        for w in layer[:9]
-    ]
+    folded = saved.unit_rows.numel() == 0 and config.folds_backward(batch, n_tokens, width)
+    fields, ready = packing.raw_layer(weights, options)
+    d_input = torch.empty_like(inputs[0]) if needs.inputs else None
+    written, dx_fields = d_input, (0, 0, 0, 0)
+    if d_input is not None:
+        written, _, _, dx_strides = _read(d_input)
+        dx_fields = (written.data_ptr(), *dx_strides)  # type: ignore[assignment]
+    gradients: list[Tensor | None] = [None] * len(weights)
+    if needs.weights:
+        gradients = [None if w is None else torch.empty_like(w) for w in ready]
     call = _BACKWARD_CALL.pack(
-        batch, n_tokens, whole, threads, TYPES[x.dtype], direct, folded, needs_tokens,
-        needs_weights,
-        x.data_ptr(), *x.stride(), dout.data_ptr(), *dout.stride(),
-        *(_NOTHING_AT_ALL if dx is None else (dx.data_ptr(), *dx.stride())),
-        *(_NOTHING if mask is None else (mask.data_ptr(), *mask.stride())),
+        batch, n_tokens, whole, threads, TYPES[x.dtype], direct, folded, needs.inputs,
+        needs.weights,
+        x.data_ptr(), *strides, dout.data_ptr(), *dout_strides, *dx_fields,
+        *((0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())),
         *[t.data_ptr() for t in saved],
         *[0 if g is None else g.data_ptr() for g in gradients],
     )  # fmt: skip
-    _check(handle.swiftkernels_backward(fields, call))
+    check(kernels().swiftkernels_additive_backward(fields, call))
     if x.dtype != torch.float32:
         gradients = [None if g is None else g.to(x.dtype) for g in gradients]
-    return [dx, *gradients]
+    if d_input is not None and written is not None and written is not d_input:
+        d_input.copy_(written)
+    return [d_input, *gradients]
 
 
-def _check(status: int) -> None:
-    if status != 0:
+def check(status: int) -> None:
+    """Raise for what a kernel returned."""
+    if status != DONE:
         raise MemoryError(
             "The CPU kernels found no memory for their tiles. Free some, or use "
             "backend='reference'."

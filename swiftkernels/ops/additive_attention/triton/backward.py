@@ -1,18 +1,20 @@
-"""Backward: four launches at the most, with nothing kept from the forward but the input and G.
+"""Backward: at most four launches. Only the input and G are kept from the forward.
 
-With M = Wf Wp, z = qn + bp and t = G * kn the output is t M^T + z Wf^T + bf, so
+README.md of the operator derives the formulas. With M = Wf Wp, z = qn + bp and t = G * kn:
 
     dG  = sum_n kn_n * (dout_n M)                      1. `_pool_backward_kernel`, pooled like G
-    itself dkn = (dout M) * G                                 2. `_rows_backward_kernel`, local to a
-    token dqn = dout Wf + a dG + ds scale w_g dx  = dq Wq + dk Wk
+    dkn = (dout M) * G                                 2. `_rows_backward_kernel`, local to a token
+    dqn = dout Wf + a dG + ds scale w_g
+    dx  = dq Wq + dk Wk
 
-and all weights need are four second moments over the tokens of the whole batch,
+The weights need four second moments over the tokens of the whole batch:
 
-    dWq = dq^T x,  dWk = dk^T x,  U = dout^T t,  V = dout^T z     (dWp = Wf^T U,  dWf = U Wp^T + V),
+    dWq = dq^T x,  dWk = dk^T x,  U = dout^T t,  V = dout^T z     (dWp = Wf^T U,  dWf = U Wp^T + V)
 
-summed inside launch 2 where four E x E accumulators fit (FUSE), else by `_weights_backward_kernel`
-from dq, dk, t and z, which launch 2 then leaves in memory. `_finish_backward_kernel` adds up the
-partial sums of all of them in a fixed order and leaves the gradients, and U and V for the products.
+They are summed inside launch 2 where four E x E accumulators fit (FUSE), else by
+`_weights_backward_kernel` from dq, dk, t and z, which launch 2 then leaves in memory.
+`_finish_backward_kernel` adds up all partial sums in a fixed order. It stores the gradients, and U
+and V for the products.
 """
 
 from __future__ import annotations

@@ -1,29 +1,27 @@
 """Launching: allocate, describe strides, choose tiles, start the kernels.
 
-Four entry points, forward and backward from x and from given queries and keys, with the signatures
-that `swiftkernels.ops.additive_attention.eager` has too. Nothing here is differentiable.
+A backend (`ops/operator.py`) of both operators, from tokens and from given queries and keys.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from swiftkernels.backends import cache
 from swiftkernels.backends.layouts import (
     accumulator,
     as_image,
     as_tokens,
     output_like,
-    pack_projections,
     tokens_of,
 )
 from swiftkernels.backends.torch_state import allow_tf32, device_guard, fits_kernels
 from swiftkernels.backends.triton.prepared import Pointer, Prepared
-from swiftkernels.ops.additive_attention.reference import Options
 from swiftkernels.ops.additive_attention.triton import config
 from swiftkernels.ops.additive_attention.triton.backward import (
     _finish_backward_kernel,
@@ -35,6 +33,16 @@ from swiftkernels.ops.additive_attention.triton.forward import (
     _output_forward_kernel,
     _pool_forward_kernel,
 )
+from swiftkernels.ops.additive_attention.weights import (
+    Options,
+    OutputWeights,
+    Weights,
+    pack_projections,
+)
+from swiftkernels.ops.operator import Needs
+from swiftkernels.ops.plan import Plans
+
+AnyWeights = Weights | OutputWeights
 
 
 class Layout(NamedTuple):
@@ -139,99 +147,94 @@ def _split_tokens(n_tokens: int, block_n: int) -> tuple[int, int]:
     return _cdiv(tiles, tiles_per_split), tiles_per_split
 
 
-def _queries_and_keys(
-    x: Tensor, wq: Tensor, bq: Tensor | None, wk: Tensor, bk: Tensor | None
-) -> tuple[Tensor, ...]:
-    """Queries and keys [B, N, E] of a wide layer by one GEMM; views of one buffer."""
-    x = x if x.dim() == 3 else as_tokens(x)
-    return torch.nn.functional.linear(x, *pack_projections(wq, bq, wk, bk)).chunk(2, dim=2)
+class Saved(NamedTuple):
+    """What the backward needs besides the inputs."""
+
+    global_query: Tensor
+    """G, [B, E]"""
+    statistics: Tensor
+    """Of the pooling, [B, 2]."""
+    folded: Tensor
+    """M = Wf Wp, [D, E]"""
 
 
-def additive_self_attention_forward(
-    x: Tensor,
-    wq: Tensor,
-    bq: Tensor | None,
-    wk: Tensor,
-    bk: Tensor | None,
-    w_g: Tensor,
-    wp: Tensor,
-    bp: Tensor | None,
-    wf: Tensor,
-    bf: Tensor | None,
+def saved_like(inputs: Sequence[Tensor], weights: AnyWeights, keep: str) -> Saved:
+    """What a forward keeps, uninitialised."""
+    new, batch = inputs[0].new_empty, inputs[0].shape[0]
+    acc = accumulator(inputs[0].dtype)
+    return Saved(
+        new(batch, weights.width, dtype=acc),
+        new(batch, 2, dtype=acc),
+        new(weights.token_dim, weights.width),
+    )
+
+
+class _Inputs(NamedTuple):
+    """What the kernels read queries and keys from."""
+
+    q: _Tokens
+    k: _Tokens
+    projections: tuple[Tensor | None, ...]
+    """Weights and biases of the query and key layers, if the kernels project x."""
+
+    @property
+    def project(self) -> bool:
+        return self.projections[0] is not None
+
+
+def _read(inputs: Sequence[Tensor], weights: AnyWeights) -> _Inputs:
+    """From x, projected by the kernels, or by one GEMM if it is wide; or from given q and k."""
+    if not isinstance(weights, Weights):
+        q, k = inputs
+        if q.stride() != k.stride():
+            q, k = q.contiguous(), k.contiguous()
+        return _Inputs(_tokens(q), _tokens(k), (None,) * 4)
+    (x,) = inputs
+    if weights.width <= config.MAX_PROJECTED_WIDTH:
+        view = _tokens(x)
+        return _Inputs(view, view, weights[:4])
+    tokens = x if x.dim() == 3 else as_tokens(x)
+    both = torch.nn.functional.linear(tokens, *pack_projections(*weights[:4]))
+    q, k = both.chunk(2, dim=2)  # views of one buffer
+    return _Inputs(_tokens(q), _tokens(k), (None,) * 4)
+
+
+def _pointers(read: _Inputs, weights: AnyWeights, mask: Tensor | None) -> tuple[Tensor | None, ...]:
+    """q, k, the nine weights and the mask, as `_ForwardPlan.start` takes them."""
+    return (
+        read.q.data, read.k.data, *_contiguous(*read.projections), *_contiguous(*weights[-5:]),
+        _mask_bytes(mask),
+    )  # fmt: skip
+
+
+def forward(
+    inputs: Sequence[Tensor],
+    weights: AnyWeights,
     mask: Tensor | None,
     options: Options,
     keep: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, and for the backward G [B, E], pooling statistics [B, 2], M = Wf Wp [D, E].
+) -> tuple[Tensor, Saved]:
+    """The output, and what the backward needs.
 
-    x may be an image [B, C, H, W]; then out is one, in the order of channels_last. w_g may be
-    [E, 1]. `keep` means something to the CPU kernels only.
+    Args:
+        inputs: x, tokens or an image [B, C, H, W], whose output is an image in the order of
+            channels_last; or q and k.
+        weights: `Weights`, or `OutputWeights` for q and k.
+        keep: for other backends.
     """
-    if wq.shape[0] > config.MAX_PROJECTED_WIDTH:
-        with device_guard(x):
-            q, k = _queries_and_keys(x, wq, bq, wk, bk)
-        return _forward(q, k, None, w_g, wp, bp, wf, bf, mask, options, x)
-    return _forward(x, x, (wq, bq, wk, bk), w_g, wp, bp, wf, bf, mask, options, x)
-
-
-def additive_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    w_g: Tensor,
-    wp: Tensor,
-    bp: Tensor | None,
-    wf: Tensor,
-    bf: Tensor | None,
-    mask: Tensor | None,
-    options: Options,
-    keep: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `additive_self_attention_forward`, from queries and keys [B, N, E]."""
-    if q.stride() != k.stride():
-        q, k = q.contiguous(), k.contiguous()
-    return _forward(q, k, None, w_g, wp, bp, wf, bf, mask, options, q)
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    projections: Sequence[Tensor | None] | None,
-    w_g: Tensor,
-    wp: Tensor,
-    bp: Tensor | None,
-    wf: Tensor,
-    bf: Tensor | None,
-    mask: Tensor | None,
-    options: Options,
-    like: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`like`: tokens or an image in whose form the output is."""
-    token_dim, width = wf.shape
-    view = _tokens(q)
-    _, batch, n_tokens, in_dims, _ = view
-    key_view = view if k is q else _tokens(k)
-    inputs = (
-        view.data, key_view.data, *_contiguous(*(projections or (None,) * 4)),
-        *_contiguous(w_g, wp, bp, wf, bf), _mask_bytes(mask),
-    )  # fmt: skip
-    plan = _forward_plan(
-        _Kind(
-            batch, n_tokens, in_dims, width, token_dim, view.layout, q.dtype, q.device, options,
-            projections is not None, _precision(q.dtype), _missing(inputs), _reusable(inputs),
-        )
-    )  # fmt: skip
-    new, acc = q.new_empty, accumulator(q.dtype)
-    shape, strides = output_like(like, token_dim)
-    out = torch.empty_strided(shape, strides, dtype=q.dtype, device=q.device)
-    global_query = new(batch, width, dtype=acc)
-    statistics = new(batch, 2, dtype=acc)
-    folded = new(token_dim, width)
-    pooled = new(batch, plan.splits, width, dtype=acc)
-    split_statistics = new(batch, plan.splits, 2, dtype=acc)
-    results = (out, global_query, statistics, folded, pooled, split_statistics)
-    with device_guard(q):
-        plan.start(inputs, results)
-    return out, global_query, statistics, folded
+    like = inputs[0]
+    with device_guard(like):
+        read = _read(inputs, weights)
+        q = read.q
+        pointers = _pointers(read, weights, mask)
+        plan = _forward_plan(_kind(read, weights, options, pointers, _reusable(pointers)))
+        out = like.new_empty_strided(*output_like(like, weights.token_dim))
+        saved = saved_like(inputs, weights, keep)
+        acc = saved.global_query.dtype
+        pooled = like.new_empty(q.batch, plan.splits, weights.width, dtype=acc)
+        split_statistics = like.new_empty(q.batch, plan.splits, 2, dtype=acc)
+        plan.start(pointers, (out, *saved, pooled, split_statistics))
+    return out, saved
 
 
 class _Kind(NamedTuple):
@@ -252,6 +255,20 @@ class _Kind(NamedTuple):
     """Which of the inputs are None."""
     reusable: bool
     """As `Prepared` has it."""
+
+
+def _kind(
+    read: _Inputs,
+    weights: AnyWeights,
+    options: Options,
+    pointers: Sequence[Tensor | None],
+    reusable: bool,
+) -> _Kind:
+    q, dtype = read.q, read.q.data.dtype
+    return _Kind(
+        q.batch, q.n_tokens, q.width, weights.width, weights.token_dim, q.layout, dtype,
+        q.data.device, options, read.project, _precision(dtype), _missing(pointers), reusable,
+    )  # fmt: skip
 
 
 class _ForwardPlan:
@@ -353,24 +370,50 @@ class _ForwardPlan:
 _forward_plan = functools.lru_cache(maxsize=512)(_ForwardPlan)
 
 
-def compiled_forward(
-    x: Tensor, width: int, token_dim: int, weights: Sequence[int | None], options: Options
-) -> Callable[[Tensor, Tensor, Sequence[int | None]], None] | None:
-    """`_ForwardPlan.infer` for tokens or images like x, if such a call was made before; else None.
+class InferencePlan:
+    """Starts the kernels by address, once those for inputs of one kind are compiled."""
 
-    Args:
-        weights: addresses of the nine weights, contiguous.
-    """
-    view = _tokens(x)
-    if view.data is not x or width > config.MAX_PROJECTED_WIDTH:
-        return None
-    plan = _forward_plan(
-        _Kind(
-            view.batch, view.n_tokens, view.width, width, token_dim, view.layout, x.dtype, x.device,
-            options, True, _precision(x.dtype), _missing((x, x, *weights, None)), True,
-        )
-    )  # fmt: skip
-    return plan.infer if plan.ready else None
+    lasting = True
+
+    def __init__(self, x: Tensor, weights: Weights, mask: Tensor | None, options: Options) -> None:
+        self._options = options
+        self._places = cache.places(cache.present(weights))
+        self._precision = _precision(x.dtype)
+        self._out = output_like(x, weights.token_dim)
+        self._plan: _ForwardPlan | None = None
+        by_address = mask is None and weights.width <= config.MAX_PROJECTED_WIDTH
+        if by_address and _tokens(x).data is x and _reusable(weights):
+            read = _read((x,), weights)
+            pointers = _pointers(read, weights, None)
+            self._plan = _forward_plan(_kind(read, weights, options, pointers, True))
+        self._addresses = [None if w is None else w.data_ptr() for w in weights]
+
+    def __call__(
+        self, x: Tensor, weights: Weights, mask: Tensor | None, residual_scale: Tensor | None
+    ) -> Tensor | None:
+        assert residual_scale is None, "these kernels do not add x"
+        if self._places != cache.places(cache.present(weights)):
+            return None
+        if self._precision != _precision(x.dtype):
+            return None  # the setting has changed
+        plan = self._plan
+        if plan is None or not plan.ready or not fits_kernels(x):
+            return forward((x,), weights, mask, self._options)[0]
+        out = torch.empty_strided(*self._out, dtype=x.dtype, device=x.device)
+        plan.infer(x, out, self._addresses)
+        return out
+
+
+def inference_plan(
+    x: Tensor,
+    weights: Weights,
+    mask: Tensor | None,
+    options: Options,
+    residual_scale: Tensor | None,
+    plans: Plans,
+) -> InferencePlan | None:
+    """The plan for inputs like x; None with a residual_scale, which these kernels do not take."""
+    return None if residual_scale is not None else InferencePlan(x, weights, mask, options)
 
 
 class _BackwardKind(NamedTuple):
@@ -583,147 +626,102 @@ def _weight_gradients(
     dw_g_parts: Tensor,
     moments: Tensor,
     x_width: int,
-    inputs: Sequence[Tensor | None],
+    weights: AnyWeights,
 ) -> list[Tensor | None]:
-    """dWq, dbq, dWk, dbk (None if x_width is 0), dw_g, dWp, dbp, dWf, dbf."""
-    _, _, _, bq, _, bk, w_g, wp, bp, wf, bf, _ = inputs
-    assert w_g is not None
-    assert wp is not None
-    assert wf is not None
-    token_dim, width = wf.shape
-    new = wf.new_empty
+    """In the order of the weights; the kernels sum dWq, dbq, dWk and dbk only for `Weights`."""
+    w = weights.output if isinstance(weights, Weights) else weights
+    token_dim, width = w.final_weight.shape
+    new = w.final_weight.new_empty
+    projections: list[Tensor | None] = []
     dwq = dwk = dbq = dbk = None
-    if x_width:
+    if isinstance(weights, Weights):
         dwq, dwk = new(width, x_width), new(width, x_width)
-        dbq, dbk = (None if bias is None else new(width) for bias in (bq, bk))
-    dw_g = new(w_g.shape)
-    dbf = None if bp is None and bf is None else new(token_dim)
+        biases = weights.query_bias, weights.key_bias
+        dbq, dbk = (None if bias is None else new(width) for bias in biases)
+        projections = [dwq, dbq, dwk, dbk]
+    dw_g = new(w.w_g.shape)
+    d_final_bias = None if w.proj_bias is None and w.final_bias is None else new(token_dim)
     # U and V are rounded to the storage type, as eager rounds the operands of its GEMMs.
     U, V = new(token_dim, width), new(token_dim, width)
-    plan.finish(dw_g_parts, moments, (dw_g, dwq, dwk, U, V, dbq, dbk, dbf))
-    wf_t = wf.t()
-    dwp = wf_t @ U
-    dbp = None if bp is None or dbf is None else wf_t @ dbf
+    plan.finish(dw_g_parts, moments, (dw_g, dwq, dwk, U, V, dbq, dbk, d_final_bias))
+    wf_t = w.final_weight.t()
+    d_proj = wf_t @ U
+    d_proj_bias = None
+    if w.proj_bias is not None and d_final_bias is not None:
+        d_proj_bias = wf_t @ d_final_bias
     # In place: out of place, addmm would copy V first.
-    dwf = V.addmm_(U, wp.t())
-    return [dwq, dbq, dwk, dbk, dw_g, dwp, dbp, dwf, None if bf is None else dbf]
+    d_final = V.addmm_(U, w.proj_weight.t())
+    return [
+        *projections, dw_g, d_proj, d_proj_bias, d_final,
+        None if w.final_bias is None else d_final_bias,
+    ]  # fmt: skip
 
 
-def additive_self_attention_backward(
+def backward(
     dout: Tensor,
-    x: Tensor,
-    wq: Tensor,
-    bq: Tensor | None,
-    wk: Tensor,
-    bk: Tensor | None,
-    w_g: Tensor,
-    wp: Tensor,
-    bp: Tensor | None,
-    wf: Tensor,
-    bf: Tensor | None,
+    inputs: Sequence[Tensor],
+    weights: AnyWeights,
     mask: Tensor | None,
-    saved: Sequence[Tensor],
+    saved: Saved,
     options: Options,
-    needs_tokens: bool,
-    needs_weights: bool,
+    needs: Needs,
 ) -> list[Tensor | None]:
-    """Gradients of x and the nine weights; None where not asked for or without bias."""
-    width, token_dim = wq.shape[0], wf.shape[0]
-    project = width <= config.MAX_PROJECTED_WIDTH
+    """Gradients of inputs and weights; None where not needed or without bias."""
+    x = inputs[0]
     with device_guard(x):
-        view, dout_view = _tokens(x), _tokens(dout)
-        _, batch, n_tokens, in_dims, _ = view
-        q = k = view
-        if not project:
-            q, k = map(_tokens, _queries_and_keys(x, wq, bq, wk, bk))
-        dx_view = _empty_like(view) if needs_tokens and project else None
+        read = _read(inputs, weights)
+        q = read.q
+        # Tokens that queries and keys were made of; None if they were given.
+        source = _tokens(x) if isinstance(weights, Weights) else None
+        x_width = 0 if source is None else source.width
+        dout_view = _tokens(dout)
+        dx_view = _empty_like(q) if needs.inputs and read.project else None
         dx = None if dx_view is None else dx_view.data
-        inputs = (
-            q.data, k.data, *_contiguous(wq, bq, wk, bk, w_g, wp, bp, wf, bf), _mask_bytes(mask)
-        )  # fmt: skip
-        saved = _contiguous(*saved)  # which hooks may have put anywhere
-        reusable = _reusable((*inputs, *saved, view.data, dout_view.data))
+        pointers = _pointers(read, weights, mask)
+        kept = _contiguous(*saved)  # which hooks may have put anywhere
+        data = x if source is None else source.data
+        reusable = _reusable((*pointers, *kept, data, dout_view.data))
         plan = _backward_plan(
             _BackwardKind(
-                _Kind(
-                    batch, n_tokens, q.width, width, token_dim, q.layout, x.dtype, x.device,
-                    options, project, _precision(x.dtype), _missing(inputs), reusable,
-                ),
-                dout_view.layout, None if dx_view is None else dx_view.layout, view.layout, in_dims,
-                needs_weights,
+                _kind(read, weights, options, pointers, reusable), dout_view.layout,
+                None if dx_view is None else dx_view.layout,
+                None if source is None else source.layout, x_width, needs.weights,
             )
         )  # fmt: skip
         planes = dq = dk = sides = None
-        if not project or (needs_weights and not plan.fuses):
-            planes = x.new_empty(4 if needs_weights else 2, batch, n_tokens, width)
-            dq, dk, sides = planes[0], planes[1], planes[2:] if needs_weights else None
+        if source is None:
+            dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in inputs)
+            planes = sides = x.new_empty(2, *x.shape) if needs.weights else None
+        elif not read.project or (needs.weights and not plan.fuses):
+            planes = x.new_empty(4 if needs.weights else 2, q.batch, q.n_tokens, weights.width)
+            dq, dk, sides = planes[0], planes[1], planes[2:] if needs.weights else None
         grad_g, dw_g_parts, moments = plan.temporaries(x)
         plan.start_rows(
-            inputs, saved, dout_view.data, grad_g, dx, (dq, dk, sides),
+            pointers, kept, dout_view.data, grad_g, dx, (dq, dk, sides),
             (dw_g_parts, moments if plan.fuses else None),
         )  # fmt: skip
-        if needs_tokens and not project:
-            assert dq is not None
-            assert dk is not None
-            dx = torch.mm(dq.view(-1, width), wq).addmm_(dk.view(-1, width), wk)
-            dx = dx.view(batch, n_tokens, in_dims)
-            dx = dx if x.dim() == 3 else as_image(dx, x.shape[2:])
+        gradients: list[Tensor | None] = [dx]
+        if source is None:
+            gradients = [dq, dk] if needs.inputs else [None, None]
+        elif needs.inputs and not read.project:
+            gradients = [_input_gradient(dq, dk, x, weights)]
         if dx is not None and dx.stride() != x.stride():
             # The strides that an operator promises: those of the input where it is dense.
-            dx = torch.empty_like(x).copy_(dx)
+            gradients = [torch.empty_like(x).copy_(dx)]
         if dw_g_parts is None or moments is None:
-            return [dx, *[None] * 9]
+            return [*gradients, *[None] * len(weights)]
         if planes is not None:
-            plan.start_moments(view.data, dout_view.data, planes, moments)
-        return [dx, *_weight_gradients(plan, dw_g_parts, moments, in_dims, inputs)]
+            tokens = dout_view if source is None else source
+            plan.start_moments(tokens.data, dout_view.data, planes, moments)
+        return [*gradients, *_weight_gradients(plan, dw_g_parts, moments, x_width, weights)]
 
 
-def additive_attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    w_g: Tensor,
-    wp: Tensor,
-    bp: Tensor | None,
-    wf: Tensor,
-    bf: Tensor | None,
-    mask: Tensor | None,
-    saved: Sequence[Tensor],
-    options: Options,
-    needs_tokens: bool,
-    needs_weights: bool,
-) -> list[Tensor | None]:
-    """Gradients of q, k and the five weights; None where not asked for or without bias."""
-    batch, n_tokens, width = q.shape
-    with device_guard(q):
-        if q.stride() != k.stride():
-            q, k = q.contiguous(), k.contiguous()
-        view, key_view, dout_view = _tokens(q), _tokens(k), _tokens(dout)
-        inputs = (
-            view.data, key_view.data, *(None,) * 4, *_contiguous(w_g, wp, bp, wf, bf),
-            _mask_bytes(mask),
-        )  # fmt: skip
-        saved = _contiguous(*saved)  # which hooks may have put anywhere
-        plan = _backward_plan(
-            _BackwardKind(
-                _Kind(
-                    batch, n_tokens, width, width, wf.shape[0], view.layout, q.dtype, q.device,
-                    options, False, _precision(q.dtype), _missing(inputs),
-                    _reusable((*inputs, *saved, dout_view.data)),
-                ),
-                dout_view.layout, None, None, 0, needs_weights,
-            )
-        )  # fmt: skip
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        dk = torch.empty_like(dq)
-        sides = q.new_empty(2, *q.shape) if needs_weights else None
-        grad_g, dw_g_parts, moments = plan.temporaries(q)
-        plan.start_rows(
-            inputs, saved, dout_view.data, grad_g, None, (dq, dk, sides), (dw_g_parts, None)
-        )
-        grads: list[Tensor | None] = [dq, dk] if needs_tokens else [None, None]
-        if sides is None or dw_g_parts is None or moments is None:
-            return [*grads, *[None] * 5]
-        plan.start_moments(dout_view.data, dout_view.data, sides, moments)
-        weights = _weight_gradients(plan, dw_g_parts, moments, 0, inputs)
-        return [*grads, *weights[4:]]
+def _input_gradient(dq: Tensor | None, dk: Tensor | None, x: Tensor, weights: AnyWeights) -> Tensor:
+    """Gradient of x by two GEMMs from those of queries and keys, [B, N, E]."""
+    assert isinstance(weights, Weights)
+    assert dq is not None
+    assert dk is not None
+    batch, n_tokens, width = dq.shape
+    dx = torch.mm(dq.view(-1, width), weights.query_weight)
+    dx = dx.addmm_(dk.view(-1, width), weights.key_weight).view(batch, n_tokens, -1)
+    return dx if x.dim() == 3 else as_image(dx, x.shape[2:])

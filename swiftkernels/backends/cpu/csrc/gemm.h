@@ -1,27 +1,19 @@
-// Matrix products on tiles of rows: rows times packed weights, and the Gram matrix of two tiles.
+// Matrix products on tiles of rows: rows times a packed matrix, and the Gram matrix of two tiles.
 //
-// Packed weights ("panels"): the columns of B [K, cols] in groups of a few vectors, each group
-// [K, width] in one piece, so that a kernel reads them from start to end. Columns are padded with
-// zeros to whole vectors. A group takes as many vectors as keep, with a block of rows, all of the
-// sums in registers; A is read by broadcasting one number at a time and is not packed at all.
+// A packed matrix B [K, columns] is a sequence of panels. A panel holds a group of a few vectors of
+// columns, [K, width] in one block of memory, which a kernel reads from start to end; columns are
+// padded with zeros to whole vectors. A group has as many vectors as keep, with a block of rows,
+// all sums in registers. A is not packed: kernels read it by broadcasting one float at a time.
 #pragma once
 
 #include <algorithm>
 #include <array>
+#include <type_traits>
 #include <utility>
 
 #include "simd.h"
 
-#if defined(__AVX512F__) || (defined(SWIFTKERNELS_LANES) && SWIFTKERNELS_LANES == 16)
-constexpr int MAX_VECTORS = 4;
-constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 14, 12, 8, 7};  // of 32 registers
-#elif defined(__aarch64__)
-constexpr int MAX_VECTORS = 4;
-constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 14, 10, 8, 6};
-#else
-constexpr int MAX_VECTORS = 3;
-constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 12, 6, 4};  // of 16 registers
-#endif
+namespace swiftkernels {
 
 /// One group of columns.
 struct Panel {
@@ -29,12 +21,12 @@ struct Panel {
   int vectors;
 };
 
-/// The groups of `columns` columns, all but equally wide.
+/// Divides columns into groups of almost equal width.
 class Panels {
  public:
   explicit Panels(int64_t columns) {
     vectors_ = padded(columns) / LANES;
-    if (MAX_VECTORS == 3)  // two vectors to six rows load least; the third takes odd ones up
+    if (MAX_VECTORS == 3)  // groups of two load least; an odd vector makes a group of three
       count_ = std::max<int64_t>(1, vectors_ / 2);
     else
       count_ = (vectors_ + MAX_VECTORS - 1) / MAX_VECTORS;
@@ -49,13 +41,13 @@ class Panels {
   int64_t vectors_, count_;
 };
 
-/// Floats that panels of B [K, columns] take.
+/// Floats in the panels of B [K, columns].
 constexpr int64_t panel_floats(int64_t K, int64_t columns) { return K * padded(columns); }
 
-/// out [K, width] = columns [column, column + width) of B, B[k, j] = b[k * k_stride + j *
-/// j_stride], with zeros beyond the `valid` first of them.
-inline void pack_panel(const float* b, int64_t K, int64_t k_stride, int64_t j_stride, int64_t width,
-                       int64_t valid, float* out) {
+/// out [K, width] = the first `width` columns of B, B[k, j] = b[k * k_stride + j * j_stride], with
+/// zeros from column `valid` on.
+ONE_COPY inline void pack_panel(const float* b, int64_t K, int64_t k_stride, int64_t j_stride,
+                                int64_t width, int64_t valid, float* out) {
   int64_t k = 0;
   if (k_stride == 1 && valid == width) {  // B is the transpose of a matrix in memory
     for (; k + LANES <= K; k += LANES)
@@ -75,8 +67,8 @@ inline void pack_panel(const float* b, int64_t K, int64_t k_stride, int64_t j_st
       out[k * width + j] = j < valid ? b[k * k_stride + j * j_stride] : 0.f;
 }
 
-/// A matrix B [K, columns] to multiply with: packed into panels before, or else panel by panel when
-/// it is used, which is faster where few rows use it.
+/// A matrix B [K, columns] to multiply with: packed in advance, or packed panel by panel while it
+/// is used, which is faster where few rows use it.
 struct Matrix {
   int64_t K, columns;
   const float* panels;  // or null:
@@ -86,14 +78,14 @@ struct Matrix {
   static Matrix packed(const float* panels, int64_t K, int64_t columns) {
     return {K, columns, panels, nullptr, 0, 0};
   }
-  /// The transpose of a matrix [columns, K] in memory, as a linear layer has it.
+  /// The transpose of a weight [columns, K] in memory, as a linear layer has it.
   static Matrix transposed(const float* weight, int64_t K, int64_t columns) {
     return {K, columns, nullptr, weight, 1, K};
   }
   static Matrix rows(const float* weight, int64_t K, int64_t columns) {
     return {K, columns, nullptr, weight, columns, 1};
   }
-  /// Floats for the panel that is packed on the fly.
+  /// Floats of scratch for a panel that is packed during a product.
   static int64_t panel_scratch(int64_t K) { return K * MAX_VECTORS * LANES; }
 
   /// Pack all panels into `to` and use them from now on.
@@ -102,7 +94,7 @@ struct Matrix {
     for (int64_t i = 0; i < groups.count(); i++) pack_group(groups[i], to + K * groups[i].column);
     panels = to;
   }
-  /// The panel of a group, in `scratch` if it is not packed.
+  /// The panel of a group; packed into `scratch` if it was not packed in advance.
   const float* panel(const Panel& group, float* scratch) const {
     if (panels) return panels + K * group.column;
     pack_group(group, scratch);
@@ -117,28 +109,28 @@ struct Matrix {
   }
 };
 
-/// Products that are summed one after another; longer sums are made of such pieces, or the rounding
-/// errors of wide layers would grow beyond those of PyTorch's products.
-constexpr int64_t SUM_LENGTH = 64;
+/// Products that are summed one after another. Longer sums are sums of such chains: in one chain,
+/// the rounding errors of wide layers would grow beyond those of PyTorch's products.
+constexpr int64_t MAX_CHAIN = 64;
 
-/// The length of such a piece: all of a sum of K products are about equally long.
-inline int64_t piece_length(int64_t K) {
-  const int64_t pieces = std::max<int64_t>(1, (K + SUM_LENGTH - 1) / SUM_LENGTH);
-  return (K + pieces - 1) / pieces;
+/// The length of the chains of a sum of K products; they are about equally long.
+inline int64_t chain_length(int64_t K) {
+  const int64_t chains = std::max<int64_t>(1, (K + MAX_CHAIN - 1) / MAX_CHAIN);
+  return (K + chains - 1) / chains;
 }
 
-/// What a block kernel works on; the pointers are those of its first row and column.
+/// The operands of a block kernel; pointers are to its first row and column.
 struct Block {
   const float* a;
   int64_t a_stride;
   const float* b;
-  int64_t K, piece;
+  int64_t K, chain;
   const float* bias;     // [width] or null
   const float* initial;  // added to the product, [rows, width] or null
   int64_t initial_stride;
   float* c;
   int64_t c_stride;
-  int64_t columns;  // that exist: the last vector may be partly padding
+  int64_t columns;  // that may be written: the last vector may be partly padding
 };
 
 /// sums += the products [begin, end) of a block of R rows and V vectors, in registers.
@@ -161,7 +153,7 @@ INLINE void multiply(const Block& block, int64_t begin, int64_t end, vec (&sums)
   }
 }
 
-/// Call use(sums) with the block of the product a b + bias.
+/// Call use(sums) with the block of bias + a b.
 template <int R, int V, class Use>
 INLINE void product(const Block& block, Use use) {
   vec sums[R][V];
@@ -171,17 +163,17 @@ INLINE void product(const Block& block, Use use) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) sums[r][v] = bias;
   }
-  multiply<R, V>(block, 0, std::min(block.K, block.piece), sums);
-  if (block.K <= block.piece) return use(sums);  // without a detour through memory
+  multiply<R, V>(block, 0, std::min(block.K, block.chain), sums);
+  if (block.K <= block.chain) return use(sums);  // straight from the registers
   vec totals[R][V];
   std::memcpy(totals, sums, sizeof(sums));
-  for (int64_t k = block.piece; k < block.K; k += block.piece) {
-    vec piece[R][V] = {};
-    multiply<R, V>(block, k, std::min(block.K, k + block.piece), piece);
+  for (int64_t k = block.chain; k < block.K; k += block.chain) {
+    vec chain[R][V] = {};
+    multiply<R, V>(block, k, std::min(block.K, k + block.chain), chain);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; v++) totals[r][v] += piece[r][v];
+      for (int v = 0; v < V; v++) totals[r][v] += chain[r][v];
   }
   use(totals);
 }
@@ -239,8 +231,8 @@ constexpr auto kernels_of(std::integer_sequence<int, R...>) {
   return std::array<BlockKernel, sizeof...(R)>{&Epilogue::template run<R + 1, V>...};
 }
 
-/// Run `block` over all `rows`, in blocks of almost equal height: a short last block would leave
-/// the multipliers waiting for each other.
+/// Run the kernel over all `rows`, in blocks of almost equal height. A short last block would have
+/// too few independent sums to keep the multipliers busy.
 template <class Epilogue, int V>
 inline void run_rows(Block block, int64_t rows) {
   static constexpr auto kernels =
@@ -255,39 +247,36 @@ inline void run_rows(Block block, int64_t rows) {
   }
 }
 
-template <class Epilogue>
-inline void run_panel(const Block& block, int vectors, int64_t rows) {
+/// Call use(std::integral_constant<int, vectors>), for `vectors` up to MAX_VECTORS.
+template <class Use>
+INLINE void with_constant_width(int vectors, Use use) {
   switch (vectors) {
     case 1:
-      return run_rows<Epilogue, 1>(block, rows);
+      return use(std::integral_constant<int, 1>{});
     case 2:
-      return run_rows<Epilogue, 2>(block, rows);
+      return use(std::integral_constant<int, 2>{});
     case 3:
-      return run_rows<Epilogue, 3>(block, rows);
+      return use(std::integral_constant<int, 3>{});
     default:
-      return run_rows<Epilogue, MAX_VECTORS>(block, rows);
+      return use(std::integral_constant<int, MAX_VECTORS>{});
   }
 }
 
-/// Rows in memory, `stride` floats apart.
-struct Tile {
-  float* data;
-  int64_t stride;
-  float* row(int64_t r) const { return data + r * stride; }
-  /// The rows from r on.
-  Tile from(int64_t r) const { return {row(r), stride}; }
-};
+template <class Epilogue>
+INLINE void run_panel(const Block& block, int vectors, int64_t rows) {
+  with_constant_width(vectors, [&](auto width) { run_rows<Epilogue, width>(block, rows); });
+}
 
-/// Rows of a that stay in the second-level cache while all panels of b pass by.
+/// Rows of a that stay in the second-level cache (192 KB, at least 48 rows) while all panels of b
+/// are multiplied.
 inline int64_t cached_rows(int64_t K) { return std::max<int64_t>(48, 49152 / K); }
 
-/// c [rows, columns] = initial + bias + a [rows, K] b. Columns beyond those of b are written as
-/// padding if c has room for whole vectors, that is if `c_padded`. `scratch` is for a panel of b;
-/// it may be null if b is packed.
+/// c [rows, columns] = initial + bias + a [rows, K] b. `c_padded`: rows of c may be written up to
+/// whole vectors. `scratch` is for a panel of b, and may be null if b is packed.
 inline void gemm(Tile a, int64_t rows, const Matrix& b, const float* bias, Tile c, float* scratch,
                  Tile initial = {nullptr, 0}, bool c_padded = true) {
   const Panels groups(b.columns);
-  const int64_t room = c_padded ? padded(b.columns) : b.columns;
+  const int64_t writable = c_padded ? padded(b.columns) : b.columns;
   const int64_t parts = b.panels ? (rows + cached_rows(b.K) - 1) / cached_rows(b.K) : 1;
   for (int64_t part = 0; part < parts; part++) {
     const int64_t first = rows * part / parts, end = rows * (part + 1) / parts;
@@ -298,19 +287,19 @@ inline void gemm(Tile a, int64_t rows, const Matrix& b, const float* bias, Tile 
                         a.stride,
                         b.panel(group, scratch),
                         b.K,
-                        piece_length(b.K),
+                        chain_length(b.K),
                         bias ? bias + column : nullptr,
                         initial.data ? initial.row(first) + column : nullptr,
                         initial.stride,
                         c.row(first) + column,
                         c.stride,
-                        room - column};
+                        writable - column};
       run_panel<Store>(block, group.vectors, end - first);
     }
   }
 }
 
-/// The same with c, and `initial`, in panels of `panel_rows` rows, from row `first` on.
+/// The same with c and `initial` packed: rows from `first` on of panels of `panel_rows` rows.
 inline void gemm_to_panels(Tile a, int64_t rows, const Matrix& b, float* c, int64_t panel_rows,
                            int64_t first, float* scratch, const float* initial = nullptr) {
   const Panels groups(b.columns);
@@ -322,7 +311,7 @@ inline void gemm_to_panels(Tile a, int64_t rows, const Matrix& b, float* c, int6
                       a.stride,
                       b.panel(group, scratch),
                       b.K,
-                      piece_length(b.K),
+                      chain_length(b.K),
                       nullptr,
                       initial ? initial + offset : nullptr,
                       width,
@@ -333,12 +322,12 @@ inline void gemm_to_panels(Tile a, int64_t rows, const Matrix& b, float* c, int6
   }
 }
 
-/// sums[r] = the sum of the lanes of vector_of(r); a block of rows at a time, which takes a
-/// fraction of the shuffles that row by row would.
+/// sums[r] = the sum of the lanes of vector_of(r). LANES rows at a time take a fraction of the
+/// shuffles of one row at a time.
 template <class VectorOf>
 INLINE void sum_each_row(int64_t rows, float* sums, VectorOf vector_of) {
   for (int64_t r = 0; r < rows; r += LANES) {
-    // The last rows take the same way, or the compiler might round them in another.
+    // The last rows run the same code: other code might round differently.
     const int64_t count = std::min<int64_t>(LANES, rows - r);
     vec vectors[LANES] = {};
     for (int64_t i = 0; i < count; i++) vectors[i] = vector_of(r + i);
@@ -348,8 +337,8 @@ INLINE void sum_each_row(int64_t rows, float* sums, VectorOf vector_of) {
   }
 }
 
-/// norms2[r] = |bias + a[r] b|^2 for panels of a b whose column j has no entries above row j: what
-/// stands above the first column of a panel is left out. `scratch` holds `rows` vectors.
+/// norms2[r] = |bias + a[r] b|^2 for a packed b [K, columns] whose column j is zero above row j.
+/// Rows above the first column of a panel are skipped. `scratch` holds `rows` vectors.
 inline void triangular_norms2(Tile a, int64_t rows, const float* panels, int64_t K, int64_t columns,
                               const float* bias, float* scratch, float* norms2) {
   std::fill(scratch, scratch + rows * LANES, 0.f);
@@ -362,7 +351,7 @@ inline void triangular_norms2(Tile a, int64_t rows, const float* panels, int64_t
                       a.stride,
                       panel,
                       K - first,
-                      piece_length(K - first),
+                      chain_length(K - first),
                       bias + group.column,
                       nullptr,
                       0,
@@ -374,7 +363,7 @@ inline void triangular_norms2(Tile a, int64_t rows, const float* panels, int64_t
   sum_each_row(rows, norms2, [&](int64_t r) { return load(scratch + r * LANES); });
 }
 
-/// What a block of a Gram matrix is made of.
+/// The operands of a block of a Gram matrix.
 struct GramBlock {
   const float* a;
   int64_t a_stride;
@@ -383,7 +372,7 @@ struct GramBlock {
   int64_t rows;
   float* c;
   int64_t c_stride;
-  bool add;  // to what is in c
+  bool add;  // to c
 };
 
 /// R columns of a times V vectors of columns of b, summed over the rows in registers.
@@ -430,7 +419,7 @@ inline void gram_rows(GramBlock block, int64_t a_columns, bool packed) {
   }
 }
 
-/// The columns of a as `gram_rows` takes them, each block of columns in one piece.
+/// Copy the columns of a as `gram_rows` reads them: block by block.
 inline void pack_columns(Tile a, int64_t a_columns, int64_t rows, int block_columns, float* to) {
   const int64_t count = (a_columns + block_columns - 1) / block_columns;
   for (int64_t i = 0, first = 0; i < count; i++) {
@@ -441,25 +430,16 @@ inline void pack_columns(Tile a, int64_t a_columns, int64_t rows, int block_colu
   }
 }
 
-/// Floats from which on a tile is packed before its columns are multiplied: its rows lie too far
-/// apart for the cache then.
+/// Larger tiles (256 KB) are packed before their columns are multiplied: their rows lie too far
+/// apart for the cache.
 constexpr int64_t LARGE_TILE = 65536;
 
-inline void gram_panel(const GramBlock& block, int vectors, int64_t a_columns, bool packed) {
-  switch (vectors) {
-    case 1:
-      return gram_rows<1>(block, a_columns, packed);
-    case 2:
-      return gram_rows<2>(block, a_columns, packed);
-    case 3:
-      return gram_rows<3>(block, a_columns, packed);
-    default:
-      return gram_rows<MAX_VECTORS>(block, a_columns, packed);
-  }
+INLINE void gram_panel(const GramBlock& block, int vectors, int64_t a_columns, bool packed) {
+  with_constant_width(vectors, [&](auto width) { gram_rows<width>(block, a_columns, packed); });
 }
 
-/// c [a_columns, b_columns] = a^T b for tiles a and b of `rows` rows, or (`add`) that on top of c;
-/// b and c have whole vectors. `scratch` holds a tile if it is a large one.
+/// c [a_columns, b_columns] = a^T b, or c += a^T b if `add`, for tiles a and b of `rows` rows. Rows
+/// of b and c are whole vectors. `scratch` holds as much as a, if a is larger than LARGE_TILE.
 inline void gram(Tile a, int64_t a_columns, Tile b, int64_t b_columns, int64_t rows, Tile c,
                  bool add, float* scratch) {
   const Panels groups(b_columns);
@@ -483,7 +463,7 @@ inline void gram(Tile a, int64_t a_columns, Tile b, int64_t b_columns, int64_t r
   }
 }
 
-/// The same for a symmetric product of no large tiles: its upper triangle, and some of the rest.
+/// The upper triangle, and some of the rest, of a symmetric a^T b of tiles up to LARGE_TILE.
 inline void gram_upper(Tile a, Tile b, int64_t columns, int64_t rows, Tile c, bool add) {
   const Panels groups(columns);
   for (int64_t i = 0; i < groups.count(); i++) {
@@ -495,3 +475,5 @@ inline void gram_upper(Tile a, Tile b, int64_t columns, int64_t rows, Tile c, bo
     gram_panel(block, group.vectors, std::min(columns, end), false);
   }
 }
+
+}  // namespace swiftkernels

@@ -1,5 +1,5 @@
-// Vectors of floats of the instruction set that a library is compiled for, by the compiler's own
-// vector extensions: one source for AVX-512, AVX, NEON and whatever else has vectors of floats.
+// Vectors of floats by the compiler's own vector extensions: one source for every instruction set.
+// What differs between instruction sets stands at the top.
 #pragma once
 
 #include <cmath>
@@ -7,18 +7,29 @@
 #include <cstring>
 #include <utility>
 
-#ifdef SWIFTKERNELS_LANES  // tests compile wider vectors than the processor has
-constexpr int LANES = SWIFTKERNELS_LANES;
-#elif defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX__)
+namespace swiftkernels {
+
+// LANES: floats in a vector. A matrix product keeps the sums of a block of BLOCK_ROWS[v] rows times
+// v vectors of columns, v <= MAX_VECTORS, in registers, next to v vectors of columns and one row.
+// SWIFTKERNELS_LANES=16 compiles the blocks of AVX-512 for a processor without it, in tests.
+#if defined(__AVX512F__) || SWIFTKERNELS_LANES == 16
+constexpr int LANES = 16, MAX_VECTORS = 4;
+constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 14, 12, 8, 7};  // of 32 registers
+#elif defined(__aarch64__)
+constexpr int LANES = 4, MAX_VECTORS = 4;
+constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 14, 10, 8, 6};  // of 32 registers
+#else
+#if defined(__AVX__)
 constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
+constexpr int MAX_VECTORS = 3;
+constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 12, 6, 4};  // of 16 registers
+#endif
 
-// Of a function with sums of single numbers there must be one copy: whether the compiler fuses a
-// product and a sum differs from copy to copy, and results would depend on who calls.
+// A function that sums single floats is compiled once. The compiler decides for every inlined copy
+// which products and sums it fuses, so results would depend on the caller.
 #define ONE_COPY __attribute__((noinline))
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
@@ -64,7 +75,7 @@ INLINE vec exp_of_negative(vec x) {
                                reinterpret_cast<int_vec>(in_range));
 }
 
-// The first (`HIGH` = 0) or last half of a0 b0 a1 b1 ...
+// The first (HIGH = 0) or last (HIGH = 1) half of a0 b0 a1 b1 ...
 template <int HIGH, size_t... I>
 INLINE vec interleave(vec a, vec b, std::index_sequence<I...>) {
 #if defined(__clang__)
@@ -91,7 +102,7 @@ INLINE void transpose(vec (&rows)[LANES]) {
   }
 }
 
-/// The sums of LANES vectors, in one vector; they are overwritten.
+/// The sum of the lanes of each of LANES vectors, in one vector. Overwrites the vectors.
 INLINE vec sums_of(vec (&vectors)[LANES]) {
   transpose(vectors);
 #pragma GCC unroll 4
@@ -104,5 +115,16 @@ INLINE vec sums_of(vec (&vectors)[LANES]) {
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
-/// Columns of a row of n floats that is made of whole vectors.
+/// The length of a row of n floats, padded to whole vectors.
 constexpr int64_t padded(int64_t n) { return round_up(n, LANES); }
+
+/// Rows in memory, `stride` floats apart.
+struct Tile {
+  float* data;
+  int64_t stride;
+  float* row(int64_t r) const { return data + r * stride; }
+  /// The rows from r on.
+  Tile from(int64_t r) const { return {row(r), stride}; }
+};
+
+}  // namespace swiftkernels

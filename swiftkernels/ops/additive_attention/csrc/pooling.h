@@ -1,20 +1,24 @@
-// Scores to token weights to the global query, slice by slice.
+// Pooling: scores to token weights to the global query, slice by slice; and its gradient.
 #pragma once
 
-#include "layer.h"
+#include "abi.h"
+#include "rows.h"
+#include "schedule.h"
 
-/// What pooling a slice leaves: these numbers, then the weighted sum of the rows.
+namespace swiftkernels::additive {
+
+/// The pooled rows of a slice: three numbers, then the weighted sum of the rows.
 struct Partial {
   static constexpr int64_t HEADER = 16;
   float* data;
-  float& highest() const { return data[0]; }     // score: softmax weights are relative to it
+  float& highest() const { return data[0]; }     // score, which softmax subtracts
   float& normaliser() const { return data[1]; }  // sum of s^2 (l2) or of weights (softmax)
-  float& factor_sum() const { return data[2]; }  // sum of what the rows were weighted with
+  float& factor_sum() const { return data[2]; }  // sum of the factors of the rows
   float* rows() const { return data + HEADER; }
   static int64_t floats(int64_t width) { return HEADER + round_up(width, 16); }
 };
 
-/// Token weights before their normalisation, from scores; softmax: exp(s - highest).
+/// Token weights before their normalisation, from scores; of softmax exp(s - highest).
 ONE_COPY inline void raw_weights(const Layer& layer, const float* scores, int64_t n, Mask mask,
                                  float highest, float* weights) {
   if (layer.pooling == SOFTMAX) {
@@ -34,30 +38,11 @@ ONE_COPY inline void raw_weights(const Layer& layer, const float* scores, int64_
       if (!mask.keeps(i)) weights[i] = 0.f;
 }
 
-/// rows_sum += sum_n factors[n] rows[n], several vectors of columns at a time in registers.
-inline void add_weighted_rows(const float* factors, Tile rows, int64_t n, int64_t width,
-                              float* rows_sum) {
-  int64_t j = 0;
-  for (; j + 4 * LANES <= padded(width); j += 4 * LANES) {
-    vec sums[4];
-    for (int v = 0; v < 4; v++) sums[v] = load(rows_sum + j + v * LANES);
-    for (int64_t i = 0; i < n; i++) {
-      const vec factor = broadcast(factors[i]);
-      for (int v = 0; v < 4; v++) sums[v] += factor * load(rows.row(i) + j + v * LANES);
-    }
-    for (int v = 0; v < 4; v++) store(rows_sum + j + v * LANES, sums[v]);
-  }
-  for (; j < padded(width); j += LANES) {
-    vec total = load(rows_sum + j);
-    for (int64_t i = 0; i < n; i++) total += broadcast(factors[i]) * load(rows.row(i) + j);
-    store(rows_sum + j, total);
-  }
-}
-
-/// Pool up to SLICE rows. The rows are weighted with weight * inverse_norms[i], or weight alone.
+/// Pool up to MAX_SLICE rows. The factor of a row is its weight, times inverse_norms[i] if not
+/// null.
 ONE_COPY inline void pool_slice(const Layer& layer, const float* scores, const float* inverse_norms,
                                 Tile rows, int64_t n, int64_t width, Mask mask, Partial partial) {
-  float weights[SLICE];
+  float weights[MAX_SLICE];
   float highest = -INFINITY;
   for (int64_t i = 0; i < n; i++)
     if (mask.keeps(i)) highest = std::max(highest, scores[i]);
@@ -75,8 +60,8 @@ ONE_COPY inline void pool_slice(const Layer& layer, const float* scores, const f
   add_weighted_rows(weights, rows, n, width, partial.rows());
 }
 
-/// Add up the partials of an item, in their order, into the first; returns the factor that
-/// normalises weights made with the highest score of all.
+/// Sum the partials of a batch element, in order, into the first. Returns the factor that
+/// normalises weights relative to the highest score of all.
 ONE_COPY inline float combine(const Layer& layer, float* partials, int64_t count, int64_t width) {
   const int64_t floats = Partial::floats(width);
   const Partial total{partials};
@@ -86,7 +71,7 @@ ONE_COPY inline float combine(const Layer& layer, float* partials, int64_t count
   for (int64_t i = 0; i < count; i++) {
     const Partial partial{partials + i * floats};
     float scale = 1.f;
-    // A slice whose tokens are all masked has nothing to add, and -inf - -inf is no number.
+    // A slice of masked tokens adds nothing, and -inf - -inf is NaN.
     if (layer.pooling == SOFTMAX)
       scale = partial.highest() == -INFINITY ? 0.f : std::exp(partial.highest() - highest);
     const float keep = i == 0 ? 0.f : 1.f;
@@ -103,3 +88,34 @@ ONE_COPY inline float combine(const Layer& layer, float* partials, int64_t count
   if (layer.pooling == SOFTMAX) return total.normaliser() > 0 ? 1.f / total.normaliser() : 0.f;
   return 1.f;
 }
+
+/// Inverse norms from this on are those of eps, not of the row.
+inline float inverse_eps(const RawLayer& layer) { return 1.f / static_cast<float>(layer.eps); }
+
+/// Whether the norm of the scores of a batch element depends on the scores: below eps it does not.
+inline bool has_score_norm(const RawLayer& layer, float normaliser) {
+  return layer.pooling == L2 && normaliser < inverse_eps(layer);
+}
+
+/// The gradient of a token's score, times the scale. `d_weight` is the gradient of its weight a,
+/// `G_dG` = G . dG = sum a da, `normaliser` the inverse norm of the scores of the batch element.
+inline float score_gradient(const RawLayer& layer, bool kept, float weight, float d_weight,
+                            float G_dG, float normaliser) {
+  float gradient = 0.f;
+  if (layer.pooling == SOFTMAX)
+    gradient = weight * (d_weight - G_dG);
+  else if (layer.pooling != SUM && kept)
+    gradient = (d_weight - (has_score_norm(layer, normaliser) ? weight * G_dG : 0.f)) * normaliser;
+  return gradient * static_cast<float>(layer.scale);
+}
+
+/// The exact score gradients sum to zero over the tokens of a batch element: softmax's, as weights
+/// sum to one; l2's weighted ones, as weights have norm one. This is a token's term of that sum.
+/// The sum c is the rounding error, mostly that of G . dG, and large where all tokens are almost
+/// the same; d_score - c weight is right.
+inline float residue(const RawLayer& layer, float weight, float d_score, float normaliser) {
+  if (layer.pooling == SOFTMAX) return d_score;
+  return has_score_norm(layer, normaliser) ? weight * d_score : 0.f;
+}
+
+}  // namespace swiftkernels::additive

@@ -1,7 +1,7 @@
 // Queries and keys are linear in x. So are, but for a few factors for each token, their gradients;
 // and all that the weights' gradients need are sums over outer products of dout and x. With
 //
-//     M = Wf Wp    C = Wf Wq    A = Wq^T Wq    B = Wk^T Wk    F = M diag(G) Wk (for every item)
+//     M = Wf Wp    C = Wf Wq    A = Wq^T Wq    B = Wk^T Wk    F = M diag(G) Wk (by batch element)
 //
 // and pq = C^T dout, pk = F^T dout, the gradients of x are (biases left out here)
 //
@@ -9,52 +9,56 @@
 //     alpha = qn . dqn = rq x . pq + a (qn . dG) + ds (qn . w_g)
 //     beta  = kn . dkn = rk x . pk
 //
-// where qn . dG = rq x . Wq^T dG, and so on. With the sums over all tokens
+// where qn . dG = rq x . Wq^T dG, and so on. With the sums over all tokens, Zk and xa by batch
+// element and the others of the whole batch,
 //
 //     Zq = sum rq dout x^T    Sq = sum -alpha rq^2 x x^T    xs = sum rq ds x
-//     Zk = sum rk dout x^T    Sk = sum -beta rk^2 x x^T     xa = sum rq a x     (Zk, xa: by item)
+//     Zk = sum rk dout x^T    Sk = sum -beta rk^2 x x^T     xa = sum rq a x
 //
 // the gradients of the weights are
 //
-//     dWq  = Wf^T Zq + sum_items dG xa^T + w_g xs^T + Wq Sq
-//     dWk  = sum_items diag(G) M^T Zk + Wk Sk
+//     dWq  = Wf^T Zq + sum_b dG xa^T + w_g xs^T + Wq Sq        (sum_b: over batch elements)
+//     dWk  = sum_b diag(G) M^T Zk + Wk Sk
 //     dG   = column sums of M * (Zk Wk^T)
 //     dw_g = Wq xs
-//     dWf  = U Wp^T + V, dWp = Wf^T U    with U = sum_items Zk Wk^T diag(G), V = Zq Wq^T
+//     dWf  = U Wp^T + V, dWp = Wf^T U    with U = sum_b Zk Wk^T diag(G), V = Zq Wq^T
 //
-// Where the biases cancel most of Wq x or Wk x, sums of x lose the digits that are left of q or k.
-// There x is replaced by x - x0 with x0 the mean of some tokens,
+// Where the biases cancel most of Wq x or Wk x, sums of x lose the remaining digits of q or k. Then
+// x is replaced by x - x0, with x0 the mean of some tokens,
 //
 //     q = Wq (x - x0) + (Wq x0 + bq)
 //
 // so that the bias, now in parentheses, is as small as q. All of the above holds for x - x0 and
-// this bias; dWq then lacks dbq x0^T, which is added at the end. The same for the keys.
+// this bias, but dWq then lacks dbq x0^T, which is added at the end. The same holds for the keys.
 //
-// That makes 7 products of N E^2 (the symmetric ones count half) where the other backward makes 8,
-// or 10 if it computes q and k again; and 3 E^3 for each item.
+// This takes 7 products of N E^2 (a symmetric one counts half), where the other backward takes 8,
+// or 10 if it computes q and k again, and 3 E^3 more for each batch element.
 #include "folded_backward.h"
 
 #include <vector>
 
+#include "pooling.h"
+
+namespace swiftkernels::additive {
 namespace {
 
-/// Tiles take that much.
+/// Floats in the tiles (0.8 MB).
 constexpr int64_t TILE_FLOATS = 200000;
 
-/// Tokens whose sums are formed by themselves, at least: the gradient of x depends on these chunks,
-/// not on how threads share them.
-constexpr int64_t CHUNK = 512;
+/// The least tokens in a block. Every block has sums of its own, which are added in order: results
+/// depend on the blocks, not on how threads share them.
+constexpr int64_t MIN_BLOCK = 512;
 
-/// c [a_columns, b_columns] = a^T b, or (`more`) that on top of c, for many rows: a few of them are
-/// summed in one chain, and no more than lie close together in memory.
+/// c [a_columns, b_columns] = a^T b, or c += a^T b (`more`), for many rows. One chain sums at most
+/// MAX_CHAIN of them, and no more than lie close together in memory.
 void gram_of_weights(Tile a, int64_t a_columns, Tile b, int64_t b_columns, int64_t rows, Tile c,
                      bool more = false) {
-  const int64_t step = std::max<int64_t>(1, std::min(SUM_LENGTH, LARGE_TILE / a.stride));
+  const int64_t step = std::max<int64_t>(1, std::min(MAX_CHAIN, LARGE_TILE / a.stride));
   for (int64_t r = 0; r < rows; r += step, more = true)
     gram(a.from(r), a_columns, b.from(r), b_columns, std::min(step, rows - r), c, more, nullptr);
 }
 
-/// Factors of x, and what else is summed with them.
+/// The factors of x in xq, xk, xs and xa, and the residue: floats that are summed over tokens.
 enum Number { XQ = 0, XK = 1, XS = 2, XA = 3, RESIDUE = 4, NUMBERS = 5 };
 
 /// Sums over tokens. Rows are whole vectors.
@@ -65,19 +69,18 @@ struct Sums {
   float *xq, *xk, *xs, *xa;  // sums of x times the factors of a token
   float* numbers;            // sums of these factors, and of the residues
 
-  static Sums make(int64_t C, int64_t D, Pieces& pieces) {
-    auto matrix = [&](int64_t rows) { return Tile{pieces.take(rows * padded(C)), padded(C)}; };
+  static Sums lay_out(int64_t C, int64_t D, Arena& arena) {
     Sums s{};
-    s.Zq = matrix(D), s.Zk = matrix(D), s.Sq = matrix(C), s.Sk = matrix(C);
-    s.zq = pieces.take(padded(D)), s.zk = pieces.take(padded(D)), s.dbf = pieces.take(padded(D));
-    s.xq = pieces.take(padded(C)), s.xk = pieces.take(padded(C));
-    s.xs = pieces.take(padded(C)), s.xa = pieces.take(padded(C));
-    s.numbers = pieces.take(NUMBERS);
+    for (Tile* t : {&s.Zq, &s.Zk}) *t = arena.matrix(D, C);
+    for (Tile* t : {&s.Sq, &s.Sk}) *t = arena.matrix(C, C);
+    for (float** v : {&s.zq, &s.zk, &s.dbf}) *v = arena.take(padded(D));
+    for (float** v : {&s.xq, &s.xk, &s.xs, &s.xa}) *v = arena.take(padded(C));
+    s.numbers = arena.take(NUMBERS);
     return s;
   }
 };
 
-/// Sums over items.
+/// Sums over batch elements.
 struct Totals {
   Sums tokens;
   Tile U;            // [D, E]
@@ -85,24 +88,25 @@ struct Totals {
   float *dbq, *dbk;  // [E]
 };
 
-/// What belongs to one item.
-struct Item {
-  Sums tokens;
+/// What belongs to the batch element at work.
+struct State {
+  Sums tokens;     // Zk, zk, xa and numbers
   float *G, *dG;   // [E]
   float* panels;   // of F [D, C]
   float* bias;     // F's: M (G * bk) [D]
   float* dG_rows;  // Wq^T dG [C]
   float dG_bias;   // bq . dG
-  float along;     // G . dG
+  float G_dG;      // G . dG
 };
 
-/// What a thread needs for a tile of tokens, and for an item's matrices.
+/// What a thread needs for a tile of tokens, and for the matrices of a batch element.
 struct Workspace {
   Tile x, dout;
   Tile scaled;  // dout or x times a factor
   Tile pq, pk;
   float* factors[4];  // of x in xq, xk, xs, xa
-  float *along_q, *along_k, *along_dG, *along_w_g;
+  // For each row, x . pq + dout . (Wf bq), x . pk + dout . (F's bias), x . Wq^T dG, x . Wq^T w_g.
+  float *x_pq, *x_pk, *x_dG, *x_w_g;
   float* vectors;  // two
   float* panel;    // of a matrix that is not packed
   float* columns;  // of a large tile
@@ -114,20 +118,20 @@ float norm2_of(const float* bias, int64_t width) {
   return total;
 }
 
-/// x0, and the biases that belong to it.
+/// x0, and the biases that go with it.
 class Origin {
  public:
-  const float* token = nullptr;  // null: 0, where the biases cancel nothing
+  const float* token = nullptr;  // null: x0 = 0, the biases cancel nothing
   float *query_bias, *key_bias;  // Wq x0 + bq, Wk x0 + bk
 
   Origin(const RawLayer& layer, const BackwardCall& call)
       : memory_(4 * round_up(padded(std::max(layer.in_dims, layer.width)), 16)) {
     if (!memory_) return;
     const int64_t C = layer.in_dims, E = layer.width;
-    Pieces pieces(memory_.data());
-    float* mean = pieces.take(padded(C));
-    query_bias = pieces.take(padded(E)), key_bias = pieces.take(padded(E));
-    mean_of_some(call, 0, call.batch, SAMPLE, C, pieces.take(padded(C)), mean);
+    Arena arena(memory_.data());
+    float* mean = arena.take(padded(C));
+    query_bias = arena.take(padded(E)), key_bias = arena.take(padded(E));
+    mean_of_some(call, 0, call.batch, SAMPLE, C, arena.take(padded(C)), mean);
     project(layer.wq, layer.bq, mean, C, E, query_bias);
     project(layer.wk, layer.bk, mean, C, E, key_bias);
     if (cancels(layer.bq, query_bias, E) || cancels(layer.bk, key_bias, E)) {
@@ -140,10 +144,10 @@ class Origin {
   explicit operator bool() const { return static_cast<bool>(memory_); }
 
  private:
-  /// Tokens in the mean: it differs from that of all by an eighth of their spread.
+  /// Tokens in the mean x0. It differs from the mean of all by an eighth of their spread.
   static constexpr int64_t SAMPLE = 64;
 
-  /// to [E] = weight [E, C] token + bias, both 0 if null; in double, as most of it may cancel.
+  /// to [E] = weight [E, C] token + bias, each 0 if null; in double, as most of it may cancel.
   static void project(const float* weight, const float* bias, const float* token, int64_t C,
                       int64_t E, float* to) {
     std::fill(to, to + padded(E), 0.f);
@@ -162,10 +166,10 @@ class Origin {
   const Scratch memory_;
 };
 
-/// Two passes over the tokens of every item: the first leads to dG, the second needs it.
+/// The first pass leads to dG, the second needs it.
 class FoldedBackward {
  public:
-  FoldedBackward(const RawLayer& layer, const Prepared& weights, const BackwardCall& call,
+  FoldedBackward(const RawLayer& layer, const TrainWeights& weights, const BackwardCall& call,
                  const Origin& origin)
       : layer_(layer),
         weights_(weights),
@@ -175,123 +179,120 @@ class FoldedBackward {
         E_(layer.width),
         D_(layer.token_dim),
         N_(call.tokens),
-        threads_(usable_threads(call.threads)),
-        by_items_(by_items(call.batch, threads_)),
+        schedule_(Schedule::evenly(
+            call.batch, N_, std::max<int64_t>(1, N_ / std::max(MIN_BLOCK, 2 * std::max(C_, D_))),
+            usable_threads(call.threads))),
+        tile_rows_(block_rows(TILE_FLOATS, 5 * C_ + 2 * D_)),
         x_(tokens_of(call.x, call.x_strides, call.type)),
         dout_(tokens_of(call.dout, call.dout_strides, call.type)),
         dx_(tokens_of(call.dx, call.dx_strides, call.type)),
-        token_weights_(call.kept.statistics),
-        query_norms_(token_weights_ + call.batch * N_),
-        key_norms_(query_norms_ + call.batch * N_),
-        normalisers_(key_norms_ + call.batch * N_),
-        M_{const_cast<float*>(weights.product_rows.raw), weights.product_rows.k_stride} {
-    const int64_t least = std::max(CHUNK, 2 * std::max(C_, D_));
-    chunks_ = std::max<int64_t>(1, N_ / least);
-    tile_rows_ = tile_rows(TILE_FLOATS, 5 * C_ + 2 * D_);
-  }
+        saved_(call.saved, call.batch, N_),
+        M_{const_cast<float*>(weights.product_rows.raw), weights.product_rows.k_stride} {}
 
   Status run() {
-    Pieces size(nullptr);
+    Arena size;
     lay_out(size);
     const Scratch scratch(size.used());
     if (!scratch) return OUT_OF_MEMORY;
-    Pieces pieces(scratch.data());
-    lay_out(pieces);
+    Arena arena(scratch.data());
+    lay_out(arena);
     prepare();
-    for (Totals& total : totals_) clear(total);
-
-    if (by_items_) {
-      parallel_for(call_.batch, threads_, [&](int64_t i, int thread) {
-        Item& item = items_[thread];
-        const Workspace& w = workspaces_[thread];
-        Totals& total = totals_[thread];
-        const Sums& chunk = chunks_sums_[thread];
-        begin(item, i);
-        for (int64_t c = 0; c < chunks_; c++) {
-          first_pass(w, chunk, i, c);
-          add_first(chunk, item, total);
-        }
-        between(w, item, total);
-        for (int64_t c = 0; c < chunks_; c++) {
-          second_pass(w, chunk, item, i, c);
-          add_second(chunk, item, total);
-        }
-        end(item, total);
-      });
-    } else {
-      Item& item = items_[0];
-      Totals& total = totals_[0];
-      for (int64_t i = 0; i < call_.batch; i++) {
-        begin(item, i);
-        parallel_for(chunks_, threads_, [&](int64_t c, int thread) {
-          first_pass(workspaces_[thread], chunks_sums_[c], i, c);
-        });
-        for (int64_t c = 0; c < chunks_; c++) add_first(chunks_sums_[c], item, total);
-        between(workspaces_[0], item, total);
-        parallel_for(chunks_, threads_, [&](int64_t c, int thread) {
-          second_pass(workspaces_[thread], chunks_sums_[c], item, i, c);
-        });
-        for (int64_t c = 0; c < chunks_; c++) add_second(chunks_sums_[c], item, total);
-        end(item, total);
-      }
-    }
+    for (const Totals& total : totals_) clear(total);
+    schedule_.run(*this);
     if (!call_.needs_weights) return DONE;
     for (size_t i = 1; i < totals_.size(); i++) add_totals(totals_[i], totals_[0]);
     finish(workspaces_[0], totals_[0]);
     return DONE;
   }
 
+  void begin(const Team& team) const {
+    const State& state = states_[team.thread];
+    const float* G = call_.saved.global_query + team.element * E_;
+    std::fill(state.G, state.G + padded(E_), 0.f);
+    std::copy(G, G + E_, state.G);
+    std::fill(state.tokens.Zk.data, state.tokens.Zk.row(D_), 0.f);
+    std::fill(state.tokens.zk, state.tokens.zk + padded(D_), 0.f);
+    std::fill(state.tokens.xa, state.tokens.xa + padded(C_), 0.f);
+    std::fill(state.tokens.numbers, state.tokens.numbers + NUMBERS, 0.f);
+  }
+
+  void first_pass(const TokenBlock& b) const {
+    first_sums(workspaces_[b.thread], sums_of(b), b);
+    if (!is_shared()) add_first(sums_of(b), states_[b.state], totals_[b.state]);
+  }
+
+  void between(const Team& team) {
+    State& state = states_[team.thread];
+    const Totals& total = totals_[team.thread];
+    if (is_shared())
+      for (const Sums& s : sums_) add_first(s, state, total);
+    make_element_matrices(workspaces_[team.thread], state, total);
+  }
+
+  void second_pass(const TokenBlock& b) const {
+    second_sums(workspaces_[b.thread], sums_of(b), states_[b.state], b);
+    if (!is_shared()) add_second(sums_of(b), states_[b.state], totals_[b.state]);
+  }
+
+  void end(const Team& team) const {
+    const State& state = states_[team.thread];
+    const Totals& total = totals_[team.thread];
+    if (!call_.needs_weights) return;
+    if (is_shared())
+      for (const Sums& s : sums_) add_second(s, state, total);
+    for (int64_t j = 0; j < E_; j++) add_scaled(state.tokens.xa, state.dG[j], C_, total.dWq.row(j));
+    add_scaled(state.dG, state.tokens.numbers[XA], E_, total.dbq);
+    const float residue = state.tokens.numbers[RESIDUE];
+    add_scaled(state.tokens.xa, -residue, C_, total.tokens.xs);
+    total.tokens.numbers[XS] -= residue * state.tokens.numbers[XA];
+  }
+
+  void both_passes(const TokenBlock&) const {}  // sequences are long
+
  private:
-  void lay_out(Pieces& pieces) {
-    wq_ = {pieces.take(E_ * padded(C_)), padded(C_)};
-    wk_ = {pieces.take(E_ * padded(C_)), padded(C_)};
-    square_ = {pieces.take(std::max(C_, D_) * padded(C_)), padded(C_)};
-    output_panels_ = pieces.take(panel_floats(D_, C_));
-    query_panels_ = pieces.take(panel_floats(C_, C_));
-    key_panels_ = pieces.take(panel_floats(C_, C_));
-    query_bias_ = pieces.take(padded(C_));
-    key_bias_ = pieces.take(padded(C_));
-    output_bias_ = pieces.take(padded(D_));
-    scores_ = pieces.take(padded(C_));
-    const int states = by_items_ ? threads_ : 1;
-    items_.resize(states), totals_.resize(states), workspaces_.resize(threads_);
-    chunks_sums_.resize(by_items_ ? threads_ : chunks_);
-    for (Sums& s : chunks_sums_) s = Sums::make(C_, D_, pieces);
-    for (Item& item : items_) {
-      item.tokens.Zk = {pieces.take(D_ * padded(C_)), padded(C_)};
-      item.tokens.zk = pieces.take(padded(D_));
-      item.tokens.xa = pieces.take(padded(C_));
-      item.tokens.numbers = pieces.take(NUMBERS);
-      item.G = pieces.take(padded(E_));
-      item.dG = pieces.take(padded(E_));
-      item.panels = pieces.take(panel_floats(D_, C_));
-      item.bias = pieces.take(padded(D_));
-      item.dG_rows = pieces.take(padded(C_));
+  /// Threads that share a batch element need sums for each of its blocks, which are added in order.
+  bool is_shared() const { return schedule_.division == Division::SHARED; }
+  const Sums& sums_of(const TokenBlock& b) const { return sums_[is_shared() ? b.index : b.thread]; }
+
+  void lay_out(Arena& arena) {
+    for (Tile* t : {&wq_, &wk_}) *t = arena.matrix(E_, C_);
+    square_ = arena.matrix(std::max(C_, D_), C_);
+    output_panels_ = arena.take(panel_floats(D_, C_));
+    for (float** v : {&query_panels_, &key_panels_}) *v = arena.take(panel_floats(C_, C_));
+    for (float** v : {&query_bias_, &key_bias_, &scores_}) *v = arena.take(padded(C_));
+    output_bias_ = arena.take(padded(D_));
+    states_.resize(schedule_.states()), totals_.resize(schedule_.states());
+    workspaces_.resize(schedule_.threads);
+    sums_.resize(is_shared() ? schedule_.blocks : schedule_.threads);
+    for (Sums& s : sums_) s = Sums::lay_out(C_, D_, arena);
+    for (State& state : states_) {
+      state.tokens.Zk = arena.matrix(D_, C_);
+      state.tokens.zk = arena.take(padded(D_));
+      state.tokens.xa = arena.take(padded(C_));
+      state.tokens.numbers = arena.take(NUMBERS);
+      for (float** v : {&state.G, &state.dG}) *v = arena.take(padded(E_));
+      state.panels = arena.take(panel_floats(D_, C_));
+      state.bias = arena.take(padded(D_));
+      state.dG_rows = arena.take(padded(C_));
     }
     for (Totals& total : totals_) {
-      total.tokens = Sums::make(C_, D_, pieces);
-      total.U = {pieces.take(D_ * padded(E_)), padded(E_)};
-      total.dWq = {pieces.take(E_ * padded(C_)), padded(C_)};
-      total.dWk = {pieces.take(E_ * padded(C_)), padded(C_)};
-      total.dbq = pieces.take(padded(E_));
-      total.dbk = pieces.take(padded(E_));
+      total.tokens = Sums::lay_out(C_, D_, arena);
+      total.U = arena.matrix(D_, E_);
+      for (Tile* t : {&total.dWq, &total.dWk}) *t = arena.matrix(E_, C_);
+      for (float** v : {&total.dbq, &total.dbk}) *v = arena.take(padded(E_));
     }
     for (Workspace& w : workspaces_) {
-      const int64_t rows = std::max({tile_rows_, D_, E_});
-      w.x = pieces.tile(tile_rows_, C_);
-      w.dout = pieces.tile(tile_rows_, D_);
-      w.scaled = pieces.tile(tile_rows_, std::max(C_, D_));
-      w.pq = pieces.tile(rows, std::max(C_, E_));
-      w.pk = pieces.tile(tile_rows_, C_);
-      for (float*& factors : w.factors) factors = pieces.take(tile_rows_);
-      w.along_q = pieces.take(tile_rows_);
-      w.along_k = pieces.take(tile_rows_);
-      w.along_dG = pieces.take(tile_rows_);
-      w.along_w_g = pieces.take(tile_rows_);
-      w.vectors = pieces.take(2 * padded(std::max({C_, D_, E_})));
-      w.panel = pieces.take(Matrix::panel_scratch(std::max({C_, D_, E_})));
+      w.x = arena.tile(tile_rows_, C_);
+      w.dout = arena.tile(tile_rows_, D_);
+      w.scaled = arena.tile(tile_rows_, std::max(C_, D_));
+      w.pq = arena.tile(std::max({tile_rows_, D_, E_}), std::max(C_, E_));
+      w.pk = arena.tile(tile_rows_, C_);
+      for (float*& factors : w.factors) factors = arena.take(tile_rows_);
+      for (float** v : {&w.x_pq, &w.x_pk, &w.x_dG, &w.x_w_g}) *v = arena.take(tile_rows_);
+      w.vectors = arena.take(2 * padded(std::max({C_, D_, E_})));
+      w.panel = arena.take(Matrix::panel_scratch(std::max({C_, D_, E_})));
       const int64_t floats = tile_rows_ * w.scaled.stride;
-      w.columns = floats > LARGE_TILE ? pieces.take(floats) : nullptr;
+      w.columns = floats > LARGE_TILE ? arena.take(floats) : nullptr;
     }
   }
 
@@ -315,8 +316,8 @@ class FoldedBackward {
         output_bias_[d] += layer_.wf[d * E_ + j] * origin_.query_bias[j];
   }
 
-  /// Room for a matrix [D, E] or [E, C]: where the tiles of tokens are at other times.
-  Tile matrix_room(const Workspace& w) const { return {w.pq.data, padded(std::max(C_, E_))}; }
+  /// Scratch for a matrix [D, E] or [E, C]: the memory of a tile of tokens, not in use meanwhile.
+  Tile matrix_scratch(const Workspace& w) const { return {w.pq.data, padded(std::max(C_, E_))}; }
 
   Tile final_rows() const { return {const_cast<float*>(layer_.wf), E_}; }
 
@@ -338,7 +339,7 @@ class FoldedBackward {
     for (int64_t r = 0; r < E_; r++) add_scaled(weight.row(r), vector[r], C_, to);
   }
 
-  void clear(Totals& total) const {
+  void clear(const Totals& total) const {
     auto fill = [](Tile tile, int64_t rows) { std::fill(tile.data, tile.row(rows), 0.f); };
     const Sums& s = total.tokens;
     fill(s.Zq, D_), fill(s.Sq, C_), fill(s.Sk, C_), fill(total.U, D_);
@@ -364,30 +365,24 @@ class FoldedBackward {
     for (int i = 0; i < NUMBERS; i++) b.numbers[i] += a.numbers[i];
   }
 
-  void begin(const Item& item, int64_t i) const {
-    std::fill(item.G, item.G + padded(E_), 0.f);
-    std::copy(call_.kept.global_query + i * E_, call_.kept.global_query + (i + 1) * E_, item.G);
-    std::fill(item.tokens.Zk.data, item.tokens.Zk.row(D_), 0.f);
-    std::fill(item.tokens.zk, item.tokens.zk + padded(D_), 0.f);
-    std::fill(item.tokens.xa, item.tokens.xa + padded(C_), 0.f);
-    std::fill(item.tokens.numbers, item.tokens.numbers + NUMBERS, 0.f);
-  }
-
-  /// visit(first, rows) for the tiles of a chunk.
+  /// Call visit(w, first, rows) for the tiles of a block, with their tokens in w.
   template <class Visit>
-  void for_tiles(int64_t chunk, Visit visit) const {
-    const int64_t begin = N_ * chunk / chunks_, end = N_ * (chunk + 1) / chunks_;
-    for (int64_t n = begin; n < end; n += tile_rows_) visit(n, std::min(tile_rows_, end - n));
+  void for_tiles(const Workspace& workspace, const TokenBlock& b, Visit visit) const {
+    const int64_t end = b.first + b.rows;
+    for (int64_t n = b.first; n < end; n += tile_rows_) {
+      const int64_t rows = std::min(tile_rows_, end - n);
+      visit(with_tokens(workspace, b.element, n, rows), n, rows);
+    }
   }
 
-  Workspace with_tokens(Workspace w, int64_t item, int64_t first, int64_t rows) const {
+  Workspace with_tokens(Workspace w, int64_t element, int64_t first, int64_t rows) const {
     if (origin_.token) {
-      load_tile(x_, item, first, rows, C_, w.x);
+      load_tile(x_, element, first, rows, C_, w.x);
       for (int64_t r = 0; r < rows; r++) add_scaled(origin_.token, -1.f, C_, w.x.row(r));
     } else {
-      w.x = tile_of(x_, item, 1, first, rows, C_, w.x);
+      w.x = tile_of(x_, element, 1, first, rows, C_, w.x);
     }
-    w.dout = tile_of(dout_, item, 1, first, rows, D_, w.dout);
+    w.dout = tile_of(dout_, element, 1, first, rows, D_, w.dout);
     return w;
   }
 
@@ -395,56 +390,55 @@ class FoldedBackward {
     for (int64_t r = 0; r < rows; r++) copy_scaled(from.row(r), factors[r], width, to.row(r));
   }
 
-  /// Zk and Zq, and what belongs to them.
-  void first_pass(const Workspace& workspace, const Sums& s, int64_t item, int64_t chunk) const {
+  /// Zk, zk, Zq, zq and dbf of a block.
+  void first_sums(const Workspace& workspace, const Sums& s, const TokenBlock& b) const {
     for (float* v : {s.zk, s.zq, s.dbf}) std::fill(v, v + padded(D_), 0.f);
     bool more = false;
-    for_tiles(chunk, [&](int64_t first, int64_t rows) {
-      const Workspace w = with_tokens(workspace, item, first, rows);
-      const float* key_norms = key_norms_ + item * N_ + first;
+    for_tiles(workspace, b, [&](const Workspace& w, int64_t first, int64_t rows) {
+      const float* key_norms = saved_.key_norms + b.element * N_ + first;
       scale(w.dout, key_norms, rows, D_, w.scaled);
       gram(w.scaled, D_, w.x, C_, rows, s.Zk, more, w.columns);
       add_rows(key_norms, w.dout, rows, D_, w.vectors, s.zk);
       if (call_.needs_weights) {
-        const float* query_norms = query_norms_ + item * N_ + first;
+        const float* query_norms = saved_.query_norms + b.element * N_ + first;
         scale(w.dout, query_norms, rows, D_, w.scaled);
         gram(w.scaled, D_, w.x, C_, rows, s.Zq, more, w.columns);
         add_rows(query_norms, w.dout, rows, D_, w.vectors, s.zq);
-        std::fill(w.along_q, w.along_q + rows, 1.f);
-        add_rows(w.along_q, w.dout, rows, D_, w.vectors, s.dbf);
+        std::fill(w.factors[0], w.factors[0] + rows, 1.f);
+        add_rows(w.factors[0], w.dout, rows, D_, w.vectors, s.dbf);
       }
       more = true;
     });
   }
 
-  void add_first(const Sums& chunk, const Item& item, const Totals& total) const {
-    add_matrix(chunk.Zk, D_, C_, item.tokens.Zk);
-    add(chunk.zk, D_, item.tokens.zk);
+  void add_first(const Sums& block, const State& state, const Totals& total) const {
+    add_matrix(block.Zk, D_, C_, state.tokens.Zk);
+    add(block.zk, D_, state.tokens.zk);
     if (!call_.needs_weights) return;
-    add_matrix(chunk.Zq, D_, C_, total.tokens.Zq);
-    add(chunk.zq, D_, total.tokens.zq);
-    add(chunk.dbf, D_, total.tokens.dbf);
+    add_matrix(block.Zq, D_, C_, total.tokens.Zq);
+    add(block.zq, D_, total.tokens.zq);
+    add(block.dbf, D_, total.tokens.dbf);
   }
 
-  /// Between the passes: what the item's Zk leads to.
-  void between(const Workspace& w, Item& item, const Totals& total) const {
-    const Tile Zk = item.tokens.Zk;
-    const float *zk = item.tokens.zk, *G = item.G;
-    const Tile product = matrix_room(w);
+  /// What follows from Zk: dG, F, and the element's terms of U, dWk and dbk.
+  void make_element_matrices(const Workspace& w, State& state, const Totals& total) const {
+    const Tile Zk = state.tokens.Zk;
+    const float *zk = state.tokens.zk, *G = state.G;
+    const Tile product = matrix_scratch(w);
     // dout^T kn [D, E]
     gemm(Zk, D_, weights_.plain.key, nullptr, product, w.panel);
-    std::fill(item.dG, item.dG + padded(E_), 0.f);
+    std::fill(state.dG, state.dG + padded(E_), 0.f);
     for (int64_t d = 0; d < D_; d++) {
       add_scaled(origin_.key_bias, zk[d], E_, product.row(d));
       for (int64_t j = 0; j < padded(E_); j += LANES) {
         const vec t = load(product.row(d) + j);
-        store(item.dG + j, load(item.dG + j) + load(M_.row(d) + j) * t);
+        store(state.dG + j, load(state.dG + j) + load(M_.row(d) + j) * t);
         store(total.U.row(d) + j, load(total.U.row(d) + j) + t * load(G + j));
       }
     }
-    item.along = dot(G, item.dG, E_);
-    item.dG_bias = dot(origin_.query_bias, item.dG, E_);
-    times_weight(wq_, item.dG, item.dG_rows);
+    state.G_dG = dot(G, state.dG, E_);
+    state.dG_bias = dot(origin_.query_bias, state.dG, E_);
+    times_weight(wq_, state.dG, state.dG_rows);
     if (call_.needs_weights) {  // dkn^T x / rk [E, C]
       gram_of_weights(M_, E_, Zk, C_, D_, product);
       for (int64_t j = 0; j < E_; j++) add_scaled(product.row(j), G[j], C_, total.dWk.row(j));
@@ -453,29 +447,28 @@ class FoldedBackward {
       for (int64_t j = 0; j < E_; j++) total.dbk[j] += G[j] * w.vectors[j];
     }
     // F and its bias, from M diag(G).
-    std::fill(item.bias, item.bias + padded(D_), 0.f);
+    std::fill(state.bias, state.bias + padded(D_), 0.f);
     for (int64_t d = 0; d < D_; d++) {
       for (int64_t j = 0; j < padded(E_); j += LANES)
         store(product.row(d) + j, load(M_.row(d) + j) * load(G + j));
-      item.bias[d] = dot(product.row(d), origin_.key_bias, E_);
+      state.bias[d] = dot(product.row(d), origin_.key_bias, E_);
     }
-    gemm_to_panels(product, D_, weights_.key_rows, item.panels, D_, 0, w.panel);
+    gemm_to_panels(product, D_, weights_.key_rows, state.panels, D_, 0, w.panel);
   }
 
-  /// The gradient of x, and the sums that the tokens' own gradients go into.
-  void second_pass(const Workspace& workspace, const Sums& s, const Item& item, int64_t i,
-                   int64_t chunk) const {
+  /// The gradient of x, and Sq, Sk, xq, xk, xs, xa and numbers of a block.
+  void second_sums(const Workspace& workspace, const Sums& s, const State& state,
+                   const TokenBlock& b) const {
     float* const sums[] = {s.xq, s.xk, s.xs, s.xa};
     for (float* v : sums) std::fill(v, v + padded(C_), 0.f);
     std::fill(s.numbers, s.numbers + NUMBERS, 0.f);
-    const Matrix F = Matrix::packed(item.panels, D_, C_);
+    const Matrix F = Matrix::packed(state.panels, D_, C_);
     bool more = false;
-    for_tiles(chunk, [&](int64_t first, int64_t rows) {
-      const Workspace w = with_tokens(workspace, i, first, rows);
+    for_tiles(workspace, b, [&](const Workspace& w, int64_t first, int64_t rows) {
       gemm(w.dout, rows, output_, nullptr, w.pq, nullptr);
       gemm(w.dout, rows, F, nullptr, w.pk, nullptr);
-      token_factors(w, item, i, first, rows, s.numbers);
-      combine(w, item, i, first, rows);
+      token_factors(w, state, b.element, first, rows, s.numbers);
+      combine(w, state, b.element, first, rows);
       for (int which = 0; which < 4 && call_.needs_weights; which++)
         add_rows(w.factors[which], w.x, rows, C_, w.vectors, sums[which]);
       for (int side : {XQ, XK}) {
@@ -486,15 +479,15 @@ class FoldedBackward {
           gemm(w.scaled, rows, side == XQ ? query_square_ : key_square_, nullptr, w.pq, nullptr,
                w.pq);
       }
-      if (call_.needs_tokens) store_tile(w.pq, rows, C_, dx_, i, first);
+      if (call_.needs_tokens) store_tile(w.pq, rows, C_, dx_, b.element, first);
       more = true;
     });
   }
 
   /// The factors of x in xq, xk, xs and xa: -alpha rq^2, -beta rk^2, rq ds, rq a.
-  ONE_COPY void token_factors(const Workspace& w, const Item& item, int64_t i, int64_t first,
-                              int64_t rows, float* numbers) const {
-    auto along = [&](Tile tile, const float* bias, float* to) {  // x . p + dout . bias
+  ONE_COPY void token_factors(const Workspace& w, const State& state, int64_t element,
+                              int64_t first, int64_t rows, float* numbers) const {
+    auto x_and_dout_dot = [&](Tile tile, const float* bias, float* to) {  // x . p + dout . bias
       sum_each_row(rows, to, [&](int64_t r) {
         vec total{};
         for (int64_t j = 0; j < padded(C_); j += LANES)
@@ -504,8 +497,8 @@ class FoldedBackward {
         return total;
       });
     };
-    along(w.pq, output_bias_, w.along_q);
-    along(w.pk, item.bias, w.along_k);
+    x_and_dout_dot(w.pq, output_bias_, w.x_pq);
+    x_and_dout_dot(w.pk, state.bias, w.x_pk);
     auto x_dot = [&](const float* vector, float* to) {
       sum_each_row(rows, to, [&](int64_t r) {
         vec total{};
@@ -514,22 +507,22 @@ class FoldedBackward {
         return total;
       });
     };
-    x_dot(item.dG_rows, w.along_dG);
-    x_dot(scores_, w.along_w_g);
-    const Mask mask = mask_of(call_, i);
-    const float limit = inverse_eps(layer_), normaliser = normalisers_[i];
+    x_dot(state.dG_rows, w.x_dG);
+    x_dot(scores_, w.x_w_g);
+    const Mask mask = mask_of(call_, element);
+    const float limit = inverse_eps(layer_), normaliser = saved_.normalisers[element];
     for (int64_t r = 0; r < rows; r++) {
       const int64_t n = first + r;
-      const float rq = query_norms_[i * N_ + n], rk = key_norms_[i * N_ + n];
-      const float weight = token_weights_[i * N_ + n];
-      const float d_weight = rq * (w.along_dG[r] + item.dG_bias);
+      const float rq = saved_.query_norms[element * N_ + n],
+                  rk = saved_.key_norms[element * N_ + n];
+      const float weight = saved_.token_weights[element * N_ + n];
+      const float d_weight = rq * (w.x_dG[r] + state.dG_bias);
       const float d_score =
-          score_gradient(layer_, mask.keeps(n), weight, d_weight, item.along, normaliser);
+          score_gradient(layer_, mask.keeps(n), weight, d_weight, state.G_dG, normaliser);
       float alpha = 0.f, beta = 0.f;  // without a norm, or below eps, there is no projection
       if (layer_.qk_norm && rq < limit)
-        alpha =
-            rq * w.along_q[r] + weight * d_weight + d_score * (rq * (w.along_w_g[r] + score_bias_));
-      if (layer_.qk_norm && rk < limit) beta = rk * w.along_k[r];
+        alpha = rq * w.x_pq[r] + weight * d_weight + d_score * (rq * (w.x_w_g[r] + score_bias_));
+      if (layer_.qk_norm && rk < limit) beta = rk * w.x_pk[r];
       const float factors[] = {-alpha * rq * rq, -beta * rk * rk, rq * d_score, rq * weight};
       for (int which = 0; which < 4; which++) {
         w.factors[which][r] = factors[which];
@@ -539,40 +532,32 @@ class FoldedBackward {
     }
   }
 
-  /// pq = dx but for A x and B x
-  void combine(const Workspace& w, const Item& item, int64_t i, int64_t first, int64_t rows) const {
+  /// pq = dx without the terms of A x and B x
+  void combine(const Workspace& w, const State& state, int64_t element, int64_t first,
+               int64_t rows) const {
     if (!call_.needs_tokens) return;
     for (int64_t r = 0; r < rows; r++) {
-      const vec rq = broadcast(query_norms_[i * N_ + first + r]);
-      const vec rk = broadcast(key_norms_[i * N_ + first + r]);
+      const vec rq = broadcast(saved_.query_norms[element * N_ + first + r]);
+      const vec rk = broadcast(saved_.key_norms[element * N_ + first + r]);
       const vec fq = broadcast(w.factors[XQ][r]), fk = broadcast(w.factors[XK][r]);
       const vec fs = broadcast(w.factors[XS][r]), fa = broadcast(w.factors[XA][r]);
       float *pq = w.pq.row(r), *pk = w.pk.row(r);
       for (int64_t j = 0; j < padded(C_); j += LANES)
         store(pq + j, rq * load(pq + j) + rk * load(pk + j) + fq * load(query_bias_ + j) +
                           fk * load(key_bias_ + j) + fs * load(scores_ + j) +
-                          fa * load(item.dG_rows + j));
+                          fa * load(state.dG_rows + j));
     }
   }
 
-  void add_second(const Sums& chunk, const Item& item, const Totals& total) const {
+  void add_second(const Sums& block, const State& state, const Totals& total) const {
     if (!call_.needs_weights) return;
-    add(chunk.xa, C_, item.tokens.xa);
-    for (int which : {XA, RESIDUE}) item.tokens.numbers[which] += chunk.numbers[which];
+    add(block.xa, C_, state.tokens.xa);
+    for (int which : {XA, RESIDUE}) state.tokens.numbers[which] += block.numbers[which];
     const Sums& s = total.tokens;
-    add_matrix(chunk.Sq, C_, C_, s.Sq);
-    add_matrix(chunk.Sk, C_, C_, s.Sk);
-    add(chunk.xq, C_, s.xq), add(chunk.xk, C_, s.xk), add(chunk.xs, C_, s.xs);
-    for (int which : {XQ, XK, XS}) s.numbers[which] += chunk.numbers[which];
-  }
-
-  void end(const Item& item, const Totals& total) const {
-    if (!call_.needs_weights) return;
-    for (int64_t j = 0; j < E_; j++) add_scaled(item.tokens.xa, item.dG[j], C_, total.dWq.row(j));
-    add_scaled(item.dG, item.tokens.numbers[XA], E_, total.dbq);
-    const float residue = item.tokens.numbers[RESIDUE];
-    add_scaled(item.tokens.xa, -residue, C_, total.tokens.xs);
-    total.tokens.numbers[XS] -= residue * item.tokens.numbers[XA];
+    add_matrix(block.Sq, C_, C_, s.Sq);
+    add_matrix(block.Sk, C_, C_, s.Sk);
+    add(block.xq, C_, s.xq), add(block.xk, C_, s.xk), add(block.xs, C_, s.xs);
+    for (int which : {XQ, XK, XS}) s.numbers[which] += block.numbers[which];
   }
 
   /// to [E] += weight vector, + bias * number
@@ -617,7 +602,7 @@ class FoldedBackward {
     for (int64_t j = 0; j < E_; j++)
       w.vectors[j] = dot(wq_.row(j), s.xs, C_) + origin_.query_bias[j] * s.numbers[XS];
     copy_rows({w.vectors, 0}, 1, E_, g.dw_g);
-    const Tile matrix = matrix_room(w);
+    const Tile matrix = matrix_scratch(w);
     gram_of_weights(final_rows(), E_, total.U, E_, D_, matrix);
     copy_rows(matrix, E_, E_, g.dwp);
     gemm(s.Zq, D_, weights_.plain.query, nullptr, matrix, w.panel);  // V
@@ -627,7 +612,7 @@ class FoldedBackward {
       add_scaled(weights_.proj_bias, s.dbf[d], E_, matrix.row(d));
     }
     copy_rows(matrix, D_, E_, g.dwf);
-    float* dbp = total.dbk;  // which is done with
+    float* dbp = total.dbk;  // not needed any more
     std::fill(dbp, dbp + padded(E_), 0.f);
     add_weight_rows(s.dbf, layer_.wf, E_, D_, E_, w.vectors, dbp);
     copy_rows({dbp, 0}, 1, E_, g.dbp);
@@ -635,26 +620,25 @@ class FoldedBackward {
   }
 
   const RawLayer& layer_;
-  const Prepared& weights_;
+  const TrainWeights& weights_;
   const BackwardCall& call_;
   const Origin& origin_;
   const int64_t C_, E_, D_, N_;
-  const int threads_;
-  const bool by_items_;
+  const Schedule schedule_;
+  const int64_t tile_rows_;
   const Tokens x_, dout_, dx_;
-  const float *token_weights_, *query_norms_, *key_norms_, *normalisers_;
+  const Statistics saved_;
   const Tile M_;  // [D, E]
-  int64_t chunks_, tile_rows_;
 
   Tile wq_, wk_;  // [E, C]
-  Tile square_;   // room for a matrix of C columns
+  Tile square_;   // scratch for a matrix of C columns
   float *output_panels_, *query_panels_, *key_panels_;
   Matrix output_, query_square_, key_square_;     // C [D, C], A, B [C, C]
   float *output_bias_, *query_bias_, *key_bias_;  // Wf bq [D], Wq^T bq, Wk^T bk [C]
   float* scores_;                                 // Wq^T w_g [C]
   float score_bias_;                              // bq . w_g
-  std::vector<Sums> chunks_sums_;
-  std::vector<Item> items_;
+  std::vector<Sums> sums_;
+  std::vector<State> states_;
   std::vector<Totals> totals_;
   std::vector<Workspace> workspaces_;
 };
@@ -670,19 +654,21 @@ float largest(const float* numbers, int64_t count) {
 bool biases_cancel(const RawLayer& layer, const BackwardCall& call) {
   if (!layer.qk_norm) return false;
   const int64_t tokens = call.batch * call.tokens;
-  const float* query_norms = call.kept.statistics + tokens;  // inverse ones
-  const float q = largest(query_norms, tokens), k = largest(query_norms + tokens, tokens);
+  const Statistics saved(call.saved, call.batch, call.tokens);
+  const float q = largest(saved.query_norms, tokens), k = largest(saved.key_norms, tokens);
   return norm2_of(layer.bq, layer.width) * q * q > 4 || norm2_of(layer.bk, layer.width) * k * k > 4;
 }
 
 Status folded_backward(const RawLayer& layer, const BackwardCall& call) {
   const Origin origin(layer, call);
   if (!origin) return OUT_OF_MEMORY;
-  Prepared weights(layer, usable_threads(call.threads));
-  weights.add(weights.plain.key);
-  weights.add(weights.query_rows);
-  weights.add(weights.key_rows);
-  weights.add(weights.product_rows);
-  if (!weights.finish(call.batch * call.tokens)) return OUT_OF_MEMORY;
+  TrainWeights weights(layer, usable_threads(call.threads));
+  weights.use(weights.plain.key);
+  weights.use(weights.query_rows);
+  weights.use(weights.key_rows);
+  weights.use(weights.product_rows);
+  if (!weights.prepare(call.batch * call.tokens)) return OUT_OF_MEMORY;
   return FoldedBackward(layer, weights, call, origin).run();
 }
+
+}  // namespace swiftkernels::additive

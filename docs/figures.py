@@ -1,0 +1,319 @@
+"""Writes measured figures into README.md and the pages of docs, from the CSV files in docs/results.
+
+A table stands between `<!-- figures: NAME -->` and `<!-- end of figures -->`, and NAME is one of
+`TABLES`. `python docs/figures.py` writes them all; with `--check` it writes nothing and fails if a
+table is not what the CSV files say. Hardware and versions come from the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+RESULTS = DOCS / "results"
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.speedups import Setting, Speedup, geometric_mean, setting_of, speedups  # noqa: E402
+
+_MARKED = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end of figures -->)", re.S)
+
+ENGINES = {
+    "eager": "eager PyTorch",
+    "compile": "torch.compile",
+    "compile-max": "torch.compile, max-autotune",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "separable": "separable attention, eager",
+    "linear": "linear attention, eager",
+    "xca": "XCA, eager",
+    "mhsa": "self-attention, eager",
+}
+"""Of cpu.csv, with their names in the tables, in the tables' order."""
+HEADLINE = ("eager", "compile", "onnxruntime", "openvino")
+
+Row = dict[str, str]
+
+
+def rows_of(name: str) -> list[Row]:
+    """The rows of a CSV file in docs/results."""
+    with (RESULTS / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def operator_summary() -> str:
+    """Float32 on one thread: speed-up over each engine, and the worst shape."""
+    found = [
+        s
+        for s in speedups(rows_of("cpu.csv"))
+        if (s.setting.threads, s.setting.dtype) == (1, "float32") and s.engine in HEADLINE
+    ]
+    return _speedups(found) + "\n\n" + _operator_machine(found)
+
+
+def operator() -> str:
+    """Every setting and engine that was measured."""
+    found = [s for s in speedups(rows_of("cpu.csv")) if s.engine in ENGINES]
+    return _speedups(found) + "\n\n" + _operator_machine(found)
+
+
+def _speedups(found: Sequence[Speedup]) -> str:
+    lines = []
+    groups = sorted({(s.setting, s.engine) for s in found}, key=lambda group: _order(*group))
+    for setting, engine in groups:
+        own = [s for s in found if (s.setting, s.engine) == (setting, engine)]
+        worst, best = (pick(own, key=lambda s: s.by_median) for pick in (min, max))
+        threads = f"{setting.threads} thread{'s' if setting.threads > 1 else ''}"
+        lines.append(
+            [
+                f"{setting.direction}, {setting.dtype}, {threads}",
+                ENGINES[engine],
+                f"{geometric_mean([s.by_median for s in own]):.2f} x",
+                _with_shape(worst),
+                _with_shape(best),
+                str(len(own)),
+            ]
+        )
+    return _table(
+        ["", "faster than", "mean", "least, at [B, N, C]", "most, at [B, N, C]", "shapes"], lines
+    )
+
+
+def _order(setting: Setting, engine: str) -> tuple[bool, int, bool, int]:
+    """float32 first, then by threads, direction and engine."""
+    place = list(ENGINES).index(engine)
+    return setting.dtype != "float32", setting.threads, setting.direction != "forward", place
+
+
+def _with_shape(s: Speedup) -> str:
+    batch, tokens, width = s.shape
+    return f"{s.by_median:.2f} x, [{batch},&nbsp;{tokens},&nbsp;{width}]"
+
+
+def _operator_machine(found: Iterable[Speedup]) -> str:
+    settings = {s.setting for s in found}
+    rows = [row for row in rows_of("cpu.csv") if setting_of(row) in settings]
+    versions = [f"torch {_only(rows, 'torch')}"]
+    for column, name in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
+        versions += [f"{name} {_only(rows, column)}"] if _only(rows, column) else []
+    return (
+        f"Ratios of medians, geometric mean over shapes; {_only(rows, 'device')}, kernels for "
+        f"{_only(rows, 'isa')}, {', '.join(versions)} "
+        "([cpu.csv](DOCS/results/cpu.csv), by `python -m benchmarks.cpu`)."
+    )
+
+
+def operator_memory() -> str:
+    """Peak memory of the layer beyond input and output, in units of the input."""
+    rows = rows_of("cpu_memory.csv")
+    lines = []
+    for ours in (row for row in rows if row["engine"] == "swiftkernels"):
+        same = ("dtype", "direction", "batch", "tokens", "width", "threads")
+        (eager,) = (
+            row
+            for row in rows
+            if row["engine"] == "eager" and all(row[key] == ours[key] for key in same)
+        )
+        lines.append(
+            [
+                f"[{ours['batch']}, {ours['tokens']}, {ours['width']}]",
+                f"{ours['direction']}, {ours['dtype']}",
+                f"{float(ours['peak_in_x']):.2f}",
+                f"{float(eager['peak_in_x']):.2f}",
+            ]
+        )
+    table = _table(["[B, N, C]", "", "this library", "eager PyTorch"], lines)
+    return table + (
+        "\n\nHow far the process grows during a call, without the bytes of the output and of the "
+        f"gradients, in units of the input's bytes; kernels for {_only(rows, 'isa')}, torch "
+        f"{_only(rows, 'torch')} "
+        "([cpu_memory.csv](DOCS/results/cpu_memory.csv), by `python -m benchmarks.cpu --memory`)."
+    )
+
+
+def memory_summary() -> str:
+    """Of the layer and of a training step of a whole network, in a sentence."""
+    layer = {
+        row["engine"]: row
+        for row in rows_of("cpu_memory.csv")
+        if (row["direction"], row["tokens"]) == ("forward+backward", "3136")
+    }
+    ours, eager = layer["swiftkernels"], layer["eager"]
+    steps = rows_of("training_memory.csv")
+    timm, model, recomputed = (
+        next(float(row["peak_bytes"]) for row in steps if row["model"] == name)
+        for name in ("timm", "swiftkernels", "swiftkernels, checkpointing")
+    )
+    shape = f"[{ours['batch']}, {ours['tokens']}, {ours['width']}]"
+    return (
+        f"A forward and backward of the layer at {shape} takes "
+        f"{float(ours['peak_in_x']):.2f} x the input's bytes beyond its results, eager PyTorch "
+        f"{float(eager['peak_in_x']):.1f} x. A training step of SwiftFormer-XS takes "
+        f"{model / timm:.2f} x the memory of timm's, {recomputed / timm:.2f} x with recomputed "
+        f"blocks ({_only(steps, 'dtype')}, {_only(steps, 'threads')} thread, "
+        f"{_only(steps, 'processor')}, torch {_only(steps, 'torch')})."
+    )
+
+
+def networks() -> str:
+    """Whole SwiftFormers of timm, and the same accelerated."""
+    rows = rows_of("whole_networks.csv")
+    lines = []
+    for theirs, ours in zip(rows[::2], rows[1::2], strict=True):
+        before, after = float(theirs["median_seconds"]), float(ours["median_seconds"])
+        lines.append(
+            [
+                theirs["network"],
+                f"{theirs['direction']}, batch {theirs['batch']}",
+                f"{before * 1e3:.1f} ms",
+                f"{after * 1e3:.1f} ms",
+                f"{before / after:.2f} x",
+            ]
+        )
+    table = _table(["network", "", "timm", "accelerated", "gain"], lines)
+    return table + "\n\n" + _networks_machine(rows)
+
+
+def networks_summary() -> str:
+    """The range of the gains of whole networks, by what was done."""
+    rows = rows_of("whole_networks.csv")
+    gains: dict[tuple[str, str], list[float]] = {}
+    for theirs, ours in zip(rows[::2], rows[1::2], strict=True):
+        gain = float(theirs["median_seconds"]) / float(ours["median_seconds"])
+        gains.setdefault((theirs["direction"], theirs["batch"]), []).append(gain)
+    lines = [
+        [f"{direction}, batch {batch}", f"{min(own):.2f} to {max(own):.2f} x"]
+        for (direction, batch), own in gains.items()
+    ]
+    names = ", ".join(dict.fromkeys(row["network"].removeprefix("swiftformer_") for row in rows))
+    table = _table([f"whole SwiftFormer ({names.upper()})", "timm / accelerated"], lines)
+    return table + "\n\n" + _networks_machine(rows)
+
+
+def _networks_machine(rows: Sequence[Row]) -> str:
+    return (
+        f"Ratios of medians; {_only(rows, 'side')} x {_only(rows, 'side')} pixels, "
+        f"{_only(rows, 'dtype')}, {_only(rows, 'threads')} thread, {_only(rows, 'device')}, "
+        f"kernels for {_only(rows, 'isa')}, torch {_only(rows, 'torch')} "
+        "([whole_networks.csv](DOCS/results/whole_networks.csv), by "
+        "`python -m benchmarks.whole_networks`)."
+    )
+
+
+def training_memory() -> str:
+    """Peak memory of a training step of whole networks."""
+    rows = rows_of("training_memory.csv")
+    first = float(rows[0]["peak_bytes"])
+    names = {
+        "timm, accelerated": "timm with `swiftkernels.accelerate`",
+        "swiftkernels": "`swiftformer_xs`",
+        "timm, checkpointing": "timm, blocks recomputed",
+        "swiftkernels, checkpointing": "`swiftformer_xs`, with `--grad-checkpointing`",
+    }
+    lines = [
+        [
+            names.get(row["model"], row["model"]),
+            f"{float(row['peak_bytes']) / 2**20:.0f} MiB",
+            f"{float(row['peak_bytes']) / first:.2f}",
+        ]
+        for row in rows
+    ]
+    table = _table(["model", "peak", "share"], lines)
+    side = _only(rows, "side")
+    return table + (
+        f"\n\nXS, {_only(rows, 'batch')} images of {side} x {side}, {_only(rows, 'dtype')}, "
+        f"{_only(rows, 'threads')} thread, {_only(rows, 'processor')}, kernels for "
+        f"{_only(rows, 'isa')}, torch {_only(rows, 'torch')}."
+    )
+
+
+def tradeoff() -> str:
+    """Accuracy and latency of small networks that differ in their token mixer."""
+    rows = rows_of("tradeoff.csv")
+    lines = [
+        [
+            row["mixer"],
+            f"{100 * float(row['accuracy_mean']):.1f} +- {100 * float(row['accuracy_sd']):.1f} %",
+            f"{float(row['batch1_ms']):.2f} ms",
+            f"{float(row['batch32_ms']):.2f} ms",
+        ]
+        for row in rows
+    ]
+    table = _table(["mixer", "accuracy", "batch 1", "batch 32"], lines)
+    return table + (
+        f"\n\nMean and standard deviation of {_only(rows, 'seeds')} seeds, {_only(rows, 'epochs')} "
+        f"epochs on {_only(rows, 'data')}; {_only(rows, 'device')}, {_only(rows, 'threads')} "
+        f"thread, torch {_only(rows, 'torch')} ([tradeoff.csv](DOCS/results/tradeoff.csv))."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "operator-summary": operator_summary,
+    "operator": operator,
+    "operator-memory": operator_memory,
+    "memory-summary": memory_summary,
+    "networks": networks,
+    "networks-summary": networks_summary,
+    "training-memory": training_memory,
+    "tradeoff": tradeoff,
+}
+
+
+def _only(rows: Sequence[Row], column: str) -> str:
+    """The values of a column, almost always one."""
+    return " and ".join(dict.fromkeys(row[column] for row in rows if row[column]))
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def written(text: str, folder: str) -> str:
+    """The page with its tables as the CSV files say; `folder` is where docs lies from the page.
+
+    Raises:
+        ValueError: an unknown table.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"no table {match[2]!r}; there are {', '.join(TABLES)}")
+        return f"{match[1]}\n{TABLES[match[2]]().replace('DOCS/', folder)}\n\n{match[3]}"
+
+    return _MARKED.sub(fill, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write or check; returns the exit status, 1 if a page differs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; fail on a difference")
+    given = parser.parse_args(arguments)
+    status = 0
+    for page in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]:
+        before = page.read_text()
+        after = written(before, "" if page.parent == DOCS else "docs/")
+        if before == after:
+            continue
+        if given.check:
+            status = 1
+            print(
+                f"{page.relative_to(ROOT)}: its tables are not those of docs/results. "
+                "Write them: python docs/figures.py",
+                file=sys.stderr,
+            )
+        else:
+            page.write_text(after)
+            print(f"Written: {page.relative_to(ROOT)}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

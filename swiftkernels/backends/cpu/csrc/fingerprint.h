@@ -1,0 +1,74 @@
+// Notices writes to packed weights that PyTorch's version counters did not count.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace swiftkernels {
+
+/// `compute(true)` reads every byte. `compute(false)` reads all of the vectors and lines of 64
+/// bytes of the matrices: at least one in every row, and in any 16 rows one over every column. So
+/// it notices every write to a row, a column or 16 rows of a tile, but can miss one to a few
+/// elements.
+struct Fingerprint {
+  static constexpr int64_t MAX_SOURCES = 10, LINE = 64, ROWS = 16;
+  struct Source {
+    const char* bytes;
+    int64_t rows, row_bytes, row_stride;
+  } sources[MAX_SOURCES];
+  int64_t source_count;
+  int64_t always_whole;     // never sample
+  uint64_t whole, sampled;  // what `compute` returned when the weights were packed
+
+  bool matches(bool all) const {
+    return all || always_whole ? compute(true) == whole : compute(false) == sampled;
+  }
+
+  ONE_COPY uint64_t compute(bool all) const {
+    Sums sums;
+    for (int64_t i = 0; i < source_count; i++) {
+      const auto [bytes, rows, row_bytes, row_stride] = sources[i];
+      if (all || rows == 1 || row_bytes <= LINE) {
+        const bool dense = row_stride == row_bytes;
+        for (int64_t row = 0; row < (dense ? 1 : rows); row++)
+          sums.add(bytes + row * row_stride, dense ? rows * row_bytes : row_bytes);
+        continue;
+      }
+      const int64_t lines = (row_bytes + LINE - 1) / LINE;
+      const int64_t fewest = std::min(rows, ROWS), lines_per_row = (lines + fewest - 1) / fewest;
+      for (int64_t row = 0, line = 0; row < rows; row++)
+        for (int64_t j = 0; j < lines_per_row; j++, line = line + 1 == lines ? 0 : line + 1)
+          sums.add(bytes + row * row_stride + std::min(line * LINE, row_bytes - LINE), LINE);
+    }
+    return sums.hash();
+  }
+
+ private:
+  /// The sum of all words, and the sum of these sums, which an exchange of words changes. A word is
+  /// first mixed with its own upper half: otherwise two changed signs would cancel.
+  struct Sums {
+    word_vec words{}, sums{};
+
+    INLINE_MEMBER void add(word_vec word) {
+      words += word ^ (word >> 15);
+      sums += words;
+    }
+    INLINE_MEMBER void add(const char* bytes, int64_t count) {
+      constexpr int64_t STEP = sizeof(word_vec);
+      for (; count >= STEP; bytes += STEP, count -= STEP) add(load_words(bytes));
+      if (count == 0) return;
+      alignas(STEP) char rest[STEP] = {};
+      std::memcpy(rest, bytes, count);
+      add(load_words(rest));
+    }
+    uint64_t hash() const {
+      uint64_t hash = 0;
+      for (int i = 0; i < LANES; i++)
+        for (const uint32_t word : {words[i], sums[i]}) hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
+      return hash;
+    }
+  };
+};
+
+}  // namespace swiftkernels

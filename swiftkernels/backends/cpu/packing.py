@@ -1,0 +1,176 @@
+"""Packs weights for the compiled kernels, and watches the weights that were packed."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import struct
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from swiftkernels.backends import cache
+
+# `struct Fingerprint` in csrc/fingerprint.h.
+MAX_SOURCES = 10
+FINGERPRINT = struct.Struct("P3q" * MAX_SOURCES + "2q2Q")
+
+SMALL = 80_000
+"""Up to so many bytes of weights (E = 64), comparing all takes hardly longer than a sample."""
+
+
+def declare(handle: ctypes.CDLL) -> None:
+    """Tell ctypes the types of the functions that pack and watch."""
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    handle.swiftkernels_lanes.restype, handle.swiftkernels_lanes.argtypes = number, ()
+    handle.swiftkernels_pack.restype = None
+    handle.swiftkernels_pack.argtypes = (pointer, *[number] * 4, pointer)
+    handle.swiftkernels_fingerprint.restype = ctypes.c_uint64
+    handle.swiftkernels_fingerprint.argtypes = (ctypes.c_char_p, number)
+
+
+class Packed:
+    """Packed weights, as a forward reads them.
+
+    Attributes:
+        fields: the C struct of the layer, which ends with a `Fingerprint`.
+        buffers: what its pointers point at.
+        cancels: the kernels met tokens for which another form is more accurate.
+        uses: calls that it served.
+    """
+
+    __slots__ = ("buffers", "cancels", "fields", "uses")
+
+    def __init__(self, fields: bytes, buffers: list[Tensor]) -> None:
+        self.fields, self.buffers, self.cancels, self.uses = fields, buffers, False, 0
+
+
+def packed_weights(
+    library: ctypes.CDLL,
+    slot: cache.Slot,
+    watched: tuple[Tensor, ...],
+    pack: Callable[[Packer], bytes],
+) -> Packed | None:
+    """The weights packed; None where that does not pay, or they cannot be watched.
+
+    They are packed once for each state of the weights (`backends/cache.py`).
+
+    Args:
+        library: the compiled kernels.
+        slot: keeps what is packed.
+        watched: the weights that are compared at every call.
+        pack: packs them; returns the C struct of the layer without the `Fingerprint` at its end.
+    """
+    if any(_rows(w) is None for w in watched):
+        return None  # lies in memory neither row by row nor column by column
+
+    def pack_and_watch() -> Packed:
+        packer = Packer(library)
+        fields = pack(packer)
+        return Packed(fields + _fingerprint(library, watched), packer.buffers)
+
+    def unchanged(packed: Packed) -> bool:
+        fingerprint = packed.fields[-FINGERPRINT.size :]
+        everything: int = FINGERPRINT.unpack(fingerprint)[-2]
+        return bool(library.swiftkernels_fingerprint(fingerprint, True) == everything)
+
+    found: Packed | None = slot.ensure(watched, unchanged, pack_and_watch)
+    return found
+
+
+def _fingerprint(library: ctypes.CDLL, watched: Sequence[Tensor]) -> bytes:
+    """`struct Fingerprint` of tensors."""
+    sources = [rows for rows in map(_rows, watched) if rows is not None]
+    missing = [(0, 0, 0, 0)] * (MAX_SOURCES - len(sources))
+    small = sum(rows * row_bytes for _, rows, row_bytes, _ in sources) <= SMALL
+    always_whole = small or any(w.is_inference() for w in watched)
+    fields = (*itertools.chain(*sources, *missing), len(sources), always_whole)
+    unmarked = FINGERPRINT.pack(*fields, 0, 0)
+    marks = [library.swiftkernels_fingerprint(unmarked, everything) for everything in (True, False)]
+    return FINGERPRINT.pack(*fields, *marks)
+
+
+def _rows(w: Tensor) -> tuple[int, int, int, int] | None:
+    """Address, number and bytes of w's rows, and bytes from one to the next; None: not of rows."""
+    rows = w.detach().squeeze()
+    if rows.dim() < 2:
+        rows = rows.view(1, -1) if rows.is_contiguous() else rows.unsqueeze(1)
+    if rows.shape[-1] > 1 and rows.stride(-1) != 1:
+        rows = rows.mT
+    if rows.dim() > 2 or (rows.shape[1] > 1 and rows.stride(1) != 1):
+        return None
+    size = rows.element_size()
+    return rows.data_ptr(), rows.shape[0], rows.shape[1] * size, rows.stride(0) * size
+
+
+def float32(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Weights as the kernels read them where they are not packed: contiguous float32."""
+    return [
+        t
+        if t is None or (t.dtype == torch.float32 and t.is_contiguous())
+        else t.detach().float().contiguous()
+        for t in tensors
+    ]
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Where tensors begin; 0 for None.
+
+    Raises:
+        ValueError: one has no memory.
+    """
+    found = [0 if t is None else t.data_ptr() for t in tensors]
+    if 0 in found:
+        for t in tensors:
+            if t is not None and t.data_ptr() == 0 and t.numel() > 0:
+                raise ValueError(
+                    f"the weights must have memory; one of shape {tuple(t.shape)} has none, as its "
+                    "storage was freed. Restore its values before the call."
+                )
+    return found
+
+
+class Packer:
+    """Packs matrices and vectors, keeps the buffers, returns their addresses."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        self.lanes = library.swiftkernels_lanes()
+        self.buffers: list[Tensor] = []
+
+    def _buffer(self, floats: int) -> Tensor:
+        buffer = torch.empty(floats, dtype=torch.float32, device="cpu")
+        self.buffers.append(buffer)
+        return buffer
+
+    def matrix(self, b: Tensor) -> int:
+        """Panels of b [K, columns]."""
+        b = b.detach().float()
+        K, columns = b.shape
+        panels = self._buffer(K * self._padded(columns))
+        self.library.swiftkernels_pack(
+            b.data_ptr(), K, columns, b.stride(0), b.stride(1), panels.data_ptr()
+        )
+        return panels.data_ptr()
+
+    def vector(self, v: Tensor | None, length: int) -> int:
+        """v, or zeros, padded with zeros: panels of a single row."""
+        if v is None:
+            return self._buffer(self._padded(length)).zero_().data_ptr()
+        return self.matrix(v.view(1, length))
+
+    def rows(self, matrix: Tensor) -> int:
+        """Rows padded with zeros."""
+        count, columns = matrix.shape
+        padded = self._buffer(count * self._padded(columns)).zero_()
+        padded.view(count, -1)[:, :columns] = matrix.detach()
+        return padded.data_ptr()
+
+    def triangle(self, weight: Tensor, bias: Tensor) -> tuple[int, int]:
+        """R of [weight | bias] = Q R: |weight x + bias| = |R [x; 1]|."""
+        R = torch.linalg.qr(torch.cat([weight, bias.unsqueeze(1)], dim=1), mode="r").R
+        return self.matrix(R[:, :-1].t()), self.vector(R[:, -1], R.shape[0])
+
+    def _padded(self, columns: int) -> int:
+        return -(-columns // self.lanes) * self.lanes
