@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swiftkernels.ops import operator
 from swiftkernels.ops.additive_attention import eager
 from swiftkernels.ops.additive_attention.layer import AdditiveAttention
+from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
 from swiftkernels.testing import engines, harness, ratios
 from swiftkernels.testing.engines import ENGINES, OURS, Problem
 from swiftkernels.testing.operators import ADDITIVE_ATTENTION, OPERATORS, Size
@@ -41,7 +41,7 @@ def test_every_eager_engine_is_right_and_timed(backward, dtype):
         assert (row["gradient_error"] == "") == (not backward)
         assert row["gigabytes_per_second"] > 0
     assert rows["eager"]["ratio_to_eager"] == 1
-    assert rows[OURS]["backend"] == operator.choose_backend("auto", torch.zeros(2, 9, 16), 16)
+    assert rows[OURS]["backend"] == SELF_ATTENTION.choose_backend("auto", torch.zeros(2, 9, 16), 16)
 
 
 def test_onnx_runtime_gives_what_the_operator_gives():
@@ -52,13 +52,13 @@ def test_onnx_runtime_gives_what_the_operator_gives():
 
 @pytest.mark.parametrize(("factor", "said"), [(1.001, "0.001 > "), (float("nan"), "nan > ")])
 def test_an_engine_that_is_wrong_is_not_timed(monkeypatch, factor, said):
-    forward = eager.additive_self_attention_forward
+    forward = eager.forward
     monkeypatch.setattr(
         eager,
-        "additive_self_attention_forward",
+        "forward",
         lambda *args: (forward(*args)[0] * factor, *forward(*args)[1:]),
     )
-    monkeypatch.setattr(operator, "_automatic_backend", lambda *args: "aten")
+    monkeypatch.setattr(SELF_ATTENTION, "_automatic_backend", lambda *args: "aten")
     rows = compare(small_problem(), OURS, "eager")
     assert rows[OURS]["note"].startswith(f"wrong: relative error of the output {said}")
     assert rows[OURS]["median_seconds"] == ""
@@ -70,8 +70,8 @@ def test_an_operator_that_raises_has_failed_and_other_engines_are_absent(monkeyp
     def broken(*args, **options):
         raise RuntimeError("out of registers\nand more")
 
-    monkeypatch.setattr(operator, "_automatic_backend", lambda *args: "aten")
-    monkeypatch.setattr(eager, "additive_self_attention_backward", broken)
+    monkeypatch.setattr(SELF_ATTENTION, "_automatic_backend", lambda *args: "aten")
+    monkeypatch.setattr(eager, "backward", broken)
     monkeypatch.setattr(torch, "compile", broken)
     rows = compare(small_problem(backward=True), OURS, "compile", "eager")
     assert rows[OURS]["note"] == "failed: RuntimeError: out of registers"
