@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,12 +145,15 @@ def _microseconds(turn: float) -> float:
 
 def _calls(x: Tensor) -> Calls:
     """The calls for x; all kernels are compiled."""
-    layer = AdditiveAttention(WIDTH, WIDTH, 1, backend="triton", dtype=x.dtype)
     linear = nn.Linear(WIDTH, WIDTH, dtype=x.dtype)
     identity = nn.Identity()
     leaf = x.clone().requires_grad_()
     dout = torch.ones_like(x)
-    parameters = tuple(layer.parameters())
+
+    def make_layer() -> AdditiveAttention:
+        return AdditiveAttention(WIDTH, WIDTH, 1, backend="triton", dtype=x.dtype)
+
+    parameters = tuple(make_layer().parameters())
 
     def step(call: Callable[[Tensor], Tensor], parameters: tuple[Tensor, ...]) -> object:
         return torch.autograd.grad(call(leaf), (leaf, *parameters), dout)
@@ -159,8 +163,9 @@ def _calls(x: Tensor) -> Calls:
 
     calls: Calls = {("nn.Identity", "forward"): lambda: identity(x)}
     for what in ("AdditiveAttention", LOOKING_UP):
-        calls[what, "forward"] = lambda: layer(x)
-        calls[what, "forward+backward"] = lambda: step(layer, parameters)
+        layer = make_layer()  # each keeps plans of its own
+        calls[what, "forward"] = functools.partial(layer, x)
+        calls[what, "forward+backward"] = functools.partial(step, layer, tuple(layer.parameters()))
     if x.dim() == 3:
         calls["nn.Linear", "forward"] = lambda: linear(x)
         calls["nn.Linear", "forward+backward"] = lambda: step(linear, tuple(linear.parameters()))
@@ -180,7 +185,7 @@ def _turn(what: str, call: Callable[[], object], calls: int = CALLS) -> Callable
         with contextlib.ExitStack() as stack:
             if what == LOOKING_UP:  # as for tensors with unusual strides
                 stack.enter_context(mock.patch.object(launch, "_reusable", _never))
-                stack.enter_context(mock.patch.object(torch_state, "fits_kernels", _never))
+                stack.enter_context(mock.patch.object(launch, "fits_kernels", _never))
             for _ in range(calls):
                 call()
 

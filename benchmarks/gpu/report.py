@@ -41,8 +41,9 @@ python -m benchmarks.gpu.launch_cost    # two minutes
 ## Memory safety
 
 `TRITON_INTERPRET=1 pytest tests/interpreter/test_memory_safety.py` runs every kernel in Triton's
-interpreter and traces every lane of every load and store (`benchmarks/gpu/trace.py`, for any
-Triton kernels). Each tensor is in a buffer of its own, between poisoned guards. These are errors:
+interpreter and traces every lane of every load and store
+(`swiftkernels/testing/triton_trace.py`, for any Triton kernels). Each tensor is in a buffer of its
+own, between poisoned guards. These are errors:
 
 * a lane outside of its tensor, or in the gaps of a slice,
 * a program that writes what another one reads or writes,
