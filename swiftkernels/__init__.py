@@ -14,6 +14,8 @@ from swiftkernels.ops.additive_attention.api import (
     additive_self_attention,
 )
 from swiftkernels.ops.additive_attention.layer import AdditiveAttention
+from swiftkernels.ops.separable_attention.layer import SeparableAttention
+from swiftkernels.ops.separable_attention.op import separable_attention
 from swiftkernels.tools.doctor import doctor
 
 if typing.TYPE_CHECKING:
@@ -24,11 +26,13 @@ __version__ = "0.1.0"
 __all__ = [
     "AdditiveAttention",
     "AttentionOutput",
+    "SeparableAttention",
     "accelerate",
     "additive_attention",
     "additive_self_attention",
     "doctor",
     "register",
+    "separable_attention",
     "warmup",
     "weights_changed",
 ]

@@ -1,4 +1,4 @@
-"""The four linear layers of an attention: which are read by the kernels, and which are called.
+"""The linear layers of an attention: which are read by the kernels, and which are called.
 
 The kernels read weight and bias of a linear layer. That is the same as calling it only if a call
 does nothing else. A part with a forward of its own (an adapter, a quantised layer), with hooks, or
@@ -17,19 +17,21 @@ from torch.nn.utils.parametrize import is_parametrized
 from swiftkernels.backends import torch_state
 
 _LINEAR_FORWARD, _MODULE_CALL = Linear.forward, nn.Module.__call__
+_FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (Linear, nn.Conv2d)}
 _PLAIN = (Parameter, Tensor)
 
 
-def plain_parameters(linears: Iterable[Any]) -> list[dict[str, Any]]:
+def plain_parameters(parts: Iterable[Any], kind: type[nn.Module] = Linear) -> list[dict[str, Any]]:
     """The parameters of parts that are all `nn.Linear` with nothing attached: the usual case, fast.
 
-    Empty if one is not, which does not say that it has to be called: `why_called` does.
+    Empty if one is not, which does not say that it has to be called: `why_called` does. `kind` is
+    the class of the parts, `nn.Linear` or `nn.Conv2d`.
     """
     found: list[dict[str, Any]] = []
-    if Linear.forward is not _LINEAR_FORWARD or torch_state.has_global_hooks():
+    if kind.forward is not _FORWARDS[kind] or torch_state.has_global_hooks():
         return found
-    for part in linears:
-        if type(part) is not Linear:
+    for part in parts:
+        if type(part) is not kind:
             return []
         own = part.__dict__
         if (

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from swiftkernels.backends import torch_state
-from swiftkernels.backends.layouts import as_image, as_tokens, output_like
+from swiftkernels.backends.layouts import output_like
 from swiftkernels.utils import checks
 
 
@@ -88,6 +88,7 @@ class Operator:
         flops: multiply-adds of the definition per token, from the weights' shapes by name.
         example: `(batch, n_tokens, in_dims, token_dim) -> Call`: random arguments, for tests and
             benchmarks.
+        output: shape and strides of the output for an input and `token_dim`.
 
     Attributes:
         op, backward_op: as registered in `torch.library`.
@@ -105,11 +106,12 @@ class Operator:
         eager: Callable[[Tensor, int], str],
         flops: Callable[[Mapping[str, Sequence[int]]], int],
         example: Callable[..., Call],
+        output: Callable[[Tensor, int], tuple[Sequence[int], Sequence[int]]] = output_like,
     ) -> None:
         self.name, self.inputs = name, tuple(inputs)
         self.weights, self.options = weights, options
         self.reference, self.backends, self.eager = reference, dict(backends), eager
-        self.flops_per_token, self.example = flops, example
+        self.flops_per_token, self.example, self.output_like = flops, example, output
         self._count = len(self.inputs) + len(self.weights._fields)
         tensors = [*(f"Tensor {i}" for i in inputs), *_schema(weights), "Tensor? mask"]
         arguments = ", ".join([*tensors, *_schema(options), "str backend", "str keep"])
@@ -223,7 +225,7 @@ class Operator:
         """Shapes, dtypes and strides of the output and of what is saved."""
         call = self._parse(args)
         x = call.inputs[0]
-        out = x.new_empty_strided(*output_like(x, call.weights.token_dim))
+        out = x.new_empty_strided(*self.output_like(x, call.weights.token_dim))
         saved = self.implementation(call.backend).saved_like(call.inputs, call.weights, call.keep)
         return [out, *saved]
 
@@ -299,12 +301,7 @@ class Operator:
             ]
             wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
             call = self._bundle(tensors, *call[2:])
-            if call.inputs[0].dim() == 3:
-                out = self.reference(*call.inputs, call.weights, call.mask, call.options)
-            else:  # kernels take images too, the definition takes tokens
-                tokens = map(as_tokens, call.inputs)
-                out = self.reference(*tokens, call.weights, call.mask, call.options)
-                out = as_image(out, call.inputs[0].shape[2:])
+            out = self.reference(*call.inputs, call.weights, call.mask, call.options)
         found = iter(
             torch.autograd.grad(
                 out, wanted, dout, create_graph=create_graph, materialize_grads=True

@@ -108,6 +108,38 @@ def call_key(
     return (*key, *others, needs_gradient(scale))
 
 
+class KeepsPlans:
+    """A layer's plans, which copies, pickles and state dicts leave out."""
+
+    def _plans(self) -> Plans:
+        """What was decided and packed for the calls so far."""
+        plans: Plans | None = self.__dict__.get("_plan_cache")
+        if plans is None:
+            plans = self.__dict__["_plan_cache"] = Plans()
+        return plans
+
+    def invalidate(self) -> None:
+        """Forget what is packed of the weights, at once; the next call packs them anew.
+
+        Needed only after writes that PyTorch does not count and a sample may miss: see
+        `swiftkernels.weights_changed`, which tells all layers.
+
+        Example:
+            >>> attention = AdditiveAttention(64)
+            >>> attention.final.weight.data[3, 5] = 0.25
+            >>> attention.invalidate()
+        """
+        self.__dict__.pop("_plan_cache", None)
+
+    def __getstate__(self) -> Any:
+        """Without plans: they are of this process, and of these addresses."""
+        inherited = getattr(super(), "__getstate__", None)  # Python 3.10 has none
+        state = self.__dict__ if inherited is None else inherited()
+        if isinstance(state, dict) and "_plan_cache" in state:
+            state = {name: value for name, value in state.items() if name != "_plan_cache"}
+        return state
+
+
 class OperatorPlan(NamedTuple):
     """Calls an operator: for training, and where no kernel is started directly."""
 

@@ -15,7 +15,6 @@ from swiftkernels.testing.peers import (
     MDTA,
     PEERS,
     MultiHeadSelfAttention,
-    SeparableAttention,
 )
 from swiftkernels.testing.peers.heads import choose_heads
 from tests.stubs import import_timm
@@ -88,6 +87,15 @@ def separable_formula(p: dict[str, Array], x: Array, heads: int) -> Array:
     return layer(p, "proj", np.maximum(rows[:, 1 + dim :], 0) * context)
 
 
+def separable_fused_formula(p: dict[str, Array], x: Array, heads: int) -> Array:
+    names = {"qkv_proj": "qkv", "out_proj": "proj"}
+    renamed = {}
+    for name, value in p.items():
+        part, kind = name.split(".")
+        renamed[f"{names[part]}.{kind}"] = value[..., 0, 0] if kind == "weight" else value
+    return separable_formula(renamed, x, heads)
+
+
 def linear_formula(p: dict[str, Array], x: Array, heads: int) -> Array:
     def phi(t: Array) -> Array:
         return np.where(t > 0, t + 1, np.exp(np.minimum(t, 0)))
@@ -119,6 +127,7 @@ FORMULAS: dict[str, Callable[..., Array]] = {
     "xca": xca_formula,
     "mdta": mdta_formula,
     "separable": separable_formula,
+    "separable_fused": separable_fused_formula,
     "linear": linear_formula,
     "fastformer": fastformer_formula,
 }
@@ -127,7 +136,7 @@ FORMULAS: dict[str, Callable[..., Array]] = {
 def make_peer(name: str, dim: int, num_heads: int | None = None) -> nn.Module:
     """A peer in float64 with all its parameters, temperatures too, away from special values."""
     torch.manual_seed(0)
-    kwargs = {} if name == "separable" else {"num_heads": num_heads}
+    kwargs = {} if name.startswith("separable") else {"num_heads": num_heads}
     peer = PEERS[name](dim, **kwargs).double()
     with torch.no_grad():
         for parameter in peer.parameters():
@@ -249,31 +258,3 @@ def test_mdta_with_an_idle_convolution_equals_xca_of_timm() -> None:
     theirs.load_state_dict({n: t.squeeze() if t.dim() == 4 else t for n, t in state.items()})
     x = tokens(2, 49, 66)
     assert_close(peer(x), theirs(x))
-
-
-def check_separable(theirs: nn.Module, infix: str) -> None:
-    """Theirs take [B, C, P, N] and pool each pixel of a patch on its own: one pixel here."""
-    peer = SeparableAttention(37).double()
-    theirs.double().load_state_dict(
-        {
-            f"{theirs_name}{infix}.{kind}": t[..., None, None] if kind == "weight" else t
-            for ours_name, theirs_name in (("qkv", "qkv_proj"), ("proj", "out_proj"))
-            for kind, t in getattr(peer, ours_name).state_dict().items()
-        }
-    )
-    x = tokens(2, 49, 37)
-    expected = theirs(x.transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
-    assert_close(peer(x), expected)
-
-
-def test_separable_equals_timm() -> None:
-    import_timm()
-    mobilevit = pytest.importorskip("timm.models.mobilevit")
-    check_separable(mobilevit.LinearSelfAttention(37), "")
-
-
-def test_separable_equals_transformers() -> None:
-    transformers = pytest.importorskip("transformers")
-    modeling = pytest.importorskip("transformers.models.mobilevitv2.modeling_mobilevitv2")
-    config = transformers.MobileViTV2Config()
-    check_separable(modeling.MobileViTV2LinearSelfAttention(config, 37), ".convolution")

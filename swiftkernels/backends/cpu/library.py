@@ -132,6 +132,15 @@ def _constant_why_not() -> str:
     return why_not()
 
 
+def check(status: int) -> None:
+    """Raise for what a kernel returned."""
+    if status != DONE:
+        raise MemoryError(
+            "The CPU kernels found no memory for their tiles. Free some, or use "
+            "backend='reference'."
+        )
+
+
 def remedy() -> str:
     """How to get libraries that were built here, from these sources."""
     editable = (DIRECTORY.parents[2] / "setup.py").exists()

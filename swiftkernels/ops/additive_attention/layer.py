@@ -26,7 +26,7 @@ from swiftkernels.ops.additive_attention.api import (
     with_weights,
 )
 from swiftkernels.ops.additive_attention.weights import Weights
-from swiftkernels.ops.plan import Plans, call_key
+from swiftkernels.ops.plan import KeepsPlans, call_key
 from swiftkernels.ops.types import Backend, Layout, Pooling
 from swiftkernels.utils import checks
 
@@ -43,7 +43,7 @@ class Names(NamedTuple):
     w_g: str = "w_g"
 
 
-class AttentionForward(nn.Module):
+class AttentionForward(KeepsPlans, nn.Module):
     """The forward of additive attention, for modules that hold its weights under some names.
 
     The four linear layers are read by the kernels if they are just that, else called: see
@@ -155,34 +155,6 @@ class AttentionForward(nn.Module):
         if not return_weights:
             return out
         return with_weights(out, to_tokens(x, channels_first), weights, mask, request)
-
-    def _plans(self) -> Plans:
-        """What was decided and packed for the calls so far."""
-        plans: Plans | None = self.__dict__.get("_plan_cache")
-        if plans is None:
-            plans = self.__dict__["_plan_cache"] = Plans()
-        return plans
-
-    def invalidate(self) -> None:
-        """Forget what is packed of the weights, at once; the next call packs them anew.
-
-        Needed only after writes that PyTorch does not count and a sample may miss: see
-        `swiftkernels.weights_changed`, which tells all layers.
-
-        Example:
-            >>> attention = AdditiveAttention(64)
-            >>> attention.final.weight.data[3, 5] = 0.25
-            >>> attention.invalidate()
-        """
-        self.__dict__.pop("_plan_cache", None)
-
-    def __getstate__(self) -> Any:
-        """Without plans: they are of this process, and of these addresses."""
-        inherited = getattr(super(), "__getstate__", None)  # Python 3.10 has none
-        state = self.__dict__ if inherited is None else inherited()
-        if isinstance(state, dict) and "_plan_cache" in state:
-            state = {name: value for name, value in state.items() if name != "_plan_cache"}
-        return state
 
     def _plain_weights(self) -> Weights | None:
         """The weights, if all parts are plain linear layers with parameters: the usual case."""

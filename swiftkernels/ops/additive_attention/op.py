@@ -9,6 +9,7 @@ from torch import Tensor
 
 from swiftkernels.backends import torch_state
 from swiftkernels.backends.cpu import library
+from swiftkernels.backends.layouts import as_image, as_tokens
 from swiftkernels.ops.additive_attention import eager, reference
 from swiftkernels.ops.additive_attention.triton import config
 from swiftkernels.ops.additive_attention.weights import Options, OutputWeights, Weights
@@ -49,6 +50,14 @@ def _eager(x: Tensor, width: int) -> str:
     return "aten" if pays else "reference"
 
 
+def _definition(x: Tensor, weights: Weights, mask: Tensor | None, options: Options) -> Tensor:
+    """For tokens and images, which the kernels take too."""
+    if x.dim() == 3:
+        return reference.additive_self_attention(x, weights, mask, options)
+    out = reference.additive_self_attention(as_tokens(x), weights, mask, options)
+    return as_image(out, x.shape[2:])
+
+
 def _flops(shapes: Mapping[str, Sequence[int]]) -> int:
     token_dim, width = shapes["final_weight"]
     in_dims = shapes["query_weight"][1] if "query_weight" in shapes else 0
@@ -86,7 +95,7 @@ SELF_ATTENTION = Operator(
     inputs=("x",),
     weights=Weights,
     options=Options,
-    reference=reference.additive_self_attention,
+    reference=_definition,
     backends={
         "triton": _TRITON,
         "cpu": Backend(f"{_PACKAGE}.cpu", why_not_cpu),

@@ -1,13 +1,14 @@
 """Other attentions with linear or quadratic cost, [B, N, C] -> [B, N, C], to measure against.
 
-Each is written from its paper's formulas, unfused, with a bias in every linear layer as the
-operator has.
+Each is written from its paper's formulas, with a bias in every linear layer as additive attention
+has. All are unfused but "separable_fused", the operator of this package.
 """
 
 from collections.abc import Callable
 
 from torch import nn
 
+from swiftkernels.ops.separable_attention.layer import SeparableAttention as FusedSeparable
 from swiftkernels.testing.peers.fastformer import Fastformer
 from swiftkernels.testing.peers.linear import LinearAttention
 from swiftkernels.testing.peers.mdta import MDTA
@@ -20,6 +21,7 @@ PEERS: dict[str, Callable[[int], nn.Module]] = {
     "xca": CrossCovarianceAttention,
     "mdta": MDTA,
     "separable": SeparableAttention,
+    "separable_fused": FusedSeparable,
     "linear": LinearAttention,
     "fastformer": Fastformer,
 }

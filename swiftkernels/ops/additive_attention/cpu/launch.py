@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swiftkernels.backends.cpu import library
 from swiftkernels.backends.cpu import packing as shared
-from swiftkernels.backends.cpu.library import DONE, TYPES
+from swiftkernels.backends.cpu.library import TYPES
 from swiftkernels.backends.layouts import output_like, tokens_of
 from swiftkernels.ops.additive_attention.cpu import config, packing
 from swiftkernels.ops.additive_attention.cpu.packing import FOLDED, PLAIN, TRIANGULAR
@@ -121,7 +121,7 @@ def forward(
         call = call_fields(
             batch, n_tokens, PLAIN, data, strides, out, out_strides, False, mask, saved
         )
-        check(kernels().swiftkernels_additive_forward_training(fields, call))
+        library.check(kernels().swiftkernels_additive_forward_training(fields, call))
     return out, saved
 
 
@@ -183,18 +183,9 @@ def backward(
         *[t.data_ptr() for t in saved],
         *[0 if g is None else g.data_ptr() for g in gradients],
     )  # fmt: skip
-    check(kernels().swiftkernels_additive_backward(fields, call))
+    library.check(kernels().swiftkernels_additive_backward(fields, call))
     if x.dtype != torch.float32:
         gradients = [None if g is None else g.to(x.dtype) for g in gradients]
     if d_input is not None and written is not None and written is not d_input:
         d_input.copy_(written)
     return [d_input, *gradients]
-
-
-def check(status: int) -> None:
-    """Raise for what a kernel returned."""
-    if status != DONE:
-        raise MemoryError(
-            "The CPU kernels found no memory for their tiles. Free some, or use "
-            "backend='reference'."
-        )

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from swiftkernels.backends import cache
+from swiftkernels.backends.cpu import library
 from swiftkernels.backends.cpu.library import CANCELLATION, DONE, STALE
 from swiftkernels.backends.cpu.packing import Packed, packed_weights
 from swiftkernels.backends.layouts import output_like, tokens_of
@@ -113,7 +114,7 @@ class PackedPlan:
             packed.cancels = True
             return None
         if status != DONE:
-            launch.check(status)
+            library.check(status)
         packed.uses += 1
         return out
 

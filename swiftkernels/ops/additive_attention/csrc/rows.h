@@ -1,8 +1,9 @@
-// Operations on rows of whole vectors.
+// Further operations on rows of whole vectors.
 #pragma once
 
 #include "abi.h"
 #include "gemm.h"
+#include "row_ops.h"
 
 namespace swiftkernels::additive {
 
@@ -13,11 +14,6 @@ inline float dot(const float* a, const float* b, int64_t width) {
 }
 
 inline float norm2(const float* vector, int64_t width) { return dot(vector, vector, width); }
-
-inline void add(const float* vector, int64_t width, float* total) {
-  for (int64_t j = 0; j < padded(width); j += LANES)
-    store(total + j, load(total + j) + load(vector + j));
-}
 
 /// to += factor * from
 inline void add_scaled(const float* from, float factor, int64_t width, float* to) {
@@ -39,32 +35,6 @@ inline void scale_rows(Tile tile, int64_t rows, int64_t width, const float* fact
 INLINE void copy_scaled(const float* from, float factor, int64_t width, float* to) {
   const vec by = broadcast(factor);
   for (int64_t j = 0; j < padded(width); j += LANES) store(to + j, load(from + j) * by);
-}
-
-/// to = from without its padding, unless they are the same memory.
-inline void copy_rows(Tile from, int64_t rows, int64_t width, float* to) {
-  if (!to || to == from.data) return;
-  for (int64_t r = 0; r < rows; r++) std::copy(from.row(r), from.row(r) + width, to + r * width);
-}
-
-/// rows_sum += sum_n factors[n] rows[n], four vectors of columns at a time in registers.
-inline void add_weighted_rows(const float* factors, Tile rows, int64_t n, int64_t width,
-                              float* rows_sum) {
-  int64_t j = 0;
-  for (; j + 4 * LANES <= padded(width); j += 4 * LANES) {
-    vec sums[4];
-    for (int v = 0; v < 4; v++) sums[v] = load(rows_sum + j + v * LANES);
-    for (int64_t i = 0; i < n; i++) {
-      const vec factor = broadcast(factors[i]);
-      for (int v = 0; v < 4; v++) sums[v] += factor * load(rows.row(i) + j + v * LANES);
-    }
-    for (int v = 0; v < 4; v++) store(rows_sum + j + v * LANES, sums[v]);
-  }
-  for (; j < padded(width); j += LANES) {
-    vec total = load(rows_sum + j);
-    for (int64_t i = 0; i < n; i++) total += broadcast(factors[i]) * load(rows.row(i) + j);
-    store(rows_sum + j, total);
-  }
 }
 
 /// total += sum_r factors[r] tile[r]. For accuracy 16 rows at a time are summed, then these sums,

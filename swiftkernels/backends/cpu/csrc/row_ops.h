@@ -1,0 +1,42 @@
+// Operations on rows of whole vectors.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace swiftkernels {
+
+/// total += vector
+inline void add(const float* vector, int64_t width, float* total) {
+  for (int64_t j = 0; j < padded(width); j += LANES)
+    store(total + j, load(total + j) + load(vector + j));
+}
+
+/// to = from without its padding, unless they are the same memory.
+inline void copy_rows(Tile from, int64_t rows, int64_t width, float* to) {
+  if (!to || to == from.data) return;
+  for (int64_t r = 0; r < rows; r++) std::copy(from.row(r), from.row(r) + width, to + r * width);
+}
+
+/// rows_sum += sum_n factors[n] rows[n], four vectors of columns at a time in registers.
+inline void add_weighted_rows(const float* factors, Tile rows, int64_t n, int64_t width,
+                              float* rows_sum) {
+  int64_t j = 0;
+  for (; j + 4 * LANES <= padded(width); j += 4 * LANES) {
+    vec sums[4];
+    for (int v = 0; v < 4; v++) sums[v] = load(rows_sum + j + v * LANES);
+    for (int64_t i = 0; i < n; i++) {
+      const vec factor = broadcast(factors[i]);
+      for (int v = 0; v < 4; v++) sums[v] += factor * load(rows.row(i) + j + v * LANES);
+    }
+    for (int v = 0; v < 4; v++) store(rows_sum + j + v * LANES, sums[v]);
+  }
+  for (; j < padded(width); j += LANES) {
+    vec total = load(rows_sum + j);
+    for (int64_t i = 0; i < n; i++) total += broadcast(factors[i]) * load(rows.row(i) + j);
+    store(rows_sum + j, total);
+  }
+}
+
+}  // namespace swiftkernels

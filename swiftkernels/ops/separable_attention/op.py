@@ -1,0 +1,187 @@
+"""Separable attention as an operator, and as a function."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from swiftkernels.backends import cache, torch_state
+from swiftkernels.backends.cpu import library
+from swiftkernels.ops import plan as planning
+from swiftkernels.ops.operator import Backend, Call, Operator, needs_gradient
+from swiftkernels.ops.plan import OperatorPlan, Plan, Plans
+from swiftkernels.ops.separable_attention import reference
+from swiftkernels.ops.separable_attention.layouts import output_like
+from swiftkernels.ops.separable_attention.weights import Options, Weights
+from swiftkernels.utils import checks
+
+BACKENDS = ("auto", "triton", "cpu", "reference")
+
+MAX_TRITON_WIDTH = 512
+"""Widest C of the Triton kernels: a tile of rows has to fit on chip."""
+
+
+def _why_not_triton(x: Tensor, width: int) -> str:
+    reason = torch_state.why_not_triton(x.device)
+    if not reason and width > MAX_TRITON_WIDTH:
+        return f"takes up to {MAX_TRITON_WIDTH} channels; got {width}"
+    return reason
+
+
+def _triton_is_automatic(x: Tensor) -> bool:
+    # float64 is for checking: its tiles need more memory on chip than many GPUs have. Compiled, a
+    # CPU tensor does not even ask: that would trace what is cached here.
+    return x.dtype != torch.float64 and (
+        x.device.type != "cpu" or not torch.compiler.is_compiling()
+    )
+
+
+def _flops(shapes: Mapping[str, Sequence[int]]) -> int:
+    rows, width = shapes["qkv_weight"][:2]
+    return width * (rows + shapes["proj_weight"][0])
+
+
+def _example(batch: int, n_tokens: int, in_dims: int, token_dim: int) -> Call:
+    """A layer on random tokens."""
+    C, D = in_dims, token_dim
+    weights = Weights(
+        torch.randn(1 + 2 * C, C) / C**0.5, torch.randn(1 + 2 * C), torch.randn(D, C) / C**0.5,
+        torch.randn(D),
+    )  # fmt: skip
+    return Call((torch.randn(batch, n_tokens, C),), weights, None, Options(), "auto", "nothing")
+
+
+_PACKAGE = "swiftkernels.ops.separable_attention"
+
+SEPARABLE_ATTENTION = Operator(
+    "separable_attention",
+    inputs=("x",),
+    weights=Weights,
+    options=Options,
+    reference=reference.separable_attention,
+    backends={
+        "triton": Backend(f"{_PACKAGE}.triton.launch", _why_not_triton, _triton_is_automatic),
+        "cpu": Backend(f"{_PACKAGE}.cpu", lambda x, _: library.why_not_for(x)),
+    },
+    eager=lambda x, _: "reference",
+    flops=_flops,
+    example=_example,
+    output=output_like,
+)
+
+
+def separable_attention(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Separable attention from tokens and weights; `SeparableAttention` as a function.
+
+    Args:
+        x: tokens [B, N, C], or the P pixels of N patches [B, C, P, N], of any strides. The softmax
+            runs over the N.
+        qkv_weight, qkv_bias: the layer that makes score, keys and values, [1 + 2 C, C] (or
+            [1 + 2 C, C, 1, 1], of a 1x1 convolution) and [1 + 2 C] or None.
+        proj_weight, proj_bias: the output layer, [D, C] (or [D, C, 1, 1]) and [D] or None.
+        backend: "auto", "triton", "cpu" or "reference". Only "auto" chooses; the others never fall
+            back.
+
+    Returns:
+        The output, [B, N, D] or [B, D, P, N].
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, with the
+        remedy.
+
+    Example:
+        >>> x, w = torch.randn(2, 49, 64), torch.randn(129, 64) / 8
+        >>> separable_attention(x, w, None, torch.randn(64, 64) / 8, None).shape
+        torch.Size([2, 49, 64])
+    """
+    weights = Weights(qkv_weight, qkv_bias, proj_weight, proj_bias)
+    return attend(x, weights, backend)[0]
+
+
+def attend(
+    x: Tensor, weights: Weights, backend: str, plans: Plans | None = None
+) -> tuple[Tensor, Plan]:
+    """The output by a new plan, and the plan.
+
+    Args:
+        x, weights, backend: as in `separable_attention`.
+        plans: of a layer, whose next calls may use the plan; None: it is used only once.
+    """
+    checks.check_floating("x", x)
+    if x.dtype != torch.float64 and torch_state.autocasts(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        cast = [None if w is None else w.to(dtype) for w in weights]
+        x, weights = x.to(dtype), Weights(*cast)  # type: ignore[arg-type]
+    _check(x, weights)
+    make = functools.partial(_make_plan, x, weights, backend, plans)
+    return planning.run(make, x, weights, None, None)
+
+
+def _make_plan(x: Tensor, weights: Weights, backend: str, plans: Plans | None) -> Plan:
+    """Choose the backend, pack the weights."""
+    chosen = SEPARABLE_ATTENTION.choose_backend(backend, x, weights.width)
+    needs_grad = needs_gradient(x, *weights)
+    infers = (
+        chosen == "cpu"
+        and not needs_grad
+        and torch_state.nothing_listens()
+        and torch_state.is_plain(x, *weights)
+    )
+    if infers:
+        matrices = (weights.qkv_weight, weights.proj_weight)
+        plan: Plan | None = SEPARABLE_ATTENTION.implementation("cpu").inference_plan(
+            x, weights, None, Options(), None, plans or planning.plans_of(matrices)
+        )
+        if plan is not None:
+            return plan
+    # Weights that are not packed now may be packed at the next call: that needs a new plan.
+    once = infers or plans is None
+    places = None if once else cache.places(cache.present(weights))
+    trains = needs_grad and not once
+    return OperatorPlan(SEPARABLE_ATTENTION, Options(), chosen, "statistics", trains, None, places)
+
+
+def _check(x: Tensor, weights: Weights) -> None:
+    """Raise for bad arguments."""
+    for name in ("qkv_weight", "proj_weight"):
+        w = getattr(weights, name)
+        checks.check_tensor(name, w)
+        if w.dim() not in (2, 4) or w.shape[2:] not in ((), (1, 1)) or w.numel() == 0:
+            raise ValueError(
+                f"{name} must be a matrix, or that of a 1x1 convolution; got shape "
+                f"{tuple(w.shape)}. Pass the weight of a torch.nn.Linear or torch.nn.Conv2d."
+            )
+    rows, width = weights.qkv_weight.shape[:2]
+    if rows != 1 + 2 * width:
+        raise ValueError(
+            f"qkv_weight must have 1 + 2 C = {1 + 2 * width} rows (score, keys, values); got "
+            f"{rows}. Check that it is the layer's joint projection."
+        )
+    if weights.proj_weight.shape[1] != width:
+        raise ValueError(
+            f"proj_weight must have C = {width} columns; got {weights.proj_weight.shape[1]}. "
+            "Check that both weights come from one layer."
+        )
+    for name, bias, length in (
+        ("qkv_bias", weights.qkv_bias, rows),
+        ("proj_bias", weights.proj_bias, weights.token_dim),
+    ):
+        if bias is not None:
+            checks.check_shape(name, bias, (length,), "one number per row of the weight")
+    if x.dim() not in (3, 4) or x.shape[1 if x.dim() == 4 else -1] != width:
+        raise ValueError(
+            f"x must be [B, N, {width}] (tokens) or [B, {width}, P, N] (pixels of patches); got "
+            f"shape {tuple(x.shape)}. Check the width of the layer, or the order of the axes."
+        )
+    checks.check_alike("x", x, weights._asdict())

@@ -1,0 +1,1 @@
+"""Triton kernels of separable attention; importing this package does not import triton."""
