@@ -1,4 +1,4 @@
-"""Options of the benchmarks, and what becomes of their results."""
+"""Options of the benchmarks, and the table of their results."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import timing
+from swiftkernels.testing.timing import clock
 from swiftkernels.utils.files import write_csv
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
-"""One row for every layer measured, the columns of results/attention.csv."""
+"""The rows of results/attention.csv, one for every layer that was measured."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,23 +35,23 @@ def pytest_configure(config: pytest.Config) -> None:
     if torch.device(config.getoption("--device")).type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda needs a CUDA device; torch finds none.")
     torch.set_num_threads(config.getoption("--threads"))
-    # float32 means float32: MDTA's convolutions would round their operands to TF32.
+    # MDTA's convolutions would round float32 operands to TF32.
     torch.backends.cudnn.allow_tf32 = False
     config.stash[ROWS] = []
-    # Its table would show other ratios: to the fastest, of times that were not taken side by side.
+    # Its own table shows other ratios: to the fastest layer, of times not measured in turn.
     config.option.benchmark_quiet = True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    clock = timing.clock(config.getoption("--device"))
+    timer = clock(config.getoption("--device"))
     for item in items:
         if "benchmark" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.benchmark(timer=clock, disable_gc=True))
+            item.add_marker(pytest.mark.benchmark(timer=timer, disable_gc=True))
 
 
 @pytest.fixture
 def rows(pytestconfig: pytest.Config) -> list[dict[str, Any]]:
-    """Append a row here to see it in results/attention.csv."""
+    """The rows that become results/attention.csv."""
     return pytestconfig.stash[ROWS]
 
 

@@ -1,11 +1,11 @@
-"""Measures from how many tokens per channel on the CPU kernels' folded forms are the faster ones.
+"""Measures from how many tokens per channel the folded forms of the CPU kernels are faster.
 
     python -m benchmarks.cpu_forms
 
-times the folded forward beside the triangular one (see `cpu/packing.py` of the additive attention),
-and the backward without queries and keys (`folded_backward.cpp`) beside the one that has kept them,
-on one thread, at several widths and growing numbers of tokens, and writes what it finds for this
-instruction set into `forms.json` there, which the choice of the kernels is read from.
+compares the folded forward with the triangular one, and the folded backward, which needs no queries
+and keys, with the one that reads those kept by the forward: on one thread, at several widths and
+numbers of tokens. `cpu/packing.py` of additive attention explains the forms. The result for this
+instruction set goes into `cpu/forms.json`, by which the kernels are chosen.
 """
 
 from __future__ import annotations
@@ -15,97 +15,81 @@ import functools
 import json
 import statistics
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks import timing
 from swiftkernels import AdditiveAttention
+from swiftkernels.backends import devices
 from swiftkernels.backends.cpu import library
-from swiftkernels.ops.additive_attention.cpu import config, launch
-from swiftkernels.ops.additive_attention.cpu.packing import (
-    FOLDED,
-    TRIANGULAR,
-    Packed,
-    Weights,
-    pack,
-)
-from swiftkernels.ops.additive_attention.weights import Options
+from swiftkernels.ops.additive_attention.cpu import config
+from swiftkernels.ops.additive_attention.cpu.packing import FOLDED, TRIANGULAR
+from swiftkernels.testing.timing import Call, Stopwatch, interleave
 from swiftkernels.utils.files import write_text
 from swiftkernels.utils.progress import Progress
 
 WIDTHS = (48, 64, 128, 256, 512)
 BACKWARD_WIDTHS = (96, 128, 256)
-"""Narrower rows are not kept in any case."""
+"""At smaller widths the forward keeps no rows in any case."""
 
 RATIOS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Tokens per channel, in growing order."""
 
 
-def problem(width: int, ratio: float) -> tuple[Tensor, Weights]:
-    """Tokens, `ratio` to a channel in every item, and a layer."""
+def forced(call: Call, function: str, value: object) -> Call:
+    """The call while a function of `config` chooses `value` for all shapes."""
+
+    def run() -> None:
+        with mock.patch.object(config, function, return_value=value):
+            call()
+
+    return run
+
+
+def layer_and_tokens(width: int, ratio: float, **options: Any) -> tuple[AdditiveAttention, Tensor]:
+    """A layer, and x with `ratio` tokens per channel in every batch element."""
     torch.manual_seed(0)
-    layer = AdditiveAttention(width, width, 1).requires_grad_(False)
-    x = torch.randn(max(1, 16384 // int(ratio * width)), int(ratio * width), width)
-    weights = Weights(
-        layer.to_query.weight, layer.to_query.bias, layer.to_key.weight, layer.to_key.bias,
-        layer.w_g.flatten(), layer.proj.weight, layer.proj.bias, layer.final.weight,
-        layer.final.bias,
-    )  # fmt: skip
-    return x, weights
+    layer = AdditiveAttention(width, width, 1, backend="cpu", **options)
+    return layer, torch.randn(max(1, 16384 // int(ratio * width)), int(ratio * width), width)
 
 
-def options(width: int, qk_norm: bool = True) -> Options:
-    return Options("l2", qk_norm, width**-0.5, 1e-12)
+def gain(calls: dict[str, Call], seconds: float) -> float:
+    """Time of the first call divided by that of the second."""
+    first, second = interleave(calls, Stopwatch("cpu"), seconds).values()
+    return first.median / second.median
 
 
+@torch.no_grad()
 def forward_gain(width: int, ratio: float, seconds: float, qk_norm: bool) -> float:
-    """Time of the triangular form over that of the folded one."""
-    x, weights = problem(width, ratio)
-    out = torch.empty_like(x)
+    """Time of the triangular forward divided by that of the folded one."""
 
-    def call(form: int) -> timing.Call:
-        packed = pack(launch.kernels(), weights, options(width, qk_norm), form)
-        return lambda: _run(form, x, out, packed)
+    def call(form: int) -> Call:
+        layer, x = layer_and_tokens(width, ratio, qk_norm=qk_norm)
+        return forced(lambda: layer(x), "form", form)
 
-    times = timing.interleave(
-        {"triangular": call(TRIANGULAR), "folded": call(FOLDED)}, "cpu", seconds
-    )
-    return times["triangular"].median / times["folded"].median
+    return gain({"triangular": call(TRIANGULAR), "folded": call(FOLDED)}, seconds)
 
 
 def backward_gain(width: int, ratio: float, seconds: float) -> float:
-    """Time of forward and backward with the rows kept over that of the folded ones."""
-    x, weights = problem(width, ratio)
-    tensors = (x, *weights[:-1], None)
+    """Time of forward and backward with kept rows divided by that of the folded forms."""
 
-    def call(folded: bool) -> timing.Call:
-        def run() -> None:
-            out, G, kept, rows = launch.additive_self_attention_forward(
-                *tensors, options(width), "statistics" if folded else "rows"
-            )
-            with mock.patch.object(config, "folds_backward", return_value=folded):
-                launch.additive_self_attention_backward(
-                    out, *tensors, (G, kept, rows), options(width), True, True
-                )
+    def call(folded: bool) -> Call:
+        layer, x = layer_and_tokens(width, ratio, recompute=folded)
+        leaves = [x.requires_grad_(), *layer.parameters()]
 
-        return run
+        def step() -> None:
+            out = layer(x)
+            torch.autograd.grad(out, leaves, out.detach())
 
-    times = timing.interleave({"rows": call(False), "folded": call(True)}, "cpu", seconds)
-    return times["rows"].median / times["folded"].median
+        return forced(step, "folds_backward", folded)
 
-
-def _run(form: int, x: Tensor, out: Tensor, packed: Packed) -> None:
-    batch, n_tokens, _ = x.shape
-    done = launch.call_forward(
-        packed, batch, n_tokens, form, x, x.stride(), out, out.stride(), add_input=False
-    )
-    assert done
+    return gain({"rows": call(False), "folded": call(True)}, seconds)
 
 
 def threshold(gains: dict[float, float]) -> float:
-    """The ratio from which on all gains are above 1; twice the largest if there is none.
+    """The ratio from which all gains are above 1; twice the largest ratio if there is none.
 
     Example:
         >>> threshold({1.0: 0.9, 2.0: 1.1, 4.0: 1.2})
@@ -126,26 +110,26 @@ def main() -> None:
     if loaded is None:
         parser.error(f"the CPU backend {library.why_not()}")
     torch.set_num_threads(1)
-    kinds: dict[str, tuple[Callable[..., float], tuple[int, ...]]] = {
+    thresholds: dict[str, tuple[Callable[..., float], tuple[int, ...]]] = {
         "folded_from": (functools.partial(forward_gain, qk_norm=True), WIDTHS),
         "folded_from_without_norms": (functools.partial(forward_gain, qk_norm=False), WIDTHS),
         "folded_backward_from": (backward_gain, BACKWARD_WIDTHS),
     }
     found = {}
-    total = len(RATIOS) * sum(len(widths) for _, widths in kinds.values())
+    total = len(RATIOS) * sum(len(widths) for _, widths in thresholds.values())
     with Progress(total, "comparisons") as progress:
-        for name, (gain, widths) in kinds.items():
+        for name, (measure, widths) in thresholds.items():
             gains = {}
             for ratio in RATIOS:
                 values = []
                 for width in widths:
-                    values.append(gain(width, ratio, arguments.seconds))
+                    values.append(measure(width, ratio, arguments.seconds))
                     progress.advance()
                 gains[ratio] = statistics.geometric_mean(values)
                 progress.write(f"{name}, {ratio:g} tokens per channel: {gains[ratio]:.3f}")
             found[name] = threshold(gains)
     table = json.loads(config.TABLE.read_text())
-    table[loaded.name] = found | {"device": timing.device_name("cpu")}
+    table[loaded.name] = found | {"device": devices.name(torch.device("cpu"))}
     write_text(config.TABLE, json.dumps(table, indent=2) + "\n")
     print(f"{loaded.name}: {found}, written to {config.TABLE}")
 

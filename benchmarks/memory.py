@@ -1,24 +1,34 @@
-"""Peak memory of additive attention on a CPU: how far the resident set of a process grows.
+"""Peak memory of additive attention on a CPU: the growth of a process's resident set.
 
 Each case runs in a process of its own, `python -m benchmarks.memory` with the case as arguments. It
-makes the layer and its input and runs a few tokens, so that libraries are loaded and thread pools
-exist. The growth of the resident set (`benchmarks.resident`) over one call, without the bytes of
-the output and of the gradients, is the result.
+makes the layer and its input and first runs a few tokens, so that libraries are loaded and thread
+pools exist. The result is the growth of the resident set (`benchmarks.resident`) during one call,
+without the bytes of the output and of the gradients.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
-from dataclasses import astuple, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import torch
 
 from benchmarks import resident
-from benchmarks.engines import Problem, Size
+from swiftkernels.testing.engines import ENGINES, Problem
+from swiftkernels.testing.harness import isa
+from swiftkernels.testing.operators import Size
+from swiftkernels.testing.ratios import markdown_table
 
+CSV = "cpu_memory.csv"
 WARM_UP_TOKENS = 16
+
+
+def supports(engine: str) -> bool:
+    """Whether the engine's memory can be measured: what compilers allocate would count too."""
+    return ENGINES[engine].build is Problem.call
 
 
 @dataclass(frozen=True)
@@ -34,21 +44,9 @@ class Case:
     width: int
     threads: int
 
-    @property
-    def x_bytes(self) -> int:
-        itemsize: int = getattr(torch, self.dtype).itemsize
-        return self.batch * self.tokens * self.width * itemsize
-
-    def problem(self) -> Problem:
-        return self._problem(self.batch, self.tokens)
-
-    def warm_up(self) -> Problem:
-        return self._problem(1, WARM_UP_TOKENS)
-
-    def _problem(self, batch: int, tokens: int) -> Problem:
-        backward = self.direction != "forward"
-        size = Size("", tokens, self.width)
-        return Problem(size, batch, getattr(torch, self.dtype), backward)
+    def problem(self, batch: int, tokens: int) -> Problem:
+        dtype, backward = getattr(torch, self.dtype), self.direction != "forward"
+        return Problem(Size(tokens, self.width), batch, dtype, backward, backend="cpu")
 
 
 def measure(case: Case, repeats: int = 3) -> dict[str, Any]:
@@ -61,31 +59,35 @@ def measure(case: Case, repeats: int = 3) -> dict[str, Any]:
         int(resident.run_alone("benchmarks.memory", *astuple(case)).split()[-1])
         for _ in range(repeats)
     ]
-    return {
-        "engine": case.engine,
-        "dtype": case.dtype,
-        "direction": case.direction,
-        "batch": case.batch,
-        "tokens": case.tokens,
-        "width": case.width,
-        "threads": case.threads,
-        "x_bytes": case.x_bytes,
+    itemsize: int = getattr(torch, case.dtype).itemsize
+    x_bytes = case.batch * case.tokens * case.width * itemsize
+    return asdict(case) | {
+        "x_bytes": x_bytes,
         "peak_bytes": int(statistics.median(found)),
         "peak_bytes_min": min(found),
         "peak_bytes_max": max(found),
-        "peak_in_x": statistics.median(found) / case.x_bytes,
+        "peak_in_x": statistics.median(found) / x_bytes,
         "repeats": repeats,
+        "torch": torch.__version__,
+        "isa": isa(),
     }
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Peaks in units of the bytes of x."""
+    names = ("engine", "direction", "batch", "tokens", "width", "threads")
+    lines = [[*(str(row[name]) for name in names), f"{row['peak_in_x']:.2f}"] for row in rows]
+    return markdown_table([[*names, "peak / x"], *lines], texts=(0, 1))
+
+
 def peak_growth(case: Case) -> int:
-    """Bytes of this process at their peak in one call, beyond what it has before and returns."""
+    """Bytes of this process at their peak during one call, beyond those before and the results."""
     torch.set_num_threads(case.threads)
-    problem = case.problem()
-    module = problem.module(case.engine)
+    problem, warm_up = case.problem(case.batch, case.tokens), case.problem(1, WARM_UP_TOKENS)
     with torch.set_grad_enabled(problem.backward):
-        case.warm_up().run(module)
-        peak, results = resident.peak_growth(lambda: problem.run(module))
+        module = problem.module(ENGINES[case.engine].layer)
+        warm_up.call(module)()
+        peak, results = resident.peak_growth(problem.call(module))
     return peak - sum(t.untyped_storage().nbytes() for t in results)
 
 

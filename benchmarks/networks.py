@@ -1,4 +1,4 @@
-"""A small image classifier whose token mixer is the only part that varies."""
+"""A small image classifier in which only the token mixer varies."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from swiftkernels import AdditiveAttention
 from swiftkernels.ops.additive_attention.reference import POOLINGS
+from swiftkernels.ops.types import Pooling
 from swiftkernels.testing.peers import PEERS
 
 WIDTH = 48
@@ -17,7 +18,7 @@ DEPTH = 2
 PATCH = 4
 
 
-def additive(pooling: str, dim: int) -> nn.Module:
+def additive(pooling: Pooling, dim: int) -> nn.Module:
     """The library's operator with one of its poolings, [B, N, dim] -> [B, N, dim]."""
     return AdditiveAttention(dim, dim, num_heads=1, pooling=pooling)
 
@@ -27,7 +28,7 @@ MIXERS: dict[str, Callable[[int], nn.Module] | None] = {
     **PEERS,
     "none": None,
 }
-"""A mixer of that width, [B, N, C] -> [B, N, C], by its name; none leaves the branch out."""
+"""A mixer of that width, [B, N, C] -> [B, N, C], by its name; none removes the branch."""
 
 
 class Block(nn.Module):
@@ -50,9 +51,9 @@ class Block(nn.Module):
 class Classifier(nn.Module):
     """4x4 patches, two blocks on the 7x7 tokens, the mean, and a head, [B, 1, 28, 28] -> [B, 10].
 
-    Before the mean, patches meet in the mixers alone: overlapping convolutions such as those of
-    SwiftFormer would do part of their work. They would also tell a token its place; an embedding
-    does that here.
+    Before the mean, patches interact only in the mixers: overlapping convolutions such as those of
+    SwiftFormer would do part of their work. They would also encode the positions of the tokens; an
+    embedding does that here.
 
     Args:
         mixer: a key of `MIXERS`.

@@ -1,4 +1,4 @@
-"""The plots of `benchmarks.tradeoff` and `benchmarks.cpu`, drawn from their CSV files alone.
+"""The plots of `benchmarks.tradeoff` and `benchmarks.cpu`, drawn only from their CSV files.
 
 `python -m benchmarks.plots results/` draws them again.
 """
@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import math
-import textwrap
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -16,11 +14,22 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import NullLocator
 from matplotlib.transforms import Bbox
 
-from benchmarks.speedups import COMBINED, OURS, Setting, Speedup, setting_of, speedups
-from swiftkernels.utils.files import save_figure
+from swiftkernels.testing.engines import OURS
+from swiftkernels.testing.plots import (
+    STYLES,
+    VERMILION,
+    Style,
+    add_caption,
+    add_title,
+    logarithmic,
+    new_figure,
+    speedups_figure,
+)
+from swiftkernels.testing.ratios import Setting, setting_of, speedups
+from swiftkernels.utils.files import read_csv, save_figure
 
 TRADEOFF_CSV = "tradeoff.csv"
 TOKENS_CSV = "tokens.csv"
@@ -29,68 +38,17 @@ ACCURACY_LATENCY = "accuracy_latency.png"
 LATENCY_TOKENS = "latency_tokens.png"
 CPU_SPEEDUPS = "cpu_speedups.png"
 
-NAMES = {
-    "additive_l2": "additive (l2)",
-    "additive_softmax": "additive (softmax)",
-    "additive_sum": "additive (sum)",
-    "additive_linear": "additive (linear)",
-    "mhsa": "self-attention",
-    "xca": "XCA",
-    "mdta": "MDTA",
-    "separable": "separable",
-    "linear": "linear",
-    "fastformer": "Fastformer",
-    "none": "no mixer",
-    "eager": "eager",
-    "published": "eager, as published",
-    "compile": "torch.compile",
-    "compile-max": "max-autotune, frozen",
-    "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
+RUNTIMES = ("onnxruntime", "openvino")
+"""Engines with a column for their version."""
+
+MIXERS = STYLES | {
+    "additive_l2": Style("additive (l2)", VERMILION, "o"),
+    "additive_softmax": Style("additive (softmax)", VERMILION, "s"),
+    "additive_sum": Style("additive (sum)", VERMILION, "^"),
+    "additive_linear": Style("additive (linear)", VERMILION, "v"),
+    "none": Style("no mixer", "#7F7F7F", "o"),
 }
-# Okabe and Ito's colours, which colour-blind readers can tell apart, the yellow darker so that it
-# reads as text; vermilion for the operator.
-COLOURS = {
-    "additive_l2": "#D55E00",
-    "additive_softmax": "#D55E00",
-    "additive_sum": "#D55E00",
-    "additive_linear": "#D55E00",
-    "mhsa": "#000000",
-    "xca": "#0072B2",
-    "mdta": "#56B4E9",
-    "separable": "#009E73",
-    "linear": "#CC79A7",
-    "fastformer": "#B8860B",
-    "none": "#7F7F7F",
-    "eager": "#D55E00",
-    "published": "#7F7F7F",
-    "compile": "#B8860B",
-    "compile-max": "#E69F00",
-    "onnxruntime": "#56B4E9",
-    "openvino": "#5E4FA2",
-}
-MARKERS = {
-    "additive_l2": "o",
-    "additive_softmax": "s",
-    "additive_sum": "^",
-    "additive_linear": "v",
-    "mhsa": "D",
-    "xca": "P",
-    "mdta": "X",
-    "separable": "h",
-    "linear": "p",
-    "fastformer": "d",
-    "none": "o",
-    "eager": "o",
-    "published": "s",
-    "compile": "^",
-    "compile-max": "v",
-    "onnxruntime": "X",
-    "openvino": "d",
-}
-PEERS = ("mhsa", "separable", "xca", "linear")
-"""Other operators in plots of additive attention."""
-INK = "#333333"
+"""The styles of token mixers."""
 
 
 def draw(folder: Path) -> list[Path]:
@@ -99,8 +57,8 @@ def draw(folder: Path) -> list[Path]:
     Raises:
         ValueError: a CSV file is missing or has no rows.
     """
-    accuracy = _read(folder / TRADEOFF_CSV)
-    tokens = _read(folder / TOKENS_CSV)
+    accuracy = read(folder / TRADEOFF_CSV)
+    tokens = read(folder / TOKENS_CSV)
     paths = [folder / ACCURACY_LATENCY, folder / LATENCY_TOKENS]
     for path, figure in zip(
         paths, (accuracy_latency(accuracy), latency_tokens(tokens)), strict=True
@@ -117,15 +75,22 @@ def draw_cpu(folder: Path) -> list[Path]:
     Raises:
         ValueError: the CSV file is missing or has no rows, or no comparison with the operator.
     """
-    rows = _read(folder / CPU_CSV, "benchmarks.cpu")
+    rows = read(folder / CPU_CSV, "benchmarks.cpu")
     rows = [row for row in rows if row["device"] == rows[-1]["device"]]
-    found = [s for s in speedups(rows) if s.engine not in COMBINED]
+    found = speedups(rows)
     if not found:
         raise ValueError(f"{folder / CPU_CSV} compares nothing with {OURS}.")
     paths = []
     for setting in dict.fromkeys(s.setting for s in found):
+        own = [s for s in found if s.setting == setting]
         last = next(row for row in reversed(rows) if setting_of(row) == setting)
-        figure = cpu_speedups([s for s in found if s.setting == setting], last)
+        parts = [
+            _machine(last),
+            *(f"{STYLES[e].name} {last[e]}" for e in RUNTIMES if any(s.engine == e for s in own)),
+            f"{last['isa']} kernels" if last["isa"] else "",
+        ]
+        title = f"Speed-up of {OURS} on a CPU, {setting.direction}"
+        figure = speedups_figure(own, title, ", ".join(filter(None, parts)) + ".")
         paths.append(folder / _speedups_name(setting))
         save_figure(figure, paths[-1], dpi=200, facecolor="white")
     return paths
@@ -147,7 +112,7 @@ def _speedups_name(setting: Setting) -> str:
 def accuracy_latency(rows: Sequence[dict[str, str]]) -> Figure:
     """Test accuracy against latency, one panel for each batch size in the columns."""
     batches = [c.removeprefix("batch").removesuffix("_ms") for c in rows[0] if c.endswith("_ms")]
-    figure, panels = _figure(5.4 * len(batches), 5.4, len(batches))
+    figure, (panels,) = new_figure(5.4 * len(batches), 5.4, columns=len(batches))
     seeds = int(rows[0]["seeds"])
     for batch, axes in zip(batches, panels, strict=True):
         points = []
@@ -162,19 +127,17 @@ def accuracy_latency(rows: Sequence[dict[str, str]]) -> Figure:
         axes.margins(x=0.16, y=0.12)
         _label_points(figure, axes, points, boxes)
     panels[0].set_ylabel("test accuracy, %")
-    for axes in panels[1:]:
-        axes.tick_params(labelleft=False)
     bars = "Across: median and interquartile range; up: "
     bars += f"mean ± sd of {seeds} seeds" if seeds > 1 else "one seed, without a spread"
     # What other test images would change, alike for all networks: one binomial standard deviation.
     share = sum(float(row["accuracy_mean"]) for row in rows) / len(rows)
     sampling = 100 * math.sqrt(share * (1 - share) / int(rows[0]["test_images"]))
-    _title(figure, "Accuracy against latency: networks that differ in the token mixer alone")
-    _caption(
+    add_title(figure, "Accuracy against latency: networks that differ only in the token mixer")
+    add_caption(
         figure,
         f"{bars}. {rows[0]['data']}: {int(rows[0]['train_images']):,} for training, "
         f"{int(rows[0]['test_images']):,} for the test "
-        f"(their choice alone: ±\u00a0{sampling:.1f}\u00a0points); {rows[0]['epochs']} epochs. "
+        f"(sampling error: ±\u00a0{sampling:.1f}\u00a0points); {rows[0]['epochs']} epochs. "
         f"{_machine(rows[0])}.",
     )
     return figure
@@ -182,7 +145,7 @@ def accuracy_latency(rows: Sequence[dict[str, str]]) -> Figure:
 
 def latency_tokens(rows: Sequence[dict[str, str]]) -> Figure:
     """Latency of the bare mixers against the number of tokens, both logarithmic."""
-    figure, (axes,) = _figure(8.2, 5.6, 1)
+    figure, ((axes,),) = new_figure(8.2, 5.6)
     lines = {}
     for mixer in dict.fromkeys(row["mixer"] for row in rows):
         own = [row for row in rows if row["mixer"] == mixer]
@@ -193,11 +156,11 @@ def latency_tokens(rows: Sequence[dict[str, str]]) -> Figure:
             tokens,
             [middle for _, middle, _ in intervals],
             yerr=_lengths(intervals),
-            color=COLOURS[mixer],
-            marker=MARKERS[mixer],
+            color=MIXERS[mixer].colour,
+            marker=MIXERS[mixer].marker,
             markersize=7 if ours else 5,
-            markerfacecolor="none" if _hollow(mixer) else COLOURS[mixer],
-            markeredgecolor=COLOURS[mixer] if _hollow(mixer) else "white",
+            markerfacecolor="none" if _hollow(mixer) else MIXERS[mixer].colour,
+            markeredgecolor=MIXERS[mixer].colour if _hollow(mixer) else "white",
             markeredgewidth=1,
             linewidth=2.6 if ours else 1.4,
             elinewidth=1,
@@ -206,18 +169,15 @@ def latency_tokens(rows: Sequence[dict[str, str]]) -> Figure:
         )
         lines[mixer] = (tokens[-1], intervals[-1][1])
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    logarithmic(axes)
     sizes = sorted({int(row["tokens"]) for row in rows})
     axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("tokens N")
     axes.set_ylabel("latency, ms")
     _label_ends(figure, axes, lines)
-    _title(figure, "Latency of the bare mixers")
-    _caption(
+    add_title(figure, "Latency of the bare mixers")
+    add_caption(
         figure,
         f"Forward, batch {rows[0]['batch']}, width {rows[0]['width']}. Medians and interquartile "
         f"ranges. {_machine(rows[0])}.",
@@ -225,84 +185,11 @@ def latency_tokens(rows: Sequence[dict[str, str]]) -> Figure:
     return figure
 
 
-def cpu_speedups(found: Sequence[Speedup], row: dict[str, str]) -> Figure:
-    """The operator's speed-up over every engine by shape, one panel for each batch size.
-
-    `found` is of one setting; `row` is a row of it, for the caption.
-    """
-    batches = sorted({s.shape.batch for s in found})
-    shapes = {b: sorted({s.shape for s in found if s.shape.batch == b}) for b in batches}
-    width = 3.2 + sum(1.2 + 0.36 * len(own) for own in shapes.values())
-    figure, panels = _figure(max(width, 7.6), 5.6, len(batches))
-    figure.subplots_adjust(bottom=1.85 / 5.6, right=1 - 2.0 / figure.get_figwidth())
-    grid = panels[0].get_gridspec()
-    assert grid is not None
-    grid.set_width_ratios([1 + len(own) for own in shapes.values()])
-    order = [e for e in NAMES if any(s.engine == e for s in found)]
-    order.sort(key=lambda engine: engine in PEERS)
-    for batch, axes in zip(batches, panels, strict=True):
-        for engine in order:
-            own = sorted(s for s in found if s.engine == engine and s.shape.batch == batch)
-            peer = engine in PEERS
-            axes.plot(
-                [shapes[batch].index(s.shape) for s in own],
-                [s.by_median for s in own],
-                color=COLOURS[engine],
-                marker=MARKERS[engine],
-                markersize=5 if peer else 6,
-                markeredgecolor="white",
-                linewidth=1 if peer else 1.6,
-                linestyle="--" if peer else "-",
-                label=NAMES[engine],
-                zorder=3 if peer else 4,
-            )
-        axes.axhline(1, color=INK, linewidth=1, zorder=2)
-        axes.set_yscale("log")
-        labels = [f"{s.tokens:,} x {s.width}" for s in shapes[batch]]
-        axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor")
-        axes.set_xlim(-0.6, len(labels) - 0.4)
-        axes.tick_params(axis="x", labelsize=8)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_xlabel(f"N x C at batch {batch}")
-    for axes in panels[1:]:
-        axes.tick_params(labelleft=False)
-    panels[0].set_ylabel(f"time / time of {OURS}")
-    legend = {
-        label: handle
-        for axes in panels
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        legend.values(),
-        legend.keys(),
-        loc="center left",
-        bbox_to_anchor=(1 - 1.95 / figure.get_figwidth(), 0.62),
-        fontsize=9,
-        labelcolor=INK,
-        frameon=False,
-    )
-    _title(figure, f"Speed-up of {OURS} on a CPU, {row['direction']}")
-    runtimes = [
-        f"{NAMES[e]} {row[e]}" for e in ("onnxruntime", "openvino") if e in order and row[e]
-    ]
-    kernels = [f"{row['isa']} kernels"] if row["isa"] else []
-    _caption(
-        figure,
-        "Ratio of medians measured in turn; above 1 the operator is faster. Dashed: other "
-        f"operators, eager. {', '.join([_machine(row), *runtimes, *kernels])}.",
-    )
-    return figure
-
-
-def _read(path: Path, command: str = "benchmarks.tradeoff") -> list[dict[str, str]]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; `python -m {command}` writes it.")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+def read(path: Path, command: str = "benchmarks.tradeoff") -> list[dict[str, str]]:
+    rows = read_csv(path)
     if not rows:
-        raise ValueError(f"{path} has no rows; run `python -m {command}` again.")
+        what = "has no rows" if path.is_file() else "is missing"
+        raise ValueError(f"{path} {what}; `python -m {command}` writes it.")
     return rows
 
 
@@ -320,42 +207,14 @@ def _machine(row: dict[str, str]) -> str:
     return f"{row['device']}, {threads}, {row['clock']}, {row['dtype']}, torch {row['torch']}"
 
 
-def _figure(width: float, height: float, panels: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height))
-    axes = list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
-    figure.subplots_adjust(
-        left=0.75 / width, right=1 - 0.2 / width, top=1 - 0.6 / height, bottom=1.1 / height,
-        wspace=0.06,
-    )  # fmt: skip
-    for a in axes:
-        a.spines[["top", "right"]].set_visible(False)
-        a.spines[["left", "bottom"]].set_color("#999999")
-        a.tick_params(colors=INK, labelsize=9)
-        a.grid(color="#E6E6E6", linewidth=0.7)
-        a.set_axisbelow(True)
-    return figure, axes
-
-
 def _hollow(mixer: str) -> bool:
-    """No mixer, and poolings beside the first: points of two poolings nearly coincide."""
+    """No mixer, and all poolings but the first: points of two poolings nearly coincide."""
     return mixer == "none" or (mixer.startswith("additive") and mixer != "additive_l2")
-
-
-def _title(figure: Figure, text: str) -> None:
-    x = figure.subplotpars.left
-    y = 1 - 0.18 / figure.get_figheight()
-    figure.text(x, y, text, fontsize=12, fontweight="bold", color=INK, va="top")
-
-
-def _caption(figure: Figure, text: str) -> None:
-    wrapped = textwrap.fill(text, int(figure.get_figwidth() * 15.5))
-    y = 0.12 / figure.get_figheight()
-    figure.text(figure.subplotpars.left, y, wrapped, fontsize=8, color="#666666", va="bottom")
 
 
 def _point(axes: Axes, mixer: str, x: tuple[float, float, float], mean: float, sd: float) -> None:
     ours = mixer.startswith("additive")
-    colour = COLOURS[mixer]
+    colour = MIXERS[mixer].colour
     hollow = _hollow(mixer)
     axes.errorbar(
         x[1],
@@ -363,7 +222,7 @@ def _point(axes: Axes, mixer: str, x: tuple[float, float, float], mean: float, s
         xerr=_lengths([x]),
         yerr=sd or None,
         color=colour,
-        marker=MARKERS[mixer],
+        marker=MIXERS[mixer].marker,
         markersize=9 if ours else 7,
         markerfacecolor={"none": "white"}.get(mixer, "none") if hollow else colour,
         markeredgecolor=colour if hollow else "white",
@@ -378,7 +237,7 @@ def _label_points(
     points: Sequence[tuple[str, float, float]],
     intervals: Sequence[tuple[float, float, float, float]],
 ) -> None:
-    """Put each name where it covers the least of the names, markers and bars already there."""
+    """Place each name where it covers the least of the other names, markers and bars."""
     figure.draw_without_rendering()
     frame = axes.get_window_extent()
     taken: list[Bbox] = []
@@ -396,9 +255,9 @@ def _label_points(
         style: dict[str, Any] = {
             "fontsize": 9,
             "fontweight": "bold" if mixer.startswith("additive") else "normal",
-            "color": COLOURS[mixer],
+            "color": MIXERS[mixer].colour,
         }
-        probe = figure.text(0, 0, NAMES[mixer], **style)
+        probe = figure.text(0, 0, MIXERS[mixer].name, **style)
         size = probe.get_window_extent()
         probe.remove()
         px, py = axes.transData.transform((x, y))
@@ -413,7 +272,7 @@ def _label_points(
         _, distance, box = min(spots, key=lambda spot: spot[0])
         taken.append(box)
         axes.annotate(
-            NAMES[mixer],
+            MIXERS[mixer].name,
             (x, y),
             xytext=((box.x0 - px) / pixels, (box.y0 - py) / pixels),
             textcoords="offset points",
@@ -426,7 +285,7 @@ def _label_points(
 def _leader(mixer: str) -> dict[str, Any]:
     return {
         "arrowstyle": "-",
-        "color": COLOURS[mixer],
+        "color": MIXERS[mixer].colour,
         "linewidth": 0.6,
         "shrinkA": 1,
         "shrinkB": 5,
@@ -440,7 +299,7 @@ def _overlap(a: Bbox, b: Bbox) -> float:
 
 
 def _label_ends(figure: Figure, axes: Axes, ends: dict[str, tuple[int, float]]) -> None:
-    """Names right of the lines' ends, pushed apart, with thin leaders to those that moved."""
+    """Names to the right of the lines' ends, moved apart, with thin leaders."""
     figure.subplots_adjust(right=1 - 1.95 / figure.get_figwidth())
     figure.draw_without_rendering()
     bottom, top = axes.get_ylim()
@@ -463,13 +322,13 @@ def _label_ends(figure: Figure, axes: Axes, ends: dict[str, tuple[int, float]]) 
         ours = mixer.startswith("additive")
         fraction = place / height
         axes.annotate(
-            NAMES[mixer],
+            MIXERS[mixer].name,
             (x, y),
             xytext=(1.04, fraction),
             textcoords="axes fraction",
             fontsize=9,
             fontweight="bold" if ours else "normal",
-            color=COLOURS[mixer],
+            color=MIXERS[mixer].colour,
             va="center",
             arrowprops={**_leader(mixer), "relpos": (0, 0.5)},
             annotation_clip=False,

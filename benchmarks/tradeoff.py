@@ -1,4 +1,4 @@
-"""Accuracy against latency of small networks that differ in their token mixer alone.
+"""Accuracy against latency of small networks that differ only in their token mixer.
 
 `python -m benchmarks.tradeoff` trains each on Fashion-MNIST with several seeds, times the trained
 networks and the bare mixers, and writes tradeoff.csv, tokens.csv and two plots drawn from them.
@@ -23,9 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import plots, timing
+from benchmarks import plots
 from benchmarks.data import Dataset, Split, load
 from benchmarks.networks import MIXERS, WIDTH, Classifier
+from swiftkernels.backends import devices
+from swiftkernels.testing.timing import Call, Stopwatch, Timing, clock_name, interleave
 from swiftkernels.utils import progress
 from swiftkernels.utils.files import write_csv
 
@@ -35,7 +37,7 @@ BATCHES = (1, 32)
 SIDES = (7, 14, 28, 56, 112)
 """Sides of the square grids of tokens at which the bare mixers are timed."""
 LONGEST_CALL = 2.0
-"""Seconds: a mixer leaves the comparison once a call at the next size could take longer."""
+"""Seconds: a mixer is dropped once a call at the next size could take longer."""
 
 BATCH = 64
 LEARNING_RATE = 5e-3
@@ -54,7 +56,7 @@ class Settings:
     """Images of each class in training and test; None for all."""
     device: str = "cpu"
     threads: int = 1
-    """While timing. Training has one a worker: accuracies do not depend on the number of cores."""
+    """While timing. Workers train with one: accuracies do not depend on the number of cores."""
     workers: int = 1
     sides: tuple[int, ...] = SIDES
     seconds: float = 6.0
@@ -79,9 +81,9 @@ class Trained(NamedTuple):
 
     job: Job
     accuracy: float
-    """Share of the test images classified rightly."""
+    """Share of the test images classified correctly."""
     weights: dict[str, np.ndarray]
-    """State dict; numpy, which passes between processes without shared memory."""
+    """State dict; as NumPy arrays, which pass between processes without shared memory."""
 
 
 def run(settings: Settings) -> None:
@@ -106,7 +108,7 @@ def run(settings: Settings) -> None:
 
 
 def train_all(settings: Settings, dataset: Dataset) -> list[Trained]:
-    """Train every mixer with every seed, the seeds outermost."""
+    """Train every mixer with every seed; the seeds are the outer loop."""
     jobs = [Job(m, seed) for seed in range(settings.seeds) for m in settings.mixers]
     one_by_one = settings.workers == 1
     training = (
@@ -206,7 +208,7 @@ def train(job: Job, settings: Settings, dataset: Dataset, position: int) -> Trai
 
 @torch.no_grad()
 def evaluate(model: Classifier, split: Split, device: torch.device) -> float:
-    """Share of the images that `model` classifies rightly."""
+    """Share of the images that `model` classifies correctly."""
     model.eval()
     images, labels = to_tensors(split, device)
     guesses = torch.cat([model(x).argmax(1) for x in images.split(500)])
@@ -235,7 +237,7 @@ def time_networks(
     for batch in progress.track(BATCHES, "batch sizes", "timing networks", leave=True):
         x = images[torch.arange(batch, device=images.device) % len(images)]
         calls = {mixer: _bind(network, x) for mixer, network in networks.items()}
-        timings[batch] = timing.interleave(calls, settings.device, settings.seconds)
+        timings[batch] = interleave(calls, Stopwatch(settings.device), settings.seconds)
     rows = []
     for mixer in settings.mixers:
         accuracies = [t.accuracy for t in trained if t.job.mixer == mixer]
@@ -277,14 +279,14 @@ def time_mixers(settings: Settings) -> list[dict[str, Any]]:
             for mixer in list(modules):
                 if last[mixer] * growth > LONGEST_CALL:
                     print(
-                        f"{mixer} is not timed from {side**2} tokens on: "
+                        f"{mixer} is not timed from {side**2} tokens up: "
                         f"a call could take over {LONGEST_CALL:g} s."
                     )
                     del modules[mixer]
         x = torch.randn(1, side**2, WIDTH, generator=torch.Generator().manual_seed(0))
         x = x.to(settings.device)
         calls = {mixer: _bind(module, x) for mixer, module in modules.items()}
-        timings = timing.interleave(calls, settings.device, settings.seconds)
+        timings = interleave(calls, Stopwatch(settings.device), settings.seconds)
         for mixer, times in timings.items():
             last[mixer] = times.median
             rows.append(
@@ -301,11 +303,11 @@ def time_mixers(settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
-def _bind(module: torch.nn.Module, x: Tensor) -> timing.Call:
+def _bind(module: torch.nn.Module, x: Tensor) -> Call:
     return lambda: module(x)
 
 
-def _quartiles(name: str, times: timing.Timing) -> dict[str, float]:
+def _quartiles(name: str, times: Timing) -> dict[str, float]:
     """Median and quartiles in milliseconds."""
     lower, median, upper = statistics.quantiles([1e3 * s for s in times.samples], n=4)
     return {name: median, f"{name}_q25": lower, f"{name}_q75": upper}
@@ -313,13 +315,9 @@ def _quartiles(name: str, times: timing.Timing) -> dict[str, float]:
 
 def _machine(settings: Settings) -> dict[str, Any]:
     return {
-        "device": timing.device_name(settings.device),
+        "device": devices.name(torch.device(settings.device)),
         "threads": settings.threads,
-        "clock": (
-            "process time"
-            if settings.threads == 1 and torch.device(settings.device).type == "cpu"
-            else "wall time"
-        ),
+        "clock": clock_name(settings.device),
         "dtype": "float32",
         "torch": torch.__version__,
     }
@@ -366,7 +364,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="a look at it: fewer images, epochs, seeds and tokens")
+    add("--quick", action="store_true", help="a short run: fewer images, epochs, seeds and tokens")
     add("--seeds", type=positive, help="networks per mixer (default 3; quick 2)")
     add("--epochs", type=positive, help="default 8; quick 5")
     add(
@@ -381,7 +379,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     add("--out", type=Path, default=Path("results"), help="folder to write to (%(default)s)")
     add("--device", type=_device, default="cpu", help="cpu (default), cuda or cuda:N")
     add("--threads", type=positive, default=1, help="while timing on a CPU (%(default)s)")
-    workers_help = "networks trained at a time, one thread each (default: one a core; 1 on CUDA)"
+    workers_help = "networks trained at a time, one thread each (default: one per core; 1 on CUDA)"
     add("--workers", type=positive, help=workers_help)
     given = parser.parse_args(arguments)
     if given.out.exists() and not given.out.is_dir():
@@ -408,9 +406,9 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
+    """An integer of at least 1, for argparse."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on; got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1; got {text!r}")
     return int(text)
 
 
@@ -423,7 +421,7 @@ def _device(text: str) -> str:
         raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N; got {text!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices"
+            f"{text!r} does not exist: torch sees {torch.cuda.device_count()} CUDA devices"
         )
     return text
 

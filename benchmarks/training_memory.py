@@ -1,4 +1,4 @@
-"""Peak memory of a training step of SwiftFormer-XS on a CPU: this library's model beside timm's.
+"""Peak memory of a training step of SwiftFormer-XS on a CPU: this library's model and timm's.
 
 `python -m benchmarks.training_memory` needs timm, which may lack torchvision, and writes
 training_memory.csv. Every model has timm's weights and runs in a process of its own. A step is
@@ -25,6 +25,7 @@ import swiftkernels
 from benchmarks import resident
 from swiftkernels import models
 from swiftkernels.backends.cpu import library
+from swiftkernels.testing.harness import isa
 from swiftkernels.utils.files import write_csv
 from swiftkernels.utils.progress import track
 
@@ -99,7 +100,7 @@ def measure_here(name: str, batch: int, side: int, threads: int) -> tuple[int, f
 
 
 def measure(name: str, batch: int, side: int, threads: int, repeats: int) -> dict[str, Any]:
-    """The model as a row, each repeat in a process of its own.
+    """The model as a row; each repeat runs in a process of its own.
 
     Raises:
         RuntimeError: a process failed.
@@ -111,7 +112,6 @@ def measure(name: str, batch: int, side: int, threads: int, repeats: int) -> dic
         peak, loss = printed.split()[-2:]
         peaks.append(int(peak))
         losses.append(float(loss))
-    kernels = library.loaded()
     return {
         "model": name,
         "batch": batch,
@@ -124,7 +124,7 @@ def measure(name: str, batch: int, side: int, threads: int, repeats: int) -> dic
         "repeats": repeats,
         "threads": threads,
         "processor": library.processor_name(),
-        "isa": kernels.name if kernels else "",
+        "isa": isa(),
         "torch": torch.__version__,
     }
 
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--threads", type=int, default=1, help="(%(default)s)")
     add("--repeats", type=int, default=1, help="processes for each model (%(default)s)")
     add("--out", type=Path, default=Path("results"), help="folder to write to (%(default)s)")
-    add("--one", choices=MODELS, metavar="MODEL", help="print bytes and loss of this one alone")
+    add("--one", choices=MODELS, metavar="MODEL", help="print bytes and loss of this model only")
     given = parser.parse_args(arguments)
     if given.one:
         print(*measure_here(given.one, given.batch, given.side, given.threads))

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import swiftkernels
-from benchmarks import timing
-from benchmarks.engines import isa
+from swiftkernels.backends import devices
+from swiftkernels.testing.harness import isa
+from swiftkernels.testing.timing import Stopwatch, clock_name, interleave
 from swiftkernels.utils.files import write_csv
 from swiftkernels.utils.progress import Progress
 
@@ -96,7 +97,7 @@ def measure(name: str, batch: int, direction: str, seconds: float) -> list[dict[
     error = ((out - expected).abs().max() / expected.abs().max()).item()
     if not error <= TOLERANCE:
         raise RuntimeError(f"swiftformer_{name}: the outputs differ by {error:.1e}")
-    timings = timing.interleave(calls(models, images, direction), "cpu", seconds, min_rounds=5)
+    timings = interleave(calls(models, images, direction), Stopwatch("cpu"), seconds, min_rounds=5)
     return [
         {
             "network": f"swiftformer_{name}",
@@ -111,8 +112,8 @@ def measure(name: str, batch: int, direction: str, seconds: float) -> list[dict[
             "rounds": len(found.samples),
             "difference": error,
             "threads": torch.get_num_threads(),
-            "clock": timing.clock_name("cpu"),
-            "device": timing.device_name("cpu"),
+            "clock": clock_name("cpu"),
+            "device": devices.name(torch.device("cpu")),
             "isa": isa(),
             "torch": torch.__version__,
         }

@@ -1,50 +1,27 @@
-"""What the attention of a SwiftFormer sees: tokens of real photographs, stage by stage.
+"""Inputs of the attentions in a SwiftFormer: tokens of real photographs, stage by stage.
 
-The two photographs that come with scikit-learn pass the convolutions a SwiftFormer has between its
-input and the attention of each stage, randomly initialised, with the statistics of their BatchNorms
-taken from the photographs. The blocks of the network are left out: tokens keep the correlations of
-a photograph and unit scale without them.
+The two photographs that come with scikit-learn pass the convolutions that a SwiftFormer has between
+its input and the attention of each stage. Their weights are random, and their BatchNorms have the
+statistics of the photographs. The network's blocks are skipped: the tokens keep the correlations of
+a photograph, and unit scale.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from swiftkernels.tools.bench import WIDTHS
-
-IMAGE_SIZE = 224
+from swiftkernels.testing.operators import IMAGE_SIZE, SWIFTFORMER_WIDTHS, Size, Stage
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Where in a SwiftFormer an attention stands."""
-
-    model: str
-    """A key of `WIDTHS`."""
-    index: int
-    """0 to 3"""
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}-{self.index + 1}"
-
-    @property
-    def width(self) -> int:
-        """C"""
-        return WIDTHS[self.model][self.index]
-
-    @property
-    def tokens(self) -> int:
-        """N: the stem divides the image's sides by 4, each further stage by 2."""
-        return (IMAGE_SIZE // 4 // 2**self.index) ** 2
-
-
-STAGES = tuple(Stage(model, index) for model in WIDTHS for index in range(4))
+def size_tokens(
+    size: Size, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Tensor | None:
+    """The tokens of photographs with this size; None if no stage has it."""
+    return stage_tokens(size.stage, batch, dtype, device) if size.stage else None
 
 
 @functools.cache
@@ -54,7 +31,7 @@ def stage_tokens(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The tokens of `batch` photographs at a stage, [B, N, C], contiguous. Shared: do not change.
+    """The tokens of `batch` photographs at a stage, [B, N, C], contiguous. Cached: do not modify.
 
     Example:
         >>> stage_tokens(Stage("XS", 3), 2).shape
@@ -67,7 +44,7 @@ def stage_tokens(
 
 @functools.cache
 def photographs(batch: int) -> Tensor:
-    """Normalised crops at fixed random places, every other one mirrored, [B, 3, 224, 224]."""
+    """Normalised crops at fixed random positions, every second pair mirrored, [B, 3, 224, 224]."""
     generator = torch.Generator().manual_seed(0)
     images = [
         torch.from_numpy(image.copy()).permute(2, 0, 1) for image in load_sample_images().images
@@ -87,8 +64,8 @@ def photographs(batch: int) -> Tensor:
 
 @functools.cache
 def _layers(model: str) -> nn.Sequential:
-    """One module per stage: the stem, then the convolutions that halve the sides."""
-    widths = WIDTHS[model]
+    """One module per stage: the stem, then the convolutions that halve both sides."""
+    widths = SWIFTFORMER_WIDTHS[model]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         stem = nn.Sequential(
@@ -103,7 +80,7 @@ def _layers(model: str) -> nn.Sequential:
 
 
 def _halve(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
-    # Momentum 1: one pass in training mode leaves that batch's own statistics.
+    # Momentum 1: one pass in training mode sets the statistics to those of its batch.
     return (
         nn.Conv2d(inputs, outputs, 3, stride=2, padding=1),
         nn.BatchNorm2d(outputs, momentum=1.0),

@@ -10,16 +10,17 @@ from __future__ import annotations
 import argparse
 import csv
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from swiftkernels.testing.ratios import Setting, Speedup, setting_of, speedups
+
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 RESULTS = DOCS / "results"
-sys.path.insert(0, str(ROOT))
 
-from benchmarks.speedups import Setting, Speedup, geometric_mean, setting_of, speedups  # noqa: E402
 
 _MARKED = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end of figures -->)", re.S)
 
@@ -73,7 +74,7 @@ def _speedups(found: Sequence[Speedup]) -> str:
             [
                 f"{setting.direction}, {setting.dtype}, {threads}",
                 ENGINES[engine],
-                f"{geometric_mean([s.by_median for s in own]):.2f} x",
+                f"{statistics.geometric_mean([s.by_median for s in own]):.2f} x",
                 _with_shape(worst),
                 _with_shape(best),
                 str(len(own)),

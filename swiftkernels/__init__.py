@@ -1,7 +1,12 @@
 """Fused kernels for SwiftFormer's efficient additive attention (arXiv 2303.15446)."""
 
+import importlib
+import types
+import typing
+
 from swiftkernels.backends.cache import weights_changed
-from swiftkernels.integrations.accelerate import accelerate, register
+from swiftkernels.integrations.accelerate import accelerate
+from swiftkernels.integrations.transformers import register
 from swiftkernels.integrations.warmup import warmup
 from swiftkernels.ops.additive_attention.api import (
     AttentionOutput,
@@ -12,6 +17,9 @@ from swiftkernels.ops.additive_attention.layer import AdditiveAttention
 from swiftkernels.ops.separable_attention.layer import SeparableAttention
 from swiftkernels.ops.separable_attention.op import separable_attention
 from swiftkernels.tools.doctor import doctor
+
+if typing.TYPE_CHECKING:
+    from swiftkernels.integrations import export as export
 
 __version__ = "0.1.0"
 
@@ -28,3 +36,10 @@ __all__ = [
     "warmup",
     "weights_changed",
 ]
+
+
+def __getattr__(name: str) -> types.ModuleType:
+    # `from swiftkernels import export` works, but `import swiftkernels` does not load it.
+    if name == "export":
+        return importlib.import_module("swiftkernels.integrations.export")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,17 +16,15 @@ from swiftkernels import additive_self_attention
 from swiftkernels.ops import plan
 from swiftkernels.ops.additive_attention.cpu import config, launch
 from swiftkernels.ops.additive_attention.cpu.packing import FOLDED, PLAIN, TRIANGULAR
-from swiftkernels.tools.verify import budget
-from tests.cases import (
+from swiftkernels.testing.cases import (
     POOLINGS,
     SELF_NAMES,
-    assert_as_good_as_eager,
     convert,
     forward_backward,
     make_mask,
     make_tensors,
-    relative_error,
 )
+from swiftkernels.testing.tolerance import assert_as_good_as_eager, budget, relative_error
 
 Tensors = list[Tensor | None]
 

@@ -1,4 +1,4 @@
-"""Small trainings, in this process or, as `python -m tests.training_cases`, in one to be killed."""
+"""Small trainings; `python -m tests.training_cases` runs one in a process that may be killed."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ RECIPE = Recipe(
 
 
 class Garments:
-    """Fashion-MNIST, some images of each class, shifted at random in training."""
+    """Some images of each class of Fashion-MNIST, randomly shifted in training."""
 
     classes = tuple(range(10))
 
-    def __init__(self, side: int, per_class: int, training: bool, dies_after: int = -1) -> None:
+    def __init__(self, side: int, per_class: int, training: bool, kill_after: int = -1) -> None:
         split = data.load().train if training else data.load().test
         split = split.per_class(per_class)
         images = torch.tensor(split.images, dtype=torch.float32)[:, None] / 255 - 0.3
         self.images = F.interpolate(images, (side, side), mode="bilinear").expand(-1, 3, -1, -1)
         self.labels = split.labels.tolist()
         self.training = training
-        self.left = dies_after
+        self.left = kill_after
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,8 +62,8 @@ class Garments:
         return image, self.labels[index]
 
 
-def run(name: str, out: Path, dies_after: int = -1, **changes: Any) -> list[dict[str, Any]]:
-    """Train the small model or XS; it kills its process when it loads that many images."""
+def run(name: str, out: Path, kill_after: int = -1, **changes: Any) -> list[dict[str, Any]]:
+    """Train "small" or "xs"; kills this process when it loads image number `kill_after`."""
     torch.manual_seed(0)
     if name == "small":
         model: nn.Module = models.SwiftFormer(
@@ -74,7 +74,7 @@ def run(name: str, out: Path, dies_after: int = -1, **changes: Any) -> list[dict
         model = models.swiftformer_xs(num_classes=10, drop_path_rate=0.1, distillation=False)
         side, per_class = 64, 32
     recipe = replace(RECIPE, out=out, **changes)
-    train_set = Garments(side, per_class, True, dies_after)
+    train_set = Garments(side, per_class, True, kill_after)
     return train(recipe, model, train_set, Garments(side, 4, False))
 
 

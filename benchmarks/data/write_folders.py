@@ -1,4 +1,4 @@
-"""The images that come along as folders train/CLASS/*.png and val/CLASS/*.png.
+"""The bundled images as folders train/CLASS/*.png and val/CLASS/*.png.
 
 `python -m benchmarks.data.write_folders FOLDER` gives `python -m swiftkernels.training` something
 to try.

@@ -1,10 +1,10 @@
-"""Compile every Triton kernel for GPUs that are not there, and read what the binaries use.
+"""Cross-compile every Triton kernel, and read what the binaries use. No GPU is needed.
 
-`python -m benchmarks.gpu.cross_compile` records what the additive attention would launch for each
-width and type, compiles it for each architecture with Triton's own ptxas and LLVM, and keeps
-what it finds in docs/results/gpu_kernels.json: registers, spills, shared memory, tensor-core
+`python -m benchmarks.gpu.cross_compile` records what additive attention would launch for each width
+and dtype, compiles it for each architecture with Triton's own ptxas and LLVM, and writes the
+results to docs/results/gpu_kernels.json: registers, spills, shared memory, tensor-core
 instructions, the widest loads and stores. A second run compiles only what has changed. From that
-file it writes the tables of docs/gpu_kernels.md. No GPU and no driver are needed.
+file it writes the tables of docs/gpu_kernels.md. No driver is needed either.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
+from benchmarks.gpu import calls
 from swiftkernels.ops.additive_attention.triton import config, launch
-from swiftkernels.ops.additive_attention.weights import Options
+from swiftkernels.ops.types import Pooling
+from swiftkernels.testing.cases import make_mask, make_tensors
 from swiftkernels.utils.files import write_text
 from swiftkernels.utils.progress import Progress, track
 
 Facts = dict[str, Any]
-"""What is known of one compiled kernel; the keys are listed at `facts`."""
+"""What one compiled kernel uses; the keys are explained at `facts`."""
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -89,7 +91,7 @@ ARCHITECTURES = {
 """In the order in which they are compiled."""
 
 UNSUPPORTED = ("sm_75",)
-"""Compiled to be able to say why; the library gives such GPUs to other backends."""
+"""Compiled only to explain why; on such GPUs the library uses other backends."""
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -97,7 +99,7 @@ WIDTHS = (48, 56, 64, 96, 112, 128, 168, 192, 220, 224, 320, 384, 512)
 """Of the public SwiftFormers and of the usual transformers; 220 is no multiple of 8."""
 
 ODD_WIDTHS = (37, 40)
-"""For sm_80 alone: what a width that is no multiple of anything costs, and its neighbour."""
+"""For sm_80 only: the cost of an odd width, and a similar even width."""
 
 UNSUPPORTED_WIDTHS = (48, 128)
 
@@ -137,7 +139,7 @@ def launches_of(
     dtype: torch.dtype,
     *,
     class_: str = "large",
-    pooling: str = "l2",
+    pooling: Pooling = "l2",
     images: bool = False,
     masked: bool = False,
 ) -> list[Launch]:
@@ -147,22 +149,16 @@ def launches_of(
     `images`, a transposed [2, width, 64]. Neither number enters the kernels.
     """
 
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
-    x = zeros(2, width, 64).transpose(1, 2) if images else zeros(2, 64, width)
-    matrix, vector = zeros(width, width), zeros(width)
-    tensors = (x, matrix, vector, matrix, vector, vector, matrix, vector, matrix, vector)
-    mask = torch.ones(2, 64, dtype=torch.bool) if masked else None
-    options = Options(pooling, True, width**-0.5, 1e-12)
+    tensors = make_tensors(2, 64, width, width, dtype=dtype)
+    x = tensors[0]
+    assert x is not None
+    if images:
+        tensors[0] = x.transpose(1, 2).contiguous().transpose(1, 2)
+    mask = make_mask(2, 64) if masked else None
     on_class = mock.patch.object(config, "architecture", return_value=class_)
-    launch.forget_plans()  # whose key is the device, and here that is always the CPU
+    launch.forget_plans()  # their key is the device, which is always the CPU here
     with on_class, recorded_launches() as launches:
-        out, *rest = launch.additive_self_attention_forward(*tensors, mask, options)
-        saved = (rest[0], rest[1], rest[2])
-        launch.additive_self_attention_backward(
-            torch.zeros_like(out), *tensors, mask, saved, options, True, True
-        )
+        calls.forward(tensors, mask, pooling)()
     return launches
 
 
@@ -196,7 +192,7 @@ def compile_launch(recorded: Launch, architecture: Architecture) -> Any:
 
 
 def digest(recorded: Launch) -> str:
-    """Of all that decides what is compiled: sources, constants, types, alignments, Triton."""
+    """A hash of what decides the result: sources, constants, dtypes, alignments, Triton."""
     text = [triton.__version__, *_sources(recorded.kernel)]
     for name, value in sorted(recorded.arguments.items()):
         if isinstance(value, Tensor):
@@ -211,7 +207,7 @@ def _is_constexpr(kernel: JITFunction, name: str) -> bool:
 
 
 def _sources(kernel: JITFunction) -> list[str]:
-    """The source of a kernel and of the functions that it calls, without their place in a file."""
+    """The sources of a kernel and of the functions that it calls."""
     found: dict[str, str] = {}
 
     def visit(function: JITFunction) -> None:
@@ -300,7 +296,7 @@ def _amd_bits(op: str) -> int:
 
 
 class Cell(NamedTuple):
-    """What is compiled and judged together: all launches of one forward and backward."""
+    """All launches of one forward and backward, which are compiled and judged together."""
 
     architecture: Architecture
     dtype: str
@@ -319,7 +315,7 @@ def grid(
     dtypes: Sequence[str] = tuple(DTYPES),
     widths: Sequence[int] = (*WIDTHS, *ODD_WIDTHS),
 ) -> list[Cell]:
-    """Every cell of these that there is."""
+    """All combinations of these that are compiled."""
     return [
         Cell(ARCHITECTURES[architecture], dtype, width)
         for architecture, dtype, width in itertools.product(architectures, dtypes, widths)
@@ -332,16 +328,17 @@ def examine(recorded: Launch, architecture: Architecture) -> Facts:
     """The facts of one launch; {"error": first line} where it does not compile."""
     try:
         return facts(compile_launch(recorded, architecture), architecture)
-    except Exception as error:  # whatever the compiler raises is the finding
+    except Exception as error:  # any error of the compiler is a result
         lines = str(error).strip().splitlines() or [""]
         return {"error": f"{type(error).__name__}: {lines[0]}"}
 
 
 def problems(cell: Cell, recorded: Launch, found: Facts) -> list[str]:
-    """What is wrong with a compiled kernel; empty if nothing is.
+    """The problems of a compiled kernel.
 
-    It has to compile, to fit into shared memory, to keep everything in registers; half precision
-    has to run on tensor cores, and tokens to be read 128 bits at a time, or what their row allows.
+    It has to compile, to fit into shared memory, and to keep everything in registers. In half
+    precision it has to use tensor cores. It has to read tokens 128 bits at a time, or as their
+    alignment allows.
     """
     if "error" in found:
         return ["does not compile"]
@@ -364,7 +361,7 @@ def row_alignment(width: int, dtype: str) -> int:
 
 
 class Known(NamedTuple):
-    """Kernels that are not as they should be, and why they stay so."""
+    """A problem that is accepted for some kernels, and the reason."""
 
     problem: str
     kernels: tuple[str, ...]
@@ -445,7 +442,7 @@ KNOWN = (
 
 
 def unexpected(cell: Cell, recorded: Launch, found: Facts) -> list[str]:
-    """The problems that are not known."""
+    """The problems that are not in `KNOWN`."""
     return [
         problem
         for problem in problems(cell, recorded, found)
@@ -462,7 +459,7 @@ class Results:
         self.entries: dict[str, Facts] = json.loads(path.read_text()) if path.exists() else {}
 
     def get(self, cell: Cell, recorded: Launch) -> Facts | None:
-        """The facts of this very launch; None if it has changed or was never compiled."""
+        """The facts of this launch; None if it has changed or was never compiled."""
         entry = self.entries.get(cell.key(recorded))
         return entry if entry and entry["digest"] == digest(recorded) else None
 
@@ -471,14 +468,14 @@ class Results:
         self.entries[cell.key(recorded)] = entry | found
 
     def save(self) -> None:
-        """Write the file as a whole, so that a run cut off leaves one that can be read."""
+        """Write the complete file, so that an interrupted run leaves a readable one."""
         lines = (f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(self.entries.items()))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def compile_all(cells: Sequence[Cell], results: Results) -> None:
-    """Compile what has changed, cell by cell, and keep the facts."""
+    """Compile what has changed, cell by cell, and save the facts."""
     pending = [
         (cell, [recorded for recorded in cell.launches if results.get(cell, recorded) is None])
         for cell in track(cells, "cells", "looking for changes")

@@ -1,14 +1,14 @@
-"""What PyTorch's own operators read and write, one kernel an operator, counted without running.
+"""Counts what PyTorch's own operators read and write, one kernel each, without running them.
 
-On meta tensors there are no data, so any size takes milliseconds:
+Meta tensors have no data, so any size takes milliseconds:
 
     with EagerTraffic() as traffic:
         module(torch.empty(8, 3136, 48, device="meta"))
     traffic.launches, traffic.bytes
 
-Every operator that is no view and no allocation is one kernel, which reads the distinct elements of
-its inputs and writes its outputs. Some operators are several kernels on a GPU, and kernels may read
-an input twice: both make this an underestimate.
+Every operator that is neither a view nor an allocation counts as one kernel, which reads the
+distinct elements of its inputs and writes its outputs. Some operators are several kernels on a GPU,
+and kernels may read an input twice: the counts are underestimates.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NO_KERNEL = {
     "new_empty",
     "new_empty_strided",
 }
-"""Views that are not marked as such, and allocations."""
+"""Views that PyTorch does not mark as views, and allocations."""
 
 _FILLS = ("zero", "ones", "full", "fill", "scalar_tensor", "new_zeros", "new_ones", "new_full")
 _MATMULS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv")
@@ -62,7 +62,7 @@ class Operator(NamedTuple):
 
 
 class EagerTraffic(TorchDispatchMode):
-    """Records the PyTorch operators inside that launch a kernel."""
+    """Records the PyTorch operators inside this context that launch a kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,9 +124,9 @@ def distinct_bytes(t: Tensor) -> int:
 
 
 def count(module: nn.Module, x: Tensor, backward: bool) -> EagerTraffic:
-    """The operators of one call of the module, on the device "meta" both.
+    """The operators of one call of the module; both are on the device "meta".
 
-    With `backward` the gradients of x and of all parameters too, from a gradient in memory.
+    With `backward` also those of the gradients of x and of all parameters.
     """
     with torch.set_grad_enabled(backward), _FusedAttention(), EagerTraffic() as traffic:
         out = module(x.detach().requires_grad_(backward))
@@ -139,9 +139,9 @@ def count(module: nn.Module, x: Tensor, backward: bool) -> EagerTraffic:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Scaled dot-product attention as the fused kernel that a GPU has for it.
+    """Scaled dot-product attention as the fused kernel of a GPU.
 
-    For meta tensors PyTorch would take the one that writes all N x N scores.
+    For meta tensors PyTorch would choose the form that writes all N x N scores.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

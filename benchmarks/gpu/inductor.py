@@ -1,15 +1,15 @@
-"""What torch.compile would launch for a CUDA GPU, and the bytes of it, without one.
+"""Counts the kernels that torch.compile would launch on a CUDA GPU, and their bytes, without a GPU.
 
-Inductor is given fake tensors on a made-up H100 and writes the code that it would run there;
-nothing is compiled further or run. The launches are counted in that code, the bytes by Inductor's
-own count of the buffers that every kernel of it reads and writes.
+Inductor gets fake tensors on a simulated H100 and writes the code that it would run there; nothing
+is compiled further or run. The launches are counted in that code. The bytes are Inductor's own
+count of the buffers that each kernel reads and writes.
 
     python -m benchmarks.gpu.inductor '[[8, 3136, 48, "float16", false]]'
 
-takes cases [batch, tokens, width, dtype, backward] and prints one JSON object a case. It patches
+takes cases [batch, tokens, width, dtype, backward] and prints one JSON object per case. It patches
 much of PyTorch and must not see Triton's interpreter: `count` runs it in a process of its own. A
-forward and its backward are compiled as one graph, which spares Inductor to write and read again
-what a backward keeps of a forward: an underestimate.
+forward and its backward are compiled as one graph. The graph need not write and read again what a
+backward keeps of a forward, so the counts are underestimates.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """What Inductor makes of a case."""
+    """What Inductor would launch in a case."""
 
     launches: int
     matmuls: int
@@ -52,10 +52,10 @@ class Counted(NamedTuple):
 
 
 def count(cases: Iterable[Case]) -> Iterator[tuple[Case, Counted]]:
-    """What Inductor makes of the layer's plain definition, case by case as they are ready.
+    """What Inductor would launch for the layer's eager definition, case by case as they finish.
 
     Raises:
-        RuntimeError: the process failed, with what it said.
+        RuntimeError: the process failed; with its error output.
     """
     cases = list(cases)
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -77,7 +77,7 @@ def count(cases: Iterable[Case]) -> Iterator[tuple[Case, Counted]]:
 def _count(case: Case) -> Counted:
     graph, shapes = _traced(case)
     found: list[Counted] = []
-    with _made_up_gpu(), _counting(found):
+    with _simulated_gpu(), _counting(found):
         from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -91,7 +91,7 @@ def _count(case: Case) -> Counted:
 
 
 def _traced(case: Case) -> tuple[torch.fx.GraphModule, list[Tensor]]:
-    """The plain layer as a graph of operators, and its inputs as meta tensors."""
+    """The eager layer as a graph of operators, and its inputs as meta tensors."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     dtype = getattr(torch, case.dtype)
@@ -131,7 +131,7 @@ class _CodeIsWritten(BaseException):
 
 @contextlib.contextmanager
 def _counting(found: list[Counted]) -> Iterator[None]:
-    """Leave Inductor as soon as the code is written, with what is to be known of it."""
+    """Record the counts as soon as the code is written, and stop Inductor there."""
     from torch._inductor import config
     from torch._inductor.graph import GraphLowering
 
@@ -159,8 +159,8 @@ def _counting(found: list[Counted]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _made_up_gpu() -> Iterator[None]:
-    """Let PyTorch and Triton believe in an H100: enough of it to write code for."""
+def _simulated_gpu() -> Iterator[None]:
+    """Simulate an H100 for PyTorch and Triton, as far as they need it to write code."""
     import torch._dynamo.device_interface as device_interface
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -200,7 +200,7 @@ def _made_up_gpu() -> Iterator[None]:
         },
     )
     interface = type(
-        "MadeUpCuda",
+        "SimulatedCuda",
         (device_interface.DeviceInterface,),
         {
             "device": no_context,

@@ -2,21 +2,23 @@
 
     python -m benchmarks.gpu.launch_cost
 
-Triton gets a driver for an H100 that is not there: kernels are compiled for it as ever, and the
-launcher, which would hand a kernel to the GPU, does nothing. So this is the time of Python, PyTorch
-and Triton on this machine's processor, on tensors in its memory, in a layer so narrow that the
-GEMMs on its weights, which run, take next to no time. Not in it: asking CUDA for the current device
+Triton gets a driver of a simulated H100: kernels are compiled as usual, and the launcher, which
+would pass a kernel to the GPU, does nothing. The result is the time of Python, PyTorch and Triton
+on this machine's CPU, with tensors in its memory. The GEMMs on the layer's weights do run, but the
+layer is so narrow that they take almost no time. Not included: the query of CUDA's current device
 and stream, the launcher itself, and CUDA's allocator.
 
-Beside it: a module that does nothing, `nn.Linear`, an autograd function with the same inputs and
-gradients that computes nothing, and the same kernels launched by Triton's own lookup. All in turn,
-in process time on one thread. Writes gpu_launch_cost.csv and the page docs/gpu_evidence.md.
+For comparison: a module that does nothing, `nn.Linear`, an autograd function with the same inputs
+and gradients that computes nothing, and the same kernels launched by Triton's own lookup. All are
+measured in turn, in process time on one thread. Writes gpu_launch_cost.csv and the page
+docs/gpu_evidence.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,10 +32,10 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.gpu import report
 from benchmarks.gpu.report import LAUNCH_COST_CSV
-from benchmarks.timing import device_name, interleave
 from swiftkernels import AdditiveAttention
-from swiftkernels.backends import torch_state
+from swiftkernels.backends import devices, torch_state
 from swiftkernels.ops.additive_attention.triton import launch
+from swiftkernels.testing.timing import Stopwatch, interleave
 from swiftkernels.utils.files import write_csv
 
 WIDTH = 16
@@ -63,7 +65,7 @@ class Cost:
 
 
 class Utils:
-    """Of a driver that loads no binaries."""
+    """The utilities of a driver that loads no binaries."""
 
     def load_binary(self, *_: Any) -> tuple[None, int, int, int, int]:
         return None, 0, 0, 0, 1024  # module, function, registers, spills, threads
@@ -73,7 +75,7 @@ class Utils:
 
 
 class Driver:
-    """As Triton's of a CUDA device, whose launcher launches nothing."""
+    """Like Triton's driver for CUDA, with a launcher that launches nothing."""
 
     utils = Utils()
 
@@ -91,7 +93,7 @@ class Driver:
 
 
 class _Nothing(torch.autograd.Function):
-    """The inputs and gradients of a layer, and no computation."""
+    """An autograd function with the inputs and gradients of a layer, and no computation."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ Calls = dict[tuple[str, str], Callable[[], object]]
 
 
 def measure(seconds: float) -> list[Cost]:
-    """All rows; a direction of one kind of input takes that many seconds."""
+    """All rows; `seconds` for each direction, input and dtype."""
     costs = []
     for name, shape in SHAPES.items():
         for dtype in (torch.float16, torch.float32):
@@ -118,7 +120,7 @@ def measure(seconds: float) -> list[Cost]:
                     what: _turn(what, call) for (what, d), call in calls.items() if d == direction
                 }
                 with torch.set_grad_enabled(direction != "forward"):
-                    timings = interleave(turns, "cpu", seconds)
+                    timings = interleave(turns, Stopwatch("cpu"), seconds)
                 costs += [
                     Cost(
                         what=what,
@@ -128,7 +130,7 @@ def measure(seconds: float) -> list[Cost]:
                         microseconds=_microseconds(timing.median),
                         spread=_microseconds(timing.spread),
                         fastest=_microseconds(timing.minimum),
-                        device=device_name("cpu"),
+                        device=devices.name(torch.device("cpu")),
                         torch=torch.__version__,
                         triton=triton.__version__,
                     )
@@ -142,13 +144,16 @@ def _microseconds(turn: float) -> float:
 
 
 def _calls(x: Tensor) -> Calls:
-    """Warm: all kernels are compiled."""
-    layer = AdditiveAttention(WIDTH, WIDTH, 1, backend="triton", dtype=x.dtype)
+    """The calls for x; all kernels are compiled."""
     linear = nn.Linear(WIDTH, WIDTH, dtype=x.dtype)
     identity = nn.Identity()
     leaf = x.clone().requires_grad_()
     dout = torch.ones_like(x)
-    parameters = tuple(layer.parameters())
+
+    def make_layer() -> AdditiveAttention:
+        return AdditiveAttention(WIDTH, WIDTH, 1, backend="triton", dtype=x.dtype)
+
+    parameters = tuple(make_layer().parameters())
 
     def step(call: Callable[[Tensor], Tensor], parameters: tuple[Tensor, ...]) -> object:
         return torch.autograd.grad(call(leaf), (leaf, *parameters), dout)
@@ -158,8 +163,9 @@ def _calls(x: Tensor) -> Calls:
 
     calls: Calls = {("nn.Identity", "forward"): lambda: identity(x)}
     for what in ("AdditiveAttention", LOOKING_UP):
-        calls[what, "forward"] = lambda: layer(x)
-        calls[what, "forward+backward"] = lambda: step(layer, parameters)
+        layer = make_layer()  # each keeps plans of its own
+        calls[what, "forward"] = functools.partial(layer, x)
+        calls[what, "forward+backward"] = functools.partial(step, layer, tuple(layer.parameters()))
     if x.dim() == 3:
         calls["nn.Linear", "forward"] = lambda: linear(x)
         calls["nn.Linear", "forward+backward"] = lambda: step(linear, tuple(linear.parameters()))
@@ -170,16 +176,16 @@ def _calls(x: Tensor) -> Calls:
     return calls
 
 
-def _never(_: object) -> bool:  # a mock would take longer than what it stands for
+def _never(_: object) -> bool:  # a mock would take longer than the function it replaces
     return False
 
 
 def _turn(what: str, call: Callable[[], object], calls: int = CALLS) -> Callable[[], None]:
     def turn() -> None:
         with contextlib.ExitStack() as stack:
-            if what == LOOKING_UP:  # as tensors are launched that lie anyhow
+            if what == LOOKING_UP:  # as for tensors with unusual strides
                 stack.enter_context(mock.patch.object(launch, "_reusable", _never))
-                stack.enter_context(mock.patch.object(torch_state, "fits_kernels", _never))
+                stack.enter_context(mock.patch.object(launch, "fits_kernels", _never))
             for _ in range(calls):
                 call()
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.gpu.report import GRID_FILL_CSV, LOWER_BOUNDS_CSV, TRAFFIC_CSV
-from benchmarks.plots import COLOURS, INK, MARKERS, NAMES, _caption, _read, _title
-from benchmarks.speedups import OURS
+from benchmarks.plots import read
+from swiftkernels.testing.engines import OURS
+from swiftkernels.testing.plots import (
+    INK,
+    VERMILION,
+    Margins,
+    Style,
+    add_caption,
+    add_title,
+    logarithmic,
+    new_figure,
+)
+from swiftkernels.testing.plots import STYLES as ENGINE_STYLES
 from swiftkernels.utils.files import save_figure
 
 TRAFFIC_PNG = "gpu_traffic.png"
@@ -22,23 +31,23 @@ GRID_FILL_PNG = "gpu_grid_fill.png"
 
 Rows = Sequence[dict[str, str]]
 
-
-class Style(NamedTuple):
-    name: str
-    colour: str
-    marker: str
-
-
 STYLES = {
-    OURS: Style(OURS, "#D55E00", "o"),
+    OURS: Style(OURS, VERMILION, "o"),
     "eager": Style("additive, eager", "#7F7F7F", "s"),
     "inductor": Style("additive, torch.compile", "#B8860B", "^"),
-    **{peer: Style(f"{NAMES[peer]}, eager", COLOURS[peer], MARKERS[peer])
-       for peer in ("mhsa", "separable", "linear")},
-}  # fmt: skip
+    **{
+        peer: ENGINE_STYLES[peer]._replace(name=f"{ENGINE_STYLES[peer].name}, eager")
+        for peer in ("mhsa", "separable", "linear")
+    },
+}
 """Engines in the order of the legend."""
 
 CASE = ("batch", "tokens", "width")
+
+MARGINS = Margins(left=0.95, top=0.75, bottom=2.1)
+
+FORWARD_COLOUR = "#000000"
+"""Of bars; those of the backward are vermilion."""
 
 
 def draw_traffic(folder: Path) -> Path:
@@ -47,7 +56,7 @@ def draw_traffic(folder: Path) -> Path:
     Raises:
         ValueError: the CSV file is missing or has no rows.
     """
-    rows = _read(folder / TRAFFIC_CSV, "benchmarks.gpu.traffic")
+    rows = read(folder / TRAFFIC_CSV, "benchmarks.gpu.traffic")
     return _save(traffic([r for r in rows if r["dtype"] == "float16"]), folder / TRAFFIC_PNG)
 
 
@@ -58,8 +67,8 @@ def draw_lower_bounds(folder: Path) -> list[Path]:
         ValueError: a CSV file is missing or has no rows.
     """
     command = "benchmarks.gpu.roofline"
-    bounds = _read(folder / LOWER_BOUNDS_CSV, command)
-    fills = _read(folder / GRID_FILL_CSV, command)
+    bounds = read(folder / LOWER_BOUNDS_CSV, command)
+    fills = read(folder / GRID_FILL_CSV, command)
     return [
         _save(
             lower_bounds([r for r in bounds if r["dtype"] == "float16"]), folder / LOWER_BOUNDS_PNG
@@ -71,7 +80,7 @@ def draw_lower_bounds(folder: Path) -> list[Path]:
 def traffic(rows: Rows) -> Figure:
     """Bytes, in multiples of the minimum, and launches by shape; a column for each direction."""
     directions = list(dict.fromkeys(row["direction"] for row in rows))
-    figure, panels = _grid(11.5, 7.8, 2, len(directions), sharey="row")
+    figure, panels = new_figure(11.5, 7.8, 2, len(directions), margins=MARGINS)
     cases = _cases(rows)
     for column, direction in enumerate(directions):
         upper, lower = panels[0][column], panels[1][column]
@@ -87,15 +96,15 @@ def traffic(rows: Rows) -> Figure:
                     _point(upper, place, requested, row["engine"], hollow=True)
         upper.axhline(1, color=INK, linewidth=1, zorder=2)
         for axes in (upper, lower):
-            _logarithmic(axes)
+            logarithmic(axes)
             _name_cases(axes, cases)
         upper.tick_params(labelbottom=False)
     panels[0][0].set_ylabel("bytes / minimum", color=INK)
     panels[1][0].set_ylabel("kernels launched", color=INK)
     _legend(figure, hollow="the same, requested by all lanes")
-    _title(figure, "Bytes that cross the boundaries of kernels, and launches")
+    add_title(figure, "Bytes that cross the boundaries of kernels, and launches")
     versions = f"torch {rows[-1]['torch']}, triton {rows[-1]['triton']}"
-    _caption(
+    add_caption(
         figure,
         "Counted, not measured: no GPU has run this. float16, [batch x tokens x width]. 1 is the "
         f"minimum: every input read once, every output written once. {OURS}: distinct 32-byte "
@@ -110,7 +119,7 @@ def lower_bounds(rows: Rows) -> Figure:
     """Lower bounds by shape, a panel for each GPU and direction."""
     names = list(dict.fromkeys(row["gpu"] for row in rows))
     directions = list(dict.fromkeys(row["direction"] for row in rows))
-    figure, panels = _grid(14, 8.2, len(directions), len(names), sharey="all")
+    figure, panels = new_figure(14, 8.2, len(directions), len(names), sharey="all", margins=MARGINS)
     cases = _cases(rows)
     for r, direction in enumerate(directions):
         for c, name in enumerate(names):
@@ -122,21 +131,21 @@ def lower_bounds(rows: Rows) -> Figure:
                 _point(axes, _place(row, cases), microseconds, row["engine"], hollow)
             if r == 0:
                 axes.set_title(name, fontsize=10, color=INK, loc="left")
-            _logarithmic(axes)
+            logarithmic(axes, steps=(1,))
             _name_cases(axes, cases)
             axes.tick_params(labelbottom=r == len(directions) - 1)
         panels[r][0].set_ylabel(f"{direction}\nlower bound, microseconds", color=INK, fontsize=8.5)
     _legend(figure, hollow="hollow: the layer fits in the cache")
-    _title(
+    add_title(
         figure, "Lower bounds, not times: what bytes and operations take at the datasheet's peaks"
     )
-    _caption(
+    add_caption(
         figure,
-        "Lower bound, not a time: no GPU has run this, and how far above its bound an engine ends "
-        "the bound does not tell, so their ratios are no speed-ups. float16; the larger of bytes / "
-        "memory bandwidth and operations / peak (not known of torch.compile: bytes alone). Hollow: "
-        "the layer's tensors fit in the GPU's last cache, where bytes between kernels may stay, "
-        "and even less time may do.",
+        "Lower bound, not a time: no GPU has run this. The bounds do not say how much longer an "
+        "engine takes, so their ratios are no speed-ups. float16; the larger of bytes / memory "
+        "bandwidth and operations / peak (torch.compile: only bytes, operations are unknown). "
+        "Hollow: the layer's tensors fit in the GPU's last-level cache; bytes between kernels may "
+        "stay there, and the real time may be below the bound.",
     )
     return figure
 
@@ -146,12 +155,12 @@ def grid_fill(rows: Rows) -> Figure:
     cases = _cases(rows)
     first = rows[0]["gpu"]
     launches = [row for row in rows if row["gpu"] == first]
-    figure, (panels,) = _grid(14, 5.6, 1, len(cases), sharey="all")
+    figure, (panels,) = new_figure(14, 5.6, 1, len(cases), margins=MARGINS)
     limits = {row["gpu"]: int(row["multiprocessors"]) for row in rows}
     for axes, case in zip(panels, cases, strict=True):
         own = [row for row in launches if _case(row) == case]
         for x, row in enumerate(own):
-            colour = COLOURS["mhsa"] if row["direction"] == "forward" else STYLES[OURS].colour
+            colour = FORWARD_COLOUR if row["direction"] == "forward" else VERMILION
             axes.bar(x, int(row["programs"]), color=colour, width=0.7, zorder=3)
         axes.set_title(_label(case).replace("\n", " "), fontsize=9, color=INK, loc="left")
         axes.set_xticks(
@@ -160,7 +169,7 @@ def grid_fill(rows: Rows) -> Figure:
         )  # fmt: skip
         for limit in limits.values():
             axes.axhline(limit, color=INK, linewidth=0.8, linestyle=":", zorder=4)
-        _logarithmic(axes)
+        logarithmic(axes, steps=(1,))
         axes.grid(visible=False, axis="x")
     panels[0].set_ylabel("programs", color=INK)
     panels[0].set_ylim(bottom=0.7)
@@ -174,35 +183,17 @@ def grid_fill(rows: Rows) -> Figure:
             annotation_clip=False,
         )  # fmt: skip
     figure.subplots_adjust(right=1 - 1.0 / figure.get_figwidth(), bottom=0.32, wspace=0.1)
-    _title(figure, "Grid fill: programs of each kernel against the multiprocessors of a GPU")
-    _caption(
+    add_title(figure, "Grid fill: programs of each kernel against the multiprocessors of a GPU")
+    add_caption(
         figure,
-        "Below a dotted line, multiprocessors of that GPU have nothing to do. Black: forward; "
+        "Below a dotted line, some multiprocessors of that GPU are idle. Black: forward; "
         "vermilion: backward. float16, [batch, tokens, width] above each panel.",
     )
     return figure
 
 
-def _grid(
-    width: float, height: float, down: int, across: int, sharey: Literal["all", "row"]
-) -> tuple[Figure, list[list[Axes]]]:
-    figure = Figure(figsize=(width, height))
-    axes = figure.subplots(down, across, sharey=sharey, squeeze=False)
-    figure.subplots_adjust(
-        left=0.95 / width, right=1 - 0.2 / width, top=1 - 0.75 / height, bottom=2.1 / height,
-        wspace=0.06, hspace=0.14,
-    )  # fmt: skip
-    for a in axes.flat:
-        a.spines[["top", "right"]].set_visible(False)
-        a.spines[["left", "bottom"]].set_color("#999999")
-        a.tick_params(colors=INK, labelsize=8.5)
-        a.grid(color="#E6E6E6", linewidth=0.7)
-        a.set_axisbelow(True)
-    return figure, [list(row) for row in axes]
-
-
 def _place(row: dict[str, str], cases: Sequence[tuple[str, ...]]) -> float:
-    """Across: the engines of one shape side by side."""
+    """The position on the x axis: the engines of one shape next to each other."""
     engines = list(STYLES)
     middle = (len(engines) - 1) / 2
     return cases.index(_case(row)) + 0.13 * (engines.index(row["engine"]) - middle)
@@ -215,14 +206,6 @@ def _point(axes: Axes, x: float, y: float, engine: str, hollow: bool = False) ->
         x, y, linestyle="", color=style.colour, marker=style.marker, markersize=7 if ours else 5,
         markerfacecolor="none" if hollow else style.colour, zorder=5 if ours else 3,
     )  # fmt: skip
-
-
-def _logarithmic(axes: Axes) -> None:
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _cases(rows: Rows) -> list[tuple[str, ...]]:
@@ -260,7 +243,7 @@ def _short(kernel: str) -> str:
 
 
 def _legend(figure: Figure, hollow: str) -> None:
-    """All engines, and what hollow markers are."""
+    """A legend of all engines and of hollow markers."""
     handles = [
         Line2D([], [], linestyle="", color=s.colour, marker=s.marker, label=s.name)
         for s in STYLES.values()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.speedups import OURS
-from swiftkernels.utils.files import write_text
+from swiftkernels.testing.engines import OURS
+from swiftkernels.utils.files import read_csv, write_text
 
 PAGE = "gpu_evidence.md"
 TRAFFIC_CSV = "gpu_traffic.csv"
@@ -19,10 +18,10 @@ LAUNCH_COST_CSV = "gpu_launch_cost.csv"
 ENGINES = (OURS, "eager", "inductor", "mhsa", "separable", "linear")
 """In the order of the tables."""
 NAMES = {"inductor": "torch.compile", "mhsa": "self-attention"}
-"""Of engines in the tables, where it is another."""
+"""Names of engines in the tables, where they differ."""
 DATASHEETS = Path(__file__).with_name("datasheets.json")
 SHOWN_GPU = "H100"
-"""Whose lower bounds stand on the page; a page of all would be long."""
+"""The page shows the lower bounds of this GPU only."""
 
 Row = dict[str, str]
 
@@ -42,8 +41,9 @@ python -m benchmarks.gpu.launch_cost    # two minutes
 ## Memory safety
 
 `TRITON_INTERPRET=1 pytest tests/interpreter/test_memory_safety.py` runs every kernel in Triton's
-interpreter and traces every lane of every load and store (`benchmarks/gpu/trace.py`, for any
-Triton kernels). Each tensor is in a buffer of its own, between poisoned guards. These are errors:
+interpreter and traces every lane of every load and store
+(`swiftkernels/testing/triton_trace.py`, for any Triton kernels). Each tensor is in a buffer of its
+own, between poisoned guards. These are errors:
 
 * a lane outside of its tensor, or in the gaps of a slice,
 * a program that writes what another one reads or writes,
@@ -127,23 +127,27 @@ in Python costs less.
 
 
 def write(results: Path) -> Path:
-    """Write the page beside the folder of results; returns its path. Sections without CSV are left
-    out."""
-    traffic = read(results / TRAFFIC_CSV)
-    bounds = read(results / LOWER_BOUNDS_CSV)
-    fills = read(results / GRID_FILL_CSV)
+    """Write the page next to the folder of results; returns its path.
+
+    Sections without a CSV file are skipped.
+    """
+    traffic = read_csv(results / TRAFFIC_CSV)
+    bounds = read_csv(results / LOWER_BOUNDS_CSV)
+    fills = read_csv(results / GRID_FILL_CSV)
     parts = [_INTRODUCTION.format(ours=OURS)]
     half = [row for row in traffic if row["dtype"] == "float16"]
     if half:
         parts.append(_TRAFFIC_NOTE)
-        parts.append(_traffic(half))
+        parts.append(traffic_table(half))
         parts.append(_promises(traffic))
     if bounds:
-        parts += [_BOUNDS.format(ours=OURS), _BOUNDS_NOTE.format(gpu=SHOWN_GPU), _bounds(bounds)]
+        parts += [_BOUNDS.format(ours=OURS), _BOUNDS_NOTE.format(gpu=SHOWN_GPU)]
+        own = [row for row in bounds if row["dtype"] == "float16" and row["gpu"] == SHOWN_GPU]
+        parts.append(bounds_table(own))
         parts.append(_sources())
     if fills:
         parts += [_FILL, _FILL_NOTE, _fills(fills)]
-    costs = read(results / LAUNCH_COST_CSV)
+    costs = read_csv(results / LAUNCH_COST_CSV)
     if costs:
         parts += [_LAUNCH_COST.format(**costs[0]), _launch_costs(costs)]
     page = results.parent / PAGE
@@ -152,26 +156,24 @@ def write(results: Path) -> Path:
 
 
 def engines_in(rows: Iterable[Row]) -> list[str]:
-    """The engines that the rows are of, in the order of the tables."""
+    """The engines in the rows, in the order of the tables."""
     found = {row["engine"] for row in rows}
     return [engine for engine in ENGINES if engine in found]
 
 
-def _traffic(rows: Sequence[Row]) -> str:
-    engines = engines_in(rows)
+CASE = ("batch", "tokens", "width", "direction")
+
+
+def traffic_table(rows: Sequence[Row], case: Sequence[str] = CASE) -> str:
+    """Launches, MB, and in brackets requested MB of every engine: a Markdown table."""
 
     def cell(row: Row) -> str:
         star = "\\*" if " " in row["counted_batches"] else ""
         text = f"{row['launches']}: {_mega(row['bytes'])}{star}"
         return text + (f" ({_mega(row['requested_bytes'])})" if row["requested_bytes"] else "")
 
-    lines = _table(
-        rows,
-        ("batch", "tokens", "width", "direction"),
-        engines,
-        cell,
-        extra=[("minimum", lambda row: _mega(row["minimum_bytes"]))],
-    )
+    minimum = [("minimum", lambda row: _mega(row["minimum_bytes"]))]
+    lines = _table(rows, case, engines_in(rows), cell, minimum)
     starred = any(" " in row["counted_batches"] for row in rows)
     note = (
         "\n\\* counted at batches 1 and 2 and extrapolated: affine in the batch up to width 64.\n"
@@ -180,7 +182,7 @@ def _traffic(rows: Sequence[Row]) -> str:
 
 
 def _promises(rows: Sequence[Row]) -> str:
-    """How the bytes stand against the bounds that the tests assert."""
+    """The bytes relative to the bounds that the tests assert."""
     ours = [row for row in rows if row["engine"] == OURS]
     inductor = {_key(row): row for row in rows if row["engine"] == "inductor"}
     lines = [
@@ -213,14 +215,14 @@ def _promises(rows: Sequence[Row]) -> str:
     )
 
 
-def _bounds(rows: Sequence[Row]) -> str:
-    own = [row for row in rows if row["dtype"] == "float16" and row["gpu"] == SHOWN_GPU]
+def bounds_table(rows: Sequence[Row], case: Sequence[str] = CASE) -> str:
+    """Lower bounds of every engine in microseconds: a Markdown table."""
 
     def cell(row: Row) -> str:
         star = "\\*" if row["fits_in_cache"] == "True" else ""
         return _three_digits(1e6 * float(row["lower_bound_seconds"])) + star
 
-    return _table(own, ("batch", "tokens", "width", "direction"), engines_in(own), cell)
+    return _table(rows, case, engines_in(rows), cell)
 
 
 def _fills(rows: Sequence[Row]) -> str:
@@ -290,7 +292,7 @@ def _table(
     cell: Callable[[Row], str],
     extra: Sequence[tuple[str, Callable[[Row], str]]] = (),
 ) -> str:
-    """A line a case, a column an engine."""
+    """A line for each case, a column for each engine."""
     head = [*case, *(name for name, _ in extra), *(NAMES.get(e, e) for e in engines)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for values in dict.fromkeys(tuple(row[name] for name in case) for row in rows):
@@ -314,18 +316,10 @@ def _mega(count: str) -> str:
 
 
 def _three_digits(value: float) -> str:
-    """Three digits, but whole numbers to the last.
+    """Three significant digits, but all digits before the decimal point.
 
     Example:
         >>> _three_digits(0.01234), _three_digits(12345.6)
         ('0.0123', '12,346')
     """
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a CSV file; none if there is no such file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))

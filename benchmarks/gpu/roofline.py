@@ -1,18 +1,18 @@
-"""Lower bounds, not times, of the layer on GPUs that are not there.
+"""Lower bounds, not times, of the layer on GPUs, without a GPU.
 
     python -m benchmarks.gpu.roofline
 
 From the bytes and operations that `benchmarks.gpu.traffic` counted and the peaks of the datasheets
 in datasheets.json: no GPU computes a call in less than its bytes take at the peak of the memory, or
-its operations at the peak of the tensor cores (float32: of the FP32 units). How much longer it
-takes the bounds do not tell, so no ratio of two of them is a speed-up.
+its operations at the peak of the tensor cores (float32: of the FP32 units). The bounds do not say
+how much longer it takes, so no ratio of two of them is a speed-up.
 
 The bytes are those that cross the boundaries of kernels. Where the layer's own tensors fit in the
-last cache before the memory, a kernel may find there what the one before left, and even less time
-may do: those bounds are marked (`fits_in_cache`).
+last-level cache, a kernel may find there what the previous one wrote, and the real time may be
+below the bound: those bounds are marked (`fits_in_cache`).
 
-Beside them stands the grid fill: how many programs each kernel has for the GPU's multiprocessors,
-and how many programs fit on one at a time. Writes gpu_lower_bounds.csv and gpu_grid_fill.csv, draws
+The grid fill is computed too: how many programs each kernel has for the GPU's multiprocessors, and
+how many programs fit on one at a time. Writes gpu_lower_bounds.csv and gpu_grid_fill.csv, draws
 both, and writes the page docs/gpu_evidence.md.
 """
 
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +32,10 @@ from benchmarks.gpu.report import (
     LOWER_BOUNDS_CSV,
     TRAFFIC_CSV,
 )
-from swiftkernels.utils.files import write_csv
+from swiftkernels.utils.files import read_csv, write_csv
 
 KERNELS_JSON = "gpu_kernels.json"
-"""By `benchmarks.gpu.cross_compile`: what compiled kernels use."""
+"""What compiled kernels use, by `benchmarks.gpu.cross_compile`."""
 
 Facts = dict[str, Any]
 
@@ -53,7 +52,7 @@ class Gpu:
     float32_flops: float
     multiprocessors: int
     cache_bytes: int
-    """Of the last cache before the memory."""
+    """Of the last-level cache."""
     shared_memory_bytes: int
     """Of a multiprocessor, as are the next two."""
     registers: int
@@ -84,7 +83,7 @@ def gpus(path: Path = DATASHEETS) -> list[Gpu]:
 def lower_bound(row: dict[str, str], gpu: Gpu) -> dict[str, Any]:
     """The lower bound of one row of gpu_traffic.csv on one GPU, in seconds."""
     memory = int(row["bytes"]) / gpu.memory_bytes_per_second
-    # Not known of Inductor, whose bound is that of its bytes.
+    # Unknown for Inductor: its bound is that of its bytes.
     compute = int(row["flops"]) / gpu.flops(row["dtype"]) if row["flops"] else 0.0
     return {
         "gpu": gpu.name,
@@ -96,7 +95,7 @@ def lower_bound(row: dict[str, str], gpu: Gpu) -> dict[str, Any]:
         "lower_bound_seconds": max(memory, compute),
         "bound_by": "operations" if compute > memory else "bytes",
         "fits_in_cache": int(row["minimum_bytes"]) <= gpu.cache_bytes,
-        # What no implementation can do without, whatever its kernels: each tensor moved once.
+        # The least of any implementation: each tensor is moved once.
         "minimum_seconds": int(row["minimum_bytes"]) / gpu.memory_bytes_per_second,
     }
 
@@ -107,8 +106,8 @@ def resident_programs(facts: Facts, gpu: Gpu) -> int:
     By shared memory, registers and threads; `facts` are its entry in gpu_kernels.json.
     """
     threads = facts["warps"] * (64 if gpu.is_amd else 32)
-    registers = -(-facts["registers"] // 8) * 8  # given out by eights
-    # NVIDIA's GPUs keep 1 KiB of shared memory for themselves in every block.
+    registers = -(-facts["registers"] // 8) * 8  # allocated in units of 8
+    # NVIDIA's GPUs reserve 1 KiB of shared memory in every block.
     shared = facts["shared"] + (0 if gpu.is_amd else 1024)
     limits = [gpu.registers // (registers * threads), gpu.threads // threads]
     if shared:
@@ -120,7 +119,7 @@ def grid_fill(launch: dict[str, str], gpu: Gpu, resident: int | None = None) -> 
     """How one row of gpu_launches.csv fills a GPU.
 
     `resident` is the number of its programs that fit on one multiprocessor, where known; "waves" is
-    then how many times all places are taken.
+    then how many times they fill the GPU.
     """
     programs = int(launch["programs"])
     places = gpu.multiprocessors * (resident or 0)
@@ -136,41 +135,13 @@ def grid_fill(launch: dict[str, str], gpu: Gpu, resident: int | None = None) -> 
     }
 
 
-def table(bounds: Sequence[dict[str, str]]) -> str:
-    """Rows of gpu_lower_bounds.csv in microseconds, float16, one line a shape and direction."""
-    own = [b for b in bounds if b["dtype"] == "float16"]
-    engines = report.engines_in(own)
-    lines = [
-        "Lower bounds, not times, in microseconds (float16; * where the layer fits in the cache)",
-        f"{'GPU':<8}{'[B, N, E]':<15}{'direction':<18}" + "".join(f"{e:>14}" for e in engines),
-    ]
-    cases = dict.fromkeys(_case(b) for b in own)
-    for case in cases:
-        found = {b["engine"]: b for b in own if _case(b) == case}
-        gpu, direction, *shape = case
-        line = f"{gpu:<8}{', '.join(shape):<15}{direction:<18}"
-        for engine in engines:
-            b = found.get(engine)
-            if b:
-                star = "*" if b["fits_in_cache"] == "True" else " "
-                line += f"{1e6 * float(b['lower_bound_seconds']):>13.3g}{star}"
-            else:
-                line += f"{'':>14}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def _case(bound: dict[str, str]) -> tuple[str, ...]:
-    return tuple(bound[n] for n in ("gpu", "direction", "batch", "tokens", "width"))
-
-
 def run(out: Path) -> None:
     """Write both CSV files from what was counted.
 
     Raises:
         ValueError: nothing was counted.
     """
-    rows, launches = (report.read(out / name) for name in (TRAFFIC_CSV, LAUNCHES_CSV))
+    rows, launches = (read_csv(out / name) for name in (TRAFFIC_CSV, LAUNCHES_CSV))
     if not rows or not launches:
         raise ValueError(
             f"{out} has no {TRAFFIC_CSV} and {LAUNCHES_CSV} with rows; "
@@ -201,7 +172,9 @@ def _main() -> None:
         run(out)
     except ValueError as error:
         parser.error(str(error))
-    print(table(report.read(out / LOWER_BOUNDS_CSV)))
+    half = [row for row in read_csv(out / LOWER_BOUNDS_CSV) if row["dtype"] == "float16"]
+    print("Lower bounds, not times, in microseconds (float16; * where the layer fits in the cache)")
+    print(report.bounds_table(half, ("gpu", *report.CASE)))
     print("\n".join(str(path) for path in plots.draw_lower_bounds(out)))
     print(report.write(out))
 

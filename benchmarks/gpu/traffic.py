@@ -2,12 +2,13 @@
 
     python -m benchmarks.gpu.traffic
 
-Four ways to compute the layer, forward alone and with its backward: the Triton kernels, traced lane
-by lane in Triton's interpreter (`trace`), and PyTorch's GEMMs around them; eager PyTorch (`eager`);
-what Inductor writes for a GPU (`inductor`); and eager layers of other attentions. Beside them
-stands the minimum: every input read once, every output written once, forward and backward each.
-Writes gpu_traffic.csv and, kernel by kernel, gpu_launches.csv, draws gpu_traffic.png and writes the
-page docs/gpu_evidence.md. Rows of what was counted before are replaced.
+Counted are a forward, and a forward with its backward, of: the Triton kernels, traced lane by lane
+in Triton's interpreter (`swiftkernels.testing.triton_trace`), with PyTorch's GEMMs around them;
+eager PyTorch (`eager`); the code that Inductor writes for a GPU (`inductor`); and eager layers of
+other attentions. They are compared with the minimum: in the forward and in the backward every input
+is read once and every output is written once. Writes gpu_traffic.csv and, kernel by kernel,
+gpu_launches.csv, draws gpu_traffic.png and writes the page docs/gpu_evidence.md. New rows replace
+older ones of the same case.
 
 Where the kernels' bytes are affine in the batch (up to `MAX_AFFINE_WIDTH`), long inputs are counted
 at two small batches and extrapolated; `counted_batches` says so.
@@ -32,34 +33,27 @@ from torch import nn
 from benchmarks.gpu import eager, inductor, plots, report
 from benchmarks.gpu.eager import EagerTraffic, Operator
 from benchmarks.gpu.report import ENGINES, LAUNCHES_CSV, TRAFFIC_CSV
-from benchmarks.speedups import OURS
 from swiftkernels import AdditiveAttention
-from swiftkernels.ops.additive_attention.weights import Options
+from swiftkernels.testing.cases import make_tensors
+from swiftkernels.testing.engines import OURS
 from swiftkernels.testing.peers import PEERS
-from swiftkernels.utils.files import write_csv
+from swiftkernels.testing.ratios import Shape
+from swiftkernels.utils.files import read_csv, write_csv
 from swiftkernels.utils.progress import Progress
 
 if TYPE_CHECKING:
-    from benchmarks.gpu.trace import Launch
+    from swiftkernels.testing.triton_trace import Launch
 
 DTYPES = ("float16", "float32")
 
 MAX_AFFINE_WIDTH = 64
-"""Up to this width partial sums of weight gradients are per item; above, a number of them that
-depends on the batch."""
+"""Up to this width there is one partial sum of the weight gradients per batch element; above, their
+number is no affine function of the batch."""
 
 LONG_INPUT = 784
-"""Tokens from which on a batch is extrapolated from batches 1 and 2."""
+"""Tokens from which the counts of a batch are extrapolated from batches 1 and 2."""
 
 FORWARD, BOTH = "forward", "forward+backward"
-
-
-class Shape(NamedTuple):
-    """Size of the input, [batch, tokens, width]."""
-
-    batch: int
-    tokens: int
-    width: int
 
 
 SHAPES = tuple(
@@ -94,12 +88,12 @@ class Count:
     bytes: int
     """Distinct bytes, launch by launch."""
     requested_bytes: int | str
-    """Of all lanes; known of traced kernels alone."""
+    """Of all lanes; known only for traced kernels."""
     flops: int | str
-    """Of matrix products, with the padding of tiles; not known of Inductor."""
+    """Of matrix products, with the padding of tiles; unknown for Inductor."""
     minimum_bytes: int
     two_pass_bytes: int
-    """The minimum where the forward, and the backward, read their tokens twice."""
+    """The minimum if forward and backward each read their tokens twice."""
     counted_batches: str
     how: str
     torch: str
@@ -107,17 +101,17 @@ class Count:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What a row is a count of."""
+        """What identifies a row."""
         return tuple(map(str, astuple(self)[:6]))
 
 
 class Part(NamedTuple):
-    """What the forward, or the backward, of one call launches and moves."""
+    """The launches of the forward, or of the backward, of one call."""
 
     launches: list[Launch]
-    """Of Triton kernels."""
+    """Triton kernels."""
     operators: list[Operator]
-    """Of PyTorch, around them."""
+    """PyTorch's operators around them."""
 
 
 @functools.cache
@@ -125,28 +119,17 @@ def count_ours(shape: Shape, dtype: torch.dtype) -> tuple[Part, Part]:
     """Trace forward and backward of one call; needs TRITON_INTERPRET=1.
 
     Raises:
-        MemoryFaultError: a kernel did what it must not.
+        MemoryFaultError: a kernel accessed memory in a forbidden way.
     """
-    from benchmarks.gpu.trace import trace
-    from swiftkernels.ops.additive_attention.triton import launch
+    from benchmarks.gpu import calls
+    from swiftkernels.testing.triton_trace import trace
 
-    width = shape.width
-    generator = torch.Generator().manual_seed(0)
-    # A layer's own parameter comes before those of its linear layers.
-    x, w_g, wq, bq, wk, bk, wp, bp, wf, bf = (
-        (torch.randn(size, generator=generator) * size[-1] ** -0.5).to(dtype)
-        for size in (shape, *(p.shape for p in _layer(width, dtype).parameters()))
-    )
-    tensors = (x, wq, bq, wk, bk, w_g.flatten(), wp, bp, wf, bf)
-    options = Options("l2", True, width**-0.5, 1e-12)
+    tensors = make_tensors(*shape, shape.width, dtype=dtype)
     with torch.no_grad():
         with trace() as forward, EagerTraffic() as around_forward:
-            out, G, statistics, folded = launch.additive_self_attention_forward(
-                *tensors, None, options
-            )
+            run_backward = calls.forward(tensors)
         with trace() as backward, EagerTraffic() as around_backward:
-            saved = G, statistics, folded
-            launch.additive_self_attention_backward(out, *tensors, None, saved, options, True, True)
+            run_backward()
     return Part(forward, around_forward.operators), Part(backward, around_backward.operators)
 
 
@@ -156,7 +139,7 @@ def extrapolate(one: Part, two: Part, batch: int) -> Part:
     Raises:
         ValueError: the two differ in what they launch.
     """
-    from benchmarks.gpu.trace import Bytes, Launch
+    from swiftkernels.testing.triton_trace import Bytes, Launch
 
     names = [[a.kernel for a in p.launches] + [o.name for o in p.operators] for p in (one, two)]
     if names[0] != names[1]:
@@ -196,7 +179,7 @@ def extrapolate(one: Part, two: Part, batch: int) -> Part:
 
 
 def minimum_bytes(shape: Shape, dtype: torch.dtype, backward: bool, passes: int = 1) -> int:
-    """Bytes of a layer that reads its tokens `passes` times and all else once.
+    """Bytes of a layer that reads its tokens `passes` times, and everything else once.
 
     The forward reads x and the weights and writes the output; the backward reads x, dout and the
     weights and writes dx and the gradients of the weights.
@@ -300,12 +283,12 @@ def _count_eager(engine: str, case: tuple[Shape, str, bool]) -> Count:
 def run(
     shapes: Iterable[Shape], dtypes: Iterable[str], engines: Iterable[str], out: Path
 ) -> list[dict[str, Any]]:
-    """Count, and write the CSV files as rows are ready; returns all rows of gpu_traffic.csv."""
+    """Count, and write the CSV files after each row; returns all rows of gpu_traffic.csv."""
     out.mkdir(parents=True, exist_ok=True)
     shapes, dtypes, engines = list(shapes), list(dtypes), list(engines)
     cases = [(s, d, b) for s in shapes for d in dtypes for b in (False, True)]
     path = out / TRAFFIC_CSV
-    rows = {_key(row): row for row in report.read(path)}
+    rows = {_key(row): row for row in read_csv(path)}
 
     def keep(count: Count) -> None:
         row = vars(count)
@@ -338,37 +321,15 @@ def run(
 
 
 def _keep_launches(path: Path, kernels: list[dict[str, Any]]) -> None:
-    """Write rows of gpu_launches.csv in place of those of the same shape and type."""
+    """Write rows of gpu_launches.csv; they replace those of the same shape and dtype."""
     names = ("dtype", "batch", "tokens", "width")
     new = {tuple(str(row[n]) for n in names) for row in kernels}
-    others = [row for row in report.read(path) if tuple(row[n] for n in names) not in new]
+    others = [row for row in read_csv(path) if tuple(row[n] for n in names) not in new]
     write_csv(path, [*others, *kernels], digits=6)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(value) for value in list(row.values())[:6])
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Launches and MB of every engine, one line a shape, type and direction."""
-    engines = report.engines_in(rows)
-    lines = [
-        f"{'[B, N, E]':<16}{'type':<9}{'direction':<18}{'minimum':>9}"
-        + "".join(f"{engine:>19}" for engine in engines),
-        f"{'':<43}{'MB':>9}" + f"{'launches':>11}{'MB':>8}" * len(engines),
-    ]
-    cases = dict.fromkeys(tuple(str(v) for v in list(row.values())[1:6]) for row in rows)
-    for case in cases:
-        own = {row["engine"]: row for row in rows if _key(row)[1:] == case}
-        first = next(iter(own.values()))
-        dtype, direction, *shape = case
-        line = f"{', '.join(shape):<16}{dtype:<9}{direction:<18}"
-        line += f"{int(first['minimum_bytes']) / 1e6:>9.2f}"
-        for engine in engines:
-            row = own.get(engine)
-            line += f"{row['launches']:>11}{int(row['bytes']) / 1e6:>8.2f}" if row else f"{'':>19}"
-        lines.append(line)
-    return "\n".join(lines)
 
 
 def _shape(text: str) -> Shape:
@@ -380,7 +341,7 @@ def _shape(text: str) -> Shape:
 
 def _main() -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
-        # Triton looks when it is imported, and PyTorch's FLOP counter has done that above.
+        # Triton reads the variable when it is imported, as PyTorch's FLOP counter did above.
         command = [sys.executable, "-m", "benchmarks.gpu.traffic", *sys.argv[1:]]
         os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
     assert __doc__
@@ -391,14 +352,16 @@ def _main() -> None:
     )
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=DTYPES)
     parser.add_argument("--engines", choices=ENGINES, nargs="+", default=ENGINES)
-    parser.add_argument("--report", action="store_true", help="count nothing: table, plot and page")
+    parser.add_argument(
+        "--report", action="store_true", help="count nothing: write table, plot and page"
+    )
     options = parser.parse_args()
     if not options.report:
         run(options.shapes, options.dtypes, options.engines, options.out)
-    rows = report.read(options.out / TRAFFIC_CSV)
+    rows = read_csv(options.out / TRAFFIC_CSV)
     if not rows:
         parser.error(f"{options.out / TRAFFIC_CSV} has no rows; run without --report.")
-    print(table(rows))
+    print(report.traffic_table(rows, ("dtype", *report.CASE)))
     print(plots.draw_traffic(options.out))
     print(report.write(options.out))
 

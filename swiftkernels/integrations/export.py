@@ -1,8 +1,9 @@
-"""Models for other runtimes: torch.export programs, ONNX, TorchScript, Core ML.
+"""Export of models for other runtimes: torch.export programs, ONNX, TorchScript, Core ML.
 
-Each function takes a SwiftFormer of this library, one made elsewhere and accelerated, or a single
-attention layer; it exports the model as it is in evaluation, in plain operators, runs the result
-beside the model, and writes the file only if they agree. The model stays as it was.
+Each function takes a network of this library, an accelerated network of another library, or a
+single attention layer. The model is exported in eval mode, in plain operators. Before the file is
+written, the exported program is run and compared with the model; if they differ, no file is
+written. The model stays unchanged.
 """
 
 from __future__ import annotations
@@ -23,37 +24,38 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from swiftkernels.ops.additive_attention.layer import AttentionForward, in_evaluation
-from swiftkernels.tools.verify import budget, relative_error
+from swiftkernels.testing.tolerance import budget, relative_error
 from swiftkernels.utils import checks, files
 from swiftkernels.utils.extras import need
 from swiftkernels.utils.progress import timed
 
 IMAGES = (1, 3, 224, 224)
 AXES = {3: {0: "batch", 1: "tokens"}, 4: {0: "batch", 2: "height", 3: "width"}}
-"""What may vary in tokens [B, N, C] and images [B, C, H, W]."""
+"""Dynamic axes of tokens [B, N, C] and images [B, C, H, W], by the number of axes."""
 ULPS = 16
-"""Rounding steps granted to a whole network in another runtime, beside twice its own error."""
+"""Allowed error of an exported network, in ulps, in addition to twice the error of the model."""
 FIRST_ONNX_OPSET = 18
-"""Of PyTorch's present exporter; the one before also writes 17."""
+"""Lowest opset of PyTorch's present exporter; its predecessor also writes 17."""
 
 Run = Callable[[Tensor], Sequence[Tensor]]
+"""A model or program as a function from its input to its output tensors."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how near it comes to the model; print it."""
+    """An exported file and its error; print it."""
 
     path: Path
     format: str
     shape: tuple[int | str, ...]
-    """Of the input; axes that may vary have names."""
+    """Shape of the input, with names for dynamic axes."""
     program: Any
-    """In memory: an ExportedProgram, ModelProto, ScriptModule or MLModel."""
+    """The program in memory: an ExportedProgram, ModelProto, ScriptModule or MLModel."""
     errors: Mapping[tuple[int, ...], float]
-    """Relative error of the outputs against the model in float64, by the input's shape; empty if
+    """Shape of an input -> relative error of the outputs against the model in float64; empty if
     they were not compared."""
     choices: tuple[tuple[int, ...], ...] = ()
-    """Further shapes of the input, of Core ML."""
+    """Further shapes of the input (Core ML)."""
 
     def __str__(self) -> str:
         errors = (f"{error:.1e} at {_times(shape)}" for shape, error in self.errors.items())
@@ -75,20 +77,20 @@ def to_torch_export(
 
     Args:
         model: any module that takes one tensor, images [B, C, H, W] or tokens [B, N, C].
-        path: of the file.
-        shape: of an input to export with.
-        axes: the axes of it that may vary, and their names; by default all but the channels. {}:
-            none. In a program of `torch.export` an axis that may vary is never of size 1, in no
-            feature map either: a SwiftFormer takes heights and widths above 32, or with axes={}
-            the one size. The batch is exempt.
-        compare: run model and program on random inputs, of `shape` and, where axes may vary, of a
-            larger one.
-        verbose: say on stderr what goes on, and how long each step took.
+        path: path of the file.
+        shape: shape of the example input.
+        axes: dynamic axes of the input and their names; default: all except the channels, {}: none.
+            In a program of `torch.export` the size of a dynamic axis, except the batch, must be
+            above 1 in all feature maps. So a SwiftFormer takes heights and widths above 32, or with
+            axes={} exactly those of `shape`.
+        compare: compare model and program on random inputs of `shape` and, with dynamic axes, of a
+            larger shape.
+        verbose: report on stderr each step and how long it took.
 
     Raises:
-        TypeError, ValueError: a wrong argument, or a model that cannot be exported so.
-        RuntimeError: the program computes something else than the model.
-        OSError: the file could not be written; an older one is as it was.
+        TypeError, ValueError: a wrong argument, or a model that cannot be exported with these axes.
+        RuntimeError: the outputs of the program differ from those of the model.
+        OSError: the file could not be written; an older file is unchanged.
 
     Example:
         >>> from swiftkernels.models import swiftformer_xs
@@ -114,27 +116,31 @@ def to_onnx(
     compare: bool = True,
     verbose: bool = True,
 ) -> Exported:
-    """Write an ONNX model, with operators of the standard alone, for any runtime.
+    """Write an ONNX model, with standard operators only, for any runtime.
 
-    It is checked by onnx.checker and compared in ONNX Runtime. The input is called "images" or
-    "tokens", the output "output", several of them "output_0", "output_1", ...
+    The model is checked by onnx.checker and compared in ONNX Runtime. Its input is named "images"
+    or "tokens", its output "output", or "output_0", "output_1", ... if there are several.
 
     Args:
-        model, path, shape, axes, compare, verbose: as in `to_torch_export`; but the limit of axes
-            to sizes above 1 holds for `shape` alone.
-        opset: 17 takes PyTorch's older exporter, which is deprecated, but whose models run in older
-            runtimes; from 20 on GELU is one operator.
+        model, path, shape, axes, compare, verbose: as in `to_torch_export`; but only `shape` needs
+            sizes above 1, the inputs of the ONNX model do not.
+        opset: 17 uses PyTorch's older, deprecated exporter, for older runtimes; from 20 on GELU is
+            one operator.
 
     Raises:
         TypeError, ValueError, RuntimeError, OSError: as in `to_torch_export`.
-        ImportError: a package is missing: pip install 'swiftkernels[export]'.
+        ImportError: a package is missing (in a clone: pip install '.[export]').
     """
     job = _Job(model, path, shape, axes, verbose)
     checks.check_positive("opset", opset)
     if opset < FIRST_ONNX_OPSET - 1:
-        raise ValueError(f"opset must be at least {FIRST_ONNX_OPSET - 1}; got {opset}.")
+        raise ValueError(
+            f"opset must be at least {FIRST_ONNX_OPSET - 1}; got {opset}. Pass 17 or more."
+        )
     if job.dtype not in (torch.float32, torch.float16):
-        raise ValueError(f"model must be in float32 or float16; got {job.dtype}: model.float().")
+        raise ValueError(
+            f"model must be in float32 or float16; got {job.dtype}. Convert it: model.float()."
+        )
     onnx = need("onnx", "export", "ONNX")
     need("onnxscript", "export", "ONNX")
     with _plain(model), _quietly():
@@ -146,8 +152,8 @@ def to_onnx(
     if domains - {"", "ai.onnx"} or written != opset:
         raise RuntimeError(
             f"PyTorch {torch.__version__} wrote opset {written} with the domains "
-            f"{sorted(domains)} where opset {opset} of the standard was asked for. Take another "
-            "opset."
+            f"{sorted(domains)}; expected opset {opset} with the standard domain only. Pass "
+            "another opset."
         )
     errors = job.compare(_onnx_runtime(proto)) if compare else {}
     with files.replacing(job.path) as file:
@@ -163,9 +169,9 @@ def to_torchscript(
     compare: bool = True,
     verbose: bool = True,
 ) -> Exported:
-    """Write a TorchScript trace, frozen, for LibTorch; all axes but the channels may vary.
+    """Write a frozen TorchScript trace for LibTorch; all axes except the channels are dynamic.
 
-    PyTorch deprecates TorchScript in favour of torch.export: for programs that are there already.
+    PyTorch deprecates TorchScript in favour of torch.export. Use it only for existing programs.
 
     Args:
         model, path, shape, compare, verbose: as in `to_torch_export`.
@@ -193,36 +199,38 @@ def to_coreml(
     target: str = "iOS16",
     verbose: bool = True,
 ) -> Exported:
-    """Write a Core ML model (.mlpackage) by coremltools; it runs on Apple's systems alone.
+    """Write a Core ML model (.mlpackage) with coremltools.
 
-    So what is compared with the model here is the trace that it is made of. Several sizes cost
-    speed: the Neural Engine likes `choices` better than `largest`.
+    Core ML runs only on Apple's systems. So the trace from which coremltools converts is compared
+    with the model, not the result. More than one input shape costs speed; the Neural Engine
+    supports `choices` better than `largest`.
 
     Args:
         model, path: as in `to_torch_export`; the path ends in .mlpackage.
-        shape: of the input.
-        choices: further shapes that it takes.
-        largest: it takes all shapes from `shape` to this one.
-        half: compute in float16, but for the norms of queries and keys, whose squares would
-            overflow and whose eps would be 0 there. Those do not run on the Neural Engine then.
-        target: the oldest system, a name of `coremltools.target`.
+        shape: shape of the input.
+        choices: further shapes of the input.
+        largest: accept all shapes from `shape` to this one.
+        half: compute in float16, except the norms of queries and keys: in float16 their squares
+            would overflow and eps would be 0. The norms then do not run on the Neural Engine.
+        target: the oldest supported system, a name of `coremltools.target`.
         verbose: as in `to_torch_export`.
 
     Raises:
         TypeError, ValueError, RuntimeError, OSError: as in `to_torch_export`.
-        ImportError: coremltools is missing: pip install 'swiftkernels[coreml]'.
+        ImportError: coremltools is missing (in a clone: pip install '.[coreml]').
     """
     job = _Job(model, path, shape, {}, verbose, is_folder=True)
     if job.path.suffix != ".mlpackage":
-        raise ValueError(f"path must end in .mlpackage; got {job.path}.")
+        raise ValueError(f"path must end in .mlpackage; got {job.path}. Change its suffix.")
     if job.dtype != torch.float32 or job.device.type != "cpu":
         raise ValueError(
-            f"model must be in float32 on the CPU; got {job.dtype} on {job.device}: "
-            "model.float().cpu(). half=True computes in float16."
+            f"model must be in float32 on the CPU; got {job.dtype} on {job.device}. Convert it: "
+            "model.float().cpu(); half=True then computes in float16."
         )
     coremltools = need("coremltools", "coreml", "Core ML")
     if not hasattr(coremltools.target, target):
-        raise ValueError(f"target must be a name of coremltools.target; got {target!r}.")
+        known = ", ".join(kind.name for kind in coremltools.target)
+        raise ValueError(f"target must be one of {known}; got {target!r}.")
     taken, named = _coreml_shape(coremltools, job.shape, choices, largest)
     with _plain(model), _quietly(), job.step("tracing with torch.jit"):
         trace, outputs = _trace(job), job.output_names()
@@ -230,7 +238,7 @@ def to_coreml(
     types: Any = coremltools.precision.FLOAT32
     if half:
         types = coremltools.transform.FP16ComputePrecision(op_selector=_may_be_half)
-    program = coremltools.convert(  # which shows its own progress
+    program = coremltools.convert(  # it shows its own progress
         trace,
         inputs=[coremltools.TensorType(name=job.input_name, shape=taken)],
         outputs=[coremltools.TensorType(name=name) for name in outputs],
@@ -242,14 +250,14 @@ def to_coreml(
     with files.replacing_folder(job.path) as folder:
         try:
             program.save(str(folder))
-        except RuntimeError as error:  # what its C++ raises where files cannot be written
+        except RuntimeError as error:  # from its C++ code, if a file cannot be written
             raise OSError(f"{job.path} could not be written: {error}") from error
-    written = f"Core ML for {target} in {'float16 but for norms' if half else 'float32'}"
+    written = f"Core ML for {target} in {'float16 with norms in float32' if half else 'float32'}"
     return Exported(job.path, written, named, program, {}, tuple(map(tuple, choices)))
 
 
 class _Job:
-    """One model to export: its input, and what its outputs have to be."""
+    """A model to export, its input, and the comparison of its outputs."""
 
     def __init__(
         self,
@@ -265,15 +273,16 @@ class _Job:
         self.shape = tuple(shape)
         if len(self.shape) not in AXES:
             raise ValueError(
-                f"shape must be [B, C, H, W] of images or [B, N, C] of tokens; got {self.shape}."
+                "shape must be [B, C, H, W] for images or [B, N, C] for tokens; got "
+                f"{self.shape}. Add the missing axes."
             )
         for size in self.shape:
             checks.check_positive("shape", size)
         self.axes = dict(AXES[len(self.shape)] if axes is None else axes)
         if not set(self.axes) <= set(range(len(self.shape))):
             raise ValueError(
-                f"axes must be a mapping from axes of shape, 0 to {len(self.shape) - 1}, to names; "
-                f"got {axes}."
+                f"axes must map axes of shape, 0 to {len(self.shape) - 1}, to names; got {axes}. "
+                "Pass {} for none."
             )
         check = files.check_folder if is_folder else files.check_file
         self.model, self.path = model, check("path", path)
@@ -284,16 +293,16 @@ class _Job:
         self.dtype, self.device = like.dtype, like.device
 
     def step(self, text: str) -> contextlib.AbstractContextManager[None]:
-        """Says that a step of the export goes on, and how long it took."""
+        """A context that reports a step of the export and how long it took."""
         return timed(f"{self.path.name}: {text}", self.quiet)
 
     def input(self, shape: Sequence[int]) -> Tensor:
-        """Random, but the same every time."""
+        """A random input, the same in every call."""
         generator = torch.Generator().manual_seed(0)
         return torch.randn(*shape, generator=generator).to(self.device, self.dtype)
 
     def example(self) -> Tensor:
-        # torch.export takes a size of 1 for a constant.
+        # torch.export treats a size of 1 as a constant.
         batch, *rest = self.shape
         return self.input([max(batch, 2) if 0 in self.axes else batch, *rest])
 
@@ -304,9 +313,10 @@ class _Job:
     def compare(
         self, run: Run, others: Sequence[Sequence[int]] | None = None
     ) -> dict[tuple[int, ...], float]:
-        """The errors of what was exported, at the shape and others, by default a larger one.
+        """The errors of an exported program at `shape` and other shapes, by default a larger one.
 
-        Raises where they are not those of rounding.
+        Raises:
+            RuntimeError: an error is larger than rounding explains.
         """
         if others is None:
             others = [[n + n // 4 + 1 if i in self.axes else n for i, n in enumerate(self.shape)]]
@@ -319,8 +329,8 @@ class _Job:
                 shapes = [[tuple(t.shape) for t in tensors] for tensors in results]
                 if shapes[0] != shapes[2]:
                     raise RuntimeError(
-                        f"the exported program gives outputs of shapes {shapes[0]} where the model "
-                        f"gives {shapes[2]}, at input {_times(shape)}. Nothing was written."
+                        f"the exported program gives outputs of shapes {shapes[0]} for an input "
+                        f"{_times(shape)}, the model {shapes[2]}. No file was written."
                     )
                 errors[shape] = 0.0
                 for ours, theirs, exact in zip(*results, strict=True):
@@ -328,9 +338,9 @@ class _Job:
                     errors[shape] = max(error, errors[shape])
                     if not error <= budget(own, self.dtype, ULPS):
                         raise RuntimeError(
-                            "the exported program computes something else: relative error "
-                            f"{error:.2g} at input {_times(shape)}, where the model makes "
-                            f"{own:.2g}. Nothing was written."
+                            "the outputs of the exported program differ from the model: relative "
+                            f"error {error:.2g} for an input {_times(shape)}, where the model has "
+                            f"{own:.2g}. No file was written."
                         )
         return errors
 
@@ -342,7 +352,7 @@ class _Job:
 
 
 class _Flat(nn.Module):
-    """A model with a tensor or a tuple of tensors for output: no lists, no output classes."""
+    """A model with a tensor or a tuple of tensors as output, not a list or another class."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -355,12 +365,12 @@ class _Flat(nn.Module):
 
 
 def _leaves_of(model: Callable[[Tensor], Any]) -> Run:
-    """The model with a list of its output tensors for output."""
+    """The model as a function that returns the list of its output tensors."""
     return lambda x: [t for t in pytree.tree_leaves(model(x)) if isinstance(t, Tensor)]
 
 
 def _torch_program(model: nn.Module, job: _Job) -> torch.export.ExportedProgram:
-    # DYNAMIC, not AUTO: an axis that turns out to be fixed is an error.
+    # DYNAMIC, not AUTO, raises an error for an axis that is not dynamic after all.
     free = dict.fromkeys(job.axes, torch.export.Dim.DYNAMIC)
     try:
         program = torch.export.export(
@@ -370,17 +380,17 @@ def _torch_program(model: nn.Module, job: _Job) -> torch.export.ExportedProgram:
         raise _not_exportable(job, str(error)) from error
     ranges = program.range_constraints.values()
     if any(bool(sizes.upper < sys.maxsize // 2) for sizes in ranges):
-        raise _not_exportable(job, "it would take no larger ones")
+        raise _not_exportable(job, "the program would accept no larger sizes")
     return program
 
 
 def _not_exportable(job: _Job, reason: str) -> ValueError:
-    free = f" with free {', '.join(job.axes.values())}" if job.axes else ""
+    free = f" with dynamic {', '.join(job.axes.values())}" if job.axes else ""
     kind = type(job.model).__name__
     return ValueError(
         f"{kind} could not be exported from an input {_times(job.shape)}{free}: {reason}.\n"
-        "Axes that may vary need more than one element in every feature map: of a SwiftFormer, "
-        "height and width above 32. Take a larger shape, or axes={} for this one alone."
+        "Dynamic axes must have more than one element in every feature map; a SwiftFormer needs "
+        "height and width above 32. Pass a larger shape, or axes={} for exactly this shape."
     )
 
 
@@ -409,7 +419,7 @@ def _onnx_model(onnx: Any, job: _Job, opset: int) -> Any:
 
 
 def _rename_axes(graph: Any, axes: Mapping[int, str]) -> None:
-    """Give the input's axes their names, in all shapes that they appear in alone."""
+    """Name the dynamic axes of the input, wherever a dimension is just one of them."""
     sizes = graph.input[0].type.tensor_type.shape.dim
     names = {sizes[axis].dim_param: name for axis, name in axes.items()}
     for value in (*graph.input, *graph.output, *graph.value_info):
@@ -445,17 +455,22 @@ def _coreml_shape(
     choices: Sequence[Sequence[int]],
     largest: Sequence[int] | None,
 ) -> tuple[Any, tuple[int | str, ...]]:
-    """What coremltools is to know of the shapes, and what people are."""
+    """The shapes for coremltools, and the shape for the report."""
     if choices and largest is not None:
-        raise ValueError("choices and largest exclude each other; got both.")
+        raise ValueError("choices and largest exclude each other; got both. Pass one of them.")
     for name, others in (("choices", choices), ("largest", () if largest is None else (largest,))):
         for other in others:
             if len(other) != len(shape):
-                raise ValueError(f"{name} must have shapes like {shape}; got {tuple(other)}.")
+                raise ValueError(
+                    f"{name} must have {len(shape)} axes, like shape {shape}; got {tuple(other)}."
+                )
     if largest is not None:
         axes = list(zip(shape, largest, strict=True))
         if any(low > high for low, high in axes):
-            raise ValueError(f"largest must not be below shape, {shape}; got {tuple(largest)}.")
+            raise ValueError(
+                f"largest must not be smaller than shape, {shape}; got {tuple(largest)}. Pass the "
+                "smallest sizes as shape."
+            )
         ranges = [
             low if low == high else coremltools.RangeDim(low, high, low) for low, high in axes
         ]
@@ -473,8 +488,10 @@ def _may_be_half(op: Any) -> bool:
 
 @contextlib.contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation, without gradients, its attention in PyTorch's operators whatever
-    its backend is; afterwards every module is as before."""
+    """The model in eval mode, without gradients, with the attention in plain operators.
+
+    Afterwards modes and backends are restored.
+    """
     layers = [module for module in model.modules() if isinstance(module, AttentionForward)]
     backends = [layer.backend for layer in layers]
     try:
@@ -489,8 +506,10 @@ def _plain(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what PyTorch says of its tracers: that shapes become constants (those that do not
-    vary), that they are deprecated, that torchvision is not there."""
+    """Suppresses warnings of PyTorch's exporters.
+
+    They warn of constant shapes (of axes that are not dynamic), deprecation, missing torchvision.
+    """
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

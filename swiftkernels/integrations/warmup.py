@@ -1,4 +1,4 @@
-"""`warmup`: compile and pack before the first real call, not during it."""
+"""`warmup`: compile kernels and pack weights before the first real call."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ def warmup(
     training: bool = False,
     image_sizes: Sequence[tuple[int, int]] = ((4, 4),),
 ) -> list[str]:
-    """Let every attention of this library in a model do now what its first call would do: those
-    that were built, accelerated (`accelerate`) or registered (`register`).
+    """Run every attention of this library in a model once, so that its first call is not slower.
 
-    The Triton kernels are compiled, or loaded from Triton's cache, whatever the number of tokens
-    and items; only for images in contiguous NCHW order it matters which power of two, up to 16,
-    divides their number of pixels. The CPU kernels pack the weights, in one form for few tokens to
-    a channel and another for many. So name the sizes that will come.
+    These are layers that were built, accelerated (`accelerate`) or registered (`register`).
 
-    Every layer runs on zeros in the type and on the device of its weights (in that of autocast,
-    where it is on), as tokens and as images, contiguous and channels_last. No parameter, buffer,
-    gradient or mode of the model changes.
+    * Triton kernels are compiled, or loaded from Triton's cache. They serve any number of tokens
+      and batch elements; only for contiguous NCHW images they also depend on the largest power of
+      two, up to 16, that divides the number of pixels.
+    * CPU kernels pack the weights, in one form for few tokens per channel and in another for many.
+
+    So pass the sizes that the layers will get.
+
+    Every layer runs on zeros, on the device of its weights and in their dtype (or that of
+    autocast), as tokens and as images, contiguous and channels_last. Parameters, buffers, gradients
+    and modes of the model stay unchanged.
 
     Args:
         model: any module.
-        training: forward and backward too.
-        image_sizes: heights and widths, in pixels or tokens, of what the layers will get.
+        training: also run forward and backward with gradients.
+        image_sizes: heights and widths, in tokens, of the inputs of the layers.
 
     Returns:
         The names of the layers, "" for the model itself.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: model has no such layer, or an image size is no pair of positive
-            numbers.
+        TypeError: model is not a module.
+        ValueError: model has no such layer, or an image size is not a pair of positive integers.
 
     Example:
         >>> from swiftkernels import AdditiveAttention
@@ -51,17 +53,17 @@ def warmup(
     for size in image_sizes if isinstance(image_sizes, Sequence) else (image_sizes,):
         if not _is_size(size):
             raise ValueError(
-                "image_sizes must be a sequence of pairs (height, width) of positive numbers; got "
-                f"{size!r} in it. One size is image_sizes=[(14, 14)]."
+                "image_sizes must be a sequence of pairs (height, width) of positive ints; got "
+                f"{size!r} in it. For a single size, pass image_sizes=[(14, 14)]."
             )
     layers = {n: m for n, m in model.named_modules() if isinstance(m, AttentionForward)}
     if not layers:
         raise ValueError(
             f"model must hold at least one AdditiveAttention; {type(model).__name__} holds none. "
-            "Replace its attention layers first, or let swiftkernels.accelerate(model) do it."
+            "Replace its attention layers first, or call swiftkernels.accelerate(model)."
         )
     for layer in layers.values():
-        with in_evaluation(layer):  # for parts that are called: no statistics, no random numbers
+        with in_evaluation(layer):  # called parts update no statistics and draw no random numbers
             for x in _examples(layer, image_sizes):
                 with torch.no_grad():
                     layer(x)
@@ -79,16 +81,16 @@ def _is_size(size: object) -> bool:
 
 
 def _examples(layer: AttentionForward, image_sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Zeros of every layout that the layer takes."""
-    weight, width = getattr(layer, layer.names.w_g), layer.in_dims
+    """Zeros in every layout that the layer accepts."""
+    weight, channels = getattr(layer, layer.names.w_g), layer.in_dims
     examples = []
-    for height, length in image_sizes:
+    for height, width in image_sizes:
         if layer.layout != "channels_first":
-            examples.append(weight.new_zeros(1, height * length, width))
+            examples.append(weight.new_zeros(1, height * width, channels))
         if layer.layout == "channels_last":
-            examples.append(weight.new_zeros(1, height, length, width))
+            examples.append(weight.new_zeros(1, height, width, channels))
         else:
-            image = weight.new_zeros(1, width, height, length)
+            image = weight.new_zeros(1, channels, height, width)
             examples += [image, image.contiguous(memory_format=torch.channels_last)]
     return examples
 

@@ -1,9 +1,15 @@
-"""SwiftFormer (arXiv 2303.15446): the four models of the paper, and everybody's checkpoints."""
+"""SwiftFormer (arXiv 2303.15446): the networks of the paper, and loading of public checkpoints."""
 
 from swiftkernels.models.attention_maps import token_weights
-from swiftkernels.models.checkpoint_io import load_checkpoint, save_checkpoint
+from swiftkernels.models.checkpoint_io import (
+    CheckpointMismatchError,
+    LoadReport,
+    load_checkpoint,
+    save_checkpoint,
+)
+from swiftkernels.models.hub import Pretrained, from_pretrained
+from swiftkernels.models.network import Network
 from swiftkernels.models.swiftformer.checkpoints import convert_state_dict
-from swiftkernels.models.swiftformer.hub import from_pretrained
 from swiftkernels.models.swiftformer.network import (
     SwiftFormer,
     swiftformer_l1,
@@ -13,6 +19,10 @@ from swiftkernels.models.swiftformer.network import (
 )
 
 __all__ = [
+    "CheckpointMismatchError",
+    "LoadReport",
+    "Network",
+    "Pretrained",
     "SwiftFormer",
     "convert_state_dict",
     "from_pretrained",

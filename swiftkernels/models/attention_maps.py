@@ -1,4 +1,4 @@
-"""What additive attention looks at: the weights of the tokens in the global query."""
+"""`token_weights`: how much each token contributes to the global query."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from swiftkernels.ops.additive_attention.layer import AttentionForward, in_evalu
 def token_weights(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """The weights a of the tokens in G = sum_n a_n q_n, of every attention in a model.
 
-    A run in evaluation mode and without gradients; the model stays as it is. With pooling "l2" the
-    squares of an image's weights sum to 1 and they have signs, with "softmax" they sum to 1,
-    "linear" are the scores themselves, and with "sum" every token weighs 1.
+    Runs the model once, in evaluation mode and without gradients; the model stays unchanged.
+    The weights of an image depend on the pooling: "l2": they may be negative, and their squares sum
+    to 1; "softmax": they sum to 1; "linear": they are the scores; "sum": each is 1.
 
     Args:
-        model: one of this library, or of others after `accelerate`.
-        images: what the model takes, [B, C, H, W].
+        model: a network of this library, or another model after `accelerate`.
+        images: input of the model, [B, C, H, W].
 
     Returns:
-        By the names of the attentions, in the order of the stages: [B, H, W], or [B, N] where the
-        attention gets tokens without their places, as in transformers.
+        Weights by the names of the attentions, in the order of the stages: [B, H, W]; or [B, N]
+        where the input of the attention has no spatial axes, as in transformers.
 
     Raises:
         ValueError: a model without attentions of this library.
@@ -40,20 +40,21 @@ torch.Size([1, 4, 6])}
     if not attentions:
         raise ValueError(
             f"model must hold additive attentions of this library; {type(model).__name__} holds "
-            "none. Of others' models: swiftkernels.accelerate(model) first."
+            "none. For the models of other libraries, call swiftkernels.accelerate(model) first."
         )
     names = {module: name for name, module in attentions.items()}
     found: dict[str, Tensor] = {}
 
-    def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**kwargs, "return_weights": True, "residual_scale": None}
         result = AttentionForward.forward(module, *args, **given)
         assert isinstance(result, AttentionOutput)
         x = args[0] if args else kwargs["x"]
-        places = x.shape[1:-1] if module.layout == "channels_last" or x.dim() == 3 else x.shape[2:]
-        found[names[module]] = result.weights.unflatten(1, places)
+        channels_last = module.layout == "channels_last" or x.dim() == 3
+        spatial = x.shape[1:-1] if channels_last else x.shape[2:]
+        found[names[module]] = result.weights.unflatten(1, spatial)
 
-    hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in attentions.values()]
+    hooks = [m.register_forward_pre_hook(record, with_kwargs=True) for m in attentions.values()]
     try:
         with in_evaluation(model), torch.no_grad():
             model(images)

@@ -1,12 +1,11 @@
-"""Checkpoint files of the public SwiftFormers and of this library: read, loaded, written."""
+"""Checkpoint files of any family of networks: read, load, write."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,35 +13,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from swiftkernels.models.swiftformer.checkpoints import (
+from swiftkernels.models.family import (
+    POOLINGS,
     SOURCES,
-    convert_state_dict,
-    guess_source,
+    Family,
+    Source,
+    families,
+    family_of,
     listed,
 )
-from swiftkernels.models.swiftformer.network import WIDTHS_AND_DEPTHS, SwiftFormer
+from swiftkernels.models.network import HEADS, Network
 from swiftkernels.ops.additive_attention.layer import AttentionForward
-from swiftkernels.ops.additive_attention.reference import POOLINGS
+from swiftkernels.ops.types import Pooling
 from swiftkernels.utils import checks
 from swiftkernels.utils.extras import need
 from swiftkernels.utils.files import check_file, replacing
 
 WEIGHTS = ("model", "state_dict")
-"""Where training scripts keep the weights."""
+"""Entries in which training scripts store the weights."""
 AVERAGES = ("model_ema", "state_dict_ema")
-"""Where they keep the weights' exponential moving average."""
+"""Entries in which they store the exponential moving average of the weights."""
 WRAPPERS = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before every name."""
+"""Prefixes that DistributedDataParallel and torch.compile add to every name."""
 
-POOLING = {"official": "l2", "timm": "l2", "transformers": "sum"}
-"""What a source computes with its weights."""
-REASONS = {
-    "official": "as the official code since July 2023; for weights from before: pooling='sum'",
-    "timm": "as timm",
-    "transformers": "as transformers",
-}
-LISTED = 10
+MOST_LISTED = 10
 """Keys of each kind that an error or a report lists."""
+
+Mismatched = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+"""Name -> shape in the file, shape in the model."""
 
 
 class Checkpoint(NamedTuple):
@@ -50,51 +48,53 @@ class Checkpoint(NamedTuple):
 
     state_dict: dict[str, Tensor]
     """By this library's names."""
-    source: str
-    """Whose names they had."""
+    family: Family
+    """The family that has these names."""
+    source: Source
+    """The implementation that has the names in the file."""
     guessed: bool
-    """Whether that was told by the names."""
+    """Whether the source was found by the names."""
     name: str
-    """The file's, for messages."""
+    """The name of the file, for messages."""
     entry: str
-    """Where in the file they are; empty if they are the file."""
-    other: str
-    """The entry with the average that was not asked for; empty if there is none."""
-    pooling: str | None
-    """That of the model they were saved from, if the file records it."""
+    """The entry of the file that holds the weights; empty if the file is the state dict."""
+    average: str
+    """The entry with the moving average, where the plain weights were read; empty if none."""
+    pooling: Pooling | None
+    """The pooling that the file records."""
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadReport:
     """What `load_checkpoint` did; print it."""
 
     name: str
-    """Of the file."""
-    source: str
-    """Whose names the weights had: "official", "timm" (this library's own too), "transformers"."""
+    """The name of the file."""
+    source: Source
+    """The implementation with the names in the file: "official", "timm" (also the names of this
+    library) or "transformers"."""
     entry: str
-    """Where in the file they were; empty if they are the file."""
-    pooling: str
-    """Of the model's attentions now."""
+    """The entry of the file that held the weights; empty if the file is the state dict."""
+    pooling: Pooling
+    """The pooling of the model's attentions from now on."""
     tensors: int
-    """How many were loaded."""
+    """Number of tensors loaded."""
     notes: tuple[str, ...]
-    """What else there is to know, in sentences."""
+    """Choices and adaptations, as sentences."""
     missing: tuple[str, ...] = ()
-    """Names that the file lacks, left as they were (`strict=False`)."""
+    """Names that the file lacks; these tensors are unchanged (`strict=False`)."""
     unexpected: tuple[str, ...] = ()
     """Names that the model lacks (`strict=False`)."""
-    misfits: tuple[str, ...] = ()
-    """Names of tensors with another shape, left as they were (`strict=False`)."""
+    mismatched: tuple[str, ...] = ()
+    """Names of tensors with another shape; they are unchanged (`strict=False`)."""
 
     def __str__(self) -> str:
-        where = f"{self.name}, {self.entry!r}" if self.entry else self.name
-        lines = [f"{self.tensors} tensors from {where}, with the names of {self.source}"]
-        lines += self.notes
-        for what in ("missing", "unexpected", "misfits"):
-            keys = getattr(self, what)
+        where = f"{self.name}, entry {self.entry!r}" if self.entry else self.name
+        lines = [f"{self.tensors} tensors from {where}, named as in {self.source}", *self.notes]
+        for kind in ("missing", "unexpected", "mismatched"):
+            keys = getattr(self, kind)
             if keys:
-                lines.append(f"{what}: {listed(keys, LISTED)}")
+                lines.append(f"{kind}: {listed(keys, MOST_LISTED)}")
         return "\n  ".join(lines)
 
 
@@ -104,139 +104,145 @@ class CheckpointMismatchError(ValueError):
     Attributes:
         missing: names that only the model has.
         unexpected: names that only the file has.
-        misfits: name -> shape in the file, shape in the model.
+        mismatched: name -> shape in the file, shape in the model.
     """
 
     def __init__(
-        self,
-        message: str,
-        missing: list[str],
-        unexpected: list[str],
-        misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
+        self, message: str, missing: list[str], unexpected: list[str], mismatched: Mismatched
     ) -> None:
-        self.missing, self.unexpected, self.misfits = missing, unexpected, misfits
-        shapes = [f"{key} {theirs}, model {ours}" for key, (theirs, ours) in misfits.items()]
+        self.missing, self.unexpected, self.mismatched = missing, unexpected, mismatched
+        shapes = [
+            f"{key}: {theirs} in the file, {ours} in the model"
+            for key, (theirs, ours) in mismatched.items()
+        ]
         kinds = (
             ("Only in the model", missing),
             ("Only in the file", unexpected),
-            ("Of another shape, in the file", shapes),
+            ("Of different shape", shapes),
         )
         lines = [message]
         for title, keys in kinds:
-            lines += [f"{title}:", *(f"    {key}" for key in keys[:LISTED])] if keys else []
-            lines += [f"    and {len(keys) - LISTED} more"] if len(keys) > LISTED else []
+            lines += [f"{title}:", *(f"    {key}" for key in keys[:MOST_LISTED])] if keys else []
+            if len(keys) > MOST_LISTED:
+                lines.append(f"    and {len(keys) - MOST_LISTED} more")
         super().__init__("\n  ".join(lines))
 
 
 def load_checkpoint(
-    model: SwiftFormer,
+    model: Network,
     checkpoint: str | Path | Mapping[str, Any] | nn.Module,
     *,
-    source: str | None = None,
+    source: Source | None = None,
     prefix: str = "",
     ema: bool = False,
-    pooling: str | None = None,
+    pooling: Pooling | None = None,
     fresh_heads: bool = False,
     strict: bool = True,
-) -> Loaded:
-    """Load the weights of the official code, timm, transformers or this library, and their pooling.
+) -> LoadReport:
+    """Load weights of the official code, timm, transformers or this library, and set the pooling.
 
-    The same weights under another pooling give other outputs, so the pooling of the model's
-    attentions is set as well: to what the file records (those of `save_checkpoint` do), else to
-    what the source computes. The result tells which.
+    The same weights with another pooling give other outputs. So the pooling of the attentions is
+    set as well: to the one that the file records (files of `save_checkpoint` do), else to the one
+    that the source computes. The report says which.
 
-    Nothing changes unless everything fits and is copied. Three differences are no mismatch:
+    If anything does not fit, or cannot be copied, the model stays unchanged. Three differences are
+    adapted:
 
-    * Heads. A model with one gets the mean of two, a model with two gets the only one twice; the
-      outputs in evaluation stay the same.
-    * Models without heads (`features_only`, `num_classes=0`) take none, and with `out_indices` skip
-      the stages that they do not have. Their `feature_norms`, which classifiers lack, stay as they
-      are.
-    * Layer scales. A model with use_layer_scale=False takes the weights of transformers'
-      use_layer_scale=False, whose convolutions still have some: these are multiplied into the
-      weights before them.
+    * Heads. A model with one head gets the mean of two heads, a model with two heads gets a single
+      head twice; the outputs in evaluation mode stay the same.
+    * Models without heads (`features_only`, `num_classes=0`) ignore heads, and with `out_indices`
+      the stages that they do not have. Their `feature_norms`, which classifiers lack, stay
+      unchanged.
+    * Layer scales. A model with use_layer_scale=False takes the weights of a transformers model
+      with use_layer_scale=False, of which the convolutions still have layer scales: these are
+      multiplied into the preceding weights.
 
     Args:
-        model: a model of this library.
-        checkpoint: a .pth or .safetensors file, or what was read from one: a dict, or a module of
-            which the state dict is taken. Training checkpoints keep the weights in "model" or
-            "state_dict"; prefixes of wrappers are taken off.
-        source: whose names the weights have, "official", "timm" (this library's own too) or
-            "transformers"; None: told by the names.
-        prefix: take the names under it alone: "backbone." of a detector's or segmenter's.
-        ema: take the moving average of the weights ("model_ema" or "state_dict_ema").
-        pooling: "l2", "softmax", "sum" or "linear", whatever file and source say.
-        fresh_heads: leave the model's heads as they are, for another number of classes.
-        strict: False loads what fits and reports the rest.
+        model: a network of this library.
+        checkpoint: a .pth or .safetensors file, or its content: a dict, or a module, of which the
+            state dict is used. Training checkpoints hold the weights in the entry "model" or
+            "state_dict"; prefixes of wrappers are removed.
+        source: implementation with the names in the file: "official", "timm" (also the names of
+            this library) or "transformers"; None finds it by the names.
+        prefix: load only the names that start with it, such as "backbone." in a detector.
+        ema: load the moving average of the weights ("model_ema" or "state_dict_ema").
+        pooling: "l2", "softmax", "sum" or "linear"; None takes that of the file or source.
+        fresh_heads: keep the heads of the model, for another number of classes.
+        strict: False loads the tensors that fit and reports the others.
 
     Returns:
-        What was done; print it.
+        A report; print it.
 
     Raises:
-        TypeError: a wrong type of argument.
-        ValueError: a file that is missing, damaged, or holds something else; tensors without data
-            of their own (on the device meta, expanded, sparse, empty), or that cannot be copied; a
-            source that cannot be told; a pooling that cannot; no average where one is asked for.
-        CheckpointMismatchError: a ValueError that names what does not fit.
-        ImportError: a .safetensors file, and safetensors is not installed.
+        TypeError: an argument of the wrong type.
+        ValueError: a file that is missing, damaged or holds something else; tensors without data
+            of their own (on the meta device, expanded, sparse, empty), or that cannot be copied; a
+            source or pooling that is ambiguous; no moving average with ema=True.
+        CheckpointMismatchError: a ValueError that lists the names that do not fit.
+        ImportError: a .safetensors file without safetensors installed.
 
     Example:
+        >>> from swiftkernels.models import SwiftFormer
         >>> model = SwiftFormer((8, 16), (1, 2), num_classes=5)
         >>> weights = SwiftFormer((8, 16), (1, 2), num_classes=5).state_dict()
         >>> print(load_checkpoint(model, {"model": weights, "epoch": 3}))
-        106 tensors from the dict, 'model', with the names of timm
-          pooling: l2, as timm
+        106 tensors from the dict, entry 'model', named as in timm
+          pooling: l2, as in timm
     """
     for name, flag in (("ema", ema), ("fresh_heads", fresh_heads), ("strict", strict)):
         checks.check_option(name, flag, (True, False))
-    _check_model(model)
-    found = read_checkpoint(checkpoint, source=source, prefix=prefix, ema=ema)
-    return put_into(model, found, pooling=pooling, fresh_heads=fresh_heads, strict=strict)
+    family = family_of(model)
+    found = read_checkpoint(checkpoint, source=source, prefix=prefix, ema=ema, family=family)
+    return load_weights(model, found, pooling=pooling, fresh_heads=fresh_heads, strict=strict)
 
 
-def put_into(
-    model: SwiftFormer,
+def load_weights(
+    model: Network,
     found: Checkpoint,
     *,
-    pooling: str | None = None,
+    pooling: Pooling | None = None,
     fresh_heads: bool = False,
     strict: bool = True,
-) -> Loaded:
-    """The second half of `load_checkpoint`: weights that have been read."""
-    chosen, reason = _pooling(model, found, pooling)
+) -> LoadReport:
+    """The second step of `load_checkpoint`, after `read_checkpoint`."""
+    chosen, reason = _choose_pooling(model, found, pooling)
     own = model.state_dict()
     if any(t.is_meta for t in own.values()):
         raise ValueError(
-            "model must have memory for the weights; it is on the device meta. Give it some first: "
-            "model.to_empty(device='cpu')."
+            "model must have memory for the weights; it is on the meta device. Allocate the memory "
+            "first: model.to_empty(device='cpu')."
         )
     fit = fit_to(own, found, fresh_heads=fresh_heads, strict=strict)
     _copy(model, fit.weights, found.name)
     for attention in _attentions(model):
         attention.pooling = chosen
-    average = [f"weights: not their moving average, {found.other!r} (ema=True takes it)"]
-    return Loaded(
+    notes = [f"pooling: {chosen}, {reason}"]
+    if found.average:
+        notes.append(
+            f"weights: the file also holds their moving average, {found.average!r}; ema=True "
+            "loads it"
+        )
+    return LoadReport(
         name=found.name,
         source=found.source,
         entry=found.entry,
         pooling=chosen,
         tensors=len(fit.weights),
-        notes=(f"pooling: {chosen}, {reason}", *(average if found.other else ()), *fit.notes),
+        notes=(*notes, *fit.notes),
         missing=tuple(fit.missing),
         unexpected=tuple(fit.unexpected),
-        misfits=tuple(fit.misfits),
+        mismatched=tuple(fit.mismatched),
     )
 
 
 class Fit(NamedTuple):
-    """What of a checkpoint fits a model."""
+    """The weights of a checkpoint, compared with those of a model."""
 
     weights: dict[str, Tensor]
-    """By the model's names, in its shapes."""
+    """The weights that fit, by the model's names, in its shapes."""
     missing: list[str]
     unexpected: list[str]
-    misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-    """Name -> shape in the file, shape in the model."""
+    mismatched: Mismatched
     notes: list[str]
     """What was adapted."""
 
@@ -247,26 +253,33 @@ def fit_to(
     """The weights of a checkpoint for a model with the state dict `own`, which may be on meta.
 
     Raises:
-        CheckpointMismatchError: something does not fit, or with strict=False nothing does.
+        CheckpointMismatchError: something does not fit, or with strict=False nothing fits.
     """
-    given, kept, notes = _adapted(found.state_dict, own, fresh_heads)
-    missing = [k for k in own if k not in given and k not in kept]
+    given, unchanged, notes = _adapt(found, own, fresh_heads)
+    missing = [k for k in own if k not in given and k not in unchanged]
     unexpected = [k for k in given if k not in own]
     both = {k: t for k, t in given.items() if k in own}
-    misfits = {
+    mismatched = {
         k: (tuple(t.shape), tuple(own[k].shape))
         for k, t in both.items()
-        if not _same_but_for_ones(t, own[k])
+        if not _same_without_ones(t, own[k])
     }
-    fitting = {k: t.reshape(own[k].shape) for k, t in both.items() if k not in misfits}
-    if not fitting or (strict and (missing or unexpected or misfits)):
-        message = f"{found.name} does not fit the model.{_remedy(found, own, misfits)}"
-        raise CheckpointMismatchError(message, missing, unexpected, misfits)
-    return Fit(fitting, missing, unexpected, misfits, notes)
+    fitting = {k: t.reshape(own[k].shape) for k, t in both.items() if k not in mismatched}
+    if not fitting or (strict and (missing or unexpected or mismatched)):
+        if mismatched and set(mismatched) <= set(HEADS):
+            reason = (
+                "It was trained on another number of classes: pass fresh_heads=True to keep the "
+                "model's own heads and train them."
+            )
+        else:
+            reason = found.family.explain_mismatch(found.state_dict, own)
+        message = f"{found.name} does not fit the model. {reason}".rstrip()
+        raise CheckpointMismatchError(message, missing, unexpected, mismatched)
+    return Fit(fitting, missing, unexpected, mismatched, notes)
 
 
-def _copy(model: SwiftFormer, weights: Mapping[str, Tensor], name: str) -> None:
-    """Copy all weights, or leave the model as it was."""
+def _copy(model: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
+    """Copy all weights into the model; if one cannot be copied, restore the model."""
     before = {k: t.clone() for k, t in model.state_dict().items()}
     try:
         model.load_state_dict(weights, strict=False)
@@ -276,18 +289,24 @@ def _copy(model: SwiftFormer, weights: Mapping[str, Tensor], name: str) -> None:
             raise
         reason = str(error).strip().split("\n")[-1].strip()
         raise ValueError(
-            f"{name} cannot be copied into the model, which is as it was. {reason}"
+            f"{name} cannot be copied into the model, which is unchanged. {reason}"
         ) from error
 
 
 def read_checkpoint(
     checkpoint: str | Path | Mapping[str, Any] | nn.Module,
     *,
-    source: str | None = None,
+    source: Source | None = None,
     prefix: str = "",
     ema: bool = False,
+    family: Family | None = None,
 ) -> Checkpoint:
-    """The weights of a file by this library's names; arguments and errors as `load_checkpoint`."""
+    """The weights of a file by this library's names.
+
+    Args:
+        checkpoint, source, prefix, ema: as in `load_checkpoint`, with the same errors.
+        family: the family of the weights; None finds it by the names.
+    """
     if source is not None:
         checks.check_option("source", source, SOURCES)
     content: Mapping[str, Any]
@@ -303,300 +322,154 @@ def read_checkpoint(
             f"{type(checkpoint).__name__}."
         )
     content = _without_modules(content)
-    entry, other = _entry(content, ema, name)
-    weights = _unwrapped(content[entry] if entry else content, prefix, name)
+    entry, average = _entry(content, ema, name)
+    weights = _unwrap(content[entry] if entry else content, prefix, name)
     if isinstance(checkpoint, nn.Module):
         entry = ""
+    candidates = families() if family is None else (family,)
+    guesses = {f: guess for f in candidates if (guess := f.guess_source(weights)) is not None}
     guessed = source is None
-    if source is None:
-        source = guess_source(weights)
-        if source is None:
-            raise ValueError(
-                f"{name} must hold the weights of a SwiftFormer, by the names of "
-                f"{', '.join(SOURCES)}; it has {listed(list(weights), 5)}. Of a larger model, name "
-                "the part, as prefix='backbone.'; else the source, as source='official', to see "
-                "which names are unknown."
-            )
-    state_dict = convert_state_dict(weights, source, "timm")
-    return Checkpoint(state_dict, source, guessed, name, entry, other, _recorded(content))
+    if source is not None:
+        # A family without these names raises the error that lists them.
+        family = next((f for f, guess in guesses.items() if guess == source), candidates[0])
+    elif guesses:
+        family, source = next(iter(guesses.items()))
+    else:
+        known = " or ".join(f.network.__name__ for f in candidates)
+        raise ValueError(
+            f"{name} must hold the weights of a {known}, with the names of {', '.join(SOURCES)}; "
+            f"it has {listed(list(weights), 5)}. If they are part of a larger model, pass the "
+            "start of their names, as prefix='backbone.'. To list unknown names, pass "
+            "source='official'."
+        )
+    state_dict = family.convert(weights, source, family.own_names)
+    recorded = _recorded_pooling(content)
+    return Checkpoint(state_dict, family, source, guessed, name, entry, average, recorded)
 
 
-def save_checkpoint(model: SwiftFormer, path: str | Path, target: str = "timm") -> None:
+def save_checkpoint(model: Network, path: str | Path, target: Source = "timm") -> None:
     """Write the weights of a model for another implementation, or for `load_checkpoint`.
 
     Args:
-        model: a model of this library.
-        path: a .safetensors file, else one as of torch.save: the weights in "model", and the
-            pooling in "pooling"; for transformers, which expects so, the weights alone.
-        target: whose names to write, "official", "timm" (this library's own too) or
-            "transformers". The official code and transformers know two heads: they get a single
-            one twice, which gives the same outputs in evaluation.
+        model: a network of this library.
+        path: a .safetensors file, else a file as from torch.save. The latter holds the weights in
+            "model" and the pooling in "pooling"; for transformers, which expects it, the weights
+            only.
+        target: implementation of which to write the names: "official", "timm" (also the names of
+            this library) or "transformers". The official code and transformers always have two
+            heads: a single head is written twice, which gives the same outputs in evaluation mode.
 
     Raises:
-        TypeError: a wrong type of argument.
-        ValueError: an unknown target, one that computes another pooling than the model, or a path
-            of no file in an existing folder.
-        OSError: the file could not be written; an older one is as it was.
-        ImportError: a .safetensors file, and safetensors is not installed.
+        TypeError: an argument of the wrong type.
+        ValueError: an unknown target, a target that computes another pooling than the model, or a
+            path that is not a file in an existing folder.
+        OSError: the file could not be written; an older file is unchanged.
+        ImportError: a .safetensors file without safetensors installed.
     """
-    _check_model(model)
-    checks.check_option("target", target, SOURCES)
+    family = family_of(model)
+    checks.check_option("target", target, tuple(family.implementations))
     path = check_file("path", path)
-    computed = {"official": ("l2", "sum"), "transformers": ("sum",)}.get(target, POOLINGS)
+    implementation = family.implementations[target]
     pooling = own_pooling(model)
-    if pooling not in computed:
+    if pooling not in implementation.runnable:
         raise ValueError(
-            f"target={target!r} computes pooling {' or '.join(computed)}; the model has "
-            f"{pooling!r}, so its weights would give other outputs there. Use convert_state_dict "
-            "if you want that."
+            f"target={target!r} computes pooling {' or '.join(implementation.runnable)}; the model "
+            f"has {pooling!r}, so its weights would give other outputs there. To write them "
+            "anyway, use convert_state_dict."
         )
     weights = {k: t.detach().cpu().contiguous() for k, t in model.state_dict().items()}
-    if target == "transformers" and not any("layer_scale" in k for k in weights):
-        # Its convolutions keep theirs with use_layer_scale=False.
-        weights |= {
-            k.replace("pwconv2.bias", "layer_scale.gamma"): torch.ones_like(t)[:, None, None]
-            for k, t in weights.items()
-            if k.endswith("pwconv2.bias")
-        }
-    if target != "timm" and "head.weight" in weights and "head_dist.weight" not in weights:
-        # Clones: safetensors refuses to write one tensor twice.
-        weights |= {k.replace("head.", "head_dist."): weights[k].clone() for k in HEADS[:2]}
-    weights = convert_state_dict(weights, "timm", target)
+    weights = family.convert(family.complete(weights, target), family.own_names, target)
     if path.suffix.lower() == ".safetensors":
         content = _safetensors().torch.save(weights, {"format": "pt", "pooling": pooling})
         with replacing(path) as file:
             file.write(content)
         return
+    entries = weights if implementation.weights_only else {"model": weights, "pooling": pooling}
     with replacing(path) as file:
-        torch.save(
-            weights if target == "transformers" else {"model": weights, "pooling": pooling}, file
-        )
+        torch.save(entries, file)
 
 
-def architecture(state_dict: Mapping[str, Tensor], name: str = "state_dict") -> dict[str, Any]:
-    """The arguments of the `SwiftFormer` that has these weights, by this library's names.
-
-    Args:
-        state_dict: tensors with all their data.
-        name: what errors call it.
-
-    Raises:
-        ValueError: tensors that tell the sizes are missing, or have too few axes; blocks of a stage
-            or stages that are not numbered from 0 on without a gap.
-
-    Example:
-        >>> options = {"num_classes": 3, "in_chans": 1, "use_layer_scale": False}
-        >>> model = SwiftFormer((8, 16), (1, 2), **options)
-        >>> found = architecture(model.state_dict())
-        >>> found["widths"], found["depths"], {name: found[name] for name in options}
-        ((8, 16), (1, 2), {'num_classes': 3, 'in_chans': 1, 'use_layer_scale': False})
-    """
-    depths = _depths(state_dict, name)
-    last = [f"stages.{i}.blocks.{depth - 1}.linear.fc1.weight" for i, depth in enumerate(depths)]
-    hidden, widths = zip(*(_two_sizes(state_dict, key, name) for key in last), strict=True)
-    _, in_chans = _two_sizes(state_dict, "stem.0.weight", name)
-    head = state_dict.get("head.weight")
-    norms = sorted(int(k.split(".")[1]) for k in state_dict if _FEATURE_NORM.fullmatch(k))
-    features_only = bool(norms) and "norm.weight" not in state_dict
-    return {
-        "widths": widths,
-        "depths": depths,
-        "in_chans": in_chans,
-        "mlp_ratio": _ratio(hidden, widths),
-        "num_classes": 0 if head is None else _two_sizes(state_dict, "head.weight", name)[0],
-        "use_layer_scale": any("layer_scale_1" in k for k in state_dict),
-        "distillation": head is None or "head_dist.weight" in state_dict,
-        "features_only": features_only,
-        "out_indices": tuple(norms) if features_only else None,
-    }
-
-
-_BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\..+")
-_FEATURE_NORM = re.compile(r"feature_norms\.\d+\.weight")
-
-
-def _depths(state_dict: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """The number of blocks of each stage, which are all there."""
-    blocks: dict[int, set[int]] = {}
-    for match in filter(None, map(_BLOCK.fullmatch, state_dict)):
-        blocks.setdefault(int(match[1]), set()).add(int(match[2]))
-    groups = {"stages": set(blocks), **{f"blocks of stage {i}": blocks[i] for i in sorted(blocks)}}
-    for group, numbers in groups.items():
-        if numbers != set(range(max(1, len(numbers)))):
-            found = listed([str(n) for n in sorted(numbers)]) or "none"
-            raise ValueError(
-                f"{name} must hold all stages and blocks of a SwiftFormer, numbered from 0 on "
-                f"without a gap; its {group} are {found}."
-            )
-    return tuple(len(blocks[i]) for i in sorted(blocks))
-
-
-def _two_sizes(state_dict: Mapping[str, Tensor], key: str, name: str) -> tuple[int, int]:
-    """The outputs and inputs of a convolution or linear layer."""
-    weight = state_dict.get(key)
-    if weight is None:
-        raise ValueError(
-            f"{name} must hold the stem and all stages of a SwiftFormer, which tell its sizes; "
-            f"it has no {key!r}."
-        )
-    if weight.dim() < 2:
-        raise ValueError(
-            f"{name} must have two axes or more in {key!r}; its shape is {tuple(weight.shape)}."
-        )
-    return weight.shape[0], weight.shape[1]
-
-
-def _ratio(hidden: Sequence[int], widths: Sequence[int]) -> float:
-    """A ratio of which int(ratio * width) is the hidden width in every stage, if there is one."""
-    ratio = max(h / w for h, w in zip(hidden, widths, strict=True))
-    if any(int(w * ratio) < h for h, w in zip(hidden, widths, strict=True)):
-        ratio = math.nextafter(ratio, math.inf)
-    return ratio
-
-
-HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
-
-
-def _adapted(
-    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], fresh_heads: bool
+def _adapt(
+    found: Checkpoint, own: Mapping[str, Tensor], fresh_heads: bool
 ) -> tuple[dict[str, Tensor], set[str], list[str]]:
-    """Weights for a model with other heads, names that it keeps its own tensors of, and notes."""
-    given, notes = dict(weights), []
-    # Old files lack these counters, which count for nothing with a fixed momentum.
-    kept = {k for k in own if k.endswith("num_batches_tracked")}
-    if not any("layer_scale" in k for k in own):
-        notes += _fold_scales(given)
+    """Weights for a model with other parts, names of tensors that stay unchanged, and notes."""
+    given = dict(found.state_dict)
+    notes = found.family.adapt(given, own)
+    # Old files lack these counters, which have no effect with a fixed momentum.
+    unchanged = {k for k in own if k.endswith("num_batches_tracked")}
     heads = {k for k in HEADS if k in own}
     if not heads:
         norms = {k for k in own if k.startswith("feature_norms.")}
         if norms and not norms & set(given):
-            kept |= norms
-            notes.append("feature_norms: as they were in the model, the file has none")
+            unchanged |= norms
+            notes.append("feature_norms: unchanged, the file has none")
         parts = {_part(k) for k in own}
-        ends = ("norm.", "stages.", "feature_norms.") if norms else ()  # of the model with classes
-        unused = [k for k in HEADS if k in given]
-        unused += [k for k in given if k.startswith(ends) and _part(k) not in parts]
-        if unused:
-            given = {k: t for k, t in given.items() if k not in unused}
-            listing = ", ".join(dict.fromkeys(map(_part, unused)))
-            notes.append(f"not used, as the model has none: {listing}")
+        # A backbone may also lack stages and the final BatchNorm.
+        optional = ("norm.", "stages.", "feature_norms.") if norms else ()
+        ignored = [k for k in HEADS if k in given]
+        ignored += [k for k in given if k.startswith(optional) and _part(k) not in parts]
+        if ignored:
+            given = {k: t for k, t in given.items() if k not in ignored}
+            listing = ", ".join(dict.fromkeys(map(_part, ignored)))
+            notes.append(f"ignored, as the model has none: {listing}")
     elif fresh_heads:
-        kept |= heads
+        unchanged |= heads
         given = {k: t for k, t in given.items() if k not in HEADS}
-        notes.append("heads: as they were in the model, none of the file (fresh_heads)")
+        notes.append("heads: unchanged, those of the file are ignored (fresh_heads)")
     elif "head_dist.weight" in own and "head.weight" in given and HEADS[2] not in given:
         given |= {k.replace("head.", "head_dist."): given[k] for k in HEADS[:2] if k in given}
-        notes.append("heads: both are the only one of the file")
+        notes.append("heads: both are copies of the only head of the file")
     elif "head_dist.weight" not in own and all(k in given for k in HEADS):
         dist = given.pop("head_dist.weight"), given.pop("head_dist.bias")
         if dist[0].shape == given["head.weight"].shape:
             for k, t in zip(HEADS, dist, strict=False):
                 given[k] = (given[k] + t) / 2
-        notes.append("heads: the only one is the mean of the file's two, as their outputs are")
-    return given, kept, notes
+        notes.append("head: the mean of the two heads of the file, so the output is the same")
+    return given, unchanged, notes
 
 
 def _part(name: str) -> str:
-    """The stage, or another large part, that a tensor is of."""
+    """The stage, or other top-level part, that holds a tensor."""
     parts = name.split(".")
     return ".".join(parts[: 2 if parts[0] in ("stages", "feature_norms") else 1])
 
 
-def _fold_scales(given: dict[str, Tensor]) -> list[str]:
-    """Multiply the layer scales of convolutions into the weights before them; notes on it.
-
-    Of transformers with use_layer_scale=False, where only attention and MLP have none.
-    """
-    scales = [k for k in given if k.endswith(".layer_scale.gamma")]
-    if any("layer_scale_1" in k for k in given):
-        return []
-    notes = []
-    for key in scales:
-        names = [key.replace("layer_scale.gamma", f"pwconv2.{part}") for part in ("weight", "bias")]
-        gamma = given[key].double().flatten()
-        if all(k in given and given[k].shape[:1] == gamma.shape for k in names):
-            del given[key]
-            for k in names:
-                given[k] = given[k].double() * gamma.view(-1, *[1] * (given[k].dim() - 1))
-            notes = ["layer scales of convolutions: multiplied into pwconv2, as the model has none"]
-    return notes
-
-
-def _pooling(model: SwiftFormer, found: Checkpoint, asked: str | None) -> tuple[str, str]:
-    """The pooling for those weights, and why."""
-    if asked is not None:
-        checks.check_option("pooling", asked, POOLINGS)
-        return asked, "as asked for"
+def _choose_pooling(
+    model: Network, found: Checkpoint, requested: Pooling | None
+) -> tuple[Pooling, str]:
+    """The pooling for these weights, and the reason."""
+    if requested is not None:
+        checks.check_option("pooling", requested, POOLINGS)
+        return requested, "as requested"
     if found.pooling is not None:
-        return found.pooling, "as the file records"
-    pooling, own = POOLING[found.source], own_pooling(model)
-    if found.source == "timm" and found.guessed and own != pooling:
+        return found.pooling, "as recorded in the file"
+    implementation, own = found.family.implementations[found.source], own_pooling(model)
+    own_names = found.source == found.family.own_names
+    if own_names and found.guessed and own != implementation.pooling:
         raise ValueError(
-            f"{found.name} has the names of timm, which are this library's too, and does not "
-            f"record its pooling; the model has {own!r}, timm's have {pooling!r}. Say which: "
-            f"pooling={own!r}, or source='timm'."
+            f"pooling must be given for {found.name}: it records none, and its names are those of "
+            f"{found.source} and of this library. The model has {own!r}, {found.source} computes "
+            f"{implementation.pooling!r}. Pass pooling={own!r}, or source={found.source!r}."
         )
-    return pooling, REASONS[found.source]
+    return implementation.pooling, implementation.reason
 
 
-def _remedy(
-    found: Checkpoint, own: Mapping[str, Tensor], misfits: Mapping[str, tuple[Any, ...]]
-) -> str:
-    """What may be meant by weights that do not fit, if it can be told."""
-    if misfits and set(misfits) <= set(HEADS):
-        return (
-            " It was trained on another number of classes: fresh_heads=True keeps the model's own "
-            "heads, to train them anew."
-        )
-    try:
-        theirs, ours = architecture(found.state_dict), architecture(own)
-    except ValueError:
-        return ""
-    if _size(theirs) != _size(ours):
-        return f" It is a SwiftFormer {_size(theirs)}, the model one {_size(ours)}."
-    if theirs["use_layer_scale"] != ours["use_layer_scale"]:
-        if ours["use_layer_scale"]:
-            return " It has no layer scales: make the model with use_layer_scale=False."
-        return " It has layer scales: make the model with use_layer_scale=True."
-    for option in ("in_chans", "mlp_ratio"):
-        if theirs[option] != ours[option]:
-            return f" It has {option} {theirs[option]}, the model {ours[option]}."
-    if theirs["features_only"] and not ours["features_only"]:
-        return " It is of a model with features_only=True, without classes."
-    return ""
-
-
-def _size(options: Mapping[str, Any]) -> str:
-    size = (options["widths"], options["depths"])
-    known = (name.upper() for name, sizes in WIDTHS_AND_DEPTHS.items() if sizes == size)
-    return next(known, f"of widths {size[0]}, depths {size[1]}")
-
-
-def _same_but_for_ones(a: Tensor, b: Tensor) -> bool:
-    # Layer scales are [C] or [C, 1, 1], pointwise convolutions may be linear layers.
+def _same_without_ones(a: Tensor, b: Tensor) -> bool:
+    # Layer scales are [C] or [C, 1, 1], and pointwise convolutions may be linear layers.
     return [n for n in a.shape if n != 1] == [n for n in b.shape if n != 1]
-
-
-def _check_model(model: object) -> None:
-    if not isinstance(model, SwiftFormer):
-        raise TypeError(
-            "model must be a swiftkernels.models.SwiftFormer, without wrappers; got a "
-            f"{type(model).__module__}.{type(model).__name__}. For models of others there are "
-            "convert_state_dict, which gives their names, and swiftkernels.accelerate."
-        )
 
 
 def _attentions(model: nn.Module) -> list[AttentionForward]:
     return [m for m in model.modules() if isinstance(m, AttentionForward)]
 
 
-def own_pooling(model: SwiftFormer) -> str:
-    """The pooling of a model's attentions.
+def own_pooling(model: nn.Module) -> Pooling:
+    """The pooling of the attentions of a model.
 
     Raises:
         ValueError: they have several.
     """
-    poolings = {attention.pooling for attention in _attentions(model)}
+    poolings: set[Any] = {attention.pooling for attention in _attentions(model)}
     if len(poolings) > 1:
         raise ValueError(
             f"model must have one pooling; its attentions have {', '.join(sorted(poolings))}."
@@ -605,9 +478,9 @@ def own_pooling(model: SwiftFormer) -> str:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    """What a file holds; the metadata of safetensors beside its tensors, in "pooling"."""
+    """The content of a file; for safetensors with its recorded pooling in the entry "pooling"."""
     if not path.is_file():
-        what = "is a folder; from_pretrained takes those" if path.is_dir() else "does not exist"
+        what = "is a folder; from_pretrained reads those" if path.is_dir() else "does not exist"
         raise ValueError(f"checkpoint must be a .pth or .safetensors file; {path} {what}.")
     try:
         if path.suffix.lower() == ".safetensors":
@@ -615,10 +488,10 @@ def _read(path: Path) -> Mapping[str, Any]:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
                 pooling = (file.metadata() or {}).get("pooling")
             return {"model": tensors, "pooling": pooling} if pooling else tensors
-        # Training scripts keep their arguments in the file; a Namespace holds values alone. The
-        # context takes all that it is given off the list of the process at its end.
-        more = {argparse.Namespace} - set(torch.serialization.get_safe_globals())
-        with torch.serialization.safe_globals(list(more)):
+        # Training scripts store their arguments in a Namespace, which holds only values. On exit,
+        # the context removes all its classes from the list of the process, so pass only new ones.
+        new = {argparse.Namespace} - set(torch.serialization.get_safe_globals())
+        with torch.serialization.safe_globals(list(new)):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise
@@ -627,12 +500,12 @@ def _read(path: Path) -> Mapping[str, Any]:
         if needed is None:
             raise ValueError(_damaged(path, error)) from error
         raise ValueError(
-            f"{path} holds a {needed[1]}, more than tensors and plain values, and loading such "
+            f"{path} holds a {needed[1]}, which is neither a tensor nor a plain value; loading it "
             "could run any code. If you trust the file: load_checkpoint(model, torch.load(path, "
-            "map_location='cpu', weights_only=False)). save_checkpoint(model, 'weights.pth') then "
-            "writes a file without such."
+            "map_location='cpu', weights_only=False)). Then save_checkpoint(model, 'weights.pth') "
+            "writes a file of tensors only."
         ) from error
-    except Exception as error:  # every format has errors of its own
+    except Exception as error:  # every format raises its own errors
         raise ValueError(_damaged(path, error)) from error
     if not isinstance(content, Mapping):
         raise ValueError(
@@ -642,10 +515,10 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    said = str(error).strip().split("\n")[0].split(". ")[0]
+    reason = str(error).strip().split("\n")[0].split(". ")[0]
     return (
-        f"{path} cannot be read as a checkpoint ({type(error).__name__}: {said}). It must be a "
-        ".safetensors file, or one of torch.save."
+        f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason}). It must be a "
+        ".safetensors file, or a file written by torch.save."
     )
 
 
@@ -655,29 +528,29 @@ def _safetensors() -> Any:
 
 
 def _entry(content: Mapping[str, Any], ema: bool, name: str) -> tuple[str, str]:
-    """The entry with the weights, "" for the file itself, and one with the other kind of them."""
+    """The entry to read ("": the content itself), and a moving average that is not read."""
     plain = [k for k in WEIGHTS if isinstance(content.get(k), Mapping)]
     averages = [k for k in AVERAGES if isinstance(content.get(k), Mapping)]
     if ema:
         if not averages:
             entries = [str(k) for k, value in content.items() if value is not None]
-            held = listed(entries, 8) if plain else "weights alone"
+            held = listed(entries, 8) if plain else "only weights"
             raise ValueError(
                 f"{name} must hold a moving average of the weights for ema=True, in "
-                f"{' or '.join(map(repr, AVERAGES))}; it holds {held}. Without ema=True it "
-                "gives the weights."
+                f"{' or '.join(map(repr, AVERAGES))}; it holds {held}. Leave out ema=True to load "
+                "the weights."
             )
         return averages[0], ""
     if averages and not plain:
         raise ValueError(
-            f"{name} holds the moving average of the weights alone, {averages[0]!r}: ema=True "
-            "takes it."
+            f"{name} holds only the moving average of the weights, {averages[0]!r}: pass ema=True "
+            "to load it."
         )
     return (plain or [""])[0], (averages or [""])[0]
 
 
 def _without_modules(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The content of a file with state dicts for modules, and their pooling if none is recorded."""
+    """The content with state dicts in place of modules, and with their pooling if it has none."""
     modules = {k: m for k, m in content.items() if isinstance(m, nn.Module)}
     poolings = {a.pooling for m in modules.values() for a in _attentions(m)}
     recorded = {"pooling": poolings.pop()} if len(poolings) == 1 else {}
@@ -685,23 +558,26 @@ def _without_modules(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check_stored(weights: Mapping[str, Tensor], name: str) -> None:
-    """Raise unless every tensor holds its numbers: what has sizes without data can ask for any
-    amount of memory."""
+    """Raise unless every tensor stores all its values.
+
+    A small file can name tensors of any size without data, for which copying would allocate memory.
+    """
     for key, t in weights.items():
         if t.layout is not torch.strided:
             what = f"is not dense: its layout is {t.layout}"
         elif t.is_meta:
-            what = "has no data: it is on the device meta"
+            what = "has no data: it is on the meta device"
         elif t.numel() == 0:
             what = f"is empty: its shape is {tuple(t.shape)}"
         elif t.untyped_storage().nbytes() < t.numel() * t.element_size():
-            what = f"is expanded: it has less data than its shape {tuple(t.shape)} says"
+            what = f"is expanded: it has less data than its shape {tuple(t.shape)} needs"
         else:
             continue
         raise ValueError(f"{name} must hold tensors with all their data; {key!r} {what}.")
 
 
-def _unwrapped(weights: Mapping[str, Any], prefix: str, name: str) -> dict[str, Tensor]:
+def _unwrap(weights: Mapping[str, Any], prefix: str, name: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, without the prefixes of wrappers."""
     weights = dict(weights)
     if len(weights) > 1:
         weights.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
@@ -710,7 +586,7 @@ def _unwrapped(weights: Mapping[str, Any], prefix: str, name: str) -> dict[str, 
         raise ValueError(f"{name} must hold tensors by their names; got {listed(unnamed)}.")
     others = [k for k, t in weights.items() if not isinstance(t, Tensor)]
     if others or not weights:
-        held = f"{listed(others, 5)} are none" if others else "it is empty"
+        held = f"not a tensor: {listed(others, 5)}" if others else "it is empty"
         raise ValueError(
             f"{name} must hold tensors by their names, itself or in 'model' or 'state_dict'; "
             f"{held}."
@@ -722,7 +598,7 @@ def _unwrapped(weights: Mapping[str, Any], prefix: str, name: str) -> dict[str, 
         weights = {k.removeprefix(wrapper): t for k, t in weights.items()}
     if prefix and not any(k.startswith(prefix) for k in weights):
         raise ValueError(
-            f"prefix must be the start of names in {name}; got {prefix!r}, and there are "
+            f"prefix must be the start of names in {name}; got {prefix!r}, and the names are "
             f"{listed(list(weights), 5)}."
         )
     weights = {k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)}
@@ -730,12 +606,12 @@ def _unwrapped(weights: Mapping[str, Any], prefix: str, name: str) -> dict[str, 
     return weights
 
 
-def _recorded(content: Mapping[str, Any]) -> str | None:
-    """The pooling that this library's files record, those of training among their arguments."""
+def _recorded_pooling(content: Mapping[str, Any]) -> Pooling | None:
+    """The pooling that a file of this library records; training checkpoints do in "args"."""
     arguments = content.get("args", {})
     if isinstance(arguments, argparse.Namespace):
         arguments = vars(arguments)
     found = content.get("pooling")
     if found is None and isinstance(arguments, Mapping):
         found = arguments.get("pooling")
-    return found if found in POOLINGS else None
+    return next((pooling for pooling in POOLINGS if pooling == found), None)

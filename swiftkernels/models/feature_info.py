@@ -1,27 +1,27 @@
-"""Which stages give feature maps, and what these are: timm's `feature_info` and `indices`."""
+"""Description and choice of feature maps, as timm's `feature_info` and `indices`."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 Indices = int | Sequence[int] | None
-"""Stages: the last n, or by number, where negative ones count from the end; None: all."""
+"""Stages: an int for the last n, numbers (negative numbers count from the end), None for all."""
 
 
 def take_indices(indices: Indices, count: int, name: str = "indices") -> list[int]:
     """The numbers of the stages that `indices` names, in its order.
 
     Args:
-        indices: an int for the last stages, a sequence of numbers (negative ones count from the
-            end), or None for all.
-        count: how many stages there are.
-        name: of the argument, for the error.
+        indices: an int n for the last n stages, a sequence of numbers (negative numbers count from
+            the end), or None for all.
+        count: number of stages.
+        name: of the argument, for error messages.
 
     Raises:
         TypeError: numbers that are not ints.
-        ValueError: no stage, or one that does not exist.
+        ValueError: no stage, or a stage that does not exist.
 
     Example:
         >>> take_indices(2, 4), take_indices((0, -1), 4)
@@ -35,8 +35,8 @@ def take_indices(indices: Indices, count: int, name: str = "indices") -> list[in
     if isinstance(indices, int):
         if not 1 <= indices <= count:
             raise ValueError(
-                f"{name} must be from 1 to {count} where it is an int, the last n stages; got "
-                f"{indices}. Name single stages in a sequence: {name}=({indices},)."
+                f"{name} must be from 1 to {count} if it is an int, the last n stages; got "
+                f"{indices}. To choose a single stage, pass a sequence: {name}=({indices},)."
             )
         return list(range(count - indices, count))
     if not numbers or not all(-count <= i < count for i in numbers):
@@ -49,13 +49,13 @@ def take_indices(indices: Indices, count: int, name: str = "indices") -> list[in
 class FeatureInfo(list[dict[str, Any]]):
     """A list with a dict for each stage, and accessors for the stages that give feature maps.
 
-    The dicts have "num_chs" (channels), "reduction" (stride against the image) and "module" (the
-    stage's name), as timm's. The accessors take `idx`: None for the stages in `out_indices`, a
-    number for one stage, or a sequence of numbers.
+    The dicts have the keys of timm: "num_chs" (channels), "reduction" (stride with respect to the
+    image) and "module" (name of the stage). The accessors take `idx`: a number for the value of one
+    stage; a sequence of numbers, or None for the stages in `out_indices`, for a list of values.
 
     Args:
         stages: the dicts.
-        out_indices: the stages that give feature maps, as `take_indices` reads them.
+        out_indices: the stages that give feature maps, as in `take_indices`.
 
     Example:
         >>> stages = [{"num_chs": 8, "reduction": 4, "module": "stages.0"},
@@ -75,11 +75,11 @@ class FeatureInfo(list[dict[str, Any]]):
         return list(self)
 
     def from_other(self, out_indices: Indices) -> FeatureInfo:
-        """A copy with other stages for output."""
+        """A copy with other `out_indices`."""
         return FeatureInfo(copy.deepcopy(self.info), out_indices)
 
     def get(self, key: str, idx: int | Sequence[int] | None = None) -> Any:
-        """The value of a key, or a list of them."""
+        """The value of a key for one stage, or the list of its values."""
         if isinstance(idx, int):
             return self[idx][key]
         return [self[i][key] for i in (self.out_indices if idx is None else idx)]
@@ -87,19 +87,37 @@ class FeatureInfo(list[dict[str, Any]]):
     def get_dicts(
         self, keys: Sequence[str] | None = None, idx: int | Sequence[int] | None = None
     ) -> Any:
-        """The dict of a stage, or a list of them, with some of their keys or all."""
+        """The dict of one stage, or the list of dicts, with all keys or only `keys`."""
         if isinstance(idx, int):
             return {key: self[idx][key] for key in (self[idx] if keys is None else keys)}
         return [self.get_dicts(keys, i) for i in (self.out_indices if idx is None else idx)]
 
-    def channels(self, idx: int | Sequence[int] | None = None) -> Any:
-        """The channels of the maps."""
+    @overload
+    def channels(self, idx: int) -> int: ...
+
+    @overload
+    def channels(self, idx: Sequence[int] | None = None) -> list[int]: ...
+
+    def channels(self, idx: int | Sequence[int] | None = None) -> int | list[int]:
+        """The channels of the feature maps."""
         return self.get("num_chs", idx)
 
-    def reduction(self, idx: int | Sequence[int] | None = None) -> Any:
-        """The strides of the maps against the image."""
+    @overload
+    def reduction(self, idx: int) -> int: ...
+
+    @overload
+    def reduction(self, idx: Sequence[int] | None = None) -> list[int]: ...
+
+    def reduction(self, idx: int | Sequence[int] | None = None) -> int | list[int]:
+        """The strides of the feature maps with respect to the image."""
         return self.get("reduction", idx)
 
-    def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
+    @overload
+    def module_name(self, idx: int) -> str: ...
+
+    @overload
+    def module_name(self, idx: Sequence[int] | None = None) -> list[str]: ...
+
+    def module_name(self, idx: int | Sequence[int] | None = None) -> str | list[str]:
         """The names of the stages."""
         return self.get("module", idx)

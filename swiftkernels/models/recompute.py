@@ -11,14 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(blocks: nn.Sequential, x: Tensor) -> Tensor:
-    """blocks(x), keeping only each block's input for the backward, which computes the rest again.
+    """blocks(x), storing only the input of each block; the backward recomputes the rest.
 
-    The second computation sees the buffers as they were before the first one, and what it writes
-    into them is discarded. So running statistics count a batch once, whatever class keeps them, and
-    layers that read what they update compute the same again.
+    The recomputation reads the buffers as they were before the forward, and its changes to them are
+    discarded. So running statistics count a batch once, in any class of module, and modules that
+    read the buffers that they update compute the same values again.
 
     Args:
-        blocks: modules of one tensor each.
+        blocks: modules that take and return one tensor.
         x: the input of the first block.
 
     Example:
@@ -35,14 +35,14 @@ def recomputed(blocks: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # which recomputes without side effects
+    if torch.compiler.is_compiling():  # the compiler recomputes without side effects
         return checkpoint(block, x, use_reentrant=False)
     contexts = contextlib.nullcontext(), _EarlierBuffers(block)
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: contexts)
 
 
 class _EarlierBuffers:
-    """A context in which a module has copies of the buffers that it had when this was made."""
+    """A context in which a module has copies of its buffers from when this object was created."""
 
     def __init__(self, module: nn.Module) -> None:
         self.modules = list(module.modules())
@@ -51,7 +51,7 @@ class _EarlierBuffers:
     def __enter__(self) -> None:
         self.current = [dict(m._buffers) for m in self.modules]
         for module, buffers in zip(self.modules, self.earlier, strict=True):
-            # Copied again: with retain_graph=True there are several recomputations.
+            # Copied again: retain_graph=True allows several recomputations.
             module._buffers.update(_copied(buffers))
 
     def __exit__(self, *error: object) -> None:

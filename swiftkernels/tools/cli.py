@@ -1,5 +1,8 @@
-"""The command line: `doctor` tells what works here, `verify` checks it, `bench` measures it, and
-`predict` takes a checkpoint to images."""
+"""The command line.
+
+`swiftkernels doctor` shows what works here, `verify` checks the kernels, `bench` times them, and
+`predict` classifies images.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -21,53 +25,53 @@ from torch import Tensor
 import swiftkernels
 from swiftkernels.backends import devices, torch_state
 from swiftkernels.backends.cpu import library
-from swiftkernels.models.swiftformer.checkpoints import SOURCES
-from swiftkernels.ops.additive_attention.api import BACKENDS
+from swiftkernels.models.family import SOURCES
 from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
-from swiftkernels.ops.additive_attention.reference import POOLINGS
+from swiftkernels.ops.types import Backend, Pooling
 from swiftkernels.tools import verify
 from swiftkernels.utils.images import CROP
 
 SHAPE = (8, 196, 64)
-"""The tokens that the doctor asks about, [B, N, C], with E = C."""
+"""Shape of the tokens for which doctor shows the backends, [B, N, C] with E = C."""
 
 TRIAL = verify.Case(1, 16, 16, 16, 1)
-"""What is compiled and run on every GPU."""
+"""The case that doctor compiles and runs on every GPU."""
 
 DRIVERS = {"/dev/nvidiactl": "an NVIDIA", "/dev/kfd": "an AMD"}
-"""What a driver puts there -> whose."""
+"""Device file of a driver -> maker of the GPU."""
 
 HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
-"""Variables that choose among the GPUs."""
+"""Environment variables that select GPUs."""
 
 GET_TORCH = "install a build of torch for it: https://pytorch.org/get-started/locally"
 
 REMEDIES = {
     "C compiler": "Triton builds its launcher with one: apt install gcc",
     "CalledProcessError": (
-        "What the C compiler said stands above; Python's headers are often missing: "
+        "The C compiler failed, see its output above; often Python's headers are missing: "
         "apt install python3-dev"
     ),
     "libcuda.so": (
-        "The driver's library is not found: run ldconfig, or start the container with --gpus all"
+        "The library of the driver was not found: run ldconfig, or start the container with "
+        "--gpus all"
     ),
-    "active drivers": "Triton and torch do not fit each other: reinstall both, torch brings triton",
+    "active drivers": "Triton and torch do not match: reinstall both; torch installs triton",
     "no kernel image": f"This torch has no code for the GPU: {GET_TORCH}",
-    "ptxas": "This Triton is too old for the GPU: take a newer torch, which brings a newer one",
-    "out of memory": "Other programs hold the memory of the GPU: nvidia-smi or rocm-smi tell which",
-    "budget": "The kernels compute wrongly there; swiftkernels verify tells more: please report it",
+    "ptxas": "This Triton is too old for the GPU: install a newer torch, which has a newer Triton",
+    "out of memory": "Other programs use the memory of the GPU: nvidia-smi or rocm-smi shows which",
+    "budget": "The kernels give wrong results: please report the output of swiftkernels verify",
 }
-"""Words in an error -> what to do; the first that is found."""
+"""Text in an error message -> remedy; the first match counts."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status, 2 for arguments that are wrong."""
+    """Run a subcommand; returns the exit status: 2 for an error, 130 for an interruption."""
     parser = argparse.ArgumentParser(prog="swiftkernels", description=swiftkernels.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="tell what works here, and how to mend what does not")
-    _add_verify(commands.add_parser("verify", help="check every kernel that runs here"))
-    _add_bench(commands.add_parser("bench", help="time the operator beside others, and report"))
-    _add_predict(commands.add_parser("predict", help="name what images show, draw what is seen"))
+    commands.add_parser("doctor", help="show what works here, and how to fix the rest")
+    _add_verify(commands.add_parser("verify", help="check all kernels that run here"))
+    _add_bench(commands.add_parser("bench", help="time the operator and its alternatives"))
+    _add_predict(commands.add_parser("predict", help="classify images, draw token weights"))
     given = vars(parser.parse_args(arguments))
     command = given.pop("command")
     if command == "doctor":
@@ -92,63 +96,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Run every kernel that runs on a device, forward and backward, against the definition in "
-        "float64. Exit status: 0 all is right, 1 something is wrong, 2 nothing could run."
+        "Compare all kernels that run on a device, forward and backward, with the definition in "
+        "float64. Exit status: 0 all correct, 1 an error above its bound, 2 nothing could run."
     )
     _add_device(parser)
-    parser.add_argument("--backend", choices=verify.BACKENDS, help="this one alone")
+    parser.add_argument("--backend", choices=verify.BACKENDS, help="check only this backend")
     parser.add_argument("--quick", action="store_true", help="about half of the cases")
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Time the operator beside eager PyTorch, torch.compile and other attentions at the shapes "
-        "of SwiftFormers, and write a CSV file, plots and a report. What is wrong is not timed. A "
-        "full run takes long, as torch.compile compiles anew for every shape; stopped by Ctrl-C, "
-        "it reports what was measured. Exit status: 0, or 1 if an engine was wrong."
+        "Time the operator, eager PyTorch, torch.compile and other attentions at the shapes of "
+        "SwiftFormer, and write a CSV file, plots and a report. Engines with wrong results are not "
+        "timed. A full run takes long, because torch.compile compiles again for every shape; after "
+        "Ctrl-C the report has the results so far. Exit status: 0, or 1 if an engine was wrong."
     )
     _add_device(parser)
     add = parser.add_argument
     add("--out", type=Path, default=Path("results"), help="folder to write to (%(default)s)")
-    add("--quick", action="store_true", help="a look at it: few shapes and types, less time each")
-    add("--threads", type=int, default=1, help="on a CPU (%(default)s: process time is measured)")
+    add("--quick", action="store_true", help="few shapes and types, less time each")
+    add(
+        "--threads",
+        type=int,
+        default=1,
+        help="threads on a CPU (%(default)s measures process time)",
+    )
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Print the likeliest classes of images, and draw, if asked to, where the attention looks "
-        "and what the feature maps hold. The checkpoint tells the model's size; which pooling it "
-        "was trained with, its source or --pooling. Exit status: 0, or 1 if an image could not be "
-        "read."
+        "Print the most likely classes of images; with options also draw token weights and feature "
+        "maps. The size of the model follows from the checkpoint; the pooling from the file, its "
+        "source, or --pooling. Exit status: 0, or 1 if an image could not be read."
     )
     add = parser.add_argument
     add(
         "checkpoint",
         help="a .pth or .safetensors file of the official code, timm, transformers or this "
-        "library, a folder with one and config.json, or a repository of huggingface.co",
+        "library; a folder that holds one and config.json; or a repository of huggingface.co",
     )
-    add("images", type=Path, nargs="+", help="image files, or folders with some")
+    add("images", type=Path, nargs="+", help="image files, or folders of them")
     add(
         "--labels", "--classes", type=Path, metavar="FILE",
-        help="with a name in each line (else those of config.json, or ImageNet's for 1000 classes)",
+        help="class names, one a line (default: config.json, or ImageNet for 1000 classes)",
     )  # fmt: skip
-    add("--top", type=int, metavar="N", help="classes to name (5, or all of fewer)")
+    add("--top", type=int, metavar="N", help="number of classes to print (5)")
     add(
         "--size", type=int, nargs="+", default=(224,), metavar="PIXELS",
-        help="of the model's input: a square's side, or height and width (224)",
+        help="size of the input: side of a square, or height and width (224)",
     )  # fmt: skip
     add(
         "--crop", type=float, default=CROP, metavar="SHARE",
-        help="of an image's shorter side that is looked at (%(default)s, as the official code; "
+        help="share of the shorter side that is cropped (%(default)s, as in the official code; "
         "timm: 0.95)",
     )  # fmt: skip
     add("--attention", action="store_true", help="draw the token weights of each stage")
     add("--features", action="store_true", help="draw the feature map of each stage")
-    add("--out", type=Path, default=Path("results"), help="folder to draw into (%(default)s)")
-    add("--source", choices=SOURCES, help="whose names the weights have (told by the names)")
-    add("--prefix", default="", help="take the names under it alone: backbone. of a detector's")
-    add("--pooling", choices=POOLINGS, help="of the attention (told by file or source)")
-    add("--ema", action="store_true", help="take the moving average of the weights")
+    add("--out", type=Path, default=Path("results"), help="folder for the pictures (%(default)s)")
+    add("--source", choices=SOURCES, help="implementation with these names (found by the names)")
+    add("--prefix", default="", help="load only names that start with it: backbone. in a detector")
+    add(
+        "--pooling",
+        choices=get_args(Pooling),
+        help="pooling of the attention (from file or source)",
+    )
+    add("--ema", action="store_true", help="load the moving average of the weights")
     _add_device(parser)
 
 
@@ -159,19 +171,19 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def doctor() -> int:
-    """Print what was found; 1 if something that should work here does not, else 0."""
+    """Print what works on this machine; returns 1 if something needs a fix, else 0."""
     _section("Versions", _versions())
     _section("CPU", _cpu())
     _section("CPU kernels", _cpu_kernels())
     _section("GPUs", _gpus())
     _section(f'backend="auto" for tokens {list(SHAPE)}, without gradients', _choices())
-    faults = list(_faults())
-    if not faults:
-        print("All that should work here does.")
+    problems = list(_problems())
+    if not problems:
+        print("No problems found.")
         return 0
-    print("To mend:")
-    for fault in faults:
-        print(f"  * {fault}")
+    print("To fix:")
+    for problem in problems:
+        print(f"  * {problem}")
     return 1
 
 
@@ -196,7 +208,7 @@ def _cpu_kernels() -> Iterator[tuple[str, str]]:
         yield "compiled by", record["compiler"]
     try:
         chosen = library.loaded()
-    except ValueError:  # SWIFTKERNELS_CPU_ISA cannot be followed: told under "To mend"
+    except ValueError:  # a wrong SWIFTKERNELS_CPU_ISA is listed under "To fix"
         chosen = None
     if record["error"] and not library.available():
         yield "not built", record["error"]
@@ -218,7 +230,7 @@ def _state(isa: str, chosen: library.Library | None) -> str:
         return f"built, not usable: {problem}"
     if chosen is not None and isa == chosen.name:
         return "built, in use"
-    return "built, usable, not chosen"
+    return "built, usable, not in use"
 
 
 def _gpus() -> Iterator[tuple[str, str]]:
@@ -229,7 +241,7 @@ def _gpus() -> Iterator[tuple[str, str]]:
             text = f"cannot be used: {_first_line(error)}"
         yield str(device), _indented(text)
     if not devices.gpus():
-        yield "none", f"torch sees no CUDA, ROCm or XPU device ({_why_no_gpu()})"
+        yield "none", f"torch finds no CUDA, ROCm or XPU device ({_why_no_gpu()})"
 
 
 def _gpu(device: torch.device) -> Iterator[str]:
@@ -243,18 +255,18 @@ def _gpu(device: torch.device) -> Iterator[str]:
     if too_old:
         yield f"compute capability {too_old}: too old for the kernels, which need 8.0"
     elif torch_state.has_triton():
-        yield _trial(device) or "the kernels compile and run there, and give the right numbers"
+        yield _trial(device) or "the kernels compile and run on it, with correct results"
 
 
 @functools.cache
 def _trial(device: torch.device) -> str:
-    """What goes wrong when a small layer is compiled and run on a GPU; empty if nothing."""
+    """The failure of a small case that is compiled and run on a GPU; empty if it passes."""
     return verify.verify_case(TRIAL, "triton", torch.float32, device).failure
 
 
 def _why_no_gpu() -> str:
     if not (torch.version.cuda or torch.version.hip):
-        return f"it is built for {devices.built_for()}"
+        return f"it was built for {devices.built_for()}"
     hiding = [f"{name}={os.environ[name]}" for name in HIDING if name in os.environ]
     if hiding:
         return f"{', '.join(hiding)} may hide it"
@@ -262,7 +274,7 @@ def _why_no_gpu() -> str:
         torch.cuda.init()
     except (AssertionError, RuntimeError) as error:
         return _first_line(error)
-    return "the driver names none"
+    return "the driver lists none"
 
 
 def _first_line(error: Exception) -> str:
@@ -270,8 +282,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _choices() -> Iterator[tuple[str, str]]:
-    said: set[str] = set()  # what holds for several types is said once
-    # One of each type is enough: what the choice depends on rarely differs among several GPUs.
+    shown: set[str] = set()  # reasons that hold for several dtypes are shown once
+    # One GPU of each type: the choice rarely differs among the GPUs of a machine.
     kinds = {"cpu": torch.device("cpu")} | {d.type: d for d in reversed(devices.gpus())}
     for device in kinds.values():
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -279,8 +291,8 @@ def _choices() -> Iterator[tuple[str, str]]:
                 x = torch.empty(SHAPE, dtype=dtype, device=device)
                 with torch.no_grad():
                     chosen = SELF_ATTENTION.choose_backend("auto", x, SHAPE[-1])
-                reasons = [reason for reason in _why_not(x, chosen) if reason not in said]
-                said.update(reasons)
+                reasons = [reason for reason in _why_not(x, chosen) if reason not in shown]
+                shown.update(reasons)
                 text = "\n".join((chosen, *reasons))
             except (RuntimeError, ValueError) as error:
                 text = f"error: {_first_line(error)}"
@@ -288,14 +300,14 @@ def _choices() -> Iterator[tuple[str, str]]:
 
 
 def _why_not(x: Tensor, chosen: str) -> Iterator[str]:
-    """Why "auto" took none of the backends that stand before the chosen one."""
-    others = BACKENDS[1:]
+    """Why "auto" chose none of the backends before the chosen one."""
+    others = get_args(Backend)[1:]
     for backend in others[: others.index(chosen)]:
         reason = SELF_ATTENTION.why_not(backend, x, SHAPE[-1])
-        yield "  " + (reason or f"backend={backend!r} works as well, when asked for.")
+        yield "  " + (reason or f"backend={backend!r} works too, if it is requested.")
 
 
-def _faults() -> Iterator[str]:
+def _problems() -> Iterator[str]:
     try:
         reason = library.why_not()
     except ValueError as error:
@@ -308,22 +320,22 @@ def _faults() -> Iterator[str]:
                 problem = library.problem(isa)
                 if problem and can_run:
                     yield f"CPU kernels for {isa} cannot be used: {problem} ({library.remedy()})."
-    yield from _gpu_faults()
+    yield from _gpu_problems()
 
 
-def _gpu_faults() -> Iterator[str]:
+def _gpu_problems() -> Iterator[str]:
     gpus = devices.gpus()
     if not gpus and not any(name in os.environ for name in HIDING):
-        for path, whose in DRIVERS.items():
+        for path, maker in DRIVERS.items():
             if Path(path).exists():
                 yield (
-                    f"{path} is the driver of {whose} GPU, which torch does not see "
+                    f"{path} is the driver of {maker} GPU, which torch does not find "
                     f"({_why_no_gpu()}): {GET_TORCH}."
                 )
     if gpus and not torch_state.has_triton():
         yield (
-            f"{gpus[0]} needs the package triton for backend='triton': "
-            "pip install swiftkernels[triton]."
+            f"{gpus[0]} needs the package triton for backend='triton'. In a clone of this library, "
+            "run: pip install '.[triton]'"
         )
         return
     for device in gpus:
@@ -333,7 +345,7 @@ def _gpu_faults() -> Iterator[str]:
 
 
 def _remedy(failure: str) -> str:
-    unknown = "swiftkernels verify tells more: please report it"
+    unknown = "Please report the output of swiftkernels verify"
     return next((text for words, text in REMEDIES.items() if words in failure), unknown)
 
 
@@ -356,7 +368,7 @@ def _version(package: str) -> str:
 
 
 def _compiler() -> str:
-    """The compiler that an installation would find now, as in setup.py."""
+    """The compiler that an installation would use now, as in setup.py."""
     names = ("c++", "g++", "clang++")
     command = shlex.split(os.environ.get("CXX", "")) or [n for n in names if shutil.which(n)][:1]
     if not command:

@@ -1,4 +1,4 @@
-"""Which attentions of a model run fused, on which backend, and what keeps the others from it."""
+"""`doctor`: which attentions of a model run fused, on which backend, and why others do not."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from swiftkernels.integrations.accelerate import part_names
+from swiftkernels.integrations.probe import part_names
 from swiftkernels.ops import linear_parts
 from swiftkernels.ops.additive_attention.layer import AttentionForward
 from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
 
 FUSED = ("triton", "cpu")
 N_TOKENS = 49
-"""Of the input that a backend is chosen for; no backend depends on it where kernels are built."""
+"""Tokens of the input for which a backend is chosen; compiled kernels serve any number."""
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionReport:
     """How one additive attention of a model runs."""
 
     name: str
     kind: str
-    """Its class."""
+    """The name of its class."""
     backend: str
-    """What would run it on tokens of its weights' type and device, without gradients."""
+    """The backend for tokens with the dtype and device of its weights, without gradients."""
     reason: str
     """Why it does not run fused; empty if it does."""
 
@@ -40,10 +40,10 @@ class Diagnosis:
     """How the additive attentions of a model run; print it.
 
     Attributes:
-        attentions: all that were found, in the order of `model.named_modules()`.
+        attentions: a report for each attention, in the order of `model.named_modules()`.
     """
 
-    def __init__(self, attentions: list[Attention]) -> None:
+    def __init__(self, attentions: list[AttentionReport]) -> None:
         self.attentions = attentions
 
     def __str__(self) -> str:
@@ -53,15 +53,15 @@ class Diagnosis:
 
 
 def doctor(model: nn.Module) -> Diagnosis:
-    """Say which additive attentions of a model run fused, and why others do not.
+    """Report which additive attentions of a model run fused, and why others do not.
 
-    Looks at the model only: nothing is run, computed or changed.
+    Only inspects the model: nothing is run or changed.
 
     Args:
-        model: any module, with attentions of this library, accelerated ones, or others.
+        model: any module, with attentions of this library, accelerated attentions or others.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
 
     Example:
         >>> from swiftkernels import AdditiveAttention
@@ -78,14 +78,14 @@ def doctor(model: nn.Module) -> Diagnosis:
     for name, module in model.named_modules():
         kind = type_before_parametrizations(module).__name__
         if isinstance(module, AttentionForward):
-            found.append(Attention(name, kind, *_how(module)))
+            found.append(AttentionReport(name, kind, *_backend(module)))
         elif part_names(module):
-            reason = "it is not this library's; swiftkernels.accelerate(model) makes it so"
-            found.append(Attention(name, kind, "", reason))
+            reason = "it is from another library; swiftkernels.accelerate(model) changes that"
+            found.append(AttentionReport(name, kind, "", reason))
     return Diagnosis(found)
 
 
-def _how(layer: Any) -> tuple[str, str]:
+def _backend(layer: Any) -> tuple[str, str]:
     """The backend of a layer, and why it does not run fused."""
     called = linear_parts.called(layer, layer.names[:4])
     if called:
@@ -104,5 +104,5 @@ def _how(layer: Any) -> tuple[str, str]:
     if backend in FUSED:
         return backend, ""
     if layer.backend != "auto":
-        return backend, f"backend {backend!r} was asked for"
+        return backend, f"backend {backend!r} was requested"
     return backend, " ".join(SELF_ATTENTION.why_not(fused, x, width) for fused in FUSED)

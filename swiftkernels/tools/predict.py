@@ -1,4 +1,4 @@
-"""`swiftkernels predict`: what a checkpoint sees in images, and where it looks."""
+"""`swiftkernels predict`: classes of images, token weights and feature maps."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from swiftkernels.backends import devices
 from swiftkernels.models.attention_maps import token_weights
-from swiftkernels.models.swiftformer.hub import class_names, from_pretrained
-from swiftkernels.models.swiftformer.network import SwiftFormer
+from swiftkernels.models.family import Source
+from swiftkernels.models.hub import from_pretrained
+from swiftkernels.models.network import Network
+from swiftkernels.ops.types import Pooling
 from swiftkernels.utils import checks
 from swiftkernels.utils.extras import need
 from swiftkernels.utils.files import save_figure
@@ -29,25 +31,25 @@ if TYPE_CHECKING:
 
 INK = "#333333"
 PANEL = 2.5
-"""Width of a picture in a figure, in inches."""
+"""Width of a panel of a figure, in inches."""
 LONGEST = 36
-"""Characters of a title."""
+"""Characters of the longest title."""
 
 IMAGENET_CLASSES = 1000
 IMAGENET_LABELS = Path(__file__).with_name("imagenet_labels.txt")
 TOP = 5
-"""Classes that are named, unless another number is asked for."""
+"""Default number of classes to print."""
 SMALLEST_CROP = 0.1
 MOST_PIXELS = 4096**2
-"""Of the model's input, for which SwiftFormer-L3 takes some GB of memory."""
+"""Largest input of the model; SwiftFormer-L3 needs several GB of memory for it."""
 
 ATTENTION = "Weights of the tokens in the global query, pooling "
 UNITS = {
-    "l2": ", in units of 1 / sqrt(N): if all weighed the same, each would be 1 or -1",
-    "softmax": ", in units of 1 / N: if all weighed the same, each would be 1",
+    "l2": ", in units of 1 / sqrt(N): equal weights would all be 1 or -1",
+    "softmax": ", in units of 1 / N: equal weights would all be 1",
 }
 FEATURES = (
-    "Feature maps: the first three principal components of each one's channels as red, green, blue."
+    "Feature maps: the first three principal components of the channels as red, green and blue."
 )
 
 
@@ -62,72 +64,70 @@ def run(
     attention: bool = False,
     features: bool = False,
     out: Path = Path("results"),
-    source: str | None = None,
+    source: Source | None = None,
     prefix: str = "",
-    pooling: str | None = None,
+    pooling: Pooling | None = None,
     ema: bool = False,
     device: str | None = None,
 ) -> int:
-    """Print the likeliest classes of every image, and draw what is asked for.
+    """Print the most likely classes of every image, and draw the requested pictures.
 
-    Args as the options of the command. Returns 1 if an image could not be read, else 0.
+    The arguments are the options of the command. Returns 1 if an image could not be read, else 0.
 
     Raises:
         ValueError: a checkpoint, an option or a list of images that cannot be used.
         ImportError: pillow, or for pictures matplotlib, is not installed.
-        OSError: `out` cannot be made.
+        OSError: `out` cannot be created.
     """
     if top is not None:
         checks.check_positive("--top", top)
     _check_size(size)
     if not SMALLEST_CROP <= crop <= 1:
         raise ValueError(
-            f"--crop must be a share of the image's shorter side from {SMALLEST_CROP} to 1; got "
-            f"{crop}."
+            f"--crop must be a share of the shorter side, from {SMALLEST_CROP} to 1; got {crop}."
         )
-    need("PIL", "predict", "Reading images")  # at the start, not after the model
+    need("PIL", "predict", "Reading images")  # fail before the model is loaded
     if attention or features:
         need("matplotlib", "predict", "Drawing")
     paths = list(_image_files(images))
     if attention or features:
         _check_names(paths)
-    where = devices.find(device)
+    target = devices.find(device)
     if attention or features:
         out.mkdir(parents=True, exist_ok=True)
     try:
-        model, report, config = from_pretrained(
-            checkpoint, source=source, prefix=prefix, ema=ema, pooling=pooling
-        )
+        model = from_pretrained(checkpoint, source=source, prefix=prefix, ema=ema, pooling=pooling)
     except ValueError as error:
         raise ValueError(_as_options(str(error))) from error
-    _check_fit(model, size, top)
+    report = model.pretrained.report
+    _check_options(model, size, top)
     print(_as_options(str(report)), end="\n\n")
     _check_model(model, report.pooling, attention, features)
-    model.to(where)
-    names, named = _class_names(labels, config, model.num_classes)
+    model.to(target)
+    names, origin = _class_names(labels, model.pretrained.class_names, model.num_classes)
     if model.num_classes:
-        print(f"{named}\n")
+        print(f"{origin}\n")
 
     failed = 0
     for path in paths:
         try:
-            with warnings.catch_warnings(record=True) as said:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 image = cropped(load_image(path), (size[0], size[-1]), crop)
-        except Exception as error:  # every format has errors of its own
+        except Exception as error:  # every format raises its own errors
             reason = str(error) or type(error).__name__
             print(f"{path}: cannot be read as an image ({reason})\n", file=sys.stderr)
             failed = 1
             continue
-        for warning in said[:1]:  # one of them is a line enough
+        for warning in caught[:1]:
             print(f"{path}: warning: {warning.message}", file=sys.stderr)
-        pixels = to_tensor(image).unsqueeze(0).to(where)
+        pixels = to_tensor(image).unsqueeze(0).to(target)
         print(path)
         if model.num_classes:
             with torch.no_grad():
-                shares = model(pixels)[0].softmax(0)
-            for share, index in zip(*shares.topk(min(top or TOP, len(shares))), strict=True):
-                print(f"  {share:6.1%}  {names[int(index)]}")
+                p = model(pixels)[0].softmax(0)
+            for probability, index in zip(*p.topk(min(top or TOP, len(p))), strict=True):
+                print(f"  {probability:6.1%}  {names[int(index)]}")
         if attention:
             weights = [a[0].cpu() for a in token_weights(model, pixels).values()]
             figure = attention_figure(image, path.name, weights, report.pooling)
@@ -143,7 +143,7 @@ def run(
 
 
 def _as_options(text: str) -> str:
-    """What the library says of its arguments, in the words of the command: ema=True is --ema."""
+    """A message with options of the command instead of arguments: ema=True becomes --ema."""
     return re.sub(
         r"\b(ema|pooling|prefix|source)=(?:True|'([^' ]*)')",
         lambda m: " ".join(filter(None, (f"--{m[1]}", m[2]))),
@@ -152,18 +152,18 @@ def _as_options(text: str) -> str:
 
 
 def cropped(image: Image, size: tuple[int, int] = (224, 224), crop: float = CROP) -> Image:
-    """An image as in evaluation on ImageNet: resized (bicubic), then its centre.
+    """Preprocess an image as in evaluation on ImageNet: resize (bicubic), crop the centre.
 
     Args:
-        image: any.
+        image: any image.
         size: height and width of the result.
-        crop: its share of the shorter side. 0.875, resizing to 256 for 224, is the official code's;
-            timm's configurations have 0.95.
+        crop: share of the shorter side that is cropped: 0.875 in the official code, which resizes
+            to 256 and crops 224; 0.95 in the configurations of timm.
     """
     from PIL.Image import Resampling
 
     height, width = size
-    # The smaller factor that leaves both sides long enough; of a square, that of the shorter side.
+    # The smallest factor with which both sides are long enough.
     factor = max(int(height / crop) / image.height, int(width / crop) / image.width)
     sides = (image.width, width, factor), (image.height, height, factor)
     (left, right, *across), (upper, lower, *along) = (_window(*side) for side in sides)
@@ -173,24 +173,26 @@ def cropped(image: Image, size: tuple[int, int] = (224, 224), crop: float = CROP
 
 
 def _window(length: int, result: int, factor: float) -> tuple[int, int, float, float]:
-    """The middle of one side of an image, of which `result` pixels are left when it is resized.
+    """The part of one side of an image that becomes `result` pixels after resizing by `factor`.
+
+    Only this part and the margin that the filter reads are resized, not the image.
 
     Returns:
-        In pixels of the image: start and end of all that the filter reads, as whole numbers; from
-        this start on, start and end of the middle itself.
+        In pixels of the image: start and end of the part with margins, as integers; start and end
+        of the part without margins, relative to that start.
     """
-    # Rounded down, as torchvision does, but for what floating point takes off a whole number.
+    # Rounded down as in torchvision; 1e-6 corrects products just below an integer.
     resized = int(length * factor + 1e-6)
     before = round((resized - result) / 2)
     scale = length / resized
     first, last = before * scale, min((before + result) * scale, length)
-    margin = math.ceil(2 * max(scale, 1)) + 1  # a bicubic filter reaches two pixels far
+    margin = math.ceil(2 * max(scale, 1)) + 1  # a bicubic filter reads two pixels on each side
     start, end = max(math.floor(first) - margin, 0), min(math.ceil(last) + margin, length)
     return start, end, first - start, last - start
 
 
 def to_tensor(image: Image) -> Tensor:
-    """[3, H, W] float32, ImageNet's mean taken off and divided by its deviations."""
+    """The image as a tensor [3, H, W], float32, normalised with mean and deviation of ImageNet."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     planes = pixels.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255
     mean, deviation = torch.tensor(MEAN), torch.tensor(DEVIATION)
@@ -198,7 +200,7 @@ def to_tensor(image: Image) -> Tensor:
 
 
 def attention_figure(image: Image, name: str, weights: Sequence[Tensor], pooling: str) -> Figure:
-    """The image, and over it the token weights [H, W] of every stage, in units of equal weights."""
+    """The image, and the token weights [H, W] of every stage over it, in units of equal weights."""
     unit = {"l2": math.sqrt, "softmax": float}.get(pooling, lambda n: 1.0)
     caption = f"{ATTENTION}{pooling}{UNITS.get(pooling, '')}."
     figure, panels = _figure(image, name, len(weights), caption, bars=True)
@@ -209,7 +211,7 @@ def attention_figure(image: Image, name: str, weights: Sequence[Tensor], pooling
 
 
 def features_figure(image: Image, name: str, maps: Sequence[Tensor]) -> Figure:
-    """The image and the feature maps [C, H, W] of the stages, their principal components as RGB."""
+    """The image, and principal components of the feature maps [C, H, W] of the stages as RGB."""
     figure, panels = _figure(image, name, len(maps), FEATURES)
     for stage, (axes, x) in enumerate(zip(panels, maps, strict=True), 1):
         axes.imshow(principal_colours(x).tolist(), interpolation="nearest", aspect="auto")
@@ -219,23 +221,23 @@ def features_figure(image: Image, name: str, maps: Sequence[Tensor]) -> Figure:
 
 
 def principal_colours(x: Tensor) -> Tensor:
-    """[C, H, W] -> [H, W, 3] from 0 to 1: what varies most over the map, as red, green, blue."""
+    """Principal components of [C, H, W] over the pixels, as colours [H, W, 3] from 0 to 1."""
     pixels = x.double().flatten(1).T  # [H W, C]
     pixels = pixels - pixels.mean(0)
     axes = torch.linalg.eigh(pixels.T @ pixels).eigenvectors.flip(1)[:, :3]
-    # The sign of a component is arbitrary: its largest entry shall be positive.
+    # The sign of a component is arbitrary: make its largest entry positive.
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
     colours = pixels @ (axes * largest.sign())
     low, high = torch.quantile(colours, torch.tensor([0.01, 0.99]).double(), dim=0)
     scaled = ((colours - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    missing = 3 - scaled.shape[1]  # of a map with fewer channels
+    missing = 3 - scaled.shape[1]  # if the map has fewer than three channels
     return torch.nn.functional.pad(scaled, (0, missing)).unflatten(0, x.shape[1:])
 
 
 def _overlay(figure: Figure, axes: Axes, image: Image, values: Tensor, signed: bool) -> None:
-    """Values [H, W] in colour over the grey image, with their scale below.
+    """Draw values [H, W] in colour over the grey image, with a colour bar below.
 
-    Those with signs in two colours around zero, even where all of them have the same.
+    Signed values have two colours around zero, even if all have the same sign.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -248,7 +250,7 @@ def _overlay(figure: Figure, axes: Axes, image: Image, values: Tensor, signed: b
         low, high = values.min().item(), values.max().item()
         colours, opacity = "inferno", torch.full_like(values, 0.75)
     extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
-    # From a light grey to white, which leaves the dark to the colours.
+    # A light range of greys, so that dark pixels do not hide the colours.
     axes.imshow(image.convert("L"), cmap="gray", vmin=-300, vmax=255, aspect="auto")
     scale = Normalize(low, high)
     axes.imshow(
@@ -260,7 +262,7 @@ def _overlay(figure: Figure, axes: Axes, image: Image, values: Tensor, signed: b
         interpolation="nearest",
         aspect="auto",
     )
-    inch = image.width / image.height / PANEL  # in heights of the picture
+    inch = image.width / image.height / PANEL  # as a share of the height of the panel
     bar = axes.inset_axes((0.0, -0.18 * inch, 1.0, 0.08 * inch))
     figure.colorbar(ScalarMappable(scale, colours), cax=bar, orientation="horizontal")
     bar.tick_params(labelsize=8, color=INK, labelcolor=INK)
@@ -272,7 +274,7 @@ def _overlay(figure: Figure, axes: Axes, image: Image, values: Tensor, signed: b
 def _figure(
     image: Image, name: str, panels: int, caption: str, bars: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """A row of pictures of the image's shape, the first the image, and room for scales below."""
+    """A row of panels with the shape of the image, the first with the image, and space for bars."""
     from matplotlib.figure import Figure
 
     gap, above, below = 0.12, 0.3, 0.75 if bars else 0.4
@@ -302,28 +304,28 @@ def _saved(figure: Figure, out: Path, image: Path, kind: str) -> Path:
 
 
 def _check_size(size: Sequence[int]) -> None:
-    """Raise unless the size can be computed; whether it fits the model, `_check_fit` tells."""
+    """Raise unless the size is valid; `_check_options` compares it with the model."""
     if not 1 <= len(size) <= 2 or min(size) < 1:
         raise ValueError(
             f"--size must be a number of pixels, or height and width; got {_shown(size)}."
         )
     if size[0] * size[-1] > MOST_PIXELS:
         raise ValueError(
-            f"--size must be at most {MOST_PIXELS:,} pixels in all, 4096 x 4096; got "
-            f"{_shown(size)}. Larger inputs would take many GB of memory."
+            f"--size must be at most {MOST_PIXELS:,} pixels in total, 4096 x 4096; got "
+            f"{_shown(size)}. Larger inputs would need many GB of memory."
         )
 
 
-def _check_fit(model: SwiftFormer, size: Sequence[int], top: int | None) -> None:
+def _check_options(model: Network, size: Sequence[int], top: int | None) -> None:
     stride = model.feature_strides[-1]
     if min(size) < stride:
         raise ValueError(
-            f"--size must be at least {stride}, the stride of the model's last stage, which would "
-            f"see nothing but padding otherwise; got {_shown(size)}."
+            f"--size must be at least {stride}, the stride of the last stage of the model; got "
+            f"{_shown(size)}. That stage would see only padding."
         )
     if top is not None and top > model.num_classes:
         raise ValueError(
-            f"--top must be at most the number of the model's classes, {model.num_classes}; got "
+            f"--top must be at most {model.num_classes}, the number of classes of the model; got "
             f"{top}."
         )
 
@@ -338,46 +340,47 @@ def _check_names(paths: Sequence[Path]) -> None:
         other = first.setdefault(path.stem, path)
         if other != path:
             raise ValueError(
-                f"images must have different names to be drawn; {other} and {path} would go into "
-                "one file. Draw them one after the other, with another --out."
+                f"images must have different names for drawing; {other} and {path} would be "
+                "written to the same file. Draw them in separate runs, with different --out."
             )
 
 
-def _check_model(model: SwiftFormer, pooling: str, attention: bool, features: bool) -> None:
-    channels = model.state_dict()["stem.0.weight"].shape[1]
-    if channels != 3:
+def _check_model(model: Network, pooling: str, attention: bool, features: bool) -> None:
+    if model.in_chans != 3:
         raise ValueError(
-            f"checkpoint must be of a model for RGB images; its images have {channels} channels."
+            f"checkpoint must be from a model for RGB images; it needs {model.in_chans} channels."
         )
     if attention and pooling == "sum":
         raise ValueError(
-            "--attention shows nothing with pooling 'sum', where every token weighs 1. Leave it "
-            "out, or name the pooling that the model was trained with: --pooling."
+            "--attention needs another pooling than 'sum', where the weight of every token is 1. "
+            "Leave out --attention, or pass the pooling that the model was trained with: --pooling."
         )
     if not (model.num_classes or attention or features):
-        raise ValueError("checkpoint has no heads: nothing to tell but --attention or --features.")
+        raise ValueError(
+            "checkpoint must have heads, to predict classes; it has none. Pass --attention or "
+            "--features to draw pictures only."
+        )
 
 
 def _class_names(
-    labels: Path | None, config: Mapping[str, Any], num_classes: int
+    labels: Path | None, configured: list[str] | None, num_classes: int
 ) -> tuple[list[str], str]:
-    """The names of the classes, and a sentence on where they are from."""
+    """The names of the classes, and a sentence on their origin."""
     if labels is not None:
-        return _labels(labels, num_classes), f"The names of the classes are those of {labels}."
-    own = class_names(config, num_classes)
-    if own is not None:
-        return own, "The names of the classes are those of config.json."
+        return _labels(labels, num_classes), f"Class names: from {labels}."
+    if configured is not None:
+        return configured, "Class names: from config.json."
     if num_classes == IMAGENET_CLASSES:
         return imagenet_names(), (
-            f"The names of the classes are ImageNet's: the model has {IMAGENET_CLASSES} and the "
-            "checkpoint names none. For others: --labels FILE."
+            f"Class names: ImageNet, because the model has {IMAGENET_CLASSES} classes and the "
+            "checkpoint has no names. For other names: --labels FILE."
         )
     numbers = [f"class {i}" for i in range(num_classes)]
-    return numbers, "The checkpoint does not name its classes. To name them: --labels FILE."
+    return numbers, "Class names: none in the checkpoint. To set them: --labels FILE."
 
 
 def imagenet_names() -> list[str]:
-    """The names of ImageNet's 1000 classes, in the order of the ILSVRC."""
+    """The names of the 1000 classes of ImageNet, in the order of the ILSVRC."""
     text = IMAGENET_LABELS.read_text(encoding="utf-8")
     return [line for line in text.splitlines() if not line.startswith("#")]
 
@@ -385,23 +388,23 @@ def imagenet_names() -> list[str]:
 def _labels(path: Path, num_classes: int) -> list[str]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"--labels must be a file with a name in each line; {path} {what}.")
+        raise ValueError(f"--labels must be a file with one name a line; {path} {what}.")
     try:
         names = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"--labels must be a text file in UTF-8; {path} is none ({error})."
+            f"--labels must be a text file in UTF-8; {path} is not ({error}). Convert it."
         ) from error
     if len(names) != num_classes:
         raise ValueError(
-            f"--labels must have a line for each of the {num_classes} classes; {path} has "
+            f"--labels must have one line for each of the {num_classes} classes; {path} has "
             f"{len(names)}."
         )
     return names
 
 
 def _image_files(given: Sequence[Path]) -> Iterator[Path]:
-    """The files, and those in folders that look like images."""
+    """The files, and the files in folders with a suffix of an image format."""
     from PIL import Image
 
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -411,5 +414,5 @@ def _image_files(given: Sequence[Path]) -> Iterator[Path]:
             continue
         inside = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
         if not inside:
-            raise ValueError(f"images must be files or folders with some; {path} has none.")
+            raise ValueError(f"images must be image files or folders of them; {path} has none.")
         yield from inside

@@ -1,8 +1,6 @@
 """`swiftkernels verify`: every kernel that runs here, against the definition in float64.
 
-The rule: the error of a result may be twice that of the plain definition in the same type on the
-same device, and a few ulp more, both against the definition in float64 from the same rounded
-numbers. The tests of the package judge by it too.
+How wrong a result may be is defined in `swiftkernels.testing.tolerance`, as for the tests.
 """
 
 from __future__ import annotations
@@ -22,129 +20,27 @@ from swiftkernels.ops.additive_attention.api import additive_attention
 from swiftkernels.ops.additive_attention.layer import AdditiveAttention
 from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
 from swiftkernels.ops.additive_attention.reference import POOLINGS
+from swiftkernels.ops.types import Backend, Pooling
+from swiftkernels.testing.cases import (
+    PARAMETERS,
+    QUERY_KEY_NAMES,
+    Tensors,
+    convert,
+    make_mask,
+    make_query_key_tensors,
+    make_tensors,
+)
+from swiftkernels.testing.tolerance import ULPS, budget, relative_error
 from swiftkernels.utils.progress import Progress
 
-SELF_NAMES = (
-    "x",
-    "query_weight",
-    "query_bias",
-    "key_weight",
-    "key_bias",
-    "w_g",
-    "proj_weight",
-    "proj_bias",
-    "final_weight",
-    "final_bias",
-)
-"""The tensors of `additive_self_attention`, in its order."""
-
-QUERY_KEY_NAMES = ("q", "k", *SELF_NAMES[5:])
-"""The tensors of `additive_attention`, in its order."""
-
-PARAMETERS = (
-    "to_query.weight",
-    "to_query.bias",
-    "to_key.weight",
-    "to_key.bias",
-    "w_g",
-    "proj.weight",
-    "proj.bias",
-    "final.weight",
-    "final.bias",
-)
-"""`SELF_NAMES[1:]` as `AdditiveAttention` calls them."""
-
-BACKENDS = ("triton", "cpu", "aten")
+BACKENDS: tuple[Backend, ...] = ("triton", "cpu", "aten")
 """What can be verified: all but the definition itself."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("tokens", "nchw", "channels_last")
 
-ULPS = 4
-"""Rounding steps of the type that are granted beside twice the plain error."""
-
 SHOWN_FAILURES = 12
 ERROR_LINES = 8
-
-Tensors = list[Tensor | None]
-
-
-def make_tensors(
-    batch: int,
-    n_tokens: int,
-    in_dims: int,
-    token_dim: int,
-    num_heads: int = 1,
-    *,
-    bias: bool = True,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-) -> Tensors:
-    """x and the nine weights, in the order of `SELF_NAMES`; the biases are None without `bias`.
-
-    Drawn in float64 and rounded to `dtype`: one seed gives the same numbers in every type.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    width = token_dim * num_heads
-
-    def normal(*shape: int, std: float = 1.0) -> Tensor:
-        values = torch.randn(*shape, generator=generator, dtype=torch.float64)
-        return (values * std).to(dtype)
-
-    def bias_of(n: int) -> Tensor | None:
-        values = normal(n, std=0.2)
-        return values if bias else None
-
-    return [
-        normal(batch, n_tokens, in_dims),
-        normal(width, in_dims, std=in_dims**-0.5),
-        bias_of(width),
-        normal(width, in_dims, std=in_dims**-0.5),
-        bias_of(width),
-        normal(width),
-        normal(width, width, std=width**-0.5),
-        bias_of(width),
-        normal(token_dim, width, std=width**-0.5),
-        bias_of(token_dim),
-    ]
-
-
-def make_query_key_tensors(*args: int, **kwargs: Any) -> Tensors:
-    """q, k and the five weights, in the order of `QUERY_KEY_NAMES`; arguments of `make_tensors`."""
-    x, wq, bq, wk, bk, *weights = make_tensors(*args, **kwargs)
-    assert x is not None
-    assert wq is not None
-    assert wk is not None
-    linear = torch.nn.functional.linear
-    return [linear(x, wq, bq), linear(x, wk, bk), *weights]
-
-
-def make_mask(batch: int, n_tokens: int, seed: int = 0) -> Tensor:
-    """A bool mask [B, N] with about a third masked, and at least one token kept in every item."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(batch, n_tokens, generator=generator) > 1 / 3
-    mask[:, 0] = True
-    return mask
-
-
-def relative_error(a: Tensor, exact: Tensor) -> float:
-    """Largest difference over the largest exact value; NaN where `a` has one, 0 where all are 0."""
-    assert a.shape == exact.shape, f"shape {tuple(a.shape)} instead of {tuple(exact.shape)}"
-    if a.numel() == 0:
-        return 0.0
-    exact = exact.double()
-    difference, largest = (a.double() - exact).abs().max(), exact.abs().max()
-    return (difference / largest).item() if difference != 0 else 0.0
-
-
-def budget(eager_error: float, dtype: torch.dtype, ulps: float = ULPS) -> float:
-    """The relative error that is allowed where the plain definition makes `eager_error`.
-
-    Example:
-        >>> budget(1e-6, torch.float32) < 3e-6
-        True
-    """
-    return 2 * eager_error + ulps * torch.finfo(dtype).eps
 
 
 @dataclass(frozen=True)
@@ -156,7 +52,7 @@ class Case:
     in_dims: int
     token_dim: int
     num_heads: int
-    pooling: str = "l2"
+    pooling: Pooling = "l2"
     qk_norm: bool = True
     masked: bool = False
     bias: bool = True
@@ -190,7 +86,7 @@ class Case:
         made = make(
             self.batch, self.n_tokens, self.in_dims, self.token_dim, self.num_heads, bias=self.bias
         )
-        tensors = _convert(made, dtype)
+        tensors = convert(made, dtype)
         if self.layout == "tokens":
             return tensors
         x = tensors[0]
@@ -314,7 +210,7 @@ class Result(NamedTuple):
     """What was wrong; empty if nothing."""
 
 
-def verify_case(case: Case, backend: str, dtype: torch.dtype, device: torch.device) -> Result:
+def verify_case(case: Case, backend: Backend, dtype: torch.dtype, device: torch.device) -> Result:
     """Run one case; a kernel that raises has failed."""
     worst = {"output": 0.0, "gradient": 0.0}
     failure = ""
@@ -334,13 +230,13 @@ def verify_case(case: Case, backend: str, dtype: torch.dtype, device: torch.devi
 
 
 def _errors(
-    case: Case, backend: str, dtype: torch.dtype, device: torch.device
+    case: Case, backend: Backend, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, float, float]]:
     """Of every result of a case its name, its relative error and its budget."""
     inputs = _inputs(case, dtype)
     # On the CPU: not every GPU computes in float64.
-    exact = _evaluate(case, "reference", *_convert(inputs, torch.float64))
-    inputs = _convert(inputs, device)
+    exact = _evaluate(case, "reference", *convert(inputs, torch.float64))
+    inputs = convert(inputs, device)
     eager = _evaluate(case, "reference", *inputs)
     # The CPU kernels have two backwards: from what was kept, and from what is computed again.
     for recompute in (True, False) if backend == "cpu" else (None,):
@@ -370,7 +266,7 @@ def _inputs(case: Case, dtype: torch.dtype) -> Tensors:
 
 def _evaluate(
     case: Case,
-    backend: str,
+    backend: Backend,
     mask: Tensor | None,
     dout: Tensor,
     scale: Tensor,
@@ -404,7 +300,7 @@ Call = Callable[..., Tensor]
 
 def _layer(
     case: Case,
-    backend: str,
+    backend: Backend,
     x: Tensor,
     weights: Sequence[Tensor | None],
     mask: Tensor | None,
@@ -432,7 +328,7 @@ def _layer(
 
 def _on_queries_and_keys(
     case: Case,
-    backend: str,
+    backend: Backend,
     q: Tensor,
     tensors: Sequence[Tensor | None],
     mask: Tensor | None,
@@ -441,7 +337,7 @@ def _on_queries_and_keys(
     leaves = [None if t is None else t.detach().requires_grad_() for t in (q, *tensors)]
 
     def call() -> Tensor:
-        output = additive_attention(
+        output: Tensor = additive_attention(
             *leaves,  # type: ignore[arg-type]
             mask=mask,
             pooling=case.pooling,
@@ -453,14 +349,6 @@ def _on_queries_and_keys(
 
     named = zip(QUERY_KEY_NAMES, leaves, strict=True)
     return call, {name: t for name, t in named if t is not None}
-
-
-def _convert(tensors: Sequence[Tensor | None], to: torch.dtype | torch.device) -> Any:
-    """Every tensor in another type (but for masks) or on another device."""
-    return [
-        t if t is None or (isinstance(to, torch.dtype) and t.dtype == torch.bool) else t.to(to)
-        for t in tensors
-    ]
 
 
 def _sides(n_tokens: int) -> tuple[int, int]:
@@ -501,7 +389,7 @@ def run(device: str | None, backend: str | None = None, quick: bool = False) -> 
             "bfloat16, which it computes wrongly."
         )
     if not backends:
-        print("Nothing to verify could run here; swiftkernels doctor tells more.")
+        print("Nothing to verify could run here; swiftkernels doctor explains why.")
         return 2
     began = time.perf_counter()
     results = []

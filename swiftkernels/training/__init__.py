@@ -1,4 +1,4 @@
-"""Training SwiftFormers as the paper does; the command is `python -m swiftkernels.training`."""
+"""The training recipe of the SwiftFormer paper; as a command: `python -m swiftkernels.training`."""
 
 from swiftkernels.training.losses import DistillationLoss
 from swiftkernels.training.optimizer import clip_adaptively_, parameter_groups

@@ -1,12 +1,12 @@
-"""Train a SwiftFormer by the paper's recipe.
+"""Train a SwiftFormer with the recipe of the paper.
 
     python -m swiftkernels.training --data IMAGENET --model swiftformer_s --batch-size 256
     torchrun --nproc-per-node 8 -m swiftkernels.training --data IMAGENET --batch-size 256
     python -m swiftkernels.training --data IMAGENET --evaluate training/best.pth --ema-weights
 
-IMAGENET has train/CLASS/*.jpg and val/CLASS/*.jpg. What was published for a model is the default;
-the full recipe (also distillation, and 2048 images a step) is in docs/training.md. `--resume` goes
-on where a run was stopped. Needs `pip install swiftkernels[train]`.
+IMAGENET is a folder with train/CLASS/*.jpg and val/CLASS/*.jpg. Defaults are the published options
+of the model; docs/training.md has the full recipe, with distillation and 2048 images a step.
+`--resume` continues an interrupted run. Needs (in a clone of this library): pip install '.[train]'
 """
 
 from __future__ import annotations
@@ -16,14 +16,26 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from swiftkernels.training import Recipe, evaluate_file, train
-from swiftkernels.training.recipe import LIGHTER
+from swiftkernels.training.recipe import PUBLISHED
+
+
+class Arguments(NamedTuple):
+    """The arguments of the command."""
+
+    recipe: Recipe
+    """The published options of the model, with those of the command line."""
+    checkpoint: Path | None
+    """A checkpoint to evaluate; None to train."""
+    ema: bool
+    """Evaluate the averaged weights."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; returns the exit status: 2 for arguments that are wrong, 130 when interrupted."""
+    """Train or evaluate; returns the exit status: 2 for an error, 130 for an interruption."""
     try:
         recipe, checkpoint, ema = parse(arguments)
         if checkpoint is not None:
@@ -35,17 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; --resume continues from the last checkpoint", file=sys.stderr)
         return 130
     scores = f"top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} %"
     if "ema_top1" in last:
-        scores += f"; of the averaged weights {last['ema_top1']:.2f} %, {last['ema_top5']:.2f} %"
-    print(f"{scores}; written: {recipe.out}")
+        scores += f"; averaged weights: {last['ema_top1']:.2f} %, {last['ema_top5']:.2f} %"
+    print(f"{scores}; files in {recipe.out}")
     return 0
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[Recipe, Path | None, bool]:
-    """What was published for the model, with the arguments' changes; what to evaluate, if so."""
+def parse(arguments: Sequence[str] | None = None) -> Arguments:
+    """Parse the command line: an option for each field of `Recipe`, and two for evaluation."""
     parser = argparse.ArgumentParser(
         prog="python -m swiftkernels.training",
         description=__doc__,
@@ -53,29 +65,31 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Recipe, Path | None, 
     )
     hints = get_type_hints(Recipe, include_extras=True)
     for option in fields(Recipe):
-        name = "--" + option.name.replace("_", "-")
         default: Any = option.default
         kind, text = get_args(hints[option.name])
-        kind = next(iter(get_args(kind)), kind)  # of an option that may be left out
-        lighter = {m: o[option.name] for m, o in LIGHTER.items() if option.name in o}
+        if get_origin(kind) in (Union, UnionType):  # of a type and None
+            kind = get_args(kind)[0]
+        published = {m: o[option.name] for m, o in PUBLISHED.items() if option.name in o}
         shown = "none" if default is None else default
-        text += f" ({shown}" + "".join(f"; {m}: {value}" for m, value in lighter.items()) + ")"
-        how: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
+        text += f" ({shown}" + "".join(f"; {m}: {value}" for m, value in published.items()) + ")"
+        settings: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
         if isinstance(default, bool):
-            how["action"] = argparse.BooleanOptionalAction
+            settings["action"] = argparse.BooleanOptionalAction
+        elif get_origin(kind) is Literal:
+            settings["choices"] = get_args(kind)
         else:
-            how["type"] = kind
-            how["metavar"] = "PATH" if kind is Path else kind.__name__.upper()
-        parser.add_argument(name, **how)
+            settings["type"] = kind
+            settings["metavar"] = "PATH" if kind is Path else kind.__name__.upper()
+        parser.add_argument("--" + option.name.replace("_", "-"), **settings)
     parser.add_argument(
-        "--evaluate", type=Path, metavar="FILE", help="do not train: measure this checkpoint"
+        "--evaluate", type=Path, metavar="FILE", help="evaluate this checkpoint, do not train"
     )
     parser.add_argument(
-        "--ema-weights", action="store_true", help="with --evaluate: the averaged ones"
+        "--ema-weights", action="store_true", help="with --evaluate: use the averaged weights"
     )
     given = vars(parser.parse_args(arguments))
     checkpoint, ema = given.pop("evaluate"), given.pop("ema_weights")
-    return Recipe.of(given.pop("model", Recipe.model), **given), checkpoint, ema
+    return Arguments(Recipe.of(given.pop("model", Recipe.model), **given), checkpoint, ema)
 
 
 if __name__ == "__main__":

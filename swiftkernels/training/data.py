@@ -1,7 +1,7 @@
-"""Images in folders, their augmentation, and an order that a stopped run finds again.
+"""Images in folders, their augmentation, and a reproducible order.
 
-Nothing here keeps a state: order and augmentation follow from the seed, the epoch and the place in
-it. So they depend neither on the number of loading processes nor on where a run was interrupted.
+Nothing here has a state: order and augmentation follow from the seed, the epoch and the position in
+the epoch. So they depend neither on the number of loading processes nor on interruptions.
 """
 
 from __future__ import annotations
@@ -22,39 +22,40 @@ from swiftkernels.utils.extras import need
 from swiftkernels.utils.images import CROP, DEVIATION, MEAN, load_image
 
 
-class Place(NamedTuple):
-    """An image at its place in a training."""
+class Draw(NamedTuple):
+    """An image at a position of a training."""
 
     epoch: int
     position: int
+    """Position in the epoch."""
     image: int
-    """Its index in the dataset."""
+    """Index of the image in the dataset."""
 
 
 def derived_seed(*numbers: int) -> int:
-    """A seed that differs wherever one of the numbers does."""
+    """A seed from several numbers, different for different numbers."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest()
     return int.from_bytes(digest, "big")
 
 
 class SeededDataset(Dataset[Any]):
-    """The dataset, by `Place`, its random transforms seeded by the place.
+    """A dataset that is indexed by `Draw` and seeds its random transforms with epoch and position.
 
-    They have to draw from torch's own generator, as torchvision's do.
+    The transforms must use the default generator of torch, as those of torchvision do.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
 
-    def __getitem__(self, place: Place) -> Any:
-        with _seeded(derived_seed(self.seed, place.epoch, place.position)):
-            return self.dataset[place.image]
+    def __getitem__(self, draw: Draw) -> Any:
+        with _seeded(derived_seed(self.seed, draw.epoch, draw.position)):
+            return self.dataset[draw.image]
 
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    # Not torch.manual_seed, which queues the seed for GPUs too, with a stack trace each time.
+    # Not torch.manual_seed: it also queues the seed for GPUs, with a stack trace each time.
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -63,43 +64,46 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.default_generator.set_state(state)
 
 
-class ShuffledPlaces(Sampler[Place]):
-    """The images of one process in an epoch, shuffled, from the middle of it if need be.
+class ShuffledDraws(Sampler[Draw]):
+    """The shuffled images of one process in an epoch.
 
-    With `repeats`, an image comes that many times in a row, each time to another process where
-    there are several, and an epoch sees fewer different images (repeated augmentation, arXiv
+    With `repeats`, each image is drawn that many times in succession, by different processes if
+    there are several, and an epoch has fewer different images (repeated augmentation, arXiv
     1901.09335).
+
+    Attributes:
+        epoch: the epoch.
+        start: number of draws of this process to skip, to continue in the middle of an epoch.
     """
 
     def __init__(
         self, dataset: Sized, seed: int, repeats: int = 1, rank: int = 0, processes: int = 1
     ) -> None:
-        self.total = len(dataset)
+        self.images = len(dataset)
         self.seed = seed
         self.repeats = repeats
         self.rank = rank
         self.processes = processes
         self.epoch = 0
         self.start = 0
-        """Images of this process to be left out, at the head of the epoch."""
 
     def __len__(self) -> int:
-        return self.total // self.processes - self.start
+        return self.images // self.processes - self.start
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[Draw]:
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
-        order = torch.randperm(self.total, generator=generator).repeat_interleave(self.repeats)
-        last = self.total // self.processes * self.processes
+        order = torch.randperm(self.images, generator=generator).repeat_interleave(self.repeats)
+        last = self.images // self.processes * self.processes
         first = self.rank + self.start * self.processes
         for position in range(first, last, self.processes):
-            yield Place(self.epoch, position, int(order[position]))
+            yield Draw(self.epoch, position, int(order[position]))
 
 
 def image_folders(recipe: Recipe) -> tuple[Any, Any]:
     """Training and validation images of the folder `recipe.data`, with their transforms.
 
     Raises:
-        ValueError: a folder that is not there or has no images, or other classes in the two.
+        ValueError: a folder is missing or has no images, or the two have different classes.
     """
     train = _folder(recipe, "train", training_transform(recipe))
     val = validation_folder(recipe)
@@ -107,16 +111,16 @@ def image_folders(recipe: Recipe) -> tuple[Any, Any]:
         differing = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(
             f"data must have the same classes in train/ and val/; got {', '.join(differing[:5])} "
-            "in one of them alone."
+            "in only one of them. Rename or remove these folders."
         )
     return train, val
 
 
 def validation_folder(recipe: Recipe) -> Any:
-    """The validation images alone.
+    """The validation images, without the training images.
 
     Raises:
-        ValueError: a folder that is not there or has no images.
+        ValueError: the folder is missing or has no images.
     """
     return _folder(recipe, "val", evaluation_transform(recipe.image_size))
 
@@ -126,7 +130,7 @@ def _folder(recipe: Recipe, part: str, transform: Callable[[Any], Tensor]) -> An
     if recipe.data is None or not (recipe.data / part).is_dir():
         found = "none" if recipe.data is None else f"{recipe.data}, which has no {part}/"
         raise ValueError(
-            f"data must be a folder with train/ and val/ in it; got {found}. Images belong in "
+            f"data must be a folder that holds train/ and val/; got {found}. Put the images into "
             f"{part}/CLASS/."
         )
     try:
@@ -138,7 +142,7 @@ def _folder(recipe: Recipe, part: str, transform: Callable[[Any], Tensor]) -> An
 
 
 def training_transform(recipe: Recipe) -> Callable[[Any], Tensor]:
-    """Random crop and flip, RandAugment or changed colours, random erasing; bicubic."""
+    """Random crop and flip, RandAugment or colour jitter, random erasing."""
     v2 = import_torchvision().transforms.v2
     bicubic = v2.InterpolationMode.BICUBIC
     grey = [int(255 * channel) for channel in MEAN]
@@ -156,7 +160,7 @@ def training_transform(recipe: Recipe) -> Callable[[Any], Tensor]:
 
 
 def evaluation_transform(image_size: int) -> Callable[[Any], Tensor]:
-    """The shorter side to image_size / 0.875, bicubic, and the square in the middle."""
+    """Resize the shorter side to image_size / 0.875 (bicubic), crop the centre."""
     v2 = import_torchvision().transforms.v2
     resize = v2.Resize(int(image_size / CROP), interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([resize, v2.CenterCrop(image_size), *_to_tensor(v2)])
@@ -167,7 +171,7 @@ def _to_tensor(v2: Any) -> list[Any]:
 
 
 def mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Mixup or CutMix of a batch, each for half of the batches if both are on."""
+    """Mixup or CutMix of a batch; each for half of the batches if both are used."""
     mixes = []
     if recipe.mixup or recipe.cutmix:
         v2 = import_torchvision().transforms.v2
@@ -181,10 +185,10 @@ def mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Ten
 
 
 def teacher_of(recipe: Recipe, classes: int) -> torch.nn.Module | None:
-    """torchvision's classifier that the recipe names, with its weights; None without one.
+    """The teacher of the recipe, a classifier of torchvision with its weights; None without one.
 
     Raises:
-        ValueError: no such classifier or weights, or weights for other classes.
+        ValueError: an unknown classifier or unknown weights, or weights for other classes.
     """
     if recipe.distillation == "none":
         return None
@@ -201,21 +205,21 @@ def teacher_of(recipe: Recipe, classes: int) -> torch.nn.Module | None:
         found = len(weights.meta["categories"])
         if found != classes:
             raise ValueError(
-                f"teacher must know the {classes} classes of the data; {recipe.teacher} with the "
-                f"weights {recipe.teacher_weights} knows {found}. Pass a file with weights of your "
-                "own as teacher_weights."
+                f"teacher must have the {classes} classes of the data; {recipe.teacher} with the "
+                f"weights {recipe.teacher_weights} has {found}. Pass a file with your own weights "
+                "as teacher_weights."
             )
         teacher = models.get_model(recipe.teacher, weights=weights)
     return teacher.eval()
 
 
 def import_torchvision() -> Any:
-    """torchvision with all that is used here, or an ImportError that says what to install."""
+    """torchvision and its transforms, or an ImportError that says what to install."""
     try:
         need("torchvision.transforms.v2", "train", "Training on images")
         return need("torchvision", "train", "Training on images")
-    except RuntimeError as error:  # its operators do not load
+    except RuntimeError as error:  # its compiled operators do not load
         raise ImportError(
-            f"torchvision does not fit torch {torch.__version__} ({error}). Install both from one "
-            "place: https://pytorch.org/get-started/locally."
+            f"torchvision was not built for torch {torch.__version__} ({error}). Install both from "
+            "the same index: https://pytorch.org/get-started/locally."
         ) from error

@@ -1,4 +1,4 @@
-"""One training at a time in a folder."""
+"""A lock on the output folder: one training at a time."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from pathlib import Path
 from typing import Any
 
 NAME = "lock"
-"""Of the file; it stays in the folder, which is in use only as long as a process holds it."""
+"""Name of the lock file. It stays in the folder; only a lock on it says that the folder is used."""
 
 _held: set[Any] = set()
-"""The files that this process holds. A lock belongs to all processes that inherited the open file:
-children close theirs, so that a loading process that outlives a training does not hold it."""
+"""Open lock files of this process. A child process inherits them, and with them the lock. It closes
+its copies, so that a loading process does not keep the lock when the training is killed."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Hold the folder, which is made if need be, until the end of the block.
+    """Lock the folder, and create it if necessary, until the end of the block.
 
-    The operating system releases the lock when the process ends, however it ends.
+    The operating system releases the lock when the process ends, even if it is killed.
 
     Yields:
-        Whether no other process can hold it: False where files cannot be locked.
+        Whether the folder is locked: False where files cannot be locked.
 
     Raises:
-        ValueError: another process holds it; the message says which.
-        OSError: the folder or the file could not be made.
+        ValueError: another process has locked it; the message says which.
+        OSError: the folder or the lock file could not be created.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -38,30 +38,30 @@ def locked(folder: Path) -> Iterator[bool]:
     except ImportError:  # Windows
         yield False
         return
-    alone = True
+    exclusive = True
     path = folder / NAME
     with path.open("ab+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = path.read_text().strip() or "a process that did not say which it is"
+            holder = path.read_text().strip() or "an unknown process"
             raise ValueError(
-                f"out must be a folder that no other training writes to; {folder} is held by "
+                f"out must be a folder that no other training uses; {folder} is locked by "
                 f"{holder}. Wait for it, stop it, or choose another folder."
             ) from None
         except OSError as error:
-            alone = False
+            exclusive = False
             print(
-                f"warning: {path} cannot be locked here ({error.strerror}): make sure that no "
-                f"other training writes to {folder}.",
+                f"warning: {path} cannot be locked ({error.strerror}): make sure that no other "
+                f"training writes to {folder}.",
                 file=sys.stderr,
             )
         _held.add(file)
         try:
-            with contextlib.suppress(OSError):  # of a full disk
+            with contextlib.suppress(OSError):  # for example a full disk
                 file.truncate(0)
                 file.write(_this_process().encode())
-            yield alone
+            yield exclusive
         finally:
             _held.discard(file)
 

@@ -1,4 +1,4 @@
-"""The numbers of a training as a table, and the picture drawn from it."""
+"""Losses and accuracies of a training: a CSV file, and a plot of it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ COLUMNS = (
     "ema_top1",
     "ema_top5",
 )
-"""train_loss: the mean since the row before, of mixed and smoothed labels. The rest, in rows that
-end an epoch: cross-entropy and percentages of the validation images."""
+"""train_loss is the mean since the previous row, with mixed and smoothed labels. The last six
+columns, cross-entropy and percentages on the validation images, are set at the end of an epoch."""
 
 Row = dict[str, Any]
 
 
 def write(rows: Sequence[Row], path: Path) -> None:
-    """All rows as a CSV file."""
+    """Write all rows to a CSV file."""
     write_csv(path, rows, COLUMNS)
 
 
 def draw(table: Path, picture: Path) -> None:
-    """Losses and accuracies against epochs, from the CSV file.
+    """Plot losses and accuracies against epochs, from the CSV file.
 
     Raises:
         ImportError: matplotlib is not installed.

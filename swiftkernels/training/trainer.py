@@ -1,9 +1,9 @@
-"""The loop: steps, evaluation, checkpoints, one or several processes.
+"""The training loop: steps, evaluation, checkpoints, in one or several processes.
 
-All randomness of a step follows from the seed and the step's number, all of an image's from the
-seed and its place (`swiftkernels.training.data`). So a checkpoint needs no states of generators,
-and a run that goes on from one does what it would have done anyway: on a CPU, with the same
-libraries and number of threads, to the bit.
+The random numbers of a step follow from the seed and the number of the step, those of an image from
+the seed and its position in the epoch (`swiftkernels.training.data`). So a checkpoint needs no
+random states, and a resumed run continues as if it had not been interrupted: on a CPU, with the
+same libraries and number of threads, bit for bit.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torch.utils.data import DataLoader, Subset
 
 from swiftkernels import models
 from swiftkernels.backends import devices
+from swiftkernels.models.checkpoint_io import own_pooling
+from swiftkernels.models.family import constructors
 from swiftkernels.training import data, lock, metrics, optimizer
 from swiftkernels.training.losses import DistillationLoss
 from swiftkernels.training.recipe import Recipe
@@ -35,23 +37,23 @@ from swiftkernels.utils.progress import Progress
 LAST, BEST = "last.pth", "best.pth"
 METRICS, PICTURE = "metrics.csv", "loss.png"
 
-FREE = ("data", "out", "weights", "device", "workers", "save_every", "resume")
-"""Options that may differ when a run goes on."""
+CHANGEABLE = ("data", "out", "weights", "device", "workers", "save_every", "resume")
+"""Options that a resumed run may change."""
 
 
 class Scores(NamedTuple):
-    """Of a model on labelled images."""
+    """The scores of a model on labelled images."""
 
     loss: float
     """Mean cross-entropy."""
     top1: float
-    """Percentage of images whose class has the highest logit."""
+    """Percentage of images where the label has the highest logit."""
     top5: float
-    """Percentage whose class is among the five highest."""
+    """Percentage of images where the label is among the five highest logits."""
 
 
 class World(NamedTuple):
-    """This process among those that train together."""
+    """This process and the number of processes of the training."""
 
     rank: int
     processes: int
@@ -75,49 +77,51 @@ def train(
     train_set: Any = None,
     val_set: Any = None,
 ) -> list[metrics.Row]:
-    """Train by the recipe, in this process or, under torchrun, together with its siblings.
+    """Train with the recipe, in this process or, under torchrun, in several processes.
 
-    Writes to `recipe.out`: last.pth (all that going on needs: "model", "model_ema", "optimizer",
-    "step", "args"), best.pth (the weights of the epoch with the highest top-1), metrics.csv and
-    loss.png.
+    Writes to `recipe.out`: last.pth (the state for resuming: "model", "model_ema", "optimizer",
+    "step", "args", ...), best.pth (the weights of the epoch with the highest top-1), metrics.csv
+    and loss.png.
 
     Args:
-        recipe: everything that can be chosen.
-        model: in place of the one that the recipe names; it gives logits, or in training a pair.
-            With distillation its `set_distilled_training(True)` is called, if it has that method.
-        train_set, val_set: datasets of an image [C, H, W] and a class number, in place of the
-            folders of `recipe.data`. Random transforms must draw from torch's generator.
+        recipe: the options.
+        model: a model to train instead of `recipe.model`. It returns logits, or a pair of them in
+            training. With distillation its method `set_distilled_training(True)` is called, if it
+            has one.
+        train_set, val_set: datasets of pairs (image [C, H, W], class number), instead of the
+            folders of `recipe.data`. Random transforms must use the default generator of torch.
 
     Returns:
         The rows of metrics.csv.
 
     Raises:
-        ValueError: options or data that do not fit each other, or the checkpoint; a folder that
-            another training writes to.
-        OSError: a file could not be written; those before it are whole.
-        ImportError: a package is missing; it says which.
+        ValueError: options, data and checkpoint do not fit each other, or another training uses
+            the folder.
+        OSError: a file could not be written; earlier files are complete.
+        ImportError: a package is missing; the message says which.
         FloatingPointError: the loss is not finite.
     """
-    need("matplotlib", "train", "Training")  # at the start, not after an epoch
+    need("matplotlib", "train", "Training")  # fail at the start, not after an epoch
     with _world(recipe.device) as world:
         if train_set is None:
             train_set, val_set = data.image_folders(recipe)
         elif val_set is None:
-            raise ValueError("val_set must be given with train_set; got None.")
+            raise ValueError(
+                "val_set must be given together with train_set; got None. Pass both or neither."
+            )
         if model is None:
             model = build(recipe, len(train_set.classes))
-        return _Run(recipe, model, train_set, val_set, world).to_the_end()
+        return _Run(recipe, model, train_set, val_set, world).train()
 
 
-def build(recipe: Recipe, classes: int) -> models.SwiftFormer:
-    """The model that the recipe names, with its seed's weights or those of a file.
+def build(recipe: Recipe, classes: int) -> models.Network:
+    """The model of the recipe, initialised with its seed or with the weights of a file.
 
     Raises:
-        ValueError: weights that do not fit.
+        ValueError: the weights do not fit.
     """
     torch.manual_seed(recipe.seed)
-    make = getattr(models, recipe.model)
-    model: models.SwiftFormer = make(
+    model = constructors()[recipe.model](
         num_classes=classes,
         drop_path_rate=recipe.drop_path,
         distillation=recipe.distillation != "none",
@@ -125,21 +129,21 @@ def build(recipe: Recipe, classes: int) -> models.SwiftFormer:
     )
     model.set_grad_checkpointing(recipe.grad_checkpointing)
     if recipe.weights is not None:
-        loaded = models.load_checkpoint(
+        report = models.load_checkpoint(
             model, recipe.weights, pooling=recipe.pooling, fresh_heads=recipe.fresh_heads
         )
-        _tell(loaded)
+        _print_once(report)
     return model
 
 
-def _tell(loaded: models.checkpoint_io.Loaded) -> None:
-    """Print what was loaded, once for all processes."""
+def _print_once(report: models.LoadReport) -> None:
+    """Print a report in the first process only."""
     if os.environ.get("RANK", "0") == "0":
-        print(loaded)
+        print(report)
 
 
 class _Run:
-    """The state of a training."""
+    """A training and its state."""
 
     def __init__(
         self, recipe: Recipe, model: nn.Module, train_set: Any, val_set: Any, world: World
@@ -174,16 +178,16 @@ class _Run:
             optimizer.parameter_groups(self.model, recipe.weight_decay), recipe.lr
         )
 
-        self.places = data.ShuffledPlaces(
+        self.draws = data.ShuffledDraws(
             train_set, recipe.seed, recipe.repeats, world.rank, world.processes
         )
         images = recipe.batch_size * recipe.accumulate
-        self.steps_per_epoch = len(self.places) // images
+        self.steps_per_epoch = len(self.draws) // images
         if self.steps_per_epoch == 0:
             raise ValueError(
-                f"batch_size must leave a step in an epoch; got {images} images of each process "
-                f"for one, of {len(train_set)} for {world.processes} in all. Take a smaller "
-                "batch_size or accumulate."
+                f"batch_size must allow at least one step in an epoch; got {images} images per "
+                f"process and step, with {len(train_set)} images for {world.processes} processes. "
+                "Reduce batch_size or accumulate."
             )
         self.steps = recipe.epochs * self.steps_per_epoch
         loading: dict[str, Any] = {
@@ -194,7 +198,7 @@ class _Run:
         }
         self.train_loader: DataLoader[Any] = DataLoader(
             data.SeededDataset(train_set, recipe.seed),
-            sampler=self.places,
+            sampler=self.draws,
             drop_last=True,
             **loading,
         )
@@ -202,26 +206,27 @@ class _Run:
         self.val_loader: DataLoader[Any] = DataLoader(Subset(val_set, share), **loading)
 
         self.step = 0
-        """Steps done."""
+        """Number of steps done."""
         self.rows: list[metrics.Row] = []
         self.best = -1.0
         """The highest top-1 so far."""
         self.loss = torch.zeros((), device=world.device)
-        """Sum over the steps since the last row."""
+        """Sum of the losses since the last row."""
         self.loss_steps = 0
 
-    def to_the_end(self) -> list[metrics.Row]:
-        with _holding(self.recipe.out, self.world):
+    def train(self) -> list[metrics.Row]:
+        """Train until the last step; returns the rows of metrics.csv."""
+        with _locked(self.recipe.out, self.world):
             self._restore()
             while self.step < self.steps:
                 self._epoch()
         return self.rows
 
     def _epoch(self) -> None:
-        """What is left of an epoch, its evaluation and a checkpoint."""
+        """The remaining steps of an epoch, its evaluation and a checkpoint."""
         epoch, done = divmod(self.step, self.steps_per_epoch)
-        self.places.epoch = epoch
-        self.places.start = done * self.recipe.batch_size * self.recipe.accumulate
+        self.draws.epoch = epoch
+        self.draws.start = done * self.recipe.batch_size * self.recipe.accumulate
         self.model.train()
         batches = iter(self.train_loader)
         text = f"epoch {epoch + 1} of {self.recipe.epochs}"
@@ -272,7 +277,7 @@ class _Run:
         )
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Gradients are summed over the processes once a step."""
+        """A context for a backward: gradients are reduced over the processes only in the last."""
         if last or not isinstance(self.parallel, nn.parallel.DistributedDataParallel):
             return contextlib.nullcontext()
         return self.parallel.no_sync()
@@ -295,14 +300,14 @@ class _Run:
             metrics.draw(self.recipe.out / METRICS, self.recipe.out / PICTURE)
 
     def _evaluate(self, model: nn.Module) -> Scores:
-        if self.world.processes > 1:  # each has seen other images: the first one's statistics count
+        if self.world.processes > 1:  # running statistics differ: use those of the first process
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
         return evaluate(model, self.val_loader, self.world, self.recipe.bfloat16)
 
     def _log(self, scores: metrics.Row) -> float:
-        """Add a row to the table; returns the training loss in it."""
-        self._share_loss()
+        """Add a row to metrics.csv; returns its training loss."""
+        self._average_loss()
         loss = self.loss.item() / self.loss_steps
         row = {
             "step": self.step,
@@ -318,18 +323,18 @@ class _Run:
             metrics.write(self.rows, self.recipe.out / METRICS)
         return loss
 
-    def _share_loss(self) -> None:
-        """The mean of all processes takes the place of each one's loss."""
+    def _average_loss(self) -> None:
+        """Replace the loss of each process by the mean over all processes."""
         self.loss = self.world.mean(self.loss)
         if not math.isfinite(self.loss.item()):
             raise FloatingPointError(
-                f"the loss is {self.loss.item()} since step {self.step - self.loss_steps}. "
-                f"{self.recipe.out / LAST} is from before, if it is there: go on from it with "
-                "resume, or start anew with a lower lr."
+                f"the loss is {self.loss.item()} since step {self.step - self.loss_steps}. Resume "
+                f"from {self.recipe.out / LAST}, if that file exists, or start again with a lower "
+                "lr."
             )
 
     def _save(self, name: str) -> None:
-        self._share_loss()
+        self._average_loss()
         if self.world.rank != 0:
             return
         weights: dict[str, Any] = {
@@ -338,8 +343,8 @@ class _Run:
             "args": self._args(),
             "step": self.step,
         }
-        if isinstance(self.model, models.SwiftFormer):
-            weights["pooling"] = models.checkpoint_io.own_pooling(self.model)
+        if isinstance(self.model, models.Network):
+            weights["pooling"] = own_pooling(self.model)
         state = {
             "optimizer": self.optimizer.state_dict(),
             "rows": self.rows,
@@ -351,22 +356,22 @@ class _Run:
             torch.save(weights if name == BEST else weights | state, file)
 
     def _restore(self) -> None:
-        """Go on from the last checkpoint, if there is one and the recipe says so."""
+        """Continue from the last checkpoint, if there is one and the recipe says so."""
         path = self.recipe.out / LAST
         if path.is_file():
             if not self.recipe.resume:
                 raise ValueError(
-                    f"out must be a folder without a checkpoint; {path} is there. Pass resume "
-                    "to go on from it, or another folder."
+                    f"out must be a folder without a checkpoint; {path} exists. Pass resume to "
+                    "continue from it, or choose another folder."
                 )
             try:
                 found = torch.load(path, map_location=self.world.device, weights_only=True)
-            except Exception as error:  # every kind of damage has errors of its own
+            except Exception as error:  # damaged files raise various errors
                 raise ValueError(
-                    f"{path} cannot be read ({type(error).__name__}: {error}). Put a copy in its "
-                    "place, or start anew in another folder."
+                    f"{path} cannot be read ({type(error).__name__}: {error}). Restore it from a "
+                    "copy, or start again in another folder."
                 ) from error
-            _check_same(found["args"], self._args(), path)
+            _check_options(found["args"], self._args(), path)
             self.model.load_state_dict(found["model"])
             if self.average is not None:
                 self.average.module.load_state_dict(found["model_ema"])
@@ -374,15 +379,15 @@ class _Run:
             self.optimizer.load_state_dict(found["optimizer"])
             self.step, self.rows, self.best = found["step"], found["rows"], found["best"]
             self.loss, self.loss_steps = found["loss"], found["loss_steps"]
-            if self.world.rank == 0:  # without rows of steps that are to be done again
+            if self.world.rank == 0:  # without rows of steps that will be repeated
                 metrics.write(self.rows, self.recipe.out / METRICS)
         if self.world.processes > 1:
             steps: list[Any] = [None] * self.world.processes
             dist.all_gather_object(steps, self.step)
             if len(set(steps)) > 1:
                 raise ValueError(
-                    f"out must be one folder for all processes; in {self.recipe.out} they found "
-                    f"checkpoints of the steps {steps}."
+                    f"out must be the same folder for all processes; in {self.recipe.out} they "
+                    f"found checkpoints of the steps {steps}. Use a shared file system."
                 )
 
     def _args(self) -> dict[str, Any]:
@@ -398,7 +403,7 @@ def evaluate(
 ) -> Scores:
     """Loss and accuracies of a model, over the batches of all processes.
 
-    The model is in training mode afterwards if it was before.
+    The model is evaluated in eval mode; afterwards its mode is restored.
 
     Raises:
         ValueError: there are no images.
@@ -426,17 +431,22 @@ def evaluate(
 
 
 def evaluate_file(recipe: Recipe, checkpoint: Path, ema: bool = False) -> Scores:
-    """Scores of a checkpoint of the recipe's model, or of its averaged weights, on data/val.
+    """Scores of a checkpoint for the model of the recipe, on the images in data/val.
 
-    Prints what was loaded.
+    Prints a report of loading.
+
+    Args:
+        recipe: model, data and device.
+        checkpoint: any file that `load_checkpoint` reads.
+        ema: evaluate the averaged weights.
 
     Raises:
-        ValueError: weights that do not fit the model, or data that are not there.
+        ValueError: the weights do not fit the model, or the images are missing.
     """
     val_set = data.validation_folder(recipe)
     with _world(recipe.device) as world:
         model = build(replace(recipe, distillation="none", weights=None), len(val_set.classes))
-        _tell(models.load_checkpoint(model, checkpoint, pooling=recipe.pooling, ema=ema))
+        _print_once(models.load_checkpoint(model, checkpoint, pooling=recipe.pooling, ema=ema))
         share = Subset(val_set, range(world.rank, len(val_set), world.processes))
         batches = DataLoader(share, recipe.batch_size, num_workers=recipe.workers)
         return evaluate(model.to(world.device), batches, world, recipe.bfloat16)
@@ -444,7 +454,7 @@ def evaluate_file(recipe: Recipe, checkpoint: Path, ema: bool = False) -> Scores
 
 @contextlib.contextmanager
 def _world(device: str) -> Iterator[World]:
-    """This process, joined with the others that torchrun started."""
+    """The process group of torchrun, or this single process."""
     own = devices.find(None if device == "auto" else device)
     if "RANK" not in os.environ:
         yield World(0, 1, own)
@@ -460,13 +470,13 @@ def _world(device: str) -> Iterator[World]:
 
 
 @contextlib.contextmanager
-def _holding(out: Path, world: World) -> Iterator[None]:
-    """The folder for this training alone; the first process holds it for all."""
-    with contextlib.ExitStack() as held:
+def _locked(out: Path, world: World) -> Iterator[None]:
+    """Lock the folder for this training; the first process does it for all."""
+    with contextlib.ExitStack() as stack:
         failure: list[Exception | None] = [None]
         if world.rank == 0:
             try:
-                if held.enter_context(lock.locked(out)):
+                if stack.enter_context(lock.locked(out)):
                     files.remove_leftovers(out)
             except (ValueError, OSError) as error:
                 failure = [error]
@@ -493,14 +503,17 @@ def _classes(train_set: Sized, model: nn.Module) -> int:
         found = getattr(owner, name, None)
         if found is not None:
             return found if isinstance(found, int) else len(found)
-    raise ValueError("model must have num_classes, or train_set classes; got neither.")
+    raise ValueError(
+        "model must have an attribute num_classes, or train_set an attribute classes; got neither. "
+        "Set one of them."
+    )
 
 
-def _check_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    differing = [k for k in now if k not in FREE and before.get(k) != now[k]]
+def _check_options(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    differing = [k for k in now if k not in CHANGEABLE and before.get(k) != now[k]]
     if differing:
-        told = ", ".join(f"{k}={before.get(k)!r}, not {now[k]!r}" for k in differing)
+        changes = ", ".join(f"{k}={before.get(k)!r}, got {now[k]!r}" for k in differing)
         raise ValueError(
-            f"resume goes on with the options of {path}: {told}. Pass the same, or start anew in "
-            "another folder."
+            f"resume needs the options of {path}: {changes}. Pass the same options, or start again "
+            "in another folder."
         )

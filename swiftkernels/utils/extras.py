@@ -1,4 +1,4 @@
-"""Packages that only some of the library needs."""
+"""Import of optional packages."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from types import ModuleType
 
 
 def need(package: str, extra: str, purpose: str) -> ModuleType:
-    """The imported package or module.
+    """Import an optional package or module.
 
     Args:
-        package: its name for import.
+        package: its import name.
         extra: the extra of this library that installs it.
         purpose: what needs it, as the start of a sentence.
 
@@ -22,5 +22,6 @@ def need(package: str, extra: str, purpose: str) -> ModuleType:
     except ImportError as error:
         name = package.partition(".")[0]
         raise ImportError(
-            f"{purpose} needs the package {name} ({error}): pip install 'swiftkernels[{extra}]'."
+            f"{purpose} needs the package {name} ({error}). In a clone of this library, run: "
+            f"pip install '.[{extra}]'"
         ) from error

@@ -1,7 +1,7 @@
-"""Files and folders that take the place of older ones: complete, or not at all.
+"""Atomic replacement of files and folders.
 
-What is written goes to a temporary name in the same folder, which is renamed when everything is on
-the disk. A full disk, an error or an interruption leaves the old file as it was.
+A new file is written under a temporary name in the same folder and renamed when it is complete and
+on the disk. A full disk, an error or an interruption leaves the old file unchanged.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIX = ".tmp"
-"""Of temporary names."""
+"""Suffix of temporary names."""
 NAME_LENGTH = 40
-"""Characters of the final name in a temporary one: file systems allow 255 bytes in all."""
+"""Characters of the final name in a temporary name: file systems allow 255 bytes in total."""
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path, name: str = "path") -> Iterator[BinaryIO]:
-    """A file to write, which becomes `path` at the end of the block unless the block raises.
+    """Open a temporary file for writing; at the end of the block it is renamed to `path`.
+
+    If the block raises, the temporary file is removed.
 
     Args:
-        path: of the file; of a symbolic link, the file that it points to is replaced.
-        name: what errors call the argument.
+        path: path of the file; for a symbolic link, the file to which it points is replaced.
+        name: name of the argument in error messages.
 
     Raises:
-        ValueError: no path of a file in an existing folder.
-        OSError: the file could not be written; it names `path`, also where the library that wrote
-            into the file raised another error.
+        ValueError: `path` is not a file in an existing folder.
+        OSError: the file could not be written. The error names `path`, even if the library that
+            wrote the file raised another error.
 
     Example:
         >>> import tempfile
@@ -62,17 +64,18 @@ def replacing(path: str | Path, name: str = "path") -> Iterator[BinaryIO]:
         failure = _failure(error, raw, temporary)
         if failure is None:
             raise
-        raise _naming(path, failure) from error
+        raise _with_path(failure, path) from error
 
 
 @contextlib.contextmanager
 def replacing_folder(path: str | Path, name: str = "path") -> Iterator[Path]:
-    """A path for a new folder, which becomes `path` at the end of the block unless it raises.
+    """A path for a temporary folder; at the end of the block it is renamed to `path`.
 
-    The path has the suffix of `path`. An older folder is removed after the new one is complete.
+    The temporary path has the suffix of `path`. An older folder is removed when the new one is
+    complete. If the block raises, the temporary folder is removed.
 
     Raises:
-        ValueError: no path in an existing folder, or that of a file.
+        ValueError: `path` is a file, or not in an existing folder.
         OSError: the folder could not be written.
     """
     target = Path(os.path.realpath(check_folder(name, path)))
@@ -92,7 +95,7 @@ def replacing_folder(path: str | Path, name: str = "path") -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """A text file in UTF-8; errors as `replacing`."""
+    """Write a text file in UTF-8; errors as in `replacing`."""
     with replacing(path) as file:
         file.write(text.encode())
 
@@ -103,16 +106,16 @@ def write_csv(
     columns: Iterable[str] | None = None,
     digits: int | None = None,
 ) -> None:
-    """A CSV file with a header; errors as `replacing`.
+    """Write a CSV file with a header; errors as in `replacing`.
 
     Args:
-        path: of the file.
-        rows: by column.
-        columns: their order; by default that of the first row.
+        path: path of the file.
+        rows: rows, as dicts from columns to values.
+        columns: order of the columns; default: that of the first row.
         digits: significant digits of floats; None writes them exactly.
 
     Raises:
-        ValueError: a row has other columns.
+        ValueError: a row has a column that is not in `columns`.
     """
     text = io.StringIO(newline="")
     names = columns if columns is not None else rows[0] if rows else ()
@@ -122,21 +125,29 @@ def write_csv(
     write_text(path, text.getvalue())
 
 
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a CSV file by column; none if there is no such file."""
+    if not Path(path).is_file():
+        return []
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def rounded(row: Mapping[str, Any], digits: int = 6) -> dict[str, Any]:
-    """The row with its floats as texts of that many significant digits."""
+    """The row with floats formatted to a number of significant digits."""
     return {k: f"{v:.{digits}g}" if isinstance(v, float) else v for k, v in row.items()}
 
 
 def save_figure(figure: Figure, path: str | Path, **options: Any) -> None:
-    """A figure of matplotlib as a PNG file; options as of `savefig`, errors as `replacing`."""
+    """Write a matplotlib figure as PNG; options as in `savefig`, errors as in `replacing`."""
     with replacing(path) as file:
         figure.savefig(file, format="png", **options)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of processes that were killed while they wrote in `folder`.
+    """Remove the temporary files of processes that were killed while writing in `folder`.
 
-    Only for a folder that no other process writes to.
+    Only for a folder in which no other process writes.
     """
     for path in folder.glob(f".*.[0-9]*-{'[0-9a-f]' * 8}{SUFFIX}"):
         with contextlib.suppress(OSError):
@@ -144,11 +155,11 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def check_file(name: str, path: str | Path) -> Path:
-    """The path, if a file can be there.
+    """The path, if a file can be written there.
 
     Raises:
-        TypeError: no path.
-        ValueError: the path of a folder, of a device, or in a folder that does not exist.
+        TypeError: not a path.
+        ValueError: the path is a folder or a device, or its folder does not exist.
     """
     found = _check_path(name, path)
     if found.is_dir():
@@ -157,43 +168,45 @@ def check_file(name: str, path: str | Path) -> Path:
     if found.exists() and not found.is_file():
         raise ValueError(
             f"{name} must be the path of a regular file; {found} is a device or a pipe. "
-            "Choose another."
+            "Choose another path."
         )
     _check_parent(name, found)
     return found
 
 
 def check_folder(name: str, path: str | Path) -> Path:
-    """The path, if a folder can be there.
+    """The path, if a folder can be written there.
 
     Raises:
-        TypeError: no path.
-        ValueError: the path of a file, or in a folder that does not exist.
+        TypeError: not a path.
+        ValueError: the path is a file, or its folder does not exist.
     """
     found = _check_path(name, path)
     if not str(path):
         raise ValueError(f"{name} must be the path of a folder; it is empty. Add a name.")
     if found.exists() and not found.is_dir():
-        raise ValueError(f"{name} must be the path of a folder; {found} is a file. Choose another.")
+        raise ValueError(
+            f"{name} must be the path of a folder; {found} is a file. Choose another path."
+        )
     _check_parent(name, found)
     return found
 
 
 def _check_path(name: str, path: object) -> Path:
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a path; got {type(path).__name__}.")
+        raise TypeError(f"{name} must be a path; got {type(path).__name__}. Pass a str or Path.")
     return Path(path)
 
 
 def _check_parent(name: str, path: Path) -> None:
     if not path.parent.is_dir():
         raise ValueError(
-            f"{name} must be in an existing folder; {path.parent} is none. Make it first."
+            f"{name} must be in an existing folder; {path.parent} is not. Create it first."
         )
 
 
 class _Raw(io.FileIO):
-    """A file that keeps why writing failed: torch.save reports it as "unexpected pos"."""
+    """A file that stores the error of a failed write, which torch.save would replace."""
 
     failure: OSError | None = None
 
@@ -206,13 +219,13 @@ class _Raw(io.FileIO):
 
 
 def _temporary(target: Path) -> Path:
-    """A name in the same folder that no other process or call has."""
-    own = f"{os.getpid()}-{secrets.token_hex(4)}"
-    return target.with_name(f".{target.name[:NAME_LENGTH]}.{own}{SUFFIX}")
+    """A path in the same folder, unique to this process and call."""
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+    return target.with_name(f".{target.name[:NAME_LENGTH]}.{unique}{SUFFIX}")
 
 
 def _failure(error: BaseException, raw: _Raw | None, temporary: Path) -> OSError | None:
-    """The error of the file system behind an error; None if it has another cause."""
+    """The file system error that caused an error; None if it has another cause."""
     if not isinstance(error, Exception):  # an interruption
         return None
     if raw is not None and raw.failure is not None:
@@ -222,7 +235,8 @@ def _failure(error: BaseException, raw: _Raw | None, temporary: Path) -> OSError
     return None
 
 
-def _naming(path: str | Path, failure: OSError) -> OSError:
+def _with_path(failure: OSError, path: str | Path) -> OSError:
+    """The same error, with the final path instead of the temporary one."""
     if failure.errno is None:
         return OSError(f"{path} could not be written: {failure}")
     return OSError(failure.errno, failure.strerror, str(path))

@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, elsewhere a line now and then."""
+"""Progress of long loops: a bar on a terminal, else a line from time to time."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 INTERVAL = 30.0
-"""Seconds between two lines where the output is no terminal."""
+"""Seconds between two lines if the output is not a terminal."""
 
 _last_line = -INTERVAL
-"""When this process wrote a line, of whichever work."""
+"""When this process last wrote a line, of any loop."""
 
 
 class Progress:
-    """Progress of a loop, on stderr: a bar by tqdm on a terminal, if tqdm is installed; else a line
-    at the start, and then at most one every `INTERVAL` seconds.
+    """Progress of a loop, on stderr.
+
+    On a terminal a bar of tqdm, if that is installed; else a line at the start, and then at most
+    one every `INTERVAL` seconds.
 
     Args:
-        total: steps of the loop.
-        units: what the steps are, in the plural.
-        text: what is going on.
-        done: steps that were done before.
-        leave: keep the bar when the loop is over.
-        position: line of the bar on the terminal, where several processes show theirs.
+        total: number of steps.
+        units: name of the steps, in the plural.
+        text: name of the loop.
+        done: number of steps done before.
+        leave: keep the bar at the end of the loop.
+        position: line of the bar on the terminal, if several processes show one.
         quiet: show nothing.
 
     Example:
@@ -76,27 +78,27 @@ class Progress:
             self._bar.close()
 
     def show(self, text: str) -> None:
-        """Tell what is going on now."""
+        """Change the text."""
         self.text = text
         if self._bar is not None:
             self._bar.set_description(text)
         self._line()
 
     def note(self, note: str) -> None:
-        """Add a result so far, such as a loss."""
+        """Show an intermediate result, such as a loss."""
         self._note = note
         if self._bar is not None:
             self._bar.set_postfix_str(note)
 
     def write(self, text: str) -> None:
-        """Leave a line above the bar, on stdout."""
+        """Print a line on stdout, above the bar."""
         if self._bar is None:
             print(text, flush=True)
         else:
             self._bar.write(text)
 
     def advance(self) -> None:
-        """One step is done."""
+        """Count one step."""
         self.done += 1
         if self._bar is not None:
             self._bar.update()
@@ -119,7 +121,7 @@ class Progress:
 
 
 def track(items: Sequence[T], units: str, text: str = "", **options: Any) -> Iterator[T]:
-    """The items, with the progress of the loop over them; options as of `Progress`."""
+    """Iterate over items and show the progress; options as in `Progress`."""
     with Progress(len(items), units, text, **options) as progress:
         for item in items:
             yield item
@@ -128,7 +130,7 @@ def track(items: Sequence[T], units: str, text: str = "", **options: Any) -> Ite
 
 @contextlib.contextmanager
 def timed(text: str, quiet: bool = False) -> Iterator[None]:
-    """A line on stderr for work without steps: what it is, and when it is done how long it took.
+    """A line on stderr for work without steps: its name and, at the end, how long it took.
 
     Example:
         >>> with timed("loading"):
@@ -148,7 +150,7 @@ def timed(text: str, quiet: bool = False) -> Iterator[None]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours.
+    """A duration in words, in seconds, minutes or hours.
 
     Example:
         >>> duration(7.4), duration(61), duration(5000)
@@ -162,7 +164,7 @@ def duration(seconds: float) -> str:
 
 
 def share_lock(lock: Any) -> None:
-    """Let the bars of several processes take turns on the terminal, by a lock that they share."""
+    """Let the bars of several processes share the terminal, by a common lock."""
     with contextlib.suppress(ImportError):
         from tqdm import tqdm
 

@@ -17,7 +17,7 @@ from swiftkernels import AdditiveAttention, weights_changed
 from swiftkernels.backends import cache
 from swiftkernels.backends.cpu import library
 from swiftkernels.backends.cpu.packing import Packed
-from tests.cases import relative_error
+from swiftkernels.testing.tolerance import relative_error
 
 pytestmark = [
     pytest.mark.skipif(library.loaded() is None, reason="no CPU kernels"),

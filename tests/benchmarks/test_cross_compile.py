@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs that are not there, with the arguments they are launched with."""
+"""The kernels can be cross-compiled, with the arguments they are launched with."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import cross_compile
+from benchmarks.gpu import calls, cross_compile
 from benchmarks.gpu.cross_compile import ARCHITECTURES, Cell
-from swiftkernels.ops.additive_attention.triton import launch
-from swiftkernels.ops.additive_attention.weights import Options
-from tests.cases import backward_by, forward_by, make_tensors
+from swiftkernels.testing.cases import make_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -25,15 +23,13 @@ def compiler_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("images", [False, True])
 @pytest.mark.parametrize("width", [24, 80, 264])
 def test_every_promised_alignment_holds(width, images):
-    """Of a slice of wider tokens, whose gradient is narrower; a GPU would fault or write astray."""
+    """For a slice of wider tokens: with wrong promises, a GPU would fault or write elsewhere."""
     tensors = make_tensors(2, 21, width + 8, width, 1, dtype=torch.float16)
     x = tensors[0].transpose(1, 2).contiguous().transpose(1, 2) if images else tensors[0]
     tensors[0] = x[..., :width]
     tensors[1], tensors[3] = tensors[1][:, :width], tensors[3][:, :width]
-    options = Options("l2", True, width**-0.5, 1e-12)
     with cross_compile.recorded_launches() as launches:
-        out, saved = forward_by(launch, tensors, None, options)
-        backward_by(launch, torch.ones_like(out), tensors, None, saved, options)
+        calls.forward(tensors)()
     assert launches
     for kernel, arguments in launches:
         for prefix, align in (("", "ALIGN"), ("dx_", "ALIGN"), ("dout_", "DOUT_ALIGN")):

@@ -1,4 +1,4 @@
-"""The trade-off command: its data, its networks, and a run in small from end to end."""
+"""The trade-off command: its data, its networks, and a small run from end to end."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def test_damaged_idx_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds", "0"], "whole number from 1"),
-        (["--epochs", "two"], "whole number from 1"),
+        (["--seeds", "0"], "an integer of at least 1"),
+        (["--epochs", "two"], "an integer of at least 1"),
         (["--mixers", "mixup"], "additive_l2"),
         (["--device", "abacus"], "cpu, cuda"),
         (["--device", "cuda:99"], "CUDA devices"),
@@ -90,7 +90,7 @@ def test_bad_option_says_what_was_expected(
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_networks_differ_in_the_mixer_alone(mixer: str) -> None:
+def test_networks_differ_only_in_the_mixer(mixer: str) -> None:
     shared = Classifier("none", seed=3).state_dict()
     weights = Classifier(mixer, seed=3).state_dict()
     for name, value in shared.items():
@@ -114,10 +114,10 @@ def test_a_mixer_lets_tokens_meet(mixer: str) -> None:
         assert (change[[*range(24), *range(25, 49)]].max() > 1e-6) == differ
 
 
-def test_run_in_small_writes_tables_and_plots(
+def test_a_small_run_writes_tables_and_plots(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The plots need the tables alone: elsewhere they give the same pictures."""
+    """The plots need only the CSV files: a copy of these gives the same pictures."""
     tradeoff.run(settings(tmp_path))
 
     with (tmp_path / plots.TRADEOFF_CSV).open(newline="") as file:
@@ -163,8 +163,8 @@ def test_failed_run_leaves_the_old_csv_files(
 def test_accuracy_does_not_depend_on_the_workers(tmp_path: Path) -> None:
     small = settings(tmp_path)
     alone = tradeoff.train_all(small, small.dataset())
-    beside = tradeoff.train_all(replace(small, workers=2), small.dataset())
-    for one, other in zip(alone, beside, strict=True):
+    together = tradeoff.train_all(replace(small, workers=2), small.dataset())
+    for one, other in zip(alone, together, strict=True):
         assert one.job == other.job
         assert all(np.array_equal(one.weights[name], other.weights[name]) for name in one.weights)
 

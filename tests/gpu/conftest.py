@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from swiftkernels.backends import devices
-from swiftkernels.tools import verify
+from swiftkernels.ops import operator
 
 NO_GPU = "needs a GPU that runs the Triton kernels (swiftkernels doctor tells more)"
 
 
 def usable_gpus() -> list[torch.device]:
     """The GPUs on which backend="triton" may be asked for."""
-    return [d for d in devices.gpus() if not verify.why_not("triton", _probe(d), 16)]
+    return [d for d in devices.gpus() if not operator.why_not("triton", _probe(d), 16)]
 
 
 def _probe(device: torch.device) -> torch.Tensor:

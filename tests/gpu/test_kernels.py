@@ -8,8 +8,9 @@ import torch._inductor.config
 from torch import Tensor
 
 from swiftkernels import AdditiveAttention
+from swiftkernels.testing.tolerance import budget, relative_error
 from swiftkernels.tools import verify
-from swiftkernels.tools.verify import DTYPES, budget, relative_error
+from swiftkernels.tools.verify import DTYPES
 from tests.gpu.layers import make_layer, random_images, train
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES)

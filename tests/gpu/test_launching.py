@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swiftkernels.tools.bench import capture
-from swiftkernels.tools.verify import budget, relative_error
+from swiftkernels.testing.timing import capture
+from swiftkernels.testing.tolerance import budget, relative_error
 from tests.gpu.layers import make_layer, random_images, train
 
 WIDTHS = (48, 112, 320)

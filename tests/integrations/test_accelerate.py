@@ -1,4 +1,4 @@
-"""`accelerate`: other people's layers with these kernels, and everything else as it was."""
+"""`accelerate`: layers of other libraries on these kernels, and nothing else changed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import io
 import itertools
 import pickle
-import sys
 from typing import Any
 
 import pytest
@@ -16,16 +15,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from swiftkernels import AdditiveAttention, accelerate, warmup
-from swiftkernels.integrations import accelerate as acceleration
-from swiftkernels.integrations.accelerate import TRANSFORMERS, Acceleration, register
-from swiftkernels.ops.additive_attention.layer import AttentionForward
-from tests.cases import POOLINGS, assert_as_good_as_eager
+from swiftkernels.integrations import probe
+from swiftkernels.integrations.accelerate import Acceleration
+from swiftkernels.testing.cases import POOLINGS
+from swiftkernels.testing.tolerance import assert_as_good_as_eager
 from tests.models.test_public_models import OfficialLayer
 from tests.stubs import import_timm
 
 
 class Fork(nn.Module):
-    """An additive attention as others write it, in any variant."""
+    """An additive attention as in other libraries, in any variant."""
 
     def __init__(self, dim: int = 12, heads: int = 1, pooling: str = "l2", norms: bool = True):
         super().__init__()
@@ -73,7 +72,7 @@ NAMES = {"to_query": "q", "to_key": "k", "proj": "Proj", "final": "out", "w_g": 
 
 
 class Extended(Fork):
-    """One that does something more."""
+    """A layer with a residual connection."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + x
@@ -92,7 +91,7 @@ def results(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor
 
 
 def assert_accelerated(layer: nn.Module, x: Tensor, **options: Any) -> Acceleration:
-    """The layer computes what it did, no worse, by the kernels; and after `undo` bit for bit."""
+    """The accelerated layer has the same outputs and gradients; after `undo`, bit for bit."""
     exact, eager = results(layer, x, torch.float64), results(layer, x, torch.float32)
     done = accelerate(layer, **options)
     assert {found.reason for found in done.layers} == {""}
@@ -107,7 +106,7 @@ def assert_accelerated(layer: nn.Module, x: Tensor, **options: Any) -> Accelerat
 @pytest.mark.parametrize("kind", [Fork, OnImages])
 @pytest.mark.parametrize("norms", [True, False])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_every_variant_is_told_and_computed(pooling, norms, kind):
+def test_every_variant_is_found_and_computed(pooling, norms, kind):
     layer = kind(pooling=pooling, norms=norms, heads=2)
     x = randn(2, 9, 12) if kind is Fork else randn(2, 12, 3, 3)
     ((found,)) = assert_accelerated(layer, x).layers
@@ -115,16 +114,16 @@ def test_every_variant_is_told_and_computed(pooling, norms, kind):
     assert found.variant == (pooling, norms, layout)
 
 
-def test_the_kernels_are_what_runs(monkeypatch):
+def test_kernels_run_in_place_of_the_linear_layers(monkeypatch):
     layer, x = Fork(), randn(2, 9, 12)
     accelerate(layer)
     assert not layer.called_parts()
-    monkeypatch.setattr(F, "linear", None)  # whoever calls it fails
+    monkeypatch.setattr(F, "linear", None)  # calling it would fail
     with torch.no_grad():
         assert layer(x).shape == x.shape
 
 
-def test_forks_with_other_names():
+def test_forks_with_other_names_are_accelerated():
     x = randn(2, 9, 12)
     with pytest.raises(ValueError, match="holds none"):
         accelerate(Renamed())
@@ -133,7 +132,7 @@ def test_forks_with_other_names():
 
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("pooling", ["l2", "sum"])
-def test_the_official_layer_before_and_after_its_change_of_pooling(pooling, heads):
+def test_official_layer_with_both_poolings(pooling, heads):
     layer = OfficialLayer(12, 12, heads, pooling)
     ((found,)) = assert_accelerated(layer, randn(2, 9, 12)).layers
     assert found.kind == "OfficialLayer"
@@ -141,7 +140,7 @@ def test_the_official_layer_before_and_after_its_change_of_pooling(pooling, head
 
 
 class OfficialBlock(nn.Module):
-    """The attention among images, as blocks of the official code call it."""
+    """A block of the official code: the attention of images, as tokens."""
 
     def __init__(self, attn: nn.Module) -> None:
         super().__init__()
@@ -155,8 +154,8 @@ class OfficialBlock(nn.Module):
 
 
 @pytest.mark.parametrize("attention", [lambda: OfficialLayer(12, 12, 1, "l2"), Renamed])
-def test_whole_models_of_the_official_code_and_of_forks(attention):
-    """Parts with other names, others of theirs, and convolutions between."""
+def test_models_with_several_attentions(attention):
+    """Attentions of the official code and of a fork, with convolutions between them."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 12, 3, stride=2), OfficialBlock(attention()),
@@ -169,7 +168,7 @@ def test_whole_models_of_the_official_code_and_of_forks(attention):
     assert list(model.state_dict()) == keys
 
 
-def test_undo_leaves_nothing_behind():
+def test_undo_restores_classes_attributes_and_outputs():
     model = nn.Sequential(Fork(), nn.ReLU(), Fork(pooling="sum"))
     x = randn(2, 9, 12)
     before, attributes = model(x), [dict(vars(m)) for m in model.modules()]
@@ -183,7 +182,7 @@ def test_undo_leaves_nothing_behind():
     done.undo()
 
 
-def test_as_a_context_manager_it_ends_with_the_block():
+def test_context_manager_undoes_at_the_end():
     layer, x = Fork(), randn(2, 9, 12)
     before = layer(x)
     with accelerate(layer):
@@ -195,14 +194,14 @@ def test_as_a_context_manager_it_ends_with_the_block():
     assert torch.equal(layer(x), before)
 
 
-def test_what_others_hold_of_the_layer_stays():
+def test_hooks_modes_names_and_optimizers_stay():
     layer, seen = Fork(), []
     names = list(layer.state_dict())
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
     layer.register_forward_hook(lambda *_: seen.append(1))
     layer.eval()
     accelerate(layer)
-    assert not seen  # the probe is silent
+    assert not seen
     assert not layer.training
     assert list(layer.state_dict()) == names
     before = layer.w_g.detach().clone()
@@ -212,23 +211,23 @@ def test_what_others_hold_of_the_layer_stays():
     assert not torch.equal(layer.w_g, before)
 
 
-def test_copies_and_pickles_are_accelerated_too():
+def test_copies_and_pickles_are_accelerated():
     layer, x = Fork(), randn(2, 9, 12)
     accelerate(layer)
     expected = layer(x)
     memory = io.BytesIO()
     torch.save(layer, memory)
     memory.seek(0)
-    for twin in (
+    for other in (
         copy.deepcopy(layer),
         pickle.loads(pickle.dumps(layer)),
         torch.load(memory, weights_only=False),
     ):
-        assert type(twin) is type(layer)
-        assert torch.equal(twin(x), expected)
+        assert type(other) is type(layer)
+        assert torch.equal(other(x), expected)
 
 
-def test_random_numbers_and_gradient_mode_stay():
+def test_random_state_and_gradient_mode_stay():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -245,12 +244,12 @@ def test_random_numbers_and_gradient_mode_stay():
         (Extended, "computes something else"),
         (lambda: AdditiveAttention(12, 12, 1), "has these kernels"),
         (lambda: Fork().to("meta"), "no values yet"),
-        (lambda: nn.ModuleDict(dict(Fork().named_children())), "neither"),
+        (lambda: nn.ModuleDict(dict(Fork().named_children())), "accepts neither"),
     ],
 )
-def test_others_are_left_alone_and_named(layer, reason):
+def test_other_layers_are_reported_and_not_changed(layer, reason):
     layer = layer()
-    if isinstance(layer, nn.ModuleDict):  # the parts of an attention, and no forward
+    if isinstance(layer, nn.ModuleDict):  # the parts of an attention without a forward
         layer.w_g = nn.Parameter(torch.ones(12, 1))
     model = nn.Sequential(layer, Fork())
     done = accelerate(model)
@@ -258,17 +257,17 @@ def test_others_are_left_alone_and_named(layer, reason):
     assert reason in done.layers[0].reason
     assert type(model[0]) is type(layer)
     assert "1 of 2 additive attentions accelerated" in str(done)
-    assert f"0: {type(layer).__name__} left alone, " in str(done)
+    assert f"0: {type(layer).__name__} not changed, " in str(done)
 
 
-def test_weights_that_tell_no_variant_are_left_alone():
+def test_layers_with_ambiguous_weights_are_not_changed():
     layer = Fork()
     nn.init.zeros_(layer.proj.weight)
     (found,) = accelerate(layer).layers
     assert "several poolings" in found.reason
 
 
-def test_a_second_time_finds_nothing_to_do():
+def test_second_acceleration_changes_nothing():
     layer = Fork()
     first, second = accelerate(layer), accelerate(layer)
     assert second.layers[0].reason == "it has these kernels"
@@ -278,7 +277,7 @@ def test_a_second_time_finds_nothing_to_do():
     assert type(layer) is Fork
 
 
-def test_half_precision_and_backends_are_honoured():
+def test_dtype_and_backend_are_used():
     layer = Fork().to(torch.bfloat16)
     accelerate(layer, backend="reference")
     assert layer(randn(2, 9, 12).bfloat16()).dtype == torch.bfloat16
@@ -290,17 +289,17 @@ def test_half_precision_and_backends_are_honoured():
     [
         (lambda: accelerate(torch.ones(2)), TypeError, "model must be"),
         (lambda: accelerate(nn.Linear(2, 2)), ValueError, "Linear holds none"),
-        (lambda: accelerate(Fork(), names={"query": "q"}), ValueError, "names must map"),
+        (lambda: accelerate(Fork(), names={"query": "q"}), ValueError, "names must have keys"),
         (lambda: accelerate(Fork(), backend="gpu"), ValueError, "backend"),
         (lambda: accelerate(Fork(), recompute="yes"), ValueError, "recompute"),
     ],
 )
-def test_wrong_arguments_are_named(call, error, message):
+def test_wrong_arguments_raise(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
 
-def test_timm():
+def test_timm_network():
     model = import_timm().create_model("swiftformer_xs", num_classes=3).eval()
     x = randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -312,7 +311,7 @@ def test_timm():
         assert torch.equal(model(x), before)
 
 
-def test_transformers():
+def test_transformers_network():
     transformers = pytest.importorskip("transformers")
     config = transformers.SwiftFormerConfig(num_labels=3)
     model = transformers.SwiftFormerForImageClassification(config).eval()
@@ -326,77 +325,6 @@ def test_transformers():
         assert torch.equal(model(x).logits, before)
 
 
-def accelerated(model: nn.Module) -> list[AttentionForward]:
-    return [m for m in model.modules() if isinstance(m, AttentionForward)]
-
-
-def test_transformers_builds_with_the_kernels_while_registered(transformers, tmp_path):
-    config = transformers.SwiftFormerConfig(num_labels=3)
-    plain = transformers.SwiftFormerForImageClassification(config).eval()
-    plain.save_pretrained(tmp_path)
-    build, auto = type(plain).from_pretrained, transformers.AutoModelForImageClassification
-    x = randn(1, 3, 64, 64)
-    with register(backend="reference") as done:
-        model, fresh = build(tmp_path).eval(), auto.from_config(config)
-        assert not accelerated(type(plain)(config))  # a bare constructor is left alone
-    assert str(done).endswith("with these kernels, pooling sum")
-    assert not accelerated(build(tmp_path))
-    assert len(accelerated(fresh)) == 4
-    assert len(warmup(fresh)) == 4
-    assert list(model.state_dict()) == list(plain.state_dict())
-    for layer, theirs in zip(
-        accelerated(model), plain.swiftformer.encoder.network[::2], strict=True
-    ):
-        assert isinstance(layer, type(theirs.blocks[-1].attn))
-        assert (layer.pooling, layer.backend) == ("sum", "reference")
-    with torch.no_grad():
-        expected = plain(x).logits
-        for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert len(accelerated(twin)) == 4
-            torch.testing.assert_close(twin(x).logits, expected)
-
-
-def test_a_registration_ends_once_and_only_itself(transformers):
-    patching = pytest.importorskip("transformers.monkey_patching")
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    first = register()
-    assert torch.equal(torch.rand(1), expected)
-    with pytest.raises(ValueError, match="is in the patch mapping of transformers already"):
-        register()
-    first.undo()
-    assert TRANSFORMERS not in patching.get_patch_mapping()
-    with register():
-        first.undo()
-        assert TRANSFORMERS in patching.get_patch_mapping()
-        patching.unregister_patch_mapping([TRANSFORMERS])
-
-
-def test_another_attention_of_transformers_is_not_registered(transformers, monkeypatch):
-    modeling = transformers.models.swiftformer.modeling_swiftformer
-
-    class Other(Extended):
-        def __init__(self, config: object, dim: int) -> None:
-            super().__init__(dim)
-
-    monkeypatch.setattr(modeling, TRANSFORMERS, Other)
-    with pytest.raises(ValueError, match="is left alone: it computes something else"):
-        register()
-
-
-def test_registering_needs_transformers(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.setitem(sys.modules, "transformers.monkey_patching", None)
-    with pytest.raises(ImportError, match="register needs transformers 5 or newer"):
-        register()
-    with pytest.raises(ValueError, match="backend"):
-        register(backend="gpu")
-
-
-# Looking without touching.
-
-
 def hooked(layer: nn.Module, calls: list[str]) -> nn.Module:
     for part in layer.modules():
         part.register_forward_hook(lambda *_: calls.append("forward"))
@@ -405,7 +333,7 @@ def hooked(layer: nn.Module, calls: list[str]) -> nn.Module:
 
 
 class Counter(nn.Module):
-    """A parametrization with a buffer that changes whenever its tensor is read."""
+    """A parametrization that counts in a buffer how often its tensor is read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -431,7 +359,7 @@ ATTACHED: dict[str, Any] = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("attach", ATTACHED.values(), ids=ATTACHED.keys())
-def test_the_probe_changes_no_state_calls_no_hook_and_draws_no_number(attach, training):
+def test_inspection_changes_no_state_and_calls_no_hook(attach, training):
     calls: list[str] = []
     layer = Fork().train(training)
     attach(layer)
@@ -452,8 +380,8 @@ def test_the_probe_changes_no_state_calls_no_hook_and_draws_no_number(attach, tr
     assert layer.training == training
 
 
-def test_hooks_of_objects_are_not_copied():
-    """A hook that is a method brings its object, which may be large or impossible to copy."""
+def test_objects_of_hooks_are_not_copied():
+    """The object of a hook that is a method may be large, or impossible to copy."""
 
     class Trainer:
         def __deepcopy__(self, memo: Any) -> Any:
@@ -468,7 +396,7 @@ def test_hooks_of_objects_are_not_copied():
     assert "1 of 1" in str(accelerate(layer))
 
 
-def test_a_layer_with_a_forward_of_its_own_is_left_alone():
+def test_layers_with_a_replaced_forward_are_not_changed():
     model = nn.Sequential(Fork(), Fork())
     usual = model[0].forward
     model[0].forward = lambda x: usual(x) * 2
@@ -490,7 +418,7 @@ class NotCopied(Fork):
 
 
 @pytest.mark.parametrize("strange", [Refusing, NotCopied])
-def test_layers_that_cannot_be_probed_are_named_and_the_others_accelerated(strange):
+def test_layers_that_cannot_be_run_are_reported_and_the_others_accelerated(strange):
     report = accelerate(nn.Sequential(Fork(), strange(), Fork()))
     assert "2 of 3" in str(report)
     assert report.layers[1].variant is None
@@ -498,25 +426,25 @@ def test_layers_that_cannot_be_probed_are_named_and_the_others_accelerated(stran
     assert "float64" in report.layers[1].reason or "copied" in report.layers[1].reason
 
 
-def test_all_layers_are_judged_before_the_first_one_changes(monkeypatch):
-    """An interruption in the middle leaves the model as it was."""
+def test_all_layers_are_inspected_before_the_first_one_changes(monkeypatch):
+    """An interruption of the inspection leaves the model unchanged."""
     model = nn.Sequential(Fork(), Fork())
-    look, seen = acceleration._look, []
+    inspect_layer, seen = probe.inspect_layer, []
 
     def interrupted(*args: Any) -> Any:
         if seen:
             raise KeyboardInterrupt
         seen.append(args)
-        return look(*args)
+        return inspect_layer(*args)
 
-    monkeypatch.setattr(acceleration, "_look", interrupted)
+    monkeypatch.setattr(probe, "inspect_layer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         accelerate(model)
     assert [type(m) for m in model] == [Fork, Fork]
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_the_default_device_does_not_matter(device):
+def test_default_device_does_not_matter(device):
     layer, x = Fork(), randn(2, 9, 12)
     expected = layer(x)
     torch.set_default_device(device)
@@ -533,12 +461,12 @@ ORDERS = [
     for order in itertools.permutations("apru")
     if order.index("a") < order.index("u") and order.index("p") < order.index("r")
 ]
-"""a: accelerate, u: undo that, p: parametrize, r: remove the parametrization."""
+"""a: accelerate, u: undo it, p: parametrize, r: remove the parametrization."""
 
 
 @pytest.mark.parametrize("target", ["w_g", "to_query.weight"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_acceleration_and_parametrizations_come_and_go_in_any_order(order, target):
+def test_acceleration_and_parametrizations_in_any_order(order, target):
     layer, x = Fork(), randn(2, 9, 12)
     module, _, name = target.rpartition(".")
     owner = layer.get_submodule(module)
@@ -562,7 +490,7 @@ def test_acceleration_and_parametrizations_come_and_go_in_any_order(order, targe
     assert set(vars(layer)) == set(vars(Fork()))
 
 
-def test_a_layer_with_adapters_is_accelerated_and_said_not_to_be_fused():
+def test_layers_with_adapters_are_accelerated_and_reported_as_not_fused():
     class Adapter(nn.Module):
         def __init__(self, base: nn.Linear) -> None:
             super().__init__()
@@ -579,12 +507,12 @@ def test_a_layer_with_adapters_is_accelerated_and_said_not_to_be_fused():
     assert found.called == {"to_query": "it is a Adapter"}
     assert "not fused: to_query is called, because it is a Adapter" in str(found)
     torch.testing.assert_close(layer(x), expected)
-    layer.to_query = layer.to_query.base_layer  # merged or taken off: fused from now on
+    layer.to_query = layer.to_query.base_layer  # merged or removed: fused from now on
     assert not layer.called_parts()
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_warmup_knows_accelerated_layers(training):
+def test_warmup_runs_accelerated_layers(training):
     model = nn.Sequential(Fork(), OnImages(), OfficialLayer(12, 12, 1, "l2"))
     with pytest.raises(ValueError, match="accelerate"):
         warmup(model)
@@ -602,7 +530,7 @@ class WithDropout(Fork):
 
 
 class WithGate(Fork):
-    """It computes something else as soon as its gate is trained."""
+    """A layer with a gate: its output differs as soon as the gate is trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -631,7 +559,7 @@ class WithMask(Fork):
 
 
 class WithEps(Fork):
-    """Another lower bound of the norms, which shows with small tokens alone."""
+    """Another eps of the norms, which only tiny tokens show."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -669,7 +597,7 @@ class WithNames(Fork):
         (WithNames, "its own names would be overwritten"),
     ],
 )
-def test_layers_that_do_more_are_left_alone(kind, words):
+def test_layers_that_compute_more_are_not_changed(kind, words):
     layer = kind()
     ((found,)) = accelerate(layer).layers
     assert found.variant is None
@@ -678,6 +606,6 @@ def test_layers_that_do_more_are_left_alone(kind, words):
 
 
 @pytest.mark.parametrize("names", [["to_query"], {"to_query": 3}])
-def test_names_of_a_wrong_type(names):
+def test_names_of_the_wrong_type_raise(names):
     with pytest.raises(TypeError, match="names must map"):
         accelerate(Fork(), names=names)

@@ -1,4 +1,4 @@
-"""Exported models: plain operators, any size that was promised, and the numbers of the model."""
+"""Exported models: plain operators, dynamic sizes, and the outputs of the model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from swiftkernels import AdditiveAttention, accelerate
-from swiftkernels.integrations import export
+from swiftkernels import AdditiveAttention, accelerate, export
 from swiftkernels.models import SwiftFormer, swiftformer_xs
+from swiftkernels.testing.cases import POOLINGS
+from swiftkernels.testing.tolerance import assert_as_good_as_eager
 from tests import mil
-from tests.cases import POOLINGS, assert_as_good_as_eager
 
 Run = Callable[[Tensor], list[Tensor]]
 Loader = Callable[[Path], Run]
@@ -49,7 +49,7 @@ def coremltools() -> ModuleType:
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """With layer scales and BatchNorm statistics that hide nothing."""
+    """With random layer scales and BatchNorm statistics, which would hide errors otherwise."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "gamma" in name or "layer_scale" in name:
@@ -65,7 +65,7 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def make_model(**options: Any) -> nn.Module:
-    """One stage of one block, which holds every kind of layer."""
+    """One stage of one block, with every kind of layer."""
     return randomised(SwiftFormer((12,), (1,), num_classes=5, **options))
 
 
@@ -80,7 +80,7 @@ def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def assert_same(model: nn.Module, run: Run, *shapes: tuple[int, ...]) -> None:
-    """What the model gives, no worse than the model itself gives it."""
+    """The error of the program is at most twice that of the model, and a few ulps."""
     for shape in shapes:
         x = torch.randn(shape)
         ours, eager = run(x), outputs(model, x)
@@ -93,9 +93,9 @@ def assert_same(model: nn.Module, run: Run, *shapes: tuple[int, ...]) -> None:
 def load_program(path: Path) -> Run:
     program = torch.export.load(path)
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    foreign = [t for t in targets if not t.startswith(("aten.", "<built-in function"))]
+    others = [t for t in targets if not t.startswith(("aten.", "<built-in function"))]
     assert targets
-    assert not foreign
+    assert not others
     module = program.module()
     return lambda x: tree_leaves(module(x))
 
@@ -147,7 +147,7 @@ def test_model_to_torch_export(tmp_path):
     assert model.training
 
 
-def test_sizes_that_torch_export_cannot_free_are_refused_and_exported_alone(tmp_path):
+def test_sizes_without_dynamic_axes_raise_and_export_with_fixed_axes(tmp_path):
     model, path, small = make_model(), tmp_path / "model.pt2", (1, 3, 4, 4)
     with pytest.raises(ValueError, match=r"larger shape, or axes=\{\}"):
         export.to_torch_export(model, path, small)
@@ -190,7 +190,7 @@ def test_layer_to_onnx(tmp_path, onnx, opset):
         assert [size.dim_param or size.dim_value for size in sizes] == ["batch", "tokens", 12]
 
 
-def test_what_goes_on_is_said_unless_it_is_not_wanted(tmp_path, onnx, capsys):
+def test_steps_are_reported_if_verbose(tmp_path, onnx, capsys):
     layer, path = make_layer(), tmp_path / "layer.onnx"
     export.to_onnx(layer, path, (2, 9, 12))
     lines = capsys.readouterr().err.splitlines()
@@ -214,11 +214,11 @@ def test_every_pooling_to_onnx(tmp_path, onnx, pooling):
 
 @pytest.mark.parametrize("opset", [17, pytest.param(18, marks=pytest.mark.slow)])
 def test_model_to_onnx(tmp_path, onnx, opset):
-    """What torch.export does not promise, maps of one pixel, the ONNX model does all the same."""
+    """Unlike torch.export programs, ONNX models also accept feature maps of one pixel."""
     model, path = make_model(), tmp_path / "model.onnx"
     done = export.to_onnx(model, path, IMAGES, opset=opset)
     kinds = [node.op_type for node in done.program.graph.node]
-    # Folded into the convolutions before them; those before another one cannot be.
+    # The others are folded into the preceding convolutions; these two follow none.
     assert kinds.count("BatchNormalization") == 2
     assert_same(model, load_onnx(path), IMAGES, (3, 3, 33, 47), (2, 3, 1, 1), (1, 3, 225, 257))
 
@@ -244,7 +244,7 @@ SHOWN = {
 
 @pytest.mark.parametrize(("options", "others"), SHAPES, ids=["one", "choices", "range"])
 def test_model_to_core_ml(tmp_path, coremltools, options, others):
-    """Read, and computed by PyTorch: see tests/mil.py."""
+    """The model is evaluated in PyTorch: see tests/mil.py."""
     model, path = make_model(), tmp_path / "model.mlpackage"
     done = export.to_coreml(model, path, IMAGES, **options)
     assert_same(model, run_mil(done), IMAGES, *others)
@@ -261,7 +261,7 @@ def test_layer_to_core_ml(tmp_path, coremltools, pooling):
     assert_same(layer, run_mil(done), TOKENS, (3, 21, 12))
 
 
-def test_core_ml_in_half_precision_keeps_norms_in_float32(tmp_path, coremltools):
+def test_core_ml_in_half_precision_has_norms_in_float32(tmp_path, coremltools):
     done = export.to_coreml(make_layer(), tmp_path / "l.mlpackage", TOKENS, half=True)
     operations = done.program._mil_program.functions["main"].operations
     types = {op.op_type: op.outputs[0].dtype.__name__ for op in operations}
@@ -270,7 +270,7 @@ def test_core_ml_in_half_precision_keeps_norms_in_float32(tmp_path, coremltools)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "aten"])
-def test_whatever_the_backend_plain_operators_are_exported(tmp_path, backend):
+def test_plain_operators_are_exported_for_any_backend(tmp_path, backend):
     layer = make_layer(backend=backend)
     export.to_torch_export(layer, tmp_path / "layer.pt2", TOKENS, axes={})
     export.to_torchscript(layer, tmp_path / "layer.pt", TOKENS)
@@ -279,7 +279,7 @@ def test_whatever_the_backend_plain_operators_are_exported(tmp_path, backend):
     assert layer.backend == backend
 
 
-def test_modes_of_the_modules_stay(tmp_path):
+def test_modes_of_modules_stay(tmp_path):
     model = make_model().train()
     model.stages.eval()
     before = [module.training for module in model.modules()]
@@ -289,7 +289,7 @@ def test_modes_of_the_modules_stay(tmp_path):
 
 
 class Unsteady(nn.Module):
-    """A trace of it knows one side of a branch."""
+    """A trace of it records only one branch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -299,9 +299,9 @@ class Unsteady(nn.Module):
         return self.linear(x) if x.shape[0] == 1 else -self.linear(x)
 
 
-def test_programs_that_compute_something_else_are_not_written(tmp_path):
+def test_programs_with_other_outputs_are_not_written(tmp_path):
     path = tmp_path / "model.pt"
-    with pytest.raises(RuntimeError, match=r"computes something else.*at input 2 x 12 x 12"):
+    with pytest.raises(RuntimeError, match=r"differ from the model.*for an input 2 x 12 x 12"):
         export.to_torchscript(Unsteady(), path, TOKENS)
     assert not path.exists()
     export.to_torchscript(Unsteady(), path, TOKENS, compare=False)
@@ -309,7 +309,7 @@ def test_programs_that_compute_something_else_are_not_written(tmp_path):
 
 
 class Repeating(nn.Module):
-    """A trace of it keeps the size as a number."""
+    """A trace of it records the size as a constant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -320,19 +320,19 @@ class Repeating(nn.Module):
 
 
 def test_programs_with_outputs_of_other_shapes_are_not_written(tmp_path):
-    with pytest.raises(RuntimeError, match=r"outputs of shapes \[\(2, 9, 12\)\] where"):
+    with pytest.raises(RuntimeError, match=r"outputs of shapes \[\(2, 9, 12\)\] for an"):
         export.to_torchscript(Repeating(), tmp_path / "model.pt", TOKENS)
     assert not (tmp_path / "model.pt").exists()
 
 
-def test_traces_that_compute_something_else_are_not_converted(tmp_path, coremltools):
+def test_traces_with_other_outputs_are_not_converted(tmp_path, coremltools):
     path = tmp_path / "model.mlpackage"
-    with pytest.raises(RuntimeError, match=r"computes something else.*at input 2 x 9 x 12"):
+    with pytest.raises(RuntimeError, match=r"differ from the model.*for an input 2 x 9 x 12"):
         export.to_coreml(Unsteady(), path, TOKENS, largest=(2, 9, 12))
     assert not path.exists()
 
 
-def test_the_result_says_what_was_written(tmp_path):
+def test_result_describes_the_file(tmp_path):
     path = tmp_path / "layer.pt"
     text = str(export.to_torchscript(make_layer(), path, TOKENS))
     assert text.startswith(f"{path}: TorchScript, input batch x tokens x 12, relative error ")
@@ -355,7 +355,7 @@ def test_the_result_says_what_was_written(tmp_path):
         (
             lambda path: export.to_torch_export(make_layer(), path, TOKENS, axes={3: "width"}),
             ValueError,
-            "axes must be",
+            "axes must map axes",
         ),
         (lambda path: export.to_coreml(make_layer(), path, TOKENS), ValueError, "mlpackage"),
         (
@@ -365,7 +365,7 @@ def test_the_result_says_what_was_written(tmp_path):
         ),
     ],
 )
-def test_wrong_arguments_are_named(tmp_path, call, error, message):
+def test_wrong_arguments_raise(tmp_path, call, error, message):
     with pytest.raises(error, match=message):
         call(tmp_path / "model")
 
@@ -374,12 +374,12 @@ def test_wrong_arguments_are_named(tmp_path, call, error, message):
     ("options", "message"),
     [
         ({"choices": [(1, 9, 12)], "largest": (1, 9, 12)}, "exclude each other"),
-        ({"choices": [(9, 12)]}, "choices must have shapes like"),
-        ({"largest": (1, 8, 12)}, "must not be below"),
-        ({"target": "Windows"}, "name of coremltools.target"),
+        ({"choices": [(9, 12)]}, "choices must have 3 axes"),
+        ({"largest": (1, 8, 12)}, "must not be smaller"),
+        ({"target": "Windows"}, "target must be one of iOS13"),
     ],
 )
-def test_wrong_shapes_for_core_ml_are_named(tmp_path, coremltools, options, message):
+def test_wrong_arguments_for_core_ml_raise(tmp_path, coremltools, options, message):
     with pytest.raises(ValueError, match=message):
         export.to_coreml(make_layer(), tmp_path / "model.mlpackage", TOKENS, **options)
 
@@ -391,9 +391,9 @@ def test_wrong_shapes_for_core_ml_are_named(tmp_path, coremltools, options, mess
         ("coremltools", "coreml", lambda path: export.to_coreml(make_layer(), path, TOKENS)),
     ],
 )
-def test_missing_packages_are_named(tmp_path, monkeypatch, package, extra, call):
+def test_missing_packages_raise_with_their_extra(tmp_path, monkeypatch, package, extra, call):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"swiftkernels\[{extra}\]"):
+    with pytest.raises(ImportError, match=rf"'\.\[{extra}\]'"):
         call(tmp_path / "model.mlpackage")
 
 
@@ -418,7 +418,7 @@ def test_accelerated_models_to_torchscript(tmp_path, accelerated):
 
 
 @pytest.mark.slow
-def test_accelerated_models_to_everything(tmp_path, onnx, coremltools, accelerated):
+def test_accelerated_models_to_all_formats(tmp_path, onnx, coremltools, accelerated):
     shape = (1, 3, 64, 96)
     export.to_torch_export(accelerated, tmp_path / "model.pt2", shape)
     load_program(tmp_path / "model.pt2")
@@ -426,7 +426,7 @@ def test_accelerated_models_to_everything(tmp_path, onnx, coremltools, accelerat
         export.to_onnx(accelerated, tmp_path / "model.onnx", shape, opset=opset)
         load_onnx(tmp_path / "model.onnx")
     old_numpy = numpy.lib.NumpyVersion(numpy.__version__) < "2.4.0"
-    # coremltools 9.0 fails at what transformers does with sizes where numpy is newer.
+    # With newer numpy, coremltools 9.0 fails on the computation of sizes in transformers.
     if old_numpy or not hasattr(accelerated, "config"):
         done = export.to_coreml(accelerated, tmp_path / "model.mlpackage", shape)
         assert_same(accelerated, run_mil(done), shape)
@@ -434,7 +434,7 @@ def test_accelerated_models_to_everything(tmp_path, onnx, coremltools, accelerat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("features_only", [False, True])
-def test_xs_to_everything(tmp_path, onnx, coremltools, features_only):
+def test_xs_to_all_formats(tmp_path, onnx, coremltools, features_only):
     model = randomised(swiftformer_xs(num_classes=5, features_only=features_only))
     shape, others = (1, 3, 64, 96), [(3, 3, 33, 47), (1, 3, 225, 257)]
     export.to_torchscript(model, tmp_path / "model.pt", shape)

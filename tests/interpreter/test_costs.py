@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
+from benchmarks.gpu import calls
 from swiftkernels import AdditiveAttention
-from swiftkernels.ops.additive_attention.triton import launch
-from swiftkernels.ops.additive_attention.weights import Options
-from tests.cases import backward_by, forward_by, make_tensors
+from swiftkernels.testing.cases import make_tensors
+from swiftkernels.testing.costs import saved_bytes
 from tests.interpreter.instruments import TorchKernels, count_launches
 
 NARROW, FUSED_LIMIT, WIDE, VERY_WIDE = 48, 64, 168, 260
@@ -38,11 +37,10 @@ def test_a_backward_is_at_most_four_launches(width, expected):
 
 @pytest.mark.parametrize("width", [NARROW, WIDE, VERY_WIDE])
 def test_a_forward_calls_nothing_else_up_to_256(width):
-    """Above, one GEMM makes queries and keys (and the weights are put side by side for it)."""
+    """Above, one GEMM makes queries and keys (and concatenates the weights for it)."""
     tensors = make_tensors(2, 20, width, width, 1, dtype=torch.float32, seed=0)
-    options = Options("l2", True, width**-0.5, 1e-12)
     with count_launches(), TorchKernels() as torch_kernels, torch.no_grad():
-        forward_by(launch, tensors, None, options)
+        calls.forward(tensors)
     names = [name for name, _ in torch_kernels.calls]
     assert names == ([] if width <= 256 else ["cat", "cat", "addmm"])
 
@@ -52,11 +50,9 @@ def test_other_operators_of_a_backward_are_three_products_of_weights(width):
     """dWp, dbp and dWf from matrices of E x E, no casts and no sums; above 256 q, k and dx too."""
     batch, n_tokens = 2, 45
     tensors = make_tensors(batch, n_tokens, width, width, 1, dtype=torch.float16, seed=1)
-    options = Options("l2", True, width**-0.5, 1e-12)
-    out, saved = forward_by(launch, tensors, None, options)
-    dout = torch.ones_like(out)
+    backward = calls.forward(tensors)
     with count_launches(), TorchKernels() as torch_kernels, torch.no_grad():
-        backward_by(launch, dout, tensors, None, saved, options)
+        backward()
     wide = ["cat", "cat", "addmm", "mm", "addmm_"] if width > 256 else []
     assert [name for name, _ in torch_kernels.calls] == [*wide, "mm", "mv", "addmm_"]
     for _, shapes in torch_kernels.calls[len(wide) :]:
@@ -66,20 +62,10 @@ def test_other_operators_of_a_backward_are_three_products_of_weights(width):
 @pytest.mark.parametrize("width", [NARROW, WIDE, VERY_WIDE])
 @pytest.mark.parametrize("images", [False, True])
 def test_a_backward_needs_no_more_than_the_input(width, images):
-    """Kept beside the parameters: at most 1.05 x the bytes of x; the eager layer keeps 7.1 x."""
+    """Kept besides the parameters: at most 1.05 x the bytes of x; the eager layer keeps 7.1 x."""
     shape = (2, width, 28, 28) if images else (2, 784, width)
     x = torch.randn(shape, requires_grad=True)
     attention = layer(width)
-    parameters = {p.untyped_storage().data_ptr() for p in attention.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        attention(x)
+    kept = saved_bytes(lambda: attention(x), attention.parameters())
     folded = width * width * 4  # M = Wf Wp, of the size of a parameter
-    assert x.nbytes <= sum(kept.values()) <= 1.05 * x.nbytes + folded
+    assert x.nbytes <= kept <= 1.05 * x.nbytes + folded

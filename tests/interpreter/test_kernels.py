@@ -13,11 +13,9 @@ from swiftkernels.ops.additive_attention import api, reference
 from swiftkernels.ops.additive_attention.reference import POOLINGS
 from swiftkernels.ops.additive_attention.triton import config, launch
 from swiftkernels.ops.additive_attention.weights import Options
-from tests.cases import (
+from swiftkernels.testing.cases import (
     QUERY_KEY_NAMES,
     SELF_NAMES,
-    assert_as_good_as_eager,
-    assert_exact,
     assert_gradients_survive_cancellation,
     backward_by,
     cancelling_tensors,
@@ -27,9 +25,9 @@ from tests.cases import (
     make_mask,
     make_query_key_tensors,
     make_tensors,
-    relative_error,
     split,
 )
+from swiftkernels.testing.tolerance import assert_as_good_as_eager, assert_exact, relative_error
 
 WIDTHS = (37, 48, 56, 64, 96, 112, 128, 168, 192, 220, 224, 320, 384, 512)
 

@@ -1,7 +1,7 @@
 """Every lane of every load and store: inside its tensors, free of races, nothing left unwritten.
 
-First the instrument itself, on small kernels that are right and on ones that are wrong on purpose;
-then the library's kernels; then each of them with one mask left out, which must be found out.
+First the trace itself, on small kernels that are right and on ones that are wrong on purpose; then
+the library's kernels; then each of them with one mask removed, which must be found.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import swiftkernels.backends.triton
 import swiftkernels.ops.additive_attention.triton
-from benchmarks.gpu.trace import Launch, MemoryFaultError, trace
 from swiftkernels.ops.additive_attention.triton import launch
 from swiftkernels.ops.additive_attention.weights import Options
-from tests.cases import (
+from swiftkernels.testing.cases import (
     backward_by,
     forward_by,
     make_mask,
     make_query_key_tensors,
     make_tensors,
 )
+from swiftkernels.testing.triton_trace import Launch, MemoryFaultError, trace
 
 BLOCK = 16
 
@@ -331,7 +331,7 @@ def layer_run(
     images: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Run:
-    """The layer on two items of tokens or, transposed in memory, images."""
+    """The layer on two sequences of tokens or, transposed in memory, images."""
     tensors = make_tensors(2, n_tokens, in_dims, token_dim, heads, dtype=dtype)
     if images:
         tensors[0] = tensors[0].transpose(1, 2).contiguous().transpose(1, 2)
@@ -381,11 +381,11 @@ def test_the_kernels_are_clean(name):
     assert launches
 
 
-# Mutants: the library's kernels with one mask left out.
+# Mutants: the library's kernels with one mask removed.
 
 
 class _DropMask(ast.NodeTransformer):
-    """Leaves out the masks of the call at one place (with `other`, which needs one)."""
+    """Removes the mask of the call at one place (with `other`, which needs a mask)."""
 
     def __init__(self, place: tuple[int, int]) -> None:
         self.place = place

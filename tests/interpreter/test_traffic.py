@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.gpu.trace import SECTOR, trace
 from benchmarks.gpu.traffic import Shape, count_ours, extrapolate, minimum_bytes
 from swiftkernels import AdditiveAttention
+from swiftkernels.testing.triton_trace import SECTOR, trace
 
 TENSORS = 8
 """Outputs and partial sums of one launch, at most."""
@@ -15,7 +15,7 @@ TENSORS = 8
 
 @pytest.mark.parametrize("batch", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_the_bytes_of_narrow_layers_are_affine_in_the_batch(batch):
-    """What extrapolation rests on: exact, but for sectors that two items share."""
+    """What extrapolation assumes: exact, but for sectors that two batch elements share."""
     one, two, more = (count_ours(Shape(b, 64, 16), torch.float16) for b in (1, 2, batch))
     for a, b, counted in zip(one, two, more, strict=True):
         predicted = extrapolate(a, b, batch)
@@ -37,7 +37,7 @@ def test_extrapolation_needs_the_same_kernels():
 
 @pytest.mark.parametrize("shape", [Shape(1, 784, 56), Shape(1, 900, 72)])
 def test_a_forward_moves_little_more_than_two_passes(shape):
-    """At most 1.15 x (2 x + out + weights), in two launches, from 12 E tokens on."""
+    """At most 1.15 x (2 x + out + weights), in two launches, from 12 E tokens."""
     attention = AdditiveAttention(shape.width, shape.width, 1, backend="triton").half()
     with trace() as launches, torch.no_grad():
         attention(torch.randn(shape).half())

@@ -12,7 +12,7 @@ from torch import Tensor
 from swiftkernels import AdditiveAttention
 from swiftkernels.ops.additive_attention.op import QUERY_KEY_ATTENTION
 from swiftkernels.ops.operator import Operator
-from tests.cases import make_tensors
+from swiftkernels.testing.cases import make_tensors
 
 
 @pytest.fixture

@@ -1,13 +1,15 @@
-"""Checkpoint files: what is loaded from which, with which pooling, and what is refused."""
+"""Checkpoint files: names, poolings, adapted parts, rejected files, `from_pretrained`."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import doctest
 import json
 import re
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,25 +19,28 @@ import torch
 from torch import Tensor, nn
 
 from swiftkernels.models import (
+    CheckpointMismatchError,
     SwiftFormer,
     checkpoint_io,
     convert_state_dict,
+    family,
     from_pretrained,
+    hub,
     load_checkpoint,
     save_checkpoint,
     swiftformer_s,
     swiftformer_xs,
 )
-from swiftkernels.models.checkpoint_io import CheckpointMismatchError, architecture
-from swiftkernels.models.swiftformer import hub
-from swiftkernels.models.swiftformer.checkpoints import SOURCES
+from swiftkernels.models.family import SOURCES
+from swiftkernels.models.swiftformer import FAMILY
+from swiftkernels.models.swiftformer.checkpoints import architecture
 from tests.models.test_models import images, randomise, small
 
 POOLINGS = {"official": "l2", "timm": "l2", "transformers": "sum"}
 
 
 def trained(**options: Any) -> SwiftFormer:
-    """A model with weights of its own."""
+    """A model with random weights in all parameters and buffers."""
     model = randomise(small(**options)).eval()
     assert isinstance(model, SwiftFormer)
     with torch.no_grad():
@@ -82,24 +87,24 @@ def test_files_of_all_sources_load_with_their_pooling(source, entry, wrapper, tm
     assert (report.source, report.entry, report.pooling) == (source, entry, pooling)
     assert report.tensors == len(weights)
     assert str(path) in str(report)
-    assert f"with the names of {source}" in str(report)
+    assert f"named as in {source}" in str(report)
     assert f"pooling: {pooling}, as " in str(report)
 
 
-def test_the_backbone_of_a_detector(tmp_path):
+def test_backbone_of_a_detector_loads_with_a_prefix(tmp_path):
     theirs, ours = trained(features_only=True), small(features_only=True)
     weights = convert_state_dict(state(theirs), "timm", "official")
     weights = {f"backbone.{name}": t for name, t in weights.items()}
     weights["neck.weight"] = torch.ones(3)
     with pytest.raises(ValueError, match=r"it has backbone\..* prefix='backbone\.'"):
         load_checkpoint(ours, {"state_dict": weights})
-    with pytest.raises(ValueError, match=r"prefix must be .* got 'head\.', and there are back"):
+    with pytest.raises(ValueError, match=r"prefix must be .* got 'head\.', and the names are back"):
         load_checkpoint(ours, {"state_dict": weights}, prefix="head.")
     load_checkpoint(ours, {"state_dict": weights}, prefix="backbone.")
     assert same(state(ours), state(theirs))
 
 
-def test_files_of_the_older_format(tmp_path):
+def test_files_of_the_older_torch_format_load(tmp_path):
     theirs, ours = trained(), small()
     content, path = {"model": state(theirs)}, tmp_path / "weights.pth.tar"
     torch.save(content, path, _use_new_zipfile_serialization=False)
@@ -107,20 +112,22 @@ def test_files_of_the_older_format(tmp_path):
     assert same(state(ours), state(theirs))
 
 
-def test_the_pooling_can_be_told():
+def test_requested_pooling_is_set():
     weights = convert_state_dict(state(trained()), "timm", "official")
     model = small()
     report = load_checkpoint(model, weights)
-    assert "for weights from before: pooling='sum'" in str(report)
+    assert "for older weights: pooling='sum'" in str(report)
     report = load_checkpoint(model, weights, pooling="sum")
     assert poolings(model) == {"sum"}
-    assert "pooling: sum, as asked for" in str(report)
+    assert "pooling: sum, as requested" in str(report)
 
 
-def test_names_that_are_timms_and_ours_do_not_change_a_pooling_unasked():
+def test_ambiguous_pooling_raises_and_changes_nothing():
     model, weights = small(pooling="softmax"), state(trained())
     before = state(model)
-    with pytest.raises(ValueError, match=r"the model has 'softmax', timm's have 'l2'. Say which"):
+    with pytest.raises(
+        ValueError, match=r"The model has 'softmax', timm computes 'l2'. Pass pooling="
+    ):
         load_checkpoint(model, weights)
     assert same(state(model), before)
     load_checkpoint(model, weights, pooling="softmax")
@@ -137,14 +144,14 @@ def test_names_that_are_timms_and_ours_do_not_change_a_pooling_unasked():
         {"args": argparse.Namespace(pooling="softmax")},
     ],
 )
-def test_what_a_file_records_counts(record, tmp_path):
+def test_recorded_pooling_is_set(record, tmp_path):
     model = small(pooling="sum")
     path = written(tmp_path, {"model": state(trained()), **record})
-    assert "pooling: softmax, as the file records" in str(load_checkpoint(model, path))
+    assert "pooling: softmax, as recorded in the file" in str(load_checkpoint(model, path))
     assert poolings(model) == {"softmax"}
 
 
-def test_what_the_process_takes_for_safe_stays(tmp_path):
+def test_safe_globals_of_the_process_stay(tmp_path):
     path = written(tmp_path, {"model": state(small()), "args": argparse.Namespace(epochs=3)})
     for safe in ([], [argparse.Namespace]):
         with torch.serialization.safe_globals(safe):
@@ -156,31 +163,33 @@ def test_what_the_process_takes_for_safe_stays(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "average"), [("model", "model_ema"), ("state_dict", "state_dict_ema")]
 )
-def test_the_average_is_taken_when_asked_for(entry, average, tmp_path):
+def test_moving_average_is_loaded_on_request(entry, average, tmp_path):
     theirs, of_them, ours = small(), trained(), small()
     averaged = {f"module.{name}": t for name, t in state(of_them).items()}
     averaged["n_averaged"] = torch.tensor(7)
     path = written(tmp_path, {entry: state(theirs), average: averaged})
     report = load_checkpoint(ours, path)
     assert same(state(ours), state(theirs))
-    assert f"not their moving average, '{average}'" in str(report)
+    assert f"also holds their moving average, '{average}'; ema=True" in str(report)
     report = load_checkpoint(ours, path, ema=True)
     assert same(state(ours), state(of_them))
     assert report.entry == average
     assert "moving average" not in str(report)
 
 
-def test_an_average_that_is_not_there_is_missed():
+def test_missing_moving_average_raises():
     content = {"model": state(small()), "model_ema": None, "epoch": 3}
     with pytest.raises(ValueError, match=r"ema=True, in 'model_ema' or .* holds model, epoch\."):
         load_checkpoint(small(), content, ema=True)
-    with pytest.raises(ValueError, match="it holds weights alone"):
+    with pytest.raises(ValueError, match="it holds only weights"):
         load_checkpoint(small(), state(small()), ema=True)
-    with pytest.raises(ValueError, match=r"average of the weights alone, 'model_ema': ema=True"):
+    with pytest.raises(
+        ValueError, match=r"only the moving average of the weights, 'model_ema': pass ema"
+    ):
         load_checkpoint(small(), {"model_ema": state(small())})
 
 
-def test_what_does_not_fit_is_named_and_nothing_changes():
+def test_mismatch_lists_names_and_changes_nothing():
     model, weights = small(), state(trained())
     before = state(model)
     weights["stages.0.blocks.7.dwconv.bias"] = weights.pop("stages.0.blocks.0.dwconv.bias")
@@ -190,42 +199,45 @@ def test_what_does_not_fit_is_named_and_nothing_changes():
     error = caught.value
     assert error.missing == ["stages.0.blocks.0.dwconv.bias"]
     assert error.unexpected == ["stages.0.blocks.7.dwconv.bias"]
-    assert error.misfits == {"stem.0.weight": ((8, 1, 3, 3), (8, 3, 3, 3))}
-    for said in (*error.missing, *error.unexpected, "stem.0.weight (8, 1, 3, 3), model (8, 3, 3"):
-        assert said in str(error)
+    assert error.mismatched == {"stem.0.weight": ((8, 1, 3, 3), (8, 3, 3, 3))}
+    shapes = "stem.0.weight: (8, 1, 3, 3) in the file, (8, 3, 3, 3) in the model"
+    for text in (*error.missing, *error.unexpected, shapes):
+        assert text in str(error)
     assert same(state(model), before)
 
     report = load_checkpoint(model, weights, strict=False)
     assert list(report.missing) == error.missing
     assert list(report.unexpected) == error.unexpected
-    assert list(report.misfits) == list(error.misfits)
+    assert list(report.mismatched) == list(error.mismatched)
     assert "missing: stages.0.blocks.0.dwconv.bias" in str(report)
     after = state(model)
-    for name in (*error.missing, *error.misfits):
+    for name in (*error.missing, *error.mismatched):
         assert torch.equal(after[name], before[name])
     assert torch.equal(after["stem.0.bias"], weights["stem.0.bias"])
 
 
-def test_another_size_is_called_by_its_name():
+def test_mismatch_names_sizes_and_options():
     weights = swiftformer_s().state_dict()
-    with pytest.raises(CheckpointMismatchError, match="is a SwiftFormer S, the model one XS"):
+    with pytest.raises(
+        CheckpointMismatchError, match="is a SwiftFormer S, the model is a SwiftFormer XS"
+    ):
         load_checkpoint(swiftformer_xs(), weights)
     with pytest.raises(CheckpointMismatchError, match="It has in_chans 1, the model 3"):
         load_checkpoint(small(), state(small(in_chans=1)))
-    with pytest.raises(CheckpointMismatchError, match="features_only=True, without classes"):
+    with pytest.raises(CheckpointMismatchError, match="features_only=True, without heads"):
         load_checkpoint(small(), state(small(features_only=True)))
     with pytest.raises(CheckpointMismatchError, match="of widths \\(16, 24\\), depths \\(2, 3\\)"):
         load_checkpoint(SwiftFormer((16, 24), (1, 3), features_only=True), state(small()))
 
 
-def test_fresh_heads_for_other_classes():
+def test_fresh_heads_keep_those_of_the_model():
     theirs, ours = trained(num_classes=9), small()
     before = state(ours)
-    with pytest.raises(CheckpointMismatchError, match="fresh_heads=True"):
+    with pytest.raises(CheckpointMismatchError, match="pass fresh_heads=True"):
         load_checkpoint(ours, state(theirs))
     assert same(state(ours), before)
     report = load_checkpoint(ours, state(theirs), fresh_heads=True)
-    assert "heads: as they were" in str(report)
+    assert "heads: unchanged" in str(report)
     for name, t in state(ours).items():
         expected = before if name.startswith("head") else state(theirs)
         assert torch.equal(t, expected[name]), name
@@ -235,7 +247,7 @@ def refused_tensors() -> dict[str, tuple[Tensor, str]]:
     name = "stages.1.blocks.2.linear.fc1.weight"
     right = small().state_dict()[name]
     return {
-        "meta": (right.to("meta"), "has no data: it is on the device meta"),
+        "meta": (right.to("meta"), "has no data: it is on the meta device"),
         "expanded": (torch.ones(1, 1, 1, 1).expand(right.shape), "is expanded: it has less data"),
         "strided": (torch.ones(500).as_strided(right.shape, (1, 1, 1, 1)), "is expanded"),
         "sparse": (right.to_sparse(), r"is not dense: its layout is torch.sparse_coo"),
@@ -247,7 +259,7 @@ def refused_tensors() -> dict[str, tuple[Tensor, str]]:
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("kind", refused_tensors())
-def test_tensors_without_their_data_are_refused_and_nothing_changes(kind, strict, tmp_path):
+def test_tensors_without_data_raise_and_change_nothing(kind, strict, tmp_path):
     model, weights = small(), state(trained())
     before = state(model)
     name = "stages.1.blocks.2.linear.fc1.weight"
@@ -276,7 +288,7 @@ class Unwilling(Tensor):
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("error", [RuntimeError("out of copies"), KeyboardInterrupt()])
 @pytest.mark.parametrize("name", ["norm.running_var", "stages.1.blocks.2.attn.w_g"])
-def test_a_copy_that_fails_changes_nothing(name, error, strict, monkeypatch):
+def test_failing_copy_changes_nothing(name, error, strict, monkeypatch):
     model, weights = small(dtype=torch.float64), state(trained())
     before = state(model)
     monkeypatch.setattr(Unwilling, "error", error)
@@ -285,7 +297,7 @@ def test_a_copy_that_fails_changes_nothing(name, error, strict, monkeypatch):
     with pytest.raises(expected) as caught:
         load_checkpoint(model, weights, pooling="sum", strict=strict)
     if expected is ValueError:
-        assert "cannot be copied into the model, which is as it was" in str(caught.value)
+        assert "cannot be copied into the model, which is unchanged" in str(caught.value)
         assert "out of copies" in str(caught.value)
         assert "\n" not in str(caught.value)
     assert same(state(model), before)
@@ -303,7 +315,7 @@ def test_a_copy_that_fails_changes_nothing(name, error, strict, monkeypatch):
         ("stages.", "stem.3.", "names of official, timm, transformers"),
     ],
 )
-def test_stages_and_blocks_are_numbered_without_a_gap(old, new, message, tmp_path):
+def test_gaps_in_stages_and_blocks_raise(old, new, message, tmp_path):
     weights = {name.replace(old, new): t for name, t in state(trained()).items()}
     path = written(tmp_path, weights)
     with pytest.raises(ValueError, match=message) as caught:
@@ -311,12 +323,13 @@ def test_stages_and_blocks_are_numbered_without_a_gap(old, new, message, tmp_pat
     assert "\n" not in str(caught.value)
 
 
-def test_a_small_file_does_not_tell_of_a_huge_model(tmp_path, monkeypatch):
-    """Sizes that no other tensor of the file has are a mismatch, before memory is taken."""
+def test_small_file_allocates_no_huge_model(tmp_path, monkeypatch):
+    """Sizes that no other tensor confirms are a mismatch, before memory is allocated."""
     built = []
-    monkeypatch.setattr(
-        hub, "SwiftFormer", lambda **options: built.append(options) or SwiftFormer(**options)
+    watched = replace(
+        FAMILY, build=lambda **options: built.append(options) or SwiftFormer(**options)
     )
+    monkeypatch.setattr(checkpoint_io, "families", lambda: (watched,))
     wide, long = torch.ones(2, 1 << 16), torch.ones(1 << 16, 2)
     for first, second in ((wide, wide), (long, wide), (wide, long)):
         weights = state(trained())
@@ -327,25 +340,25 @@ def test_a_small_file_does_not_tell_of_a_huge_model(tmp_path, monkeypatch):
     assert [options["device"] for options in built] == ["meta"] * 3
     for shape in ((), (5,)):
         weights["stages.0.blocks.1.linear.fc1.weight"] = torch.ones(shape)
-        with pytest.raises(ValueError, match=r"two axes or more in 'stages\.0\.blocks\.1\.lin"):
+        with pytest.raises(ValueError, match=r"two dimensions in 'stages\.0\.blocks\.1\.lin"):
             from_pretrained(written(tmp_path, weights))
 
 
 @pytest.mark.parametrize("key", [3, None, ("a", 1)])
-def test_names_that_are_no_names_are_refused(key):
+def test_keys_that_are_no_strings_raise(key):
     for content in ({key: torch.ones(1)}, {"model": {**state(small()), key: torch.ones(1)}}):
         with pytest.raises(ValueError, match="must hold tensors by their names; got"):
             load_checkpoint(small(), content)
 
 
-def test_whole_models_load_as_the_error_for_their_file_says(tmp_path):
+def test_pickled_models_load_as_their_error_says(tmp_path):
     theirs = trained(pooling="softmax")
     for content in (theirs, {"model": theirs, "epoch": 3}):
         path = written(tmp_path, content)
-        with pytest.raises(ValueError, match=r"holds a .*, more than tensors") as caught:
+        with pytest.raises(ValueError, match=r"holds a .*, which is neither a tensor") as caught:
             from_pretrained(path)
         first, second = re.findall(
-            r"\w+_checkpoint\(model, .*?'?\)+(?=\.| then)", str(caught.value)
+            r"\w+_checkpoint\(model, .*?'?\)+(?=\.| writes)", str(caught.value)
         )
         names = {"model": small(), "path": path, "torch": torch, "load_checkpoint": load_checkpoint}
         report = eval(first, names)
@@ -353,17 +366,17 @@ def test_whole_models_load_as_the_error_for_their_file_says(tmp_path):
         assert same(state(names["model"]), state(theirs))
         new = second.replace("weights.pth", str(tmp_path / "new.pth"))
         eval(new, {"model": names["model"], "save_checkpoint": save_checkpoint})
-        assert torch.equal(output(from_pretrained(tmp_path / "new.pth").model), output(theirs))
+        assert torch.equal(output(from_pretrained(tmp_path / "new.pth")), output(theirs))
 
 
-def test_modules_load_as_their_state_dicts(timm):
+def test_modules_load_like_their_state_dicts(timm):
     ours = small()
     theirs = trained(pooling="sum")
     for module in (theirs, nn.Sequential(OrderedDict(module=theirs))):
         report = load_checkpoint(ours, module)
         assert same(state(ours), state(theirs))
         assert poolings(ours) == {"sum"}
-        assert f"from the {type(module).__name__}, with the names of timm" in str(report)
+        assert f"from the {type(module).__name__}, named as in timm" in str(report)
     sizes = {"layers": [2, 3], "embed_dims": [16, 24], "downsamples": [False, True]}
     other = randomise(timm.models.SwiftFormer(num_classes=5, **sizes)).eval()
     load_checkpoint(ours, other, source="timm")
@@ -372,42 +385,43 @@ def test_modules_load_as_their_state_dicts(timm):
         load_checkpoint(ours, nn.Linear(2, 2))
 
 
-def test_stages_that_are_not_asked_for_are_not_used(tmp_path):
+def test_stages_that_the_model_lacks_are_ignored(tmp_path):
     theirs = trained()
     path = written(tmp_path, state(theirs))
-    model, report, _ = from_pretrained(path, features_only=True, out_indices=(0,))
-    assert "not used, as the model has none: head, head_dist, stages.1, norm" in str(report)
+    model = from_pretrained(path, features_only=True, out_indices=(0,))
+    report = str(model.pretrained.report)
+    assert "ignored, as the model has none: head, head_dist, stages.1, norm" in report
     x = images(1, 3, 40, 24)
     expected = theirs.eval().forward_intermediates(x, indices=(0,), intermediates_only=True)
     found = model.forward_intermediates(x, intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     one = trained(features_only=True, out_indices=(1,))
-    assert same(state(from_pretrained(written(tmp_path, state(one))).model), state(one))
+    assert same(state(from_pretrained(written(tmp_path, state(one)))), state(one))
 
 
-def test_one_head_is_the_mean_of_two_and_two_are_both_the_one():
+def test_two_heads_become_their_mean_and_one_head_becomes_two():
     two, one, two_again = trained(), small(distillation=False), small()
-    assert "heads: the only one is the mean" in str(load_checkpoint(one, state(two)))
+    assert "head: the mean of the two" in str(load_checkpoint(one, state(two)))
     torch.testing.assert_close(output(one), output(two))
-    assert "heads: both are the only one" in str(load_checkpoint(two_again, state(one)))
+    assert "heads: both are copies of the only" in str(load_checkpoint(two_again, state(one)))
     torch.testing.assert_close(output(two_again), output(two))
 
 
 @pytest.mark.parametrize("options", [{"features_only": True}, {"num_classes": 0}])
-def test_models_without_heads_take_none(options):
+def test_models_without_heads_ignore_heads(options):
     theirs, ours = trained(), small(**options)
     report = load_checkpoint(ours, state(theirs))
-    assert "not used, as the model has none: head" in str(report)
+    assert "ignored, as the model has none: head" in str(report)
     assert same(state(ours.stages), state(theirs.stages))
-    assert ("feature_norms: as they were" in str(report)) == ("features_only" in options)
+    assert ("feature_norms: unchanged" in str(report)) == ("features_only" in options)
     x = images(1, 3, 40, 24)
     pairs = (m.forward_intermediates(x, intermediates_only=True) for m in (ours.eval(), theirs))
     for a, b in zip(*pairs, strict=True):
         assert torch.equal(a, b)
-    load_checkpoint(small(**options), state(trained(**options)))  # its own
+    load_checkpoint(small(**options), state(trained(**options)))  # own weights
 
 
-def test_half_precision_layer_scales_without_axes_and_old_files():
+def test_old_files_in_half_precision_load():
     theirs, ours = trained(), small()
     weights = {
         name: t.half().flatten() if "gamma" in name else t
@@ -424,18 +438,18 @@ def test_half_precision_layer_scales_without_axes_and_old_files():
     ("content", "message"),
     [
         ([1, 2], "must hold a dict of weights; it holds a list"),
-        ({"model": {"a": 1}}, "a are none"),
+        ({"model": {"a": 1}}, "not a tensor: a"),
         ({"model": {}}, "it is empty"),
         ({"layer1.weight": torch.ones(1)}, r"names of official, .*; it has layer1\.weight"),
-        ({"model": Path("x")}, r"holds a pathlib\.\w+, more than tensors .* weights_only=False"),
+        ({"model": Path("x")}, r"holds a pathlib\.\w+, which is neither .* weights_only=False"),
     ],
 )
-def test_files_that_hold_something_else(content, message, tmp_path):
+def test_files_without_weights_raise(content, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_checkpoint(small(), written(tmp_path, content))
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_unreadable_files_raise(tmp_path):
     with pytest.raises(ValueError, match=r"none\.pth does not exist"):
         load_checkpoint(small(), tmp_path / "none.pth")
     with pytest.raises(ValueError, match="is a folder"):
@@ -449,21 +463,21 @@ def test_files_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"model": nn.Linear(2, 2)}, TypeError, "model must be a swiftkernels.models.SwiftFormer"),
+        ({"model": nn.Linear(2, 2)}, TypeError, "model must be a SwiftFormer of swiftkernels"),
         ({"checkpoint": 3}, TypeError, "checkpoint must be a path"),
         ({"source": "keras"}, ValueError, "source must be one of"),
         ({"pooling": "max"}, ValueError, "pooling must be one of"),
         ({"ema": "yes"}, ValueError, "ema must be one of"),
-        ({"source": "official"}, ValueError, "They look like 'timm'"),
+        ({"source": "official"}, ValueError, "They look like source='timm'"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, error, message):
+def test_wrong_arguments_raise(arguments, error, message):
     right = {"model": small(), "checkpoint": state(small())}
     with pytest.raises(error, match=message):
         load_checkpoint(**right | arguments)
 
 
-def test_a_model_without_memory_is_refused():
+def test_model_without_memory_raises():
     with torch.device("meta"):
         model = small()
     with pytest.raises(ValueError, match="to_empty"):
@@ -473,19 +487,20 @@ def test_a_model_without_memory_is_refused():
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("distillation", [True, False])
 @pytest.mark.parametrize("target", SOURCES)
-def test_what_is_written_gives_the_same_outputs(target, distillation, suffix, tmp_path):
+def test_saved_files_give_the_same_outputs(target, distillation, suffix, tmp_path):
     if suffix == ".safetensors":
         pytest.importorskip("safetensors")
     theirs = trained(pooling="sum", distillation=distillation)
     path = tmp_path / f"weights{suffix}"
     save_checkpoint(theirs, path, target)
-    model, report, _ = from_pretrained(path)
+    model = from_pretrained(path)
+    report = model.pretrained.report
     assert (report.source, report.pooling) == (target, "sum")
     assert model.distillation == (distillation or target != "timm")
     assert torch.equal(output(model), output(theirs))
 
 
-def test_no_target_gets_weights_for_another_pooling(tmp_path):
+def test_saving_for_a_target_with_another_pooling_raises(tmp_path):
     with pytest.raises(ValueError, match="'transformers' computes pooling sum; the model has 'l2'"):
         save_checkpoint(small(), tmp_path / "weights.pth", "transformers")
     with pytest.raises(ValueError, match="'official' computes pooling l2 or sum"):
@@ -503,7 +518,7 @@ def test_no_target_gets_weights_for_another_pooling(tmp_path):
         {"mlp_ratio": 2.7},  # 43.2 and 64.8 rounded down
     ],
 )
-def test_the_shapes_tell_the_model(options):
+def test_shapes_give_the_options_of_the_model(options):
     weights = small(**options).state_dict()
     found = SwiftFormer(**architecture(weights)).state_dict()
     assert {k: t.shape for k, t in found.items()} == {k: t.shape for k, t in weights.items()}
@@ -522,42 +537,46 @@ def folder_of_timm(timm: Any, folder: Path) -> nn.Module:
     return model
 
 
-def test_a_folder_of_timm(timm, tmp_path):
+def test_folder_of_timm_loads(timm, tmp_path):
     theirs = folder_of_timm(timm, tmp_path)
-    model, report, config = from_pretrained(tmp_path)
+    model = from_pretrained(tmp_path)
     assert not model.training
+    report = model.pretrained.report
     assert (report.source, report.pooling) == ("timm", "l2")
     torch.testing.assert_close(output(model), output(theirs))
-    assert hub.class_names(config, 5) == list("abcde")
+    assert model.pretrained.class_names == list("abcde")
+    assert model.pretrained.config["architecture"] == "swiftformer_xs"
 
 
-def test_a_folder_of_transformers(transformers, tmp_path):
+def test_folder_of_transformers_loads(transformers, tmp_path):
     config = transformers.SwiftFormerConfig(
         depths=[1, 2, 1], embed_dims=[16, 24, 32], downsamples=[True] * 3, num_labels=5
     )
     theirs = randomise(transformers.SwiftFormerForImageClassification(config)).eval()
     theirs.save_pretrained(tmp_path)
-    model, report, found = from_pretrained(str(tmp_path))
+    model = from_pretrained(str(tmp_path))
+    report = model.pretrained.report
     assert (report.source, report.pooling) == ("transformers", "sum")
     save_checkpoint(model, tmp_path / "model.safetensors", "transformers")
     back = type(theirs).from_pretrained(tmp_path).eval()
     assert same(state(back), state(theirs))
     with torch.no_grad():
         torch.testing.assert_close(output(model), back(images(2, 3, 40, 56)).logits)
-    assert hub.class_names(found, 5) == [f"LABEL_{i}" for i in range(5)]
+    assert model.pretrained.class_names == [f"LABEL_{i}" for i in range(5)]
 
 
 def test_transformers_without_layer_scales(transformers, tmp_path):
-    """Its convolutions keep theirs: their weights get them in ours, which has none."""
+    """Its convolutions still have layer scales: they are folded into the weights."""
     config = transformers.SwiftFormerConfig(
         depths=[1, 2], embed_dims=[16, 24], downsamples=[True] * 2, num_labels=5,
         use_layer_scale=False,
     )  # fmt: skip
     theirs = randomise(transformers.SwiftFormerForImageClassification(config)).eval()
     theirs.save_pretrained(tmp_path)
-    model, report, _ = from_pretrained(tmp_path)
+    model = from_pretrained(tmp_path)
     assert not any("layer_scale" in name for name in model.state_dict())
-    assert "layer scales of convolutions: multiplied into pwconv2" in str(report)
+    report = str(model.pretrained.report)
+    assert "layer scales of convolutions: multiplied into pwconv2" in report
     x = images(2, 3, 40, 56)
     with torch.no_grad():
         exact = theirs.double()(x.double()).logits
@@ -582,21 +601,24 @@ def test_timm_without_layer_scales(timm):
 def test_models_without_layer_scales_in_all_formats(target, tmp_path):
     theirs = trained(use_layer_scale=False, pooling="sum")
     save_checkpoint(theirs, tmp_path / "weights.pth", target)
-    model = from_pretrained(tmp_path / "weights.pth").model
+    model = from_pretrained(tmp_path / "weights.pth")
     assert same(state(model), state(theirs))
-    with pytest.raises(CheckpointMismatchError, match="make the model with use_layer_scale=False"):
+    with pytest.raises(CheckpointMismatchError, match="build the model with use_layer_scale=False"):
         load_checkpoint(small(), tmp_path / "weights.pth")
     save_checkpoint(trained(pooling="sum"), tmp_path / "with.pth", target)
-    with pytest.raises(CheckpointMismatchError, match="make the model with use_layer_scale=True"):
+    with pytest.raises(CheckpointMismatchError, match="build the model with use_layer_scale=True"):
         load_checkpoint(small(use_layer_scale=False), tmp_path / "with.pth")
 
 
-def test_what_no_tensor_tells_is_read_in_the_configuration(tmp_path):
+def test_unsupported_configurations_raise(tmp_path):
     written(tmp_path, state(trained()), "pytorch_model.bin")
     from_pretrained(tmp_path)
     for config, message in (
-        ({"model_type": "swiftformer", "hidden_act": "relu"}, "hidden_act = 'relu'"),
-        ({"architecture": "resnet50"}, "it is of 'resnet50'"),
+        (
+            {"model_type": "swiftformer", "hidden_act": "relu"},
+            "must have hidden_act = 'gelu', .* got 'relu'",
+        ),
+        ({"architecture": "resnet50"}, "must be for a swiftformer; it is for 'resnet50'"),
         ([1], "must hold a JSON object"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -609,31 +631,34 @@ def test_what_no_tensor_tells_is_read_in_the_configuration(tmp_path):
 
 def test_options_of_a_pretrained_model(tmp_path):
     path = written(tmp_path, state(trained()))
-    model, report, config = from_pretrained(path, num_classes=3, drop_path_rate=0.2, pooling="sum")
+    model = from_pretrained(path, num_classes=3, drop_path_rate=0.2, pooling="sum")
     assert output(model).shape == (2, 3)
+    assert copy.deepcopy(model).pretrained == model.pretrained
     assert model.stages[1].blocks[-1].drop_path.rate == 0.2
     assert poolings(model) == {"sum"}
-    assert "heads: as they were" in str(report)
-    assert config == {}
-    assert len(output(from_pretrained(path, features_only=True).model)) == 2
-    assert output(from_pretrained(path, num_classes=0).model).shape == (2, 24)
+    assert "heads: unchanged" in str(model.pretrained.report)
+    assert model.pretrained.config == {}
+    assert model.pretrained.class_names is None
+    assert not hasattr(small(), "pretrained")
+    assert len(output(from_pretrained(path, features_only=True))) == 2
+    assert output(from_pretrained(path, num_classes=0)).shape == (2, 24)
     headless = written(tmp_path, state(trained(num_classes=0)), "headless.pth")
-    assert output(from_pretrained(headless, num_classes=3).model).shape == (2, 3)
-    with pytest.raises(ValueError, match="must leave widths to the checkpoint"):
+    assert output(from_pretrained(headless, num_classes=3)).shape == (2, 3)
+    with pytest.raises(ValueError, match="options must not have widths"):
         from_pretrained(path, widths=(8, 16))
 
 
 class NotThere(Exception):  # noqa: N818
-    """What the hub raises for a file that a repository lacks."""
+    """As raised by huggingface_hub for a file that a repository lacks."""
 
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """huggingface_hub, with a repository that is the folder `tmp_path`."""
-    asked = []
+    """Mocks huggingface_hub: the folder `tmp_path` is a repository. Yields the requests."""
+    requests = []
 
     def hf_hub_download(name: str, file: str, revision: str | None = None) -> str:
-        asked.append((name, file, revision))
+        requests.append((name, file, revision))
         if name != "owner/name":
             raise OSError("404: no such repository\nand more")
         if not (tmp_path / file).is_file():
@@ -641,7 +666,7 @@ def repository(tmp_path, monkeypatch):
         return str(tmp_path / file)
 
     class Other(Exception):  # noqa: N818
-        """What is not raised here."""
+        """Never raised here."""
 
     errors = SimpleNamespace(
         EntryNotFoundError=NotThere,
@@ -654,22 +679,22 @@ def repository(tmp_path, monkeypatch):
         "huggingface_hub.errors": errors,
     }
     monkeypatch.setattr(hub, "need", lambda package, *_: parts[package])
-    return asked
+    return requests
 
 
-def test_a_repository_is_fetched(repository, tmp_path):
+def test_repository_is_downloaded(repository, tmp_path):
     theirs = trained()
     written(tmp_path, state(theirs), "pytorch_model.bin")
-    (tmp_path / "config.json").write_text('{"id2label": {"0": "cat"}}')
-    model, _, config = from_pretrained("owner/name", revision="v1")
+    (tmp_path / "config.json").write_text(json.dumps({"label_names": list("abcde")}))
+    model = from_pretrained("owner/name", revision="v1")
     assert torch.equal(output(model), output(theirs))
-    assert hub.class_names(config, 1) == ["cat"]
-    files_asked = ("model.safetensors", "pytorch_model.bin", "config.json")
-    assert repository == [("owner/name", file, "v1") for file in files_asked]
+    assert model.pretrained.class_names == list("abcde")
+    files = ("model.safetensors", "pytorch_model.bin", "config.json")
+    assert repository == [("owner/name", file, "v1") for file in files]
 
 
-def test_repositories_that_are_not_there(repository, tmp_path):
-    with pytest.raises(ValueError, match=r"does not give it: 404: no such repository$"):
+def test_missing_repositories_raise(repository, tmp_path):
+    with pytest.raises(ValueError, match=r"the download failed: 404: no such repository$"):
         from_pretrained("owner/other")
     with pytest.raises(ValueError, match=r"must hold model\.safetensors or pytorch_model\.bin"):
         from_pretrained("owner/name")
@@ -680,17 +705,18 @@ def test_repositories_that_are_not_there(repository, tmp_path):
             from_pretrained(checkpoint)
 
 
-def test_a_missing_package_is_told_with_its_extra(monkeypatch, tmp_path):
+def test_missing_packages_raise_with_their_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match=r"pip install 'swiftkernels\[hub\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[hub\]'"):
         from_pretrained("owner/name")
     (tmp_path / "weights.safetensors").touch()
-    with pytest.raises(ImportError, match=r"safetensors .*pip install 'swiftkernels\[hub\]'"):
+    with pytest.raises(ImportError, match=r"safetensors .*pip install '\.\[hub\]'"):
         load_checkpoint(small(), tmp_path / "weights.safetensors")
 
 
-def test_examples_run():
-    found = doctest.testmod(checkpoint_io)
+@pytest.mark.parametrize("module", [checkpoint_io, family, hub])
+def test_examples_run(module):
+    found = doctest.testmod(module)
     assert found.attempted > 0
     assert found.failed == 0

@@ -1,9 +1,10 @@
-"""SwiftFormer: sizes of the paper, the public implementations' outputs, training, state dicts."""
+"""SwiftFormer: sizes of the paper, outputs of the public implementations, training, names."""
 
 from __future__ import annotations
 
 import copy
 import doctest
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +15,19 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from swiftkernels import models
-from swiftkernels.models import SwiftFormer, convert_state_dict, feature_info, recompute
+from swiftkernels.models import (
+    SwiftFormer,
+    attention_maps,
+    convert_state_dict,
+    detection,
+    feature_info,
+    recompute,
+)
+from swiftkernels.models import network as networks
+from swiftkernels.models.family import SOURCES
 from swiftkernels.models.swiftformer import checkpoints, network
-from swiftkernels.models.swiftformer.checkpoints import SOURCES, guess_source
-from tests.cases import assert_as_good_as_eager
+from swiftkernels.models.swiftformer.checkpoints import guess_source
+from swiftkernels.testing.tolerance import assert_as_good_as_eager
 
 PUBLISHED = {
     "swiftformer_xs": (3_475_360, 0.60),
@@ -25,7 +35,7 @@ PUBLISHED = {
     "swiftformer_l1": (12_057_920, 1.60),
     "swiftformer_l3": (28_494_736, 4.01),
 }
-"""Parameters with two heads; multiply-adds at 224 x 224 in units of 1e9, as published."""
+"""Parameters with two heads, and 1e9 multiply-adds at 224 x 224, as published."""
 
 SIZES = (
     pytest.param((224, 224), marks=pytest.mark.slow),
@@ -41,7 +51,7 @@ def small(**options: Any) -> SwiftFormer:
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Scales that start at 1e-5 and fresh statistics would hide what is behind them."""
+    """Initial layer scales of 1e-5 and BatchNorm statistics would hide errors."""
     generator = torch.Generator().manual_seed(1)
     for name, t in model.state_dict().items():
         if ("layer_scale" in name or "norm" in name) and t.is_floating_point():
@@ -84,7 +94,7 @@ def assert_the_same_model(
     logits: Callable[[Any], Tensor],
     source: str,
 ) -> None:
-    """Ours as close to float64 as theirs, up to rounding: logits and gradients."""
+    """Logits and gradients: our error against float64 is at most twice theirs, and a few ulps."""
     x = images(2, 3, *size)
     exact = results(theirs, x, torch.float64, logits)
     eager = results(theirs, x, torch.float32, logits)
@@ -95,16 +105,16 @@ def assert_the_same_model(
         exact[name], eager[name] = exact[theirs_name], eager[theirs_name]
     assert set(mine) == {"logits", "images", *names}
     for name, t in mine.items():
-        # That of w_g is zero where a map has one token, whose weight is 1 or -1; rounding is left.
+        # For a map of one token the weight is 1 or -1, and the exact gradient of w_g is zero.
         if exact[name].abs().max() < 1e-12:
             assert t.abs().max() < 1e-12, name
             continue
-        # Gradients that all but cancel are as uncertain as their parts: ulps of these.
+        # Gradients that nearly cancel have the rounding error of their much larger terms.
         assert_as_good_as_eager(t, eager[name], exact[name], ulps=64, name=name)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_timm_gives_the_same_for_its_weights(timm, size):
+def test_outputs_and_gradients_of_timm(timm, size):
     theirs = randomise(timm.create_model("swiftformer_xs"))
     ours = models.swiftformer_xs()
     ours.load_state_dict(theirs.state_dict())
@@ -112,7 +122,7 @@ def test_timm_gives_the_same_for_its_weights(timm, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_transformers_gives_the_same_for_its_weights(transformers, size):
+def test_outputs_and_gradients_of_transformers(transformers, size):
     config = transformers.SwiftFormerConfig(num_labels=7)
     theirs = randomise(transformers.SwiftFormerForImageClassification(config))
     ours = models.swiftformer_xs(num_classes=7, pooling="sum")
@@ -121,7 +131,7 @@ def test_transformers_gives_the_same_for_its_weights(transformers, size):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_all_models_of_timm_load(timm, name):
+def test_all_models_have_the_shapes_of_timm(timm, name):
     with torch.device("meta"):
         theirs, ours = timm.create_model(name), getattr(models, name)()
     assert {k: t.shape for k, t in ours.state_dict().items()} == {
@@ -131,7 +141,7 @@ def test_all_models_of_timm_load(timm, name):
 
 @pytest.mark.parametrize("target", SOURCES)
 @pytest.mark.parametrize("source", SOURCES)
-def test_names_survive_all_conversions(source, target):
+def test_conversions_of_names_are_inverses(source, target):
     state_dict = small().state_dict() | small(features_only=True).state_dict()
     there = convert_state_dict(convert_state_dict(state_dict, "timm", source), source, target)
     back = convert_state_dict(there, target, "timm")
@@ -140,7 +150,7 @@ def test_names_survive_all_conversions(source, target):
     assert guess_source(there) == target
 
 
-def test_the_official_names_are_known():
+def test_official_names():
     named = convert_state_dict(small(features_only=True).state_dict(), "timm", "official")
     for name in (
         "patch_embed.0.weight",
@@ -156,30 +166,30 @@ def test_the_official_names_are_known():
         assert name in named
 
 
-def test_names_of_a_model_without_heads_are_known():
+def test_names_of_transformers_without_heads():
     headless = {"encoder.network.2.blocks.0.layer_scale": torch.ones(1)}
     assert list(convert_state_dict(headless, "transformers", "timm")) == [
         "stages.1.blocks.0.layer_scale.gamma"
     ]
 
 
-def test_foreign_keys_are_named():
+def test_unknown_keys_raise():
     state_dict = {"network.0.0.dwconv.bias": torch.ones(1), "layer4.conv.weight": torch.ones(1)}
     with pytest.raises(ValueError, match=r"source='official'; unknown: 'layer4\.conv\.weight'\."):
         convert_state_dict(state_dict, "official", "timm")
-    with pytest.raises(ValueError, match="They look like 'timm'"):
+    with pytest.raises(ValueError, match="They look like source='timm'"):
         convert_state_dict(small().state_dict(), "transformers", "official")
     with pytest.raises(ValueError, match="target"):
         convert_state_dict({}, "timm", "keras")
 
 
-def test_distilled_training_gives_a_pair_and_evaluation_its_mean():
+def test_distilled_training_returns_both_heads_and_evaluation_their_mean():
     model, x = small(), images(4, 3, 40, 24)
     with torch.no_grad():
         assert model(x).shape == (4, 5)
         model.set_distilled_training()
         pair = model(x)
-        assert isinstance(pair, network.Logits)
+        assert isinstance(pair, networks.Logits)
         assert pair.head.shape == pair.head_dist.shape == (4, 5)
         model.eval()
         pooled = model.forward_features(x).mean((2, 3))
@@ -188,11 +198,11 @@ def test_distilled_training_gives_a_pair_and_evaluation_its_mean():
     single = small(distillation=False)
     assert not any(name.startswith("head_dist") for name in single.state_dict())
     assert single(x).shape == (4, 5)
-    with pytest.raises(ValueError, match=r"two heads .* has distillation=False"):
+    with pytest.raises(ValueError, match=r"needs two heads.* got distillation=False"):
         single.set_distilled_training()
 
 
-def test_features_have_the_strides_of_a_pyramid():
+def test_feature_maps_have_their_strides():
     model = small(features_only=True).eval()
     maps = model(images(2, 3, 48, 80))
     assert model.feature_strides == (4, 8)
@@ -200,7 +210,7 @@ def test_features_have_the_strides_of_a_pyramid():
     assert not hasattr(model, "head")
 
 
-def test_without_classes_the_features_are_pooled():
+def test_without_classes_the_output_is_the_pooled_features():
     assert small(num_classes=0)(images(2, 3, 32, 32)).shape == (2, 24)
 
 
@@ -210,7 +220,7 @@ def test_any_size_and_number_of_channels(size):
     assert model(images(2, 2, *size)).shape == (2, 5)
 
 
-def test_channels_last_gives_the_same_and_stays():
+def test_channels_last_gives_the_same_outputs_in_channels_last():
     model, x = randomise(small()).eval(), images(2, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
@@ -221,11 +231,11 @@ def test_channels_last_gives_the_same_and_stays():
             assert m.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_stages_computed_again_give_the_same_gradients():
+def test_gradient_checkpointing_gives_the_same_gradients():
     model, x = randomise(small()), images(2, 3, 32, 32)
     grads = []
-    for again in (False, True):
-        model.grad_checkpointing = again
+    for enable in (False, True):
+        model.grad_checkpointing = enable
         loss = model(x).square().sum()
         grads.append(torch.autograd.grad(loss, list(model.parameters())))
     for a, b in zip(*grads, strict=True):
@@ -246,7 +256,7 @@ def test_drop_path_grows_with_depth_and_keeps_the_mean():
     assert torch.equal(drop.eval()(out), out)
 
 
-def test_a_step_lowers_the_loss():
+def test_training_lowers_the_loss():
     model, x = small(drop_path_rate=0.1), images(8, 3, 32, 32)
     model.set_distilled_training()
     labels = torch.arange(8) % 5
@@ -282,12 +292,23 @@ def test_a_step_lowers_the_loss():
         ({"pooling": "max"}, "pooling"),
     ],
 )
-def test_bad_arguments_are_named(options, message):
+def test_wrong_arguments_raise(options, message):
     with pytest.raises(ValueError, match=message):
         SwiftFormer(**{"widths": (8,), "depths": (1,)} | options)
 
 
-@pytest.mark.parametrize("module", [network, checkpoints, feature_info, recompute])
+def test_constructors_have_the_options_of_the_class():
+    options = list(inspect.signature(SwiftFormer).parameters)
+    for name in PUBLISHED:
+        assert list(inspect.signature(getattr(models, name)).parameters) == options[2:]
+    with pytest.raises(TypeError, match="num_clases"):
+        models.swiftformer_xs(num_clases=3)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [network, networks, checkpoints, feature_info, recompute, detection, attention_maps],
+)
 def test_examples_run(module):
     found = doctest.testmod(module, extraglobs={"torch": torch, "nn": nn})
     assert found.attempted > 0

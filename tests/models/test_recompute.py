@@ -1,4 +1,4 @@
-"""Recomputed blocks: same gradients, and buffers that see a batch once, whatever their class."""
+"""Recomputed blocks: same gradients, and buffers updated once a batch, in any class of module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from swiftkernels.models import SwiftFormer, recompute
 
 
 class Centred(nn.Module):
-    """A user's own norm, whose output depends on the mean that it updates in the same call."""
+    """A custom norm: its output depends on the mean that it updates in the same call."""
 
     mean: Tensor
 
@@ -47,7 +47,7 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def trained(module: nn.Module, run: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Two batches, the second with a graph that is used twice: gradients and buffers after each."""
+    """Gradients and buffers after each of two batches, with two backwards for each."""
     found: dict[str, Any] = {}
     generator = torch.Generator().manual_seed(0)
     for step in range(2):
@@ -67,26 +67,26 @@ def assert_recomputed_the_same(layer: nn.Module) -> None:
     again = copy.deepcopy(plain)
     buffers = dict(again.named_buffers())
     expected = trained(plain, plain)
-    # One block of all, so that the layer's input is computed again as well.
+    # A single block, so that the input of the layer is recomputed, too.
     found = trained(again, lambda x: recompute.recomputed(nn.Sequential(again), x))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    if not isinstance(layer, Centred):  # which replaces its own
+    if not isinstance(layer, Centred):  # its forward replaces its buffer
         assert all(b is buffers[name] for name, b in again.named_buffers())
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_buffers_see_a_batch_once(name):
+def test_buffers_are_updated_once_a_batch(name):
     torch.manual_seed(0)
     assert_recomputed_the_same(LAYERS[name](4))
 
 
-def test_timms_norm_and_activation_in_one(timm):
+def test_batch_norm_with_activation_of_timm(timm):
     torch.manual_seed(0)
     assert_recomputed_the_same(timm.layers.BatchNormAct2d(4))
 
 
-def test_a_second_batch_before_the_backward_changes_nothing():
-    """The first graph is computed again with the buffers that it saw."""
+def test_second_batch_before_the_backward_changes_nothing():
+    """The first graph is recomputed with the buffers of its own forward."""
     gradients = []
     for run in (lambda block, x: block(x), recompute.recomputed):
         torch.manual_seed(0)
@@ -100,7 +100,7 @@ def test_a_second_batch_before_the_backward_changes_nothing():
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
-def test_without_gradients_nothing_is_kept():
+def test_without_gradients_the_blocks_just_run():
     block = nn.Sequential(nn.BatchNorm2d(4))
     x = torch.randn(2, 4, 3, 3)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_without_gradients_nothing_is_kept():
     assert block[0].num_batches_tracked == 1
 
 
-def test_a_model_with_synchronised_statistics():
+def test_model_with_synchronised_batch_norm():
     states = []
     for enable in (False, True):
         torch.manual_seed(0)

@@ -1,7 +1,6 @@
-"""Code for timm's SwiftFormer on ours, and on timm's own with the kernels of this library.
+"""The methods of timm's SwiftFormer, for our network and for timm's after `accelerate`.
 
-What timm tests of its models, for both; and what ours gives beside what timm's gives for the same
-weights, in float64.
+Outputs and gradients are compared in float64 with those of timm's network for the same weights.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from tests.models.test_models import images, randomise
 
 WIDTHS = network.WIDTHS_AND_DEPTHS["xs"][0]
 INDICES = (None, 2, [1, 0], (0, -1, 3))
-"""Of `forward_intermediates`, in all its forms."""
+"""Arguments of `forward_intermediates`, of every type."""
 
 Kind = pytest.mark.parametrize("kind", ["ours", "accelerated"])
 
@@ -37,7 +36,7 @@ def theirs(timm: ModuleType, **options: Any) -> nn.Module:
 
 
 def make(timm: ModuleType, kind: str, **options: Any) -> Any:
-    """Our model, or timm's after `accelerate`, with the weights of `theirs`."""
+    """Our network, or timm's after `accelerate`, with the weights of `theirs`."""
     model = theirs(timm, **options)
     if kind == "accelerated":
         accelerate(model)
@@ -99,12 +98,12 @@ def test_configuration_and_heads(timm, kind):
         assert model(x).shape == (2, 11)
         assert model.num_classes == 11
     assert [head.out_features for head in model.get_classifier()] == [11, 11]
-    whole = make(timm, kind, num_classes=0, global_pool="").eval()
+    unpooled = make(timm, kind, num_classes=0, global_pool="").eval()
     with torch.no_grad():
-        assert whole(x).shape == (2, 220, 3, 3)
+        assert unpooled(x).shape == (2, 220, 3, 3)
 
 
-def test_the_configuration_is_timms(timm):
+def test_configuration_equals_timms(timm):
     ours, reference = swiftformer_xs(), timm.create_model("swiftformer_xs")
     for name, value in ours.pretrained_cfg.items():
         assert reference.pretrained_cfg[name] == value, name
@@ -121,7 +120,7 @@ def test_the_configuration_is_timms(timm):
     assert "architecture" not in SwiftFormer((8,), (1,)).pretrained_cfg
 
 
-def test_heads_after_a_reset_are_like_the_model():
+def test_reset_heads_have_the_mode_and_dtype_of_the_network():
     model = swiftformer_xs(num_classes=3, dtype=torch.float64).eval()
     model.reset_classifier(5)
     for head in model.get_classifier():
@@ -141,7 +140,7 @@ def test_heads_need_pooling():
     model = swiftformer_xs(global_pool="").eval()
     x = images(1, 3, 32, 32)
     assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (1, 220, 1, 1)
-    with pytest.raises(ValueError, match="global_pool must be 'avg' for class scores"):
+    with pytest.raises(ValueError, match="global_pool must be 'avg' for logits"):
         model(x)
 
 
@@ -161,7 +160,7 @@ def test_forward_intermediates(timm, kind):
         assert [m.shape[1] for m in maps] == list(WIDTHS)
 
 
-def test_wrong_arguments_of_intermediates_are_named():
+def test_wrong_arguments_of_forward_intermediates_raise():
     model, x = SwiftFormer((8, 16), (1, 1)), images(1, 3, 32, 32)
     for options, error, message in (
         ({"output_fmt": "NLC"}, ValueError, "output_fmt must be one of 'NCHW'; got 'NLC'"),
@@ -176,7 +175,7 @@ def test_wrong_arguments_of_intermediates_are_named():
             model.forward_intermediates(x, **options)
 
 
-def test_the_last_norm_counts_a_batch_once_in_training():
+def test_last_norm_is_updated_once_a_batch():
     model = SwiftFormer((8, 16), (1, 1))
     model.forward_intermediates(images(2, 3, 32, 32), norm=True)
     assert model.norm.num_batches_tracked == 1
@@ -184,11 +183,11 @@ def test_the_last_norm_counts_a_batch_once_in_training():
 
 @Kind
 def test_prune_intermediate_layers(timm, kind):
-    whole, their_whole, x = make(timm, kind).eval(), theirs(timm).eval(), batch(32)
+    full, their_full, x = make(timm, kind).eval(), theirs(timm).eval(), batch(32)
     for indices, prune_norm, prune_head in itertools.product(
         (1, [1, -4]), (False, True), (False, True)
     ):
-        model, reference = copy.deepcopy(whole), copy.deepcopy(their_whole)
+        model, reference = copy.deepcopy(full), copy.deepcopy(their_full)
         options = {"indices": indices, "prune_norm": prune_norm, "prune_head": prune_head}
         taken = model.prune_intermediate_layers(**options)
         assert taken == reference.prune_intermediate_layers(**options)
@@ -197,23 +196,23 @@ def test_prune_intermediate_layers(timm, kind):
         assert list(model.state_dict()) == list(reference.state_dict())
         with torch.no_grad():
             last, maps = model.forward_intermediates(x, taken)
-            expected = whole.forward_intermediates(x, indices, intermediates_only=True)
+            expected = full.forward_intermediates(x, indices, intermediates_only=True)
             assert_same(maps, expected)
             assert_same(model.forward_head(last), reference(x))
 
 
-def test_features_only_at_all_indices(timm):
+def test_features_only_with_all_out_indices(timm):
     x, weights = batch(32), theirs(timm).state_dict()
-    whole = swiftformer_xs(features_only=True, dtype=torch.float64).eval()
-    whole.load_state_dict(weights, strict=False)
-    randomise(whole.feature_norms)
+    full = swiftformer_xs(features_only=True, dtype=torch.float64).eval()
+    full.load_state_dict(weights, strict=False)
+    randomise(full.feature_norms)
     with torch.no_grad():
-        every = whole(x)
+        every = full(x)
         for out_indices in ((0,), (-1,), (-4, -2), (2, 1), 2, None):
             options = {"features_only": True, "dtype": torch.float64}
             reference = timm.create_model("swiftformer_xs", **options, out_indices=out_indices or 4)
             model = swiftformer_xs(**options, out_indices=out_indices).eval()
-            model.load_state_dict(whole.state_dict(), strict=False)
+            model.load_state_dict(full.state_dict(), strict=False)
             maps = model(x)
             info, numbers = model.feature_info, reference.feature_info.out_indices
             assert info.out_indices == tuple(sorted(i % 4 for i in numbers))
@@ -228,7 +227,7 @@ def test_features_only_at_all_indices(timm):
             assert model.num_features == info.channels()[-1]
 
 
-def test_features_only_gives_timms_maps_behind_norms(timm):
+def test_features_only_returns_the_maps_of_timm_after_norms(timm):
     options = {"features_only": True, "out_indices": (1, -1), "dtype": torch.float64}
     torch.manual_seed(0)
     reference, x = randomise(timm.create_model("swiftformer_xs", **options)), batch()
@@ -254,7 +253,7 @@ def test_features_only_gives_timms_maps_behind_norms(timm):
         assert_same(model.forward_intermediates(x, (1, 3), norm=True)[1], normed)
 
 
-def test_a_backbone_has_no_heads():
+def test_methods_for_heads_raise_without_heads():
     model = SwiftFormer((8, 16), (1, 1), features_only=True)
     assert model.num_classes == 0
     for call in (
@@ -265,7 +264,7 @@ def test_a_backbone_has_no_heads():
     ):
         with pytest.raises(ValueError, match="features_only=True has no heads"):
             call()
-    with pytest.raises(ValueError, match="needs the two heads"):
+    with pytest.raises(ValueError, match="needs two heads"):
         model.set_distilled_training()
 
 
@@ -279,7 +278,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_timms_wrappers_take_ours(timm, wrapper):
+def test_feature_wrappers_of_timm_accept_our_network(timm, wrapper):
     modules = (
         importlib.import_module(f"timm.models.{name}") for name in ("_features", "_features_fx")
     )
@@ -342,7 +341,7 @@ def names_of(groups: dict[int, list[str]]) -> Iterable[str]:
     return itertools.chain.from_iterable(groups.values())
 
 
-def test_parameters_group_as_timms(timm):
+def test_parameter_groups_equal_timms(timm):
     from timm.models import group_parameters
     from timm.optim import param_groups_layer_decay
 
@@ -354,7 +353,7 @@ def test_parameters_group_as_timms(timm):
         backbone = swiftformer_xs(features_only=True, out_indices=(0, 2))
         groups = group_parameters(backbone, backbone.group_matcher(coarse))
         assert set(names_of(groups)) == {name for name, _ in backbone.named_parameters()}
-        # Every norm is in the group of the last block before it.
+        # Every feature norm is in the group of the last block before it.
         assert {"feature_norms.0.weight", "stages.0.blocks.2.attn.w_g"} <= set(
             groups[1 if coarse else 3]
         )
@@ -381,7 +380,7 @@ VARIANTS = (
 
 @Kind
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda options: next(iter(options)))
-def test_variants_are_timms(timm, kind, options):
+def test_options_give_the_outputs_of_timm(timm, kind, options):
     model, reference = make(timm, kind, **options).eval(), theirs(timm, **options).eval()
     x = batch()[:, : options.get("in_chans", 3)]
     assert list(model.state_dict()) == list(reference.state_dict())
@@ -397,11 +396,11 @@ def test_variants_are_timms(timm, kind, options):
             assert ours.drop_path.rate == pytest.approx(getattr(block.drop_path, "drop_prob", 0.0))
 
 
-def test_where_layer_scales_start():
+def test_initial_layer_scales():
     model = swiftformer_xs(layer_scale_init_value=0.3)
     block = model.stages[0].blocks[-1]
-    for scale, start in (("layer_scale_1", 0.3), ("layer_scale_2", 0.3)):
-        assert torch.all(getattr(block, scale).gamma == start)
+    for scale in ("layer_scale_1", "layer_scale_2"):
+        assert torch.all(getattr(block, scale).gamma == 0.3)
     assert torch.all(block.local_representation.layer_scale.gamma == 1)
     model = swiftformer_xs(use_layer_scale=False, drop_path_rate=0.2)
     assert not any("gamma" in name for name in model.state_dict())
@@ -435,7 +434,7 @@ def test_tracing_and_scripting(timm, kind, convert, training):
     assert_same(out, expected)
     grads = gradients(reference, expected)
     assert_same(gradients(converted, out), grads)
-    # The model is as it was, and shares its tensors with the other.
+    # The network is unchanged and shares its tensors with the converted one.
     assert_same(model.state_dict(), reference.state_dict())
     assert isinstance(model.stages[0].blocks[-1].attn, AttentionForward)
     assert_same(gradients(model.eval(), model(x)), gradients(reference.eval(), reference(x)))
@@ -449,13 +448,13 @@ OURS = (
     {"num_classes": 0, "global_pool": ""},
     {"use_layer_scale": False, "act_layer": nn.SiLU},
 )
-"""Of `SwiftFormer`."""
+"""Options of `SwiftFormer` that timm does not have, or combines in another way."""
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("options", OURS, ids=lambda options: "-".join(options) or "default")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_our_options_trace_and_script(options, training):
+def test_our_options_can_be_traced_and_scripted(options, training):
     torch.manual_seed(0)
     options = {"num_classes": 5, "dtype": torch.float64} | options
     model = randomise(SwiftFormer((8, 16, 24), (1, 2, 1), **options)).train(training)
@@ -463,11 +462,11 @@ def test_our_options_trace_and_script(options, training):
     for convert in (torch.fx.symbolic_trace, torch.jit.script):
         before = copy.deepcopy(model)
         assert_same(convert(model)(x), before(x))
-        assert_same(model.state_dict(), before.state_dict())  # it has the model's own tensors
+        assert_same(model.state_dict(), before.state_dict())  # it shares the tensors of the network
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_drop_path_traces_and_scripts():
+def test_drop_path_can_be_traced_and_scripted():
     drop, x = network.DropPath(0.25), torch.ones(20, 3, 2, 2)
     model = SwiftFormer((8, 16), (1, 2), num_classes=5, drop_path_rate=0.3)
     for convert in (torch.fx.symbolic_trace, torch.jit.script):
@@ -477,5 +476,5 @@ def test_drop_path_traces_and_scripts():
         torch.manual_seed(0)
         assert torch.equal(found, drop(x))
         assert found.min() == 0
-        # TorchScript may draw for the blocks in another order: other images are dropped.
+        # TorchScript may draw random numbers in another order and drop other images.
         assert convert(model)(images(2, 3, 32, 32)).isfinite().all()

@@ -21,7 +21,7 @@ from tests.stubs import import_timm
 
 Array = NDArray[np.float64]
 
-# Formulas: one item [N, C] at a time, one head at a time; p holds the peer's parameters.
+# Formulas: one batch element [N, C] and one head at a time; p holds the peer's parameters.
 
 
 def softmax(scores: Array, axis: int) -> Array:
@@ -157,7 +157,7 @@ def check_against_formula(
     name: str, peer: nn.Module, x: Tensor, heads: int, **grid: object
 ) -> None:
     parameters = {n: p.detach().numpy() for n, p in peer.named_parameters()}
-    expected = np.stack([FORMULAS[name](parameters, item, heads, **grid) for item in x.numpy()])
+    expected = np.stack([FORMULAS[name](parameters, one, heads, **grid) for one in x.numpy()])
     assert_close(peer(x, **grid), torch.from_numpy(expected))
 
 
@@ -208,7 +208,7 @@ def test_empty_batch_gives_an_empty_output_and_zero_gradients(name: str) -> None
     assert all(p.grad is None or p.grad.count_nonzero() == 0 for p in peer.parameters())
 
 
-def test_items_of_a_batch_do_not_mix() -> None:
+def test_batch_elements_do_not_mix() -> None:
     x = tokens(3, 49, 66)
     for name in PEERS:
         peer = make_peer(name, 66)

@@ -1,38 +1,39 @@
-"""`swiftkernels bench`: it verifies before it times, and writes what it measured. Nothing here
-judges a time."""
+"""`swiftkernels bench`: what it writes, and when it fails. Nothing here judges a time."""
 
 from __future__ import annotations
 
 import csv
 import itertools
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from swiftkernels.backends import devices
 from swiftkernels.ops.additive_attention import eager
-from swiftkernels.ops.additive_attention.layer import AdditiveAttention
 from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
+from swiftkernels.testing import engines, harness, timing
+from swiftkernels.testing.operators import Size
 from swiftkernels.tools import bench, cli
 
 CPU = torch.device("cpu")
-TINY = bench.Settings(sizes=((9, 16),), batches=(2,), dtypes=(torch.float32,), seconds=0.0)
+TINY = harness.Settings(
+    bench.NAMES, ((Size(9, 16), 2),), (torch.float32,), backward=(False, True), seconds=0.0
+)
+
+
+def no_compiler(*args):
+    raise RuntimeError("no compiler\nand more")
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """One small problem in place of many; without a compiler, which takes long."""
-    monkeypatch.setattr(bench, "settings_for", lambda device, quick: TINY)
-    monkeypatch.setattr(bench, "COPY_BYTES", {"cpu": 1 << 12})
-    build = bench.Problem.build
-
-    def without_compiler(self: bench.Problem, engine: str):
-        if engine == "compile":
-            raise RuntimeError("no compiler\nand more")
-        return build(self, engine)
-
-    monkeypatch.setattr(bench.Problem, "build", without_compiler)
+    """One small problem instead of many; without a compiler, which takes long."""
+    monkeypatch.setattr(bench, "settings_for", lambda *_: TINY)
+    monkeypatch.setitem(timing.COPY_BYTES, "cpu", 1 << 12)
+    uncompiled = replace(engines.ENGINES["compile"], build=no_compiler)
+    monkeypatch.setitem(engines.ENGINES, "compile", uncompiled)
 
 
 def read(path) -> list[dict[str, str]]:
@@ -45,15 +46,14 @@ def test_every_engine_is_measured_and_reported(tiny, tmp_path, capsys):
     assert cli.main(["bench", "--device", "cpu", "--out", str(tmp_path / "new")]) == 0
     assert torch.get_num_threads() == before
     rows = read(tmp_path / "new" / bench.CSV)
-    engines = (bench.OURS, "eager", "compile", *bench.COMPARED)
-    assert [row["engine"] for row in rows] == [*engines, *engines]
+    assert [row["engine"] for row in rows] == [*bench.NAMES, *bench.NAMES]
     assert {row["direction"] for row in rows} == {"forward", "forward+backward"}
     for row in rows:
         timed = row["engine"] != "compile"
         assert bool(row["median_seconds"]) == timed
         assert row["note"] == ("" if timed else "absent: RuntimeError: no compiler")
         if timed:
-            assert int(row["rounds"]) >= TINY.min_rounds
+            assert int(row["rounds"]) >= 9
             assert 0 <= float(row["min_seconds"]) <= float(row["median_seconds"])
             assert float(row["error"]) < 1e-5
             assert (row["gradient_error"] == "") == (row["direction"] == "forward")
@@ -62,12 +62,12 @@ def test_every_engine_is_measured_and_reported(tiny, tmp_path, capsys):
     assert devices.name(CPU) in said
     assert f"torch: {torch.__version__}" in said
     assert "a plain copy: " in said
-    assert "| eager, as called | float32 | forward | 1 |" in said
-    assert "compile, float32 forward, B=2, N=9, C=16: absent: RuntimeError" in said
+    assert "1 thread, float32, forward, as called: time of the engine / time of" in said
+    assert "compile, float32 forward, N=9, C=16, batch 2, 1 thread(s): absent: RuntimeError" in said
     assert str(tmp_path / "new" / bench.CSV) in capsys.readouterr().out
 
 
-def test_what_is_wrong_is_not_timed(tiny, monkeypatch, tmp_path, capsys):
+def test_a_wrong_engine_is_not_timed_and_fails_the_command(tiny, monkeypatch, tmp_path, capsys):
     forward = eager.forward
     monkeypatch.setattr(
         eager,
@@ -78,8 +78,8 @@ def test_what_is_wrong_is_not_timed(tiny, monkeypatch, tmp_path, capsys):
     assert bench.run("cpu", tmp_path) == 1
     rows = read(tmp_path / bench.CSV)
     for row in rows:
-        if row["engine"] == bench.OURS:
-            assert row["note"].startswith("wrong: relative error 0.00")
+        if row["engine"] == engines.OURS:
+            assert row["note"].startswith("wrong: relative error of the output 0.00")
             assert row["median_seconds"] == ""
         elif row["engine"] != "compile":
             assert row["median_seconds"]
@@ -94,19 +94,13 @@ def test_an_operator_that_raises_fails_the_command(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(SELF_ATTENTION, "_automatic_backend", lambda *args: "aten")
     monkeypatch.setattr(eager, "backward", broken)
     assert bench.run("cpu", tmp_path) == 1
-    forward, backward = (r for r in read(tmp_path / bench.CSV) if r["engine"] == bench.OURS)
+    forward, backward = (r for r in read(tmp_path / bench.CSV) if r["engine"] == engines.OURS)
     assert forward["note"] == ""
     assert backward["note"] == "failed: RuntimeError: out of registers"
 
 
-def test_what_takes_too_long_is_left_out(tiny, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "SLOWEST_CALL", -1.0)
-    assert bench.run("cpu", tmp_path) == 0
-    assert all(row["note"].startswith("absent") for row in read(tmp_path / bench.CSV))
-
-
 def test_an_interruption_keeps_what_was_measured(tiny, monkeypatch, tmp_path, capsys):
-    compare = bench.compare
+    compare = harness.compare
     calls = itertools.count()
 
     def interrupted(*args):
@@ -114,10 +108,10 @@ def test_an_interruption_keeps_what_was_measured(tiny, monkeypatch, tmp_path, ca
             raise KeyboardInterrupt
         return compare(*args)
 
-    monkeypatch.setattr(bench, "compare", interrupted)
+    monkeypatch.setattr(harness, "compare", interrupted)
     assert bench.run("cpu", tmp_path) == 130
     assert {row["direction"] for row in read(tmp_path / bench.CSV)} == {"forward"}
-    assert "float32 | forward |" in (tmp_path / bench.REPORT).read_text()
+    assert "float32, forward, as called" in (tmp_path / bench.REPORT).read_text()
     assert "interrupted" in capsys.readouterr().err
 
 
@@ -127,7 +121,7 @@ def test_an_interruption_before_the_first_row_leaves_the_older_files(
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "compare", interrupted)
+    monkeypatch.setattr(harness, "compare", interrupted)
     (tmp_path / bench.CSV).write_text("old")
     assert bench.run("cpu", tmp_path) == 130
     assert [path.name for path in tmp_path.iterdir()] == [bench.CSV]
@@ -139,9 +133,9 @@ def test_an_interruption_before_the_first_row_leaves_the_older_files(
 
 @pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_ends_the_command_with_one_line(tiny, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "COPY_BYTES", {"cpu": 1 << 20})
-    rows = [dict.fromkeys(bench.COLUMNS, "x" * 200)] * 3
-    monkeypatch.setattr(bench, "compare", lambda *_: rows)
+    monkeypatch.setitem(timing.COPY_BYTES, "cpu", 1 << 20)
+    row = dict.fromkeys(bench.COLUMNS, "x" * 200) | {"gigabytes_per_second": ""}
+    monkeypatch.setattr(harness, "compare", lambda *_: [row] * 3)
     assert cli.main(["bench", "--device", "cpu", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert f"error: [Errno 28] No space left on device: '{tmp_path / bench.CSV}'" in said
@@ -152,7 +146,7 @@ def test_without_matplotlib_there_are_no_plots(tiny, monkeypatch, tmp_path, caps
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert bench.run("cpu", tmp_path) == 0
     assert not (tmp_path / bench.PLOT).exists()
-    assert "pip install 'swiftkernels[bench]'" in capsys.readouterr().out
+    assert "pip install '.[bench]'" in capsys.readouterr().out
 
 
 def test_plots_are_drawn(tiny, tmp_path):
@@ -169,88 +163,14 @@ def test_plots_are_drawn(tiny, tmp_path):
         (["--device", "cpu", "--out", __file__], "--out must be a folder"),
     ],
 )
-def test_wrong_arguments_are_told(capsys, arguments, said):
+def test_wrong_arguments_are_reported(capsys, arguments, said):
     assert cli.main(["bench", *arguments]) == 2
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("engine", ["eager", "mhsa"])
-def test_the_exact_results_do_not_depend_on_how_items_are_grouped(monkeypatch, engine):
-    whole = bench.Problem(5, 9, 16, torch.float32, True, CPU)
-    single = bench.Problem(5, 9, 16, torch.float32, True, CPU)
-    expected = whole.exact(engine)
-    monkeypatch.setattr(bench, "EXACT_SCORES", 2 * 9**2)
-    assert max(single.errors(single.exact(engine), expected)) < 1e-14
-    assert [t.shape for t in expected] == [t.shape for t in whole.build(engine)()]
-
-
-def test_bytes_that_must_move_count_each_tensor_once():
-    module = AdditiveAttention(16, 16, 1)
-    weights = 4 * sum(p.numel() for p in module.parameters())
-    tokens = 4 * 2 * 9 * 16
-    for backward in (False, True):
-        problem = bench.Problem(2, 9, 16, torch.float32, backward, CPU)
-        assert problem.least_bytes(module) == (weights + 2 * tokens) * (1 + backward)
-
-
 def test_the_shapes_are_those_of_swiftformers():
     settings = bench.settings_for(torch.device("cuda", 0), quick=False)
-    assert len(settings.sizes) == 14
-    assert {(3136, 48), (784, 56), (196, 320), (49, 512)} <= set(settings.sizes)
-    assert settings.batches == (1, 8, 64)
+    assert {batch for _, batch in settings.inputs} == {1, 8, 64}
     assert len(settings.problems()) == 14 * 3 * 3 * 2
     quick = bench.settings_for(CPU, quick=True)
     assert set(quick.problems()) <= set(bench.settings_for(CPU, quick=False).problems())
-
-
-def test_ratios_are_times_divided_by_ours_at_the_same_problem():
-    row = {"dtype": "float32", "direction": "forward", "batch": 1, "width": 8}
-    rows = [
-        row | {"tokens": tokens, "engine": engine, "median_seconds": seconds}
-        for tokens, engine, seconds in (
-            (49, bench.OURS, 2.0),
-            (49, "eager", 3.0),
-            (7, "eager", 9.0),  # not beside ours
-            (49, "compile", ""),
-        )
-    ]
-    assert bench.ratios(rows, "median_seconds") == {("float32", "forward", "eager"): [1.5]}
-
-
-class Recorder:
-    """In place of torch.cuda: what was asked of the device, in order."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-
-    def synchronize(self, device: object = None) -> None:
-        self.log.append("wait")
-
-    def Event(self, enable_timing: bool):  # noqa: N802
-        recorder = self
-
-        class Event:
-            def record(self) -> None:
-                recorder.log.append("event")
-
-            def synchronize(self) -> None:
-                recorder.log.append("wait for the event")
-
-            def elapsed_time(self, end: object) -> float:
-                return 5.0
-
-        return Event()
-
-    def zero_(self) -> None:
-        self.log.append("flush")
-
-
-@pytest.mark.parametrize("queued", [False, True])
-def test_caches_are_flushed_before_the_clock_runs(monkeypatch, queued):
-    recorder = Recorder()
-    monkeypatch.setattr(torch, "get_device_module", lambda device: recorder)
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: recorder)
-    watch = bench.Stopwatch(torch.device("cuda", 0))
-    assert watch(lambda: recorder.log.append("call"), queued=queued) == 5e-3
-    idle = [] if queued else ["wait"]
-    assert recorder.log == ["flush", *idle, "event", "call", "event", "wait for the event"]

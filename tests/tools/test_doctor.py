@@ -1,4 +1,4 @@
-"""`swiftkernels doctor`: what it tells, and its exit status."""
+"""`swiftkernels doctor`: output and exit status."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from swiftkernels.tools import cli, verify
 from tests.builds import build_in_place, copy_project, needs_compiler, run
 
 no_gpu = pytest.mark.skipif(
-    torch.cuda.is_available() or torch.xpu.is_available(), reason="tells about the GPU as well"
+    torch.cuda.is_available() or torch.xpu.is_available(), reason="the output depends on the GPU"
 )
 
 
@@ -25,49 +25,49 @@ def built(tmp_path_factory):
 
 @no_gpu
 @needs_compiler
-def test_all_is_well_after_a_build(built):
-    said = run(built, "-m", "swiftkernels", "doctor").stdout
-    assert "All that should work here does." in said
-    assert "built, in use" in said
+def test_no_problems_after_a_build(built):
+    text = run(built, "-m", "swiftkernels", "doctor").stdout
+    assert "No problems found." in text
+    assert "built, in use" in text
     for name in ("swiftkernels", "torch", "triton", "python", "platform", "processor", "threads"):
-        assert f"\n  {name} " in said
+        assert f"\n  {name} " in text
     for dtype in ("float32", "bfloat16", "float16", "float64"):
-        assert f"\n  cpu {dtype}" in said
-    assert said.count("backend='triton' needs") == 1
+        assert f"\n  cpu {dtype}" in text
+    assert text.count("backend='triton' needs") == 1
 
 
 @pytest.mark.parametrize("environment", [{"PATH": "/nonexistent", "CXX": ""}, {"CXX": "/no/c++"}])
-def test_a_missing_compiler_is_told_with_its_remedy(tmp_path, environment):
+def test_missing_compiler_is_reported_with_a_remedy(tmp_path, environment):
     project = copy_project(tmp_path / "project")
     build_in_place(project, **environment)
-    said = run(project, "-m", "swiftkernels", "doctor", status=1, **environment).stdout
-    assert "To mend:" in said
-    assert "apt install g++" in said
-    assert "reinstall: pip install" in said
+    text = run(project, "-m", "swiftkernels", "doctor", status=1, **environment).stdout
+    assert "To fix:" in text
+    assert "apt install g++" in text
+    assert "reinstall: pip install" in text
 
 
 @needs_compiler
-def test_a_compilation_that_failed_is_shown(tmp_path):
+def test_failed_compilation_is_shown(tmp_path):
     project = copy_project(tmp_path / "project")
     source = next((project / "swiftkernels").rglob("features.cpp"))
     source.write_text("#error on purpose\n")
     build_in_place(project)
-    said = run(project, "-m", "swiftkernels", "doctor", status=1).stdout
-    assert "#error on purpose" in said
-    assert "apt install" not in said  # it is there
+    text = run(project, "-m", "swiftkernels", "doctor", status=1).stdout
+    assert "#error on purpose" in text
+    assert "apt install" not in text  # a compiler is installed
 
 
 @needs_compiler
 @pytest.mark.parametrize("isa", ["none", "nonsense"])
-def test_a_choice_by_the_environment_is_told(built, isa):
-    said = run(built, "-m", "swiftkernels", "doctor", status=1, SWIFTKERNELS_CPU_ISA=isa).stdout
-    assert "SWIFTKERNELS_CPU_ISA" in said[said.index("To mend:") :]
-    assert isa in said
+def test_wrong_instruction_set_in_the_environment_is_reported(built, isa):
+    text = run(built, "-m", "swiftkernels", "doctor", status=1, SWIFTKERNELS_CPU_ISA=isa).stdout
+    assert "SWIFTKERNELS_CPU_ISA" in text[text.index("To fix:") :]
+    assert isa in text
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU that there is not: what it says of itself can be set as attributes of the result."""
+    """Mocks a GPU."""
     device = torch.device("cuda", 0)
     monkeypatch.setattr(devices, "gpus", lambda: [device])
     monkeypatch.setattr(devices, "name", lambda d: "Some GPU")
@@ -82,10 +82,10 @@ def gpu(monkeypatch):
     cli._trial.cache_clear()
 
 
-def test_a_gpu_without_triton_is_a_fault(monkeypatch, gpu):
+def test_gpu_without_triton_is_a_problem(monkeypatch, gpu):
     monkeypatch.setattr(torch_state, "has_triton", lambda: False)
-    faults = list(cli._faults())
-    assert any("pip install swiftkernels[triton]" in fault for fault in faults)
+    problems = list(cli._problems())
+    assert any("pip install '.[triton]'" in problem for problem in problems)
 
 
 def trial_that(failure: str):
@@ -95,30 +95,30 @@ def trial_that(failure: str):
     return trial
 
 
-def test_a_gpu_tells_what_it_has_and_that_the_kernels_run(monkeypatch, gpu):
+def test_gpu_is_described_and_its_kernels_are_run(monkeypatch, gpu):
     monkeypatch.setattr(torch_state, "has_triton", lambda: True)
     monkeypatch.setattr(verify, "verify_case", trial_that(""))
-    ((name, said),) = cli._gpus()
+    ((name, text),) = cli._gpus()
     assert name == "cuda:0"
-    assert [line.strip() for line in said.splitlines()] == [
+    assert [line.strip() for line in text.splitlines()] == [
         "Some GPU",
         "compute capability 9.0, 132 multiprocessors, 80.0 GiB of memory, 5.0 free",
-        "the kernels compile and run there, and give the right numbers",
+        "the kernels compile and run on it, with correct results",
     ]
-    assert not list(cli._gpu_faults())
+    assert not list(cli._gpu_problems())
 
 
-def test_an_amd_gpu_tells_its_architecture(monkeypatch, gpu):
+def test_amd_gpu_shows_its_architecture(monkeypatch, gpu):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert devices.facts(gpu).startswith("gfx942, ")
     assert devices.built_for().endswith("ROCm 6.4")
 
 
-def test_a_gpu_that_is_too_old_is_told_and_not_tried(monkeypatch, gpu):
+def test_too_old_gpu_is_reported_and_not_used(monkeypatch, gpu):
     monkeypatch.setattr(torch_state, "too_old_for_triton", lambda d: "7.5")
     monkeypatch.setattr(verify, "verify_case", None)
-    ((_, said),) = cli._gpus()
-    assert "compute capability 7.5: too old" in said
+    ((_, text),) = cli._gpus()
+    assert "compute capability 7.5: too old" in text
 
 
 @pytest.mark.parametrize(
@@ -133,17 +133,17 @@ def test_a_gpu_that_is_too_old_is_told_and_not_tried(monkeypatch, gpu):
         ("OutOfResources: shared memory", "swiftkernels verify"),
     ],
 )
-def test_kernels_that_fail_on_a_gpu_are_a_fault_with_a_remedy(monkeypatch, gpu, failure, remedy):
+def test_failing_kernels_are_a_problem_with_a_remedy(monkeypatch, gpu, failure, remedy):
     monkeypatch.setattr(torch_state, "has_triton", lambda: True)
     monkeypatch.setattr(verify, "verify_case", trial_that(failure))
-    ((_, said),) = cli._gpus()
-    assert failure in said
-    (fault,) = cli._gpu_faults()
-    assert fault.startswith(f"backend='triton' fails on cuda:0: {failure}")
-    assert remedy in fault
+    ((_, text),) = cli._gpus()
+    assert failure in text
+    (problem,) = cli._gpu_problems()
+    assert problem.startswith(f"backend='triton' fails on cuda:0: {failure}")
+    assert remedy in problem
 
 
-def test_a_gpu_that_cannot_be_asked_does_not_end_the_doctor(monkeypatch, gpu):
+def test_gpu_without_properties_does_not_stop_doctor(monkeypatch, gpu):
     def broken(device):
         raise RuntimeError("CUDA error: unspecified launch failure\nCompile with ...")
 
@@ -154,47 +154,47 @@ def test_a_gpu_that_cannot_be_asked_does_not_end_the_doctor(monkeypatch, gpu):
 
 
 @no_gpu
-def test_a_driver_whose_gpu_torch_does_not_see_is_a_fault(monkeypatch, tmp_path):
+def test_driver_of_a_gpu_that_torch_does_not_find_is_a_problem(monkeypatch, tmp_path):
     for name in cli.HIDING:
         monkeypatch.delenv(name, raising=False)
     node = tmp_path / "nvidiactl"
     monkeypatch.setattr(cli, "DRIVERS", {str(node): "an NVIDIA"})
-    assert not list(cli._gpu_faults())
+    assert not list(cli._gpu_problems())
     node.touch()
-    (fault,) = cli._gpu_faults()
-    assert "driver of an NVIDIA GPU, which torch does not see" in fault
-    assert "https://pytorch.org/get-started/locally" in fault
+    (problem,) = cli._gpu_problems()
+    assert "driver of an NVIDIA GPU, which torch does not find" in problem
+    assert "https://pytorch.org/get-started/locally" in problem
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
-    assert not list(cli._gpu_faults())
+    assert not list(cli._gpu_problems())
 
 
 @no_gpu
-def test_why_torch_sees_no_gpu_is_told(monkeypatch):
+def test_reason_for_no_gpu_is_reported(monkeypatch):
     for name in cli.HIDING:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
-    ((_, said),) = cli._gpus()
-    assert f"it is built for {devices.built_for()}" in said
+    ((_, text),) = cli._gpus()
+    assert f"it was built for {devices.built_for()}" in text
 
     def no_driver() -> None:
         raise RuntimeError("Found no NVIDIA driver on your system.\nPlease check")
 
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "init", no_driver)
-    ((_, said),) = cli._gpus()
-    assert said.endswith("(Found no NVIDIA driver on your system.)")
+    ((_, text),) = cli._gpus()
+    assert text.endswith("(Found no NVIDIA driver on your system.)")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    ((_, said),) = cli._gpus()
-    assert "CUDA_VISIBLE_DEVICES=7 may hide it" in said
+    ((_, text),) = cli._gpus()
+    assert "CUDA_VISIBLE_DEVICES=7 may hide it" in text
 
 
-def test_a_subcommand_is_asked_for(capsys):
+def test_subcommand_is_required(capsys):
     with pytest.raises(SystemExit) as error:
         cli.main([])
     assert error.value.code == 2
     with pytest.raises(SystemExit) as error:
         cli.main(["--help"])
     assert error.value.code == 0
-    said = capsys.readouterr().out
-    assert all(command in said for command in ("doctor", "verify", "bench"))
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("doctor", "verify", "bench"))

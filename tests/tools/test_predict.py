@@ -19,8 +19,9 @@ from swiftkernels.models import attention_maps, save_checkpoint, token_weights
 from swiftkernels.ops.additive_attention import reference
 from swiftkernels.ops.additive_attention.layer import AttentionForward
 from swiftkernels.ops.additive_attention.weights import Options
+from swiftkernels.testing.cases import POOLINGS
+from swiftkernels.testing.tolerance import assert_exact
 from swiftkernels.tools import cli, predict
-from tests.cases import POOLINGS, assert_exact
 from tests.integrations.test_accelerate import Fork, OnImages, randn
 from tests.models.test_checkpoints import trained
 from tests.models.test_models import images
@@ -30,10 +31,10 @@ ImageFilter = pytest.importorskip("PIL.ImageFilter")
 
 
 def expected_weights(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """[B, N] by the definition, from what goes into every attention."""
+    """[B, N] from the definition, for the input of every attention."""
     found = {}
 
-    def keep(name: str):
+    def record(name: str):
         def hook(layer: AttentionForward, args: tuple[Tensor, ...]) -> None:
             tokens = args[0].flatten(2).transpose(1, 2) if args[0].dim() > 3 else args[0]
             q = layer.to_query(tokens)
@@ -46,13 +47,13 @@ def expected_weights(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     model = copy.deepcopy(model).eval()
     for name, layer in model.named_modules():
         if isinstance(layer, AttentionForward):
-            layer.register_forward_pre_hook(keep(name))
+            layer.register_forward_pre_hook(record(name))
     model(x)
     return found
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_token_weights_are_those_of_the_definition(pooling):
+def test_token_weights_equal_the_definition(pooling):
     model, x = trained(pooling=pooling).double(), images(2, 3, 40, 56).double()
     found = token_weights(model, x)
     assert [a.shape for a in found.values()] == [(2, 10, 14), (2, 5, 7)]
@@ -61,20 +62,20 @@ def test_token_weights_are_those_of_the_definition(pooling):
 
 
 @pytest.mark.parametrize(
-    ("layer", "shape", "places"), [(Fork, (2, 9, 12), (9,)), (OnImages, (2, 12, 3, 4), (3, 4))]
+    ("layer", "shape", "spatial"), [(Fork, (2, 9, 12), (9,)), (OnImages, (2, 12, 3, 4), (3, 4))]
 )
 @pytest.mark.parametrize("norms", [True, False])
-def test_token_weights_of_others_models(layer, shape, places, norms):
+def test_token_weights_of_accelerated_models(layer, shape, spatial, norms):
     model, x = nn.Sequential(layer(norms=norms).double()), randn(*shape).double()
     with pytest.raises(ValueError, match=r"Sequential holds none.*accelerate\(model\) first"):
         token_weights(model, x)
     accelerate(model)
     found = token_weights(model, x)
-    assert found["0"].shape == (2, *places)
+    assert found["0"].shape == (2, *spatial)
     assert_exact({k: a.flatten(1) for k, a in found.items()}, expected_weights(model, x))
 
 
-def test_looking_leaves_the_model_as_it_was():
+def test_token_weights_leave_the_model_unchanged():
     model, x = trained(drop_path_rate=0.3).train(), images(2, 3, 32, 32)
     model.stem.eval()
     modes = [m.training for m in model.modules()]
@@ -95,7 +96,7 @@ def picture(height: int, width: int) -> PIL.Image:
 @pytest.mark.parametrize(
     ("shape", "size", "crop", "resized", "corner"),
     [
-        # As published: the shorter side to 256, the longer rounded down, then the middle.
+        # As published: the shorter side to 256, the longer rounded down, then the centre.
         ((427, 640), (224, 224), 0.875, (256, 383), (16, 80)),
         ((640, 427), (224, 224), 0.875, (383, 256), (80, 16)),
         ((300, 300), (224, 224), 0.95, (235, 235), (6, 6)),
@@ -104,17 +105,17 @@ def picture(height: int, width: int) -> PIL.Image:
         ((427, 640), (64, 320), 1.0, (213, 320), (74, 0)),
     ],
 )
-def test_images_are_cropped_as_in_the_evaluation(shape, size, crop, resized, corner):
+def test_images_are_cropped_as_in_evaluation(shape, size, crop, resized, corner):
     image = picture(*shape).filter(ImageFilter.GaussianBlur(3))
     (height, width), (top, left) = resized, corner
     expected = image.resize((width, height), PIL.Resampling.BICUBIC)
     expected = expected.crop((left, top, left + size[1], top + size[0]))
-    # Pillow rounds between rows and columns, which it does in either order.
+    # Pillow rounds between the passes over rows and columns, whose order differs.
     assert distance(predict.cropped(image, size, crop), expected) <= 2
 
 
 def distance(a: PIL.Image, b: PIL.Image) -> int:
-    """The largest difference of two images of one size."""
+    """The largest difference of the pixels of two images."""
     assert a.size == b.size
     pixels = (torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).int() for i in (a, b))
     return int(torch.sub(*pixels).abs().max())
@@ -122,11 +123,11 @@ def distance(a: PIL.Image, b: PIL.Image) -> int:
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(("length", "other"), [(12000, 1), (30000, 1), (9000, 20), (1, 1)])
-def test_long_images_are_cropped_before_they_are_enlarged(length, other, turned, monkeypatch):
-    resize, seen = PIL.Image.resize, []
+def test_long_images_are_cropped_before_resizing(length, other, turned, monkeypatch):
+    resize, sizes = PIL.Image.resize, []
 
     def watched(image: PIL.Image, *args: object, **options: object) -> PIL.Image:
-        seen.append(image.size)
+        sizes.append(image.size)
         return resize(image, *args, **options)
 
     slope = [200 * i // length for i in range(length)]
@@ -137,11 +138,11 @@ def test_long_images_are_cropped_before_they_are_enlarged(length, other, turned,
     monkeypatch.setattr(PIL.Image, "resize", watched)
     found = predict.cropped(image)
     assert found.size == (224, 224)
-    assert all(width * height <= 224 * 224 for width, height in seen)
+    assert all(width * height <= 224 * 224 for width, height in sizes)
     assert abs(found.getpixel((112, 112))[0] - slope[length // 2]) <= 1
 
 
-def test_pixels_are_normalised_as_imagenets():
+def test_pixels_are_normalised_for_imagenet():
     image = PIL.new("RGB", (5, 3), (0, 255, 51))
     image.putpixel((4, 1), (255, 0, 0))
     pixels = predict.to_tensor(image)
@@ -152,7 +153,7 @@ def test_pixels_are_normalised_as_imagenets():
     assert pixels[0, 1, 4].item() == pytest.approx((1 - 0.485) / 0.229)
 
 
-def test_photographs_are_turned_as_the_camera_says(tmp_path):
+def test_photographs_are_rotated_as_the_camera_recorded(tmp_path):
     image = PIL.new("L", (30, 20))
     exif = PIL.Exif()
     exif[0x0112] = 6  # a quarter turn
@@ -161,8 +162,8 @@ def test_photographs_are_turned_as_the_camera_says(tmp_path):
     assert (turned.mode, turned.size) == ("RGB", (20, 30))
 
 
-def test_images_of_16_bits_are_those_of_8(tmp_path):
-    """Pillow's own conversion would make them white."""
+def test_16_bit_images_are_converted_to_8_bits(tmp_path):
+    """Pillow's own conversion would clip them to white."""
     eight = picture(9, 12).convert("L")
     values = [256 * value + 255 for value in eight.tobytes()]
     wide = PIL.new("I;16", eight.size)
@@ -173,15 +174,15 @@ def test_images_of_16_bits_are_those_of_8(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
-def test_images_of_unknown_range_are_refused(mode, tmp_path):
+def test_images_of_unknown_range_raise(mode, tmp_path):
     PIL.new(mode, (9, 12)).save(tmp_path / "image.tif")
-    with pytest.raises(ValueError, match=f"they are of mode {mode}"):
+    with pytest.raises(ValueError, match=f"it has mode {mode}"):
         predict.load_image(tmp_path / "image.tif")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With two images and a text."""
+    """A folder with two images and a text file."""
     (tmp_path / "images").mkdir()
     for name, shape in (("b.png", (40, 60)), ("a.png", (80, 64))):
         picture(*shape).save(tmp_path / "images" / name)
@@ -199,20 +200,20 @@ def run(*arguments: object) -> int:
     return cli.main(["predict", *map(str, arguments), "--device", "cpu"])
 
 
-def test_the_likeliest_classes_are_told(folder, checkpoint, tmp_path, capsys):
+def test_most_likely_classes_are_printed(folder, checkpoint, tmp_path, capsys):
     names = tmp_path / "names.txt"
     names.write_text("cat\ndog\nhen\ncow\nbee\n")
     given = ("--size", 32, 48, "--crop", 0.9, "--top", 3, "--labels", names)
     assert run(checkpoint, folder, *given) == 0
-    said = capsys.readouterr().out
-    assert "pooling: l2, as the file records" in said
-    assert said.index("a.png") < said.index("b.png")
+    out = capsys.readouterr().out
+    assert "pooling: l2, as recorded in the file" in out
+    assert out.index("a.png") < out.index("b.png")
     model = trained()
     for name in ("a.png", "b.png"):
         image = predict.cropped(predict.load_image(folder / name), (32, 48), 0.9)
         with torch.no_grad():
             shares = model(predict.to_tensor(image)[None])[0].softmax(0)
-        lines = said.split(f"{name}\n")[1].splitlines()[:4]
+        lines = out.split(f"{name}\n")[1].splitlines()[:4]
         order = shares.argsort(descending=True)[:3].tolist()
         assert [line.split() for line in lines[:3]] == [
             [f"{shares[i]:.1%}", ("cat", "dog", "hen", "cow", "bee")[i]] for i in order
@@ -220,19 +221,19 @@ def test_the_likeliest_classes_are_told(folder, checkpoint, tmp_path, capsys):
         assert not lines[3].strip()
 
 
-def test_names_come_from_the_configuration_beside_the_weights(folder, tmp_path, capsys):
+def test_class_names_come_from_config_json(folder, tmp_path, capsys):
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     config = {"model_type": "swiftformer", "id2label": {str(i): f"kind {i}" for i in range(5)}}
     (theirs / "config.json").write_text(json.dumps(config))
     save_checkpoint(trained(pooling="sum"), theirs / "pytorch_model.bin", "transformers")
     assert run(theirs, folder / "a.png", "--size", 32) == 0
-    said = capsys.readouterr().out
-    assert "those of config.json" in said
-    assert sorted(line.split("kind ")[1] for line in said.splitlines() if "kind" in line) == list(
+    out = capsys.readouterr().out
+    assert "Class names: from config.json" in out
+    assert sorted(line.split("kind ")[1] for line in out.splitlines() if "kind" in line) == list(
         "01234"
     )
-    assert "pooling: sum, as transformers" in said
+    assert "pooling: sum, as in transformers" in out
 
 
 def test_pictures_are_drawn(folder, checkpoint, tmp_path, capsys):
@@ -242,10 +243,10 @@ def test_pictures_are_drawn(folder, checkpoint, tmp_path, capsys):
     assert run(checkpoint, folder / "a.png", *given) == 0
     drawn = sorted(path.name for path in out.iterdir())
     assert drawn == ["a_attention.png", "a_features.png"]
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for name in drawn:
-        assert str(out / name) in said
-        # Three pictures beside each other, each of many colours.
+        assert str(out / name) in printed
+        # Three panels, each with many colours.
         with PIL.open(out / name) as image:
             assert image.width > 1.5 * image.height
             for third in range(3):
@@ -254,7 +255,7 @@ def test_pictures_are_drawn(folder, checkpoint, tmp_path, capsys):
                 assert len(part.convert("RGB").getcolors(1 << 24)) > 100
 
 
-def test_weights_lie_over_the_image_in_units_of_equal_ones():
+def test_weights_are_drawn_in_units_of_equal_weights():
     pytest.importorskip("matplotlib")
     image = picture(32, 48)
     equal = torch.full((2, 3), 6**-0.5)
@@ -274,7 +275,7 @@ def test_weights_lie_over_the_image_in_units_of_equal_ones():
         torch.tensor([[0.2, 1.8]]).numpy()
     )
     scale = figure.axes[1].images[1].norm
-    assert (scale.vmin, scale.vmax) == pytest.approx((0.2, 1.8))  # no zero in its middle
+    assert (scale.vmin, scale.vmax) == pytest.approx((0.2, 1.8))  # not centred at zero
     assert "units of 1 / N" in figure.texts[0].get_text()
 
 
@@ -291,36 +292,34 @@ def test_colours_are_principal_components():
     assert predict.principal_colours(torch.ones(2, 3, 4)).shape == (3, 4, 3)
 
 
-def test_an_image_that_cannot_be_read_does_not_stop_the_rest(folder, checkpoint, capsys):
+def test_unreadable_images_are_skipped(folder, checkpoint, capsys):
     broken = folder / "broken.png"
     broken.write_bytes(b"no image")
     assert run(checkpoint, broken, folder / "a.png", "--size", 32) == 1
-    said = capsys.readouterr()
-    assert f"{broken}: cannot be read as an image" in said.err
-    assert "class " in said.out.split("a.png")[1]
+    captured = capsys.readouterr()
+    assert f"{broken}: cannot be read as an image" in captured.err
+    assert "class " in captured.out.split("a.png")[1]
 
 
-def test_images_that_are_too_large_are_one_line_each(folder, checkpoint, monkeypatch, capsys):
+def test_too_large_images_are_reported_in_one_line_each(folder, checkpoint, monkeypatch, capsys):
     given = (checkpoint, folder / "b.png", folder / "a.png", "--size", 32)  # 2400, 5120 pixels
     monkeypatch.setattr(PIL, "MAX_IMAGE_PIXELS", 2500)
     assert run(*given) == 1
-    said = capsys.readouterr()
-    assert said.out.count("class ") == 5
-    (line,) = (line for line in said.err.splitlines() if line)
+    captured = capsys.readouterr()
+    assert captured.out.count("class ") == 5
+    (line,) = (line for line in captured.err.splitlines() if line)
     assert line.startswith(f"{folder / 'a.png'}: cannot be read as an image (Image size (5120 pix")
     monkeypatch.setattr(PIL, "MAX_IMAGE_PIXELS", 4000)
     assert run(*given) == 0
-    said = capsys.readouterr()
-    assert said.out.count("class ") == 10
-    (line,) = said.err.splitlines()
+    captured = capsys.readouterr()
+    assert captured.out.count("class ") == 10
+    (line,) = captured.err.splitlines()
     assert line.startswith(
         f"{folder / 'a.png'}: warning: Image size (5120 pixels) exceeds limit of 4000"
     )
 
 
-def test_images_that_take_more_memory_than_there_is_are_named(
-    folder, checkpoint, monkeypatch, capsys
-):
+def test_images_that_exceed_the_memory_are_reported(folder, checkpoint, monkeypatch, capsys):
     def out_of_memory(path: Path) -> None:
         raise MemoryError
 
@@ -329,7 +328,7 @@ def test_images_that_take_more_memory_than_there_is_are_named(
     assert "a.png: cannot be read as an image (MemoryError)" in capsys.readouterr().err
 
 
-def test_models_of_1000_classes_without_names_get_imagenets(folder, tmp_path, capsys):
+def test_models_of_1000_classes_have_the_names_of_imagenet(folder, tmp_path, capsys):
     model = trained(num_classes=1000)
     with torch.no_grad():
         for head in (model.head, model.head_dist):
@@ -339,19 +338,19 @@ def test_models_of_1000_classes_without_names_get_imagenets(folder, tmp_path, ca
     save_checkpoint(model, tmp_path / "weights.pth")
     given = (tmp_path / "weights.pth", folder, "--size", 32, "--top", 1)
     assert run(*given) == 0
-    said = capsys.readouterr().out
-    assert said.count("The names of the classes are ImageNet's") == 1
-    assert said.count("  thresher\n") == 2
+    out = capsys.readouterr().out
+    assert out.count("Class names: ImageNet") == 1
+    assert out.count("  thresher\n") == 2
     labels = tmp_path / "labels.txt"
     labels.write_text("".join(f"kind {i}\n" for i in range(1000)))
     for option in ("--labels", "--classes"):  # the second is the older name
         assert run(*given, option, labels) == 0
-        said = capsys.readouterr().out
-        assert "ImageNet" not in said
-        assert said.count("  kind 856\n") == 2
+        out = capsys.readouterr().out
+        assert "ImageNet" not in out
+        assert out.count("  kind 856\n") == 2
 
 
-def test_there_is_a_name_for_each_class_of_imagenet():
+def test_imagenet_has_1000_names():
     names = predict.imagenet_names()
     assert len(names) == len(set(names)) == 1000
     assert (names[0], names[134], names[517], names[999]) == (
@@ -367,33 +366,33 @@ def test_there_is_a_name_for_each_class_of_imagenet():
         (("--size", -5), "--size must be a number of pixels, or height and width; got -5"),
         (("--size", 999999999), "--size must be at most 16,777,216 pixels"),
         (("--size", 4096, 4097), "--size must be at most 16,777,216 pixels"),
-        (("--size", 7), "--size must be at least 8, the stride of the model's last stage"),
-        (("--size", 64, 7), "--size must be at least 8, the stride of the model's last stage"),
+        (("--size", 7), "--size must be at least 8, the stride of the last stage of the model"),
+        (("--size", 64, 7), "--size must be at least 8, the stride of the last stage of the model"),
         (("--crop", 0), "--crop must be"),
         (("--crop", "nan"), "--crop must be"),
-        (("--crop", 1e-3), "--crop must be a share of the image's shorter side from 0.1 to 1"),
+        (("--crop", 1e-3), "--crop must be a share of the shorter side, from 0.1 to 1"),
         (("--crop", 1.01), "--crop must be"),
         (("--top", 0), "--top must be at least 1"),
-        (("--top", 2000), "--top must be at most the number of the model's classes, 5; got 2000"),
+        (("--top", 2000), "--top must be at most 5, the number of classes of the model; got 2000"),
         (("--labels", "none.txt"), "--labels must be a file"),
         (("--labels", "."), ". is a folder"),
-        (("--labels", "__file__"), "a line for each of the 5 classes"),
-        (("--attention", "--pooling", "sum"), "every token weighs 1"),
-        (("--source", "official"), "They look like 'timm'"),
+        (("--labels", "__file__"), "one line for each of the 5 classes"),
+        (("--attention", "--pooling", "sum"), "the weight of every token is 1"),
+        (("--source", "official"), "They look like --source timm"),
         (("--ema",), "model_ema"),
     ],
 )
-def test_what_cannot_be_done_is_told(arguments, message, folder, checkpoint, capsys):
+def test_wrong_options_print_one_line(arguments, message, folder, checkpoint, capsys):
     if "--attention" in arguments:
         pytest.importorskip("matplotlib")
     arguments = [__file__ if a == "__file__" else a for a in arguments]
     assert run(checkpoint, folder / "a.png", *arguments) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert len(said.splitlines()) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) == 1
 
 
-def test_errors_name_the_options_of_the_command(folder, tmp_path, capsys):
+def test_errors_name_options_of_the_command(folder, tmp_path, capsys):
     weights = {f"backbone.{name}": t for name, t in trained().state_dict().items()}
     path = tmp_path / "detector.pth"
     given = (path, folder / "a.png", "--size", 32)
@@ -401,50 +400,53 @@ def test_errors_name_the_options_of_the_command(folder, tmp_path, capsys):
         (None, f"checkpoint must be a file, a folder, or a repository .*; {path} does not", ()),
         (
             {"model": weights, "model_ema": {}},
-            "Of a larger model, name the part, as --prefix back",
+            "If they are part of a larger model, pass the start of their names, as --prefix back",
             (),
         ),
-        (weights, "else the source, as --source official", ()),
-        (weights, "it holds weights alone. Without --ema it", ("--ema",)),
-        ({"model_ema": weights}, r"'model_ema': --ema takes it\.", ()),
+        (weights, "To list unknown names, pass --source official", ()),
+        (weights, "it holds only weights. Leave out --ema to", ("--ema",)),
+        ({"model_ema": weights}, r"'model_ema': pass --ema to load it\.", ()),
         (weights, "prefix must be the start of names", ("--prefix", "neck.")),
     ):
         if content is not None:
             torch.save(content, path)
         assert run(*given, *more) == 2
-        said = capsys.readouterr().err
-        assert re.search(message, said), said
-        assert "=" not in said
-        assert "where" not in said
+        err = capsys.readouterr().err
+        assert re.search(message, err), err
+        assert "=" not in err
+        assert "where" not in err
     assert run(*given, "--prefix", "backbone.") == 0
     assert "class " in capsys.readouterr().out
 
 
-def test_models_and_folders_that_do_not_do(folder, checkpoint, tmp_path, capsys):
+def test_unsuitable_models_and_folders_raise(folder, checkpoint, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
     assert run(checkpoint, empty) == 2
     assert "has none" in capsys.readouterr().err
-    for options, message in (({"in_chans": 1}, "1 channels"), ({"num_classes": 0}, "no heads")):
+    for options, message in (
+        ({"in_chans": 1}, "1 channels"),
+        ({"num_classes": 0}, "must have heads"),
+    ):
         save_checkpoint(trained(**options), tmp_path / "other.pth")
         assert run(tmp_path / "other.pth", folder) == 2
         assert message in capsys.readouterr().err
     picture(9, 9).save(empty / "a.jpg")
     pytest.importorskip("matplotlib")
     assert run(checkpoint, folder, empty, "--features") == 2
-    assert "would go into one file" in capsys.readouterr().err
+    assert "written to the same file" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_made_is_told(folder, checkpoint, capsys):
+def test_folder_that_cannot_be_created_raises(folder, checkpoint, capsys):
     pytest.importorskip("matplotlib")
     assert run(checkpoint, folder / "a.png", "--features", "--out", folder / "a.png") == 2
     assert "a.png" in capsys.readouterr().err
 
 
-def test_a_missing_package_is_told_with_its_extra(folder, checkpoint, monkeypatch, capsys):
+def test_missing_packages_are_reported_with_their_extra(folder, checkpoint, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run(checkpoint, folder, "--features") == 2
-    assert "pip install 'swiftkernels[predict]'" in capsys.readouterr().err
+    assert "pip install '.[predict]'" in capsys.readouterr().err
 
 
 def test_examples_run():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import combinations, product
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from swiftkernels.backends import devices
 from swiftkernels.backends.cpu import library
 from swiftkernels.ops.additive_attention import eager
-from swiftkernels.ops.additive_attention.cpu import config, launch
+from swiftkernels.ops.additive_attention.cpu import config
+from swiftkernels.ops.additive_attention.cpu.plan import PackedPlan
 from swiftkernels.tools import cli, verify
 from tests.builds import ROOT, run
 
@@ -24,7 +26,7 @@ needs_kernels = pytest.mark.skipif(library.loaded() is None, reason="needs the C
 
 @pytest.fixture
 def few_cases(monkeypatch):
-    """And one thread: small work is faster so, beside other processes."""
+    """Few cases, and one thread, which is faster for small work next to other processes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(verify, "CASES", SMALL)
@@ -110,10 +112,8 @@ def slightly_wrong(outputs: tuple[Tensor, ...], factor: float = 1.0001) -> tuple
 
 
 def test_a_wrong_output_is_seen(few_cases, monkeypatch, capsys):
-    forward = eager.additive_self_attention_forward
-    monkeypatch.setattr(
-        eager, "additive_self_attention_forward", lambda *args: slightly_wrong(forward(*args))
-    )
+    forward = eager.forward
+    monkeypatch.setattr(eager, "forward", lambda *args: slightly_wrong(forward(*args)))
     assert verify.run("cpu", "aten", quick=True) == 1
     said = capsys.readouterr().out
     assert "FAIL" in said
@@ -122,39 +122,39 @@ def test_a_wrong_output_is_seen(few_cases, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("which", "name"), [(0, "x"), (5, "w_g"), (8, "final.weight")])
 def test_a_wrong_gradient_is_seen(few_cases, monkeypatch, capsys, which, name):
-    backward = eager.additive_self_attention_backward
+    backward = eager.backward
 
     def broken(*args: object) -> list[Tensor | None]:
         grads = backward(*args)
         grads[which] = grads[which] * 1.0001
         return grads
 
-    monkeypatch.setattr(eager, "additive_self_attention_backward", broken)
+    monkeypatch.setattr(eager, "backward", broken)
     assert verify.run("cpu", "aten") == 1
     assert f"gradient of {name}: error" in capsys.readouterr().out
 
 
 @needs_kernels
 def test_one_wrong_number_of_a_compiled_kernel_is_seen(few_cases, monkeypatch, capsys):
-    call = launch.call_forward
+    call = PackedPlan.__call__
 
-    def broken(*args: object) -> bool:
-        done = call(*args)
-        out = next(a for a in reversed(args) if isinstance(a, Tensor))
-        out.view(-1)[-1:] += 0.1 if out.is_contiguous() else 0
-        return done
+    def broken(*args: Any) -> Tensor | None:
+        out = call(*args)
+        if out is not None and out.is_contiguous():
+            out.view(-1)[-1:] += 0.1
+        return out
 
-    monkeypatch.setattr(launch, "call_forward", broken)
+    monkeypatch.setattr(PackedPlan, "__call__", broken)
     assert verify.run("cpu", "cpu") == 1
     assert "output" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_results_that_are_not_finite_are_wrong(monkeypatch, value):
-    forward = eager.additive_self_attention_forward
+    forward = eager.forward
     monkeypatch.setattr(
         eager,
-        "additive_self_attention_forward",
+        "forward",
         lambda *args: slightly_wrong(forward(*args), value),
     )
     result = verify.verify_case(SMALL[0], "aten", torch.float32, CPU)
@@ -166,14 +166,14 @@ def test_a_kernel_that_raises_has_failed_and_the_others_go_on(few_cases, monkeyp
     def broken(*args: object) -> None:
         raise RuntimeError("no such instruction\nand more")
 
-    monkeypatch.setattr(eager, "additive_self_attention_backward", broken)
+    monkeypatch.setattr(eager, "backward", broken)
     assert verify.run("cpu", "aten") == 1
     said = capsys.readouterr().out
     assert "RuntimeError: no such instruction\nand more" in said
     assert f"FAIL: {3 * len(SMALL)} of {3 * len(SMALL)}" in said
 
 
-def test_what_cannot_run_is_told(capsys, monkeypatch):
+def test_what_cannot_run_is_reported(capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert cli.main(["verify", "--device", "cpu", "--backend", "triton"]) == 2
     said = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The recipe: loss, clipping, schedule, order of the images, and runs that are killed and go on."""
+"""The recipe: loss, clipping, schedule, order of the images, interrupted and resumed runs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from torch import nn
 pytest.importorskip("matplotlib")
 
 from benchmarks import training_memory
-from swiftkernels import models
 from swiftkernels.models import SwiftFormer, convert_state_dict
+from swiftkernels.models.swiftformer import FAMILY
 from swiftkernels.ops.additive_attention.layer import AttentionForward
 from swiftkernels.training import (
     DistillationLoss,
@@ -38,7 +38,7 @@ from swiftkernels.training import (
     recipe,
     trainer,
 )
-from swiftkernels.training.data import SeededDataset, ShuffledPlaces
+from swiftkernels.training.data import SeededDataset, ShuffledDraws
 from swiftkernels.training.optimizer import clipped_parameters, learning_rate
 from tests import training_cases
 from tests.builds import ROOT
@@ -46,7 +46,7 @@ from tests.vision import import_torchvision
 
 
 class Fixed(nn.Module):
-    """A teacher of given logits."""
+    """A teacher with constant logits."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()
@@ -62,15 +62,15 @@ def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
 
 
-def test_hard_distillation_is_its_formula():
+def test_hard_distillation_equals_its_formula():
     head, head_dist, target = (t.requires_grad_() for t in tensors((4, 5), (4, 5), (4, 5)))
     labels = torch.tensor([0, 3, 4, 1])
     loss = DistillationLoss(nn.CrossEntropyLoss(), Fixed(target), "hard", alpha=0.3)
     found = loss.train()(torch.empty(4, 3, 8, 8), (head, head_dist), labels)
     p, q = head.softmax(1), head_dist.softmax(1)
     own = sum(-p[i, labels[i]].log().item() for i in range(4)) / 4
-    taught = sum(-q[i, target[i].argmax()].log().item() for i in range(4)) / 4
-    assert found.item() == pytest.approx(0.7 * own + 0.3 * taught, rel=1e-12)
+    distilled = sum(-q[i, target[i].argmax()].log().item() for i in range(4)) / 4
+    assert found.item() == pytest.approx(0.7 * own + 0.3 * distilled, rel=1e-12)
     found.backward()
     assert head.grad is not None
     assert head_dist.grad is not None
@@ -78,9 +78,9 @@ def test_hard_distillation_is_its_formula():
 
 
 @pytest.mark.parametrize("tau", [1.0, 3.0])
-def test_soft_distillation_is_its_formula(tau):
+def test_soft_distillation_equals_its_formula(tau):
     head, head_dist, target = tensors((4, 5), (4, 5), (4, 5))
-    labels = torch.eye(5, dtype=torch.float64)[:4] * 0.6 + 0.08  # as of mixed images
+    labels = torch.eye(5, dtype=torch.float64)[:4] * 0.6 + 0.08  # as for mixed images
     loss = DistillationLoss(nn.CrossEntropyLoss(), Fixed(target), "soft", alpha=0.4, tau=tau)
     found = loss(torch.empty(4, 3, 8, 8), (head, head_dist), labels)
     t, s = (target / tau).softmax(1), (head_dist / tau).softmax(1)
@@ -89,7 +89,7 @@ def test_soft_distillation_is_its_formula(tau):
     assert found.item() == pytest.approx((0.6 * own + 0.4 * tau**2 * divergence).item(), rel=1e-12)
 
 
-def test_without_a_teacher_the_base_loss_is_left():
+def test_without_a_teacher_the_loss_is_the_base_loss():
     head, other = tensors((4, 5), (4, 5))
     labels = torch.tensor([0, 1, 2, 3])
     loss = DistillationLoss(nn.CrossEntropyLoss(), kind="none")
@@ -98,14 +98,14 @@ def test_without_a_teacher_the_base_loss_is_left():
     assert loss(images, head, labels) == F.cross_entropy(head, labels)
 
 
-def test_distillation_names_what_does_not_fit():
+def test_wrong_arguments_of_distillation_raise():
     base, teacher = nn.CrossEntropyLoss(), Fixed(torch.zeros(2, 7))
     images, logits, labels = torch.empty(2, 3, 8, 8), torch.zeros(2, 5), torch.tensor([0, 1])
     for options, message in (
         ({"kind": "warm"}, "kind must be one of"),
         ({"kind": "hard"}, "teacher must be given"),
         ({"teacher": teacher, "kind": "none"}, "teacher must be given"),
-        ({"teacher": teacher, "alpha": 2.0}, "alpha must be a share"),
+        ({"teacher": teacher, "alpha": 2.0}, "alpha must be from 0 to 1"),
         ({"teacher": teacher, "tau": 0.0}, "tau must be positive"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -116,13 +116,13 @@ def test_distillation_names_what_does_not_fit():
         DistillationLoss(base, teacher)(images, (logits, logits), labels)
 
 
-def test_gradients_are_clipped_to_the_weights_of_their_unit():
+def test_gradients_are_clipped_unit_by_unit():
     weight = nn.Parameter(torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]]))
     weight.grad = torch.tensor([[0.03, 0.04], [0.3, 0.4], [1.0, 0.0]])
     bias = nn.Parameter(torch.tensor([0.6, 0.8]))
     bias.grad = torch.tensor([0.0, 2.0])
     clip_adaptively_([weight, bias, nn.Parameter(torch.ones(3))], factor=0.01)
-    # Norms 5, 0.5 and, in place of 0, 1e-3: gradients of at most 0.05, 0.005 and 1e-5.
+    # Norms of 5, 0.5 and min_norm = 1e-3 allow gradients of norm 0.05, 0.005 and 1e-5.
     expected = torch.tensor([[0.03, 0.04], [0.003, 0.004], [1e-5, 0.0]])
     torch.testing.assert_close(weight.grad, expected)
     torch.testing.assert_close(bias.grad, torch.tensor([0.0, 0.01]))
@@ -140,16 +140,16 @@ def test_biases_and_norms_do_not_decay_and_classifiers_are_not_clipped():
     decayed, kept = parameter_groups(model, 0.025)
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.025, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
-    spared = {names[id(p)] for p in kept["params"]}
-    assert spared == {
+    kept_names = {names[id(p)] for p in kept["params"]}
+    assert kept_names == {
         n for n in names.values() if n.endswith("bias") or ".norm" in n or n.startswith("norm")
     } | {"stem.1.weight", "stem.4.weight"}
-    assert len(decayed["params"]) + len(spared) == len(names)
-    free = set(names.values()) - {names[id(p)] for p in clipped_parameters(model)}
-    assert free == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+    assert len(decayed["params"]) + len(kept_names) == len(names)
+    not_clipped = set(names.values()) - {names[id(p)] for p in clipped_parameters(model)}
+    assert not_clipped == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
 
 
-def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
+def test_learning_rate_has_a_linear_warmup_and_a_cosine():
     rates = [learning_rate(s, 110, 10, 1.0, 0.1, 0.2) for s in range(111)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[5] == pytest.approx(0.55)
@@ -160,22 +160,22 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
 
 
 def test_processes_share_the_images_of_an_epoch():
-    shares = [list(ShuffledPlaces(range(11), 3, rank=r, processes=2)) for r in range(2)]
+    shares = [list(ShuffledDraws(range(11), 3, rank=r, processes=2)) for r in range(2)]
     assert [len(share) for share in shares] == [5, 5]
-    both = {place.image for share in shares for place in share}
+    both = {draw.image for share in shares for draw in share}
     assert len(both) == 10
 
 
-def test_the_order_changes_with_the_epoch_and_goes_on_in_the_middle():
-    places = ShuffledPlaces(range(20), seed=3)
-    first = list(places)
-    places.start = 7
-    assert list(places) == first[7:]
-    assert len(places) == 13
-    places.start, places.epoch = 0, 1
-    second = [place.image for place in places]
+def test_order_changes_with_the_epoch_and_can_start_in_the_middle():
+    draws = ShuffledDraws(range(20), seed=3)
+    first = list(draws)
+    draws.start = 7
+    assert list(draws) == first[7:]
+    assert len(draws) == 13
+    draws.start, draws.epoch = 0, 1
+    second = [draw.image for draw in draws]
     assert sorted(second) == list(range(20))
-    assert second != [place.image for place in first]
+    assert second != [draw.image for draw in first]
 
 
 def test_repeated_images_go_to_different_processes_with_other_augmentation():
@@ -183,70 +183,70 @@ def test_repeated_images_go_to_different_processes_with_other_augmentation():
         def __getitem__(self, index: int) -> tuple[int, float]:
             return index, torch.rand(()).item()
 
-    shares = [list(ShuffledPlaces(range(12), 0, 3, rank, 3)) for rank in range(3)]
+    shares = [list(ShuffledDraws(range(12), 0, 3, rank, 3)) for rank in range(3)]
     assert [p.image for p in shares[0]] == [p.image for p in shares[1]]
     assert len({p.image for p in shares[0]}) == 4
     dataset = SeededDataset(Noise(), seed=0)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    draws = [dataset[share[0]] for share in shares]
+    samples = [dataset[share[0]] for share in shares]
     assert torch.equal(torch.get_rng_state(), before)
-    assert len({draw[1] for draw in draws}) == 3
-    assert dataset[shares[0][0]] == draws[0]
-    assert SeededDataset(Noise(), seed=1)[shares[0][0]] != draws[0]
+    assert len({sample[1] for sample in samples}) == 3
+    assert dataset[shares[0][0]] == samples[0]
+    assert SeededDataset(Noise(), seed=1)[shares[0][0]] != samples[0]
 
 
 def test_loading_processes_do_not_change_the_images():
     garments = SeededDataset(training_cases.Garments(28, 2, True), seed=0)
-    places = ShuffledPlaces(range(20), seed=0)
+    draws = ShuffledDraws(range(20), seed=0)
     found = []
     for workers in (0, 2):
         loader = torch.utils.data.DataLoader(
-            garments, batch_size=10, sampler=places, num_workers=workers
+            garments, batch_size=10, sampler=draws, num_workers=workers
         )
         found.append(torch.cat([images for images, _ in loader]))
     assert torch.equal(*found)
 
 
-def killed(name: str, out: Path, dies_after: int) -> None:
-    command = [sys.executable, "-m", "tests.training_cases", name, str(out), str(dies_after)]
+def run_until_killed(name: str, out: Path, kill_after: int) -> None:
+    command = [sys.executable, "-m", "tests.training_cases", name, str(out), str(kill_after)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-def assert_killed_and_resumed_is_the_same(name: str, folder: Path, dies_after: int) -> Any:
-    rows = training_cases.run(name, folder / "whole")
-    killed(name, folder / "killed", dies_after)
+def assert_resumed_run_is_the_same(name: str, folder: Path, kill_after: int) -> Any:
+    rows = training_cases.run(name, folder / "complete")
+    run_until_killed(name, folder / "killed", kill_after)
     stopped = torch.load(folder / "killed" / "last.pth", weights_only=True)
-    whole = torch.load(folder / "whole" / "last.pth", weights_only=True)
-    assert 0 < stopped["step"] < whole["step"]
+    complete = torch.load(folder / "complete" / "last.pth", weights_only=True)
+    assert 0 < stopped["step"] < complete["step"]
     training_cases.run(name, folder / "killed", resume=True)
     resumed = torch.load(folder / "killed" / "last.pth", weights_only=True)
-    for state in (whole, resumed):
+    for state in (complete, resumed):
         del state["args"], state["pooling"]
-    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
-    tables = [(folder / run / "metrics.csv").read_bytes() for run in ("whole", "killed")]
+    torch.testing.assert_close(resumed, complete, rtol=0, atol=0)
+    tables = [(folder / run / "metrics.csv").read_bytes() for run in ("complete", "killed")]
     assert tables[0] == tables[1]
     return rows, stopped
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
-    # Three steps of 32 images in an epoch: it dies in the second step of the second one.
-    _, stopped = assert_killed_and_resumed_is_the_same("small", tmp_path, 3 * 32 + 40)
+def test_resumed_run_is_the_same_bit_for_bit(tmp_path):
+    # An epoch has three steps of 32 images: the run is killed in the second step of the second.
+    _, stopped = assert_resumed_run_is_the_same("small", tmp_path, 3 * 32 + 40)
     assert stopped["step"] == 4
     assert stopped["model_ema"].keys() == stopped["model"].keys()
 
 
 @pytest.mark.slow
-def test_xs_learns_and_goes_on_to_the_same_bits_when_killed(tmp_path):
-    # Ten steps in an epoch; checkpoints after every second one.
-    rows, stopped = assert_killed_and_resumed_is_the_same("xs", tmp_path, (10 + 5) * 32 + 40)
+def test_xs_learns_and_its_resumed_run_is_the_same_bit_for_bit(tmp_path):
+    # An epoch has ten steps; there is a checkpoint after every second step.
+    rows, stopped = assert_resumed_run_is_the_same("xs", tmp_path, (10 + 5) * 32 + 40)
     assert stopped["step"] == 16
     assert rows[-1]["train_loss"] < 0.85 * rows[0]["train_loss"]
 
 
-def test_the_loss_falls_and_is_written_and_drawn(tmp_path):
+def test_loss_falls_and_is_written_and_plotted(tmp_path):
     rows = training_cases.run(
         "small", tmp_path, epochs=6, accumulate=1, repeats=1, lr=1e-2, clip=0.05
     )
@@ -266,13 +266,13 @@ def test_the_loss_falls_and_is_written_and_drawn(tmp_path):
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_a_second_training_into_a_folder_is_refused_and_nothing_is_lost(tmp_path):
+def test_second_training_into_a_folder_raises_and_changes_nothing(tmp_path):
     training_cases.run("small", tmp_path, epochs=1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     holder = f"process {os.getpid()} on {socket.gethostname()}, since 20"
     with lock.locked(tmp_path):
         for resume in (False, True):
-            with pytest.raises(ValueError, match=f"{tmp_path} is held by {holder}.* UTC"):
+            with pytest.raises(ValueError, match=f"{tmp_path} is locked by {holder}.* UTC"):
                 training_cases.run("small", tmp_path, epochs=1, resume=resume)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert before.keys() == after.keys()
@@ -285,7 +285,7 @@ import os, sys
 from pathlib import Path
 from swiftkernels.training import lock
 with lock.locked(Path(sys.argv[1])):
-    if os.fork() == 0:  # a loading process, which outlives the training
+    if os.fork() == 0:  # a loading process that runs longer than the training
         os.close(1)
         sys.stdin.read()
         os._exit(0)
@@ -294,14 +294,14 @@ with lock.locked(Path(sys.argv[1])):
 """
 
 
-def test_a_killed_training_holds_its_folder_no_longer_than_it_lives(tmp_path):
+def test_killed_training_releases_its_lock(tmp_path):
     pytest.importorskip("fcntl")
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
     ) as process:
         process.stdout.readline()
-        with pytest.raises(ValueError, match=f"held by process {process.pid} on"):
+        with pytest.raises(ValueError, match=f"locked by process {process.pid} on"):
             lock.locked(tmp_path).__enter__()
         process.kill()
         process.wait()
@@ -309,7 +309,7 @@ def test_a_killed_training_holds_its_folder_no_longer_than_it_lives(tmp_path):
             assert f"process {os.getpid()} on" in (tmp_path / lock.NAME).read_text()
 
 
-def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
+def test_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
     fcntl = pytest.importorskip("fcntl")
 
     def unable(file: Any, how: int) -> None:
@@ -320,10 +320,10 @@ def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
     left.touch()
     training_cases.run("small", tmp_path, epochs=1)
     assert left.exists()  # another training may be writing it
-    assert "cannot be locked here (No locks available)" in capsys.readouterr().err
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err
 
 
-def test_what_a_killed_training_left_is_removed(tmp_path):
+def test_temporary_files_of_a_killed_training_are_removed(tmp_path):
     training_cases.run("small", tmp_path, epochs=1)
     left = tmp_path / ".last.pth.123-0123abcd.tmp"
     left.touch()
@@ -331,25 +331,25 @@ def test_what_a_killed_training_left_is_removed(tmp_path):
     assert not left.exists()
 
 
-def test_a_full_disk_ends_the_command_with_one_line(tmp_path, monkeypatch, capsys, request):
+def test_full_disk_ends_the_command_with_one_line(tmp_path, monkeypatch, capsys, request):
     from swiftkernels.training import __main__ as command
 
     training_cases.run("small", tmp_path, epochs=1)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
     request.getfixturevalue("full_disk")
-    monkeypatch.setattr(trainer, "FREE", (*trainer.FREE, "epochs"))
+    monkeypatch.setattr(trainer, "CHANGEABLE", (*trainer.CHANGEABLE, "epochs"))
     monkeypatch.setattr(
         command, "train", lambda recipe: training_cases.run("small", recipe.out, resume=True)
     )
     assert command.main(["--out", str(tmp_path)]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert said[-1] == f"error: [Errno 28] No space left on device: '{tmp_path / 'last.pth'}'"
-    assert not any("Traceback" in line for line in said)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == f"error: [Errno 28] No space left on device: '{tmp_path / 'last.pth'}'"
+    assert not any("Traceback" in line for line in lines)
     assert not list(tmp_path.glob(".*"))
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")} == before
 
 
-def test_scores_are_those_of_the_predictions():
+def test_scores_equal_those_of_the_predictions():
     logits = torch.tensor([[9.0, 8, 7, 6, 5, 4], [0, 1, 2, 3, 4, 5]])
 
     class Table(nn.Linear):
@@ -365,45 +365,45 @@ def test_scores_are_those_of_the_predictions():
     assert model.training
 
 
-def test_a_folder_with_a_checkpoint_is_not_overwritten_and_options_must_be_the_same(tmp_path):
+def test_existing_checkpoints_and_other_options_raise(tmp_path):
     training_cases.run("small", tmp_path, epochs=1)
-    with pytest.raises(ValueError, match=r"last\.pth is there\. Pass resume"):
+    with pytest.raises(ValueError, match=r"last\.pth exists\. Pass resume"):
         training_cases.run("small", tmp_path, epochs=1)
-    with pytest.raises(ValueError, match=r"lr=0\.005, not 0\.001"):
+    with pytest.raises(ValueError, match=r"lr=0\.005, got 0\.001"):
         training_cases.run("small", tmp_path, epochs=1, lr=1e-3, resume=True)
     again = training_cases.run("small", tmp_path, epochs=1, resume=True, save_every=7)
     assert [row["step"] for row in again] == [3]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path):
+def test_infinite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path):
     with pytest.raises(FloatingPointError, match="lower lr"):
         training_cases.run("small", tmp_path, lr=1e30, clip=0.0, save_every=1)
     state = torch.load(tmp_path / "last.pth", weights_only=True)
     assert math.isfinite(state["loss"])
 
 
-def test_too_few_images_for_a_step_are_named(tmp_path):
-    with pytest.raises(ValueError, match="400 images of each process for one, of 100 for 1"):
+def test_too_few_images_for_a_step_raise(tmp_path):
+    with pytest.raises(ValueError, match="400 images per process and step, with 100 images for 1"):
         training_cases.run("small", tmp_path, batch_size=200)
 
 
 @pytest.mark.parametrize("options", [{"bfloat16": True}, {"channels_last": True}, {"ema": 0.0}])
-def test_other_types_and_layouts_train(tmp_path, options):
+def test_other_dtypes_and_layouts_train(tmp_path, options):
     rows = training_cases.run("small", tmp_path, epochs=1, **options)
     assert math.isfinite(rows[-1]["val_loss"])
     assert ("ema_top1" in rows[-1]) == ("ema" not in options)
 
 
-def test_blocks_computed_again_count_once_in_the_statistics():
+def test_recomputed_blocks_update_running_statistics_once():
     states = []
-    for again in (False, True):
+    for enable in (False, True):
         torch.manual_seed(0)
         model = tiny(num_classes=5, distillation=False, drop_path_rate=0.3)
-        model.grad_checkpointing = again
+        model.grad_checkpointing = enable
         x = torch.randn(4, 3, 32, 32)
         loss = model(x).square().sum()
         loss.backward(retain_graph=True)
-        loss.backward()  # computes all once more
+        loss.backward()  # recomputes all blocks again
         grads = {name: p.grad for name, p in model.named_parameters()}
         states.append((grads, model.state_dict(), model(x)))
     torch.testing.assert_close(*states, rtol=0, atol=0)
@@ -411,23 +411,23 @@ def test_blocks_computed_again_count_once_in_the_statistics():
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    """torchrun with gloo: half of the images each, one set of weights; killed, they go on."""
+    """torchrun with gloo: each process gets half of the images; also killed and resumed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
                "-m", "tests.training_cases", "small"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for out, dies_after, status in (("whole", -1, 0), ("killed", 30, 1), ("killed", -1, 0)):
+    for out, kill_after, status in (("complete", -1, 0), ("killed", 30, 1), ("killed", -1, 0)):
         done = subprocess.run(
-            [*command, str(tmp_path / out), str(dies_after)],
+            [*command, str(tmp_path / out), str(kill_after)],
             env=environment, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == status, done.stderr
-    whole, resumed = (
-        torch.load(tmp_path / out / "last.pth", weights_only=True) for out in ("whole", "killed")
+    complete, resumed = (
+        torch.load(tmp_path / out / "last.pth", weights_only=True) for out in ("complete", "killed")
     )
-    assert whole["args"]["processes"] == 2
-    for state in (whole, resumed):
+    assert complete["args"]["processes"] == 2
+    for state in (complete, resumed):
         del state["args"], state["pooling"]
-    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+    torch.testing.assert_close(resumed, complete, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -442,7 +442,7 @@ def test_two_processes_train_as_one(tmp_path):
         ({"epochs": 5}, "warmup_epochs must be less than epochs=5"),
     ],
 )
-def test_bad_options_are_named(options, message):
+def test_wrong_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**options)
 
@@ -451,7 +451,7 @@ def tiny(**options: Any) -> SwiftFormer:
     return SwiftFormer((8, 16), (1, 2), **options)
 
 
-def test_small_models_get_the_lighter_augmentation_that_was_published():
+def test_defaults_are_the_published_options_of_the_model():
     from swiftkernels.training import __main__ as training_command
 
     xs, checkpoint, _ = training_command.parse([])
@@ -463,10 +463,14 @@ def test_small_models_get_the_lighter_augmentation_that_was_published():
     assert (s.rand_augment, s.mixup, s.cutmix) == (True, 0.2, 0.0)
     l1, *_ = training_command.parse(["--model", "swiftformer_l1", "--data", "x", "--resume"])
     assert (l1.mixup, l1.cutmix, l1.data, l1.resume) == (0.8, 1.0, Path("x"), True)
+    soft, *_ = training_command.parse(["--pooling", "softmax", "--distillation", "soft"])
+    assert (soft.pooling, soft.distillation) == ("softmax", "soft")
+    with pytest.raises(SystemExit):
+        training_command.parse(["--pooling", "max"])
 
 
 def test_training_starts_from_the_weights_of_a_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(models, "swiftformer_xs", tiny)
+    monkeypatch.setitem(FAMILY.constructors, "swiftformer_xs", tiny)
     official = {"model": convert_state_dict(tiny(num_classes=5).state_dict(), "timm", "official")}
     torch.save(official, tmp_path / "official.pth")
     options = Recipe(weights=tmp_path / "official.pth", fresh_heads=True)
@@ -478,11 +482,11 @@ def test_training_starts_from_the_weights_of_a_file(tmp_path, monkeypatch, capsy
         trainer.build(replace(options, fresh_heads=False), 7)
     capsys.readouterr()
     assert {a.pooling for a in attentions(trainer.build(options, 7))} == {"l2"}
-    assert "pooling: l2, as the official code" in capsys.readouterr().out
+    assert "pooling: l2, as in the official code" in capsys.readouterr().out
     assert {a.pooling for a in attentions(trainer.build(replace(options, pooling="sum"), 7))} == {
         "sum"
     }
-    assert "pooling: sum, as asked for" in capsys.readouterr().out
+    assert "pooling: sum, as requested" in capsys.readouterr().out
 
 
 def attentions(model: nn.Module) -> list[AttentionForward]:
@@ -504,12 +508,12 @@ def write_images(folder: Path, per_class: int) -> None:
                 image.save(folder / part / name / f"{i}.png")
 
 
-def test_the_command_trains_on_folders_of_images(tmp_path, capsys, monkeypatch):
-    """Everything on: RandAugment, mixup, CutMix, erasing, a teacher, a loading process."""
+def test_command_trains_on_folders_of_images(tmp_path, capsys, monkeypatch):
+    """With RandAugment, mixup, CutMix, erasing, a teacher and a loading process."""
     torchvision = import_torchvision()
     from swiftkernels.training import __main__ as training_command
 
-    monkeypatch.setattr(models, "swiftformer_xs", tiny)
+    monkeypatch.setitem(FAMILY.constructors, "swiftformer_xs", tiny)
     write_images(tmp_path / "images", 8)
     teacher = torchvision.models.get_model("squeezenet1_1", num_classes=3)
     torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
@@ -527,14 +531,14 @@ def test_the_command_trains_on_folders_of_images(tmp_path, capsys, monkeypatch):
     assert training_command.main(arguments) == 2
     assert "Pass resume" in capsys.readouterr().err
     assert training_command.main([*arguments, "--resume"]) == 0
-    assert "of the averaged weights" in capsys.readouterr().out
+    assert "averaged weights: " in capsys.readouterr().out
     file = tmp_path / "out" / "last.pth"
-    (tmp_path / "images" / "train").rename(tmp_path / "elsewhere")  # evaluation needs val/ alone
+    (tmp_path / "images" / "train").rename(tmp_path / "elsewhere")  # evaluation needs only val/
     for ema, column in (([], "val_loss"), (["--ema-weights"], "ema_val_loss")):
         assert training_command.main([*arguments, "--evaluate", str(file), *ema]) == 0
-        said = capsys.readouterr().out
-        assert f"loss {state['rows'][-1][column]:.4f}" in said
-        assert "pooling: l2, as the file records" in said
+        out = capsys.readouterr().out
+        assert f"loss {state['rows'][-1][column]:.4f}" in out
+        assert "pooling: l2, as recorded in the file" in out
     (tmp_path / "elsewhere").rename(tmp_path / "images" / "train")
     file.write_bytes(file.read_bytes()[:1000])
     assert training_command.main([*arguments, "--resume"]) == 2
@@ -543,15 +547,15 @@ def test_the_command_trains_on_folders_of_images(tmp_path, capsys, monkeypatch):
     assert str(file) in capsys.readouterr().err
 
 
-def test_folders_that_do_not_fit_are_named(tmp_path):
+def test_wrong_folders_raise(tmp_path):
     import_torchvision()
     from swiftkernels.training.data import image_folders
 
     write_images(tmp_path, 1)
-    with pytest.raises(ValueError, match=r"has no train/\. Images belong in train/CLASS/"):
+    with pytest.raises(ValueError, match=r"has no train/\. Put the images into train/CLASS/"):
         image_folders(Recipe(data=tmp_path / "train"))
     (tmp_path / "val" / "red").rename(tmp_path / "val" / "rouge")
-    with pytest.raises(ValueError, match="got red, rouge in one of them alone"):
+    with pytest.raises(ValueError, match="got red, rouge in only one of them"):
         image_folders(Recipe(data=tmp_path))
     with pytest.raises(ValueError, match="data must be a folder"):
         image_folders(Recipe())
@@ -561,23 +565,23 @@ def test_folders_that_do_not_fit_are_named(tmp_path):
         image_folders(Recipe(data=tmp_path))
 
 
-def test_a_torchvision_of_another_torch_is_named(monkeypatch):
+def test_torchvision_for_another_torch_raises(monkeypatch):
     def broken(*_: str) -> None:
         raise RuntimeError("operator torchvision::nms does not exist")
 
     monkeypatch.setattr(data, "need", broken)
-    with pytest.raises(ImportError, match=r"does not fit torch .* \(operator torchvision::nms"):
+    with pytest.raises(ImportError, match=r"not built for torch .* \(operator torchvision::nms"):
         data.image_folders(Recipe(data=Path()))
 
 
-def test_teachers_that_do_not_fit_are_named():
+def test_wrong_teachers_raise():
     import_torchvision()
     from swiftkernels.training.data import teacher_of
 
     options = {"distillation": "hard", "teacher": "squeezenet1_1"}
     assert teacher_of(Recipe(), 3) is None
     for changes, message in (
-        ({}, "must know the 3 classes of the data; squeezenet1_1 .* knows 1000"),
+        ({}, "must have the 3 classes of the data; squeezenet1_1 .* has 1000"),
         ({"teacher": "nobody"}, "teacher must be one of"),
         ({"teacher_weights": "missing.pth"}, "teacher_weights must be one of .*'IMAGENET1K_V1'"),
     ):
@@ -585,7 +589,7 @@ def test_teachers_that_do_not_fit_are_named():
             teacher_of(Recipe(**options | changes), 3)
 
 
-def test_evaluation_sees_the_middle_of_the_image(tmp_path):
+def test_evaluation_uses_the_centre_of_the_image(tmp_path):
     import_torchvision()
     from PIL import Image
 
@@ -598,7 +602,7 @@ def test_evaluation_sees_the_middle_of_the_image(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("timm")
-def test_memory_is_measured_in_steps_of_the_same_loss():
+def test_memory_benchmark_runs_equal_training_steps():
     threads = torch.get_num_threads()
     names = ("timm", "timm, accelerated", "swiftkernels, checkpointing")
     found = {name: training_memory.measure_here(name, 4, 64, threads) for name in names}

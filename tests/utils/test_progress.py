@@ -1,4 +1,4 @@
-"""Progress of long work: few lines where the output is no terminal, one bar on a terminal."""
+"""Progress of long loops: few lines if the output is not a terminal, one bar on a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from swiftkernels.utils.progress import Progress, timed, track
 
 
 class Clock:
-    """Seconds that pass when they are told to."""
+    """A clock that the test sets."""
 
     now = 1000.0
 
@@ -38,28 +38,28 @@ class Terminal(io.StringIO):
 
 
 def to_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """What a terminal shows from now on. Not a fixture: pytest sets stderr anew for the test."""
+    """Capture stderr as a terminal. Not a fixture: pytest replaces stderr after fixtures."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     return terminal
 
 
-def test_without_a_terminal_there_is_a_line_each_half_minute(clock, capsys):
+def test_without_a_terminal_there_is_a_line_every_half_minute(clock, capsys):
     with Progress(10000, "steps", "epoch 1 of 3") as bar:
         for step in range(10000):
             clock.now += 1 / 128
             bar.advance()
             bar.note(f"loss {step / 1000:.2f}")
-    said = capsys.readouterr()
-    assert said.out == ""
-    lines = said.err.splitlines()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
     assert lines[0] == "epoch 1 of 3: 0 of 10000 steps"
     assert len(lines) == 3
     assert re.fullmatch(r"epoch 1 of 3: 3840 of 10000 steps, about 48 s left, .*", lines[1])
     assert lines[1].endswith("loss 3.84")
 
 
-def test_several_loops_share_the_half_minute(clock, capsys):
+def test_several_loops_share_the_interval(clock, capsys):
     for epoch in range(100):
         with Progress(5, "steps", f"epoch {epoch}") as bar:
             for _ in range(5):
@@ -68,7 +68,7 @@ def test_several_loops_share_the_half_minute(clock, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
-def test_what_goes_on_is_in_the_next_line_and_findings_are_written_at_once(clock, capsys):
+def test_text_shows_in_the_next_line_and_results_at_once(clock, capsys):
     with Progress(4, "problems", done=2) as bar:
         bar.show("first")
         bar.write("wrong: 3")
@@ -77,16 +77,16 @@ def test_what_goes_on_is_in_the_next_line_and_findings_are_written_at_once(clock
         bar.advance()
         clock.now += 31
         bar.advance()
-    said = capsys.readouterr()
-    assert said.out == "wrong: 3\n"
-    assert said.err.splitlines() == [
+    captured = capsys.readouterr()
+    assert captured.out == "wrong: 3\n"
+    assert captured.err.splitlines() == [
         "2 of 4 problems",
         "second: 2 of 4 problems",
         "second: 4 of 4 problems, about 0 s left",
     ]
 
 
-def test_quiet_work_says_nothing(clock, monkeypatch):
+def test_quiet_progress_prints_nothing(clock, monkeypatch):
     terminal = to_terminal(monkeypatch)
     with Progress(2, "steps", quiet=True) as bar:
         bar.advance()
@@ -95,7 +95,7 @@ def test_quiet_work_says_nothing(clock, monkeypatch):
     assert terminal.getvalue() == ""
 
 
-def test_a_terminal_gets_a_bar_with_its_unit(monkeypatch):
+def test_terminal_shows_a_bar_with_units(monkeypatch):
     pytest.importorskip("tqdm")
     terminal = to_terminal(monkeypatch)
     with Progress(3, "batch sizes", "timing", leave=True) as bar:
@@ -108,7 +108,7 @@ def test_a_terminal_gets_a_bar_with_its_unit(monkeypatch):
     assert "/s" not in shown
 
 
-def test_a_terminal_without_tqdm_gets_lines(monkeypatch, clock):
+def test_terminal_without_tqdm_shows_lines(monkeypatch, clock):
     terminal = to_terminal(monkeypatch)
     monkeypatch.setitem(sys.modules, "tqdm", None)
     progress.share_lock(threading.RLock())

@@ -1,4 +1,4 @@
-"""Files that replace others: complete or not at all, whatever goes wrong."""
+"""Atomic replacement of files, with full disks, errors and interruptions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from swiftkernels import AdditiveAttention
-from swiftkernels.integrations import export
+from swiftkernels import AdditiveAttention, export
 from swiftkernels.models import SwiftFormer, save_checkpoint
 from swiftkernels.training import metrics
 from swiftkernels.utils import files
@@ -72,7 +71,7 @@ def entries(folder: Path) -> list[str]:
 
 @pytest.mark.usefixtures("full_disk")
 @pytest.mark.parametrize("save", WRITERS, ids=lambda save: save.__name__)
-def test_a_full_disk_is_one_line_with_the_path_and_the_old_file_stays(save, tmp_path):
+def test_full_disk_raises_one_line_and_keeps_the_old_file(save, tmp_path):
     path = tmp_path / "old"
     path.write_bytes(b"old")
     with pytest.raises(OSError, match="No space left on device") as caught:
@@ -85,7 +84,7 @@ def test_a_full_disk_is_one_line_with_the_path_and_the_old_file_stays(save, tmp_
 
 
 @pytest.mark.usefixtures("full_disk")
-def test_a_full_disk_and_safetensors(tmp_path):
+def test_full_disk_with_safetensors(tmp_path):
     pytest.importorskip("safetensors")
     path = tmp_path / "old.safetensors"
     path.write_bytes(b"old")
@@ -119,7 +118,7 @@ for name in ("mine.pth", "mine.safetensors"):
 """
 
 
-def assert_old_ones_stay(before: str, error: int, folder: Path) -> None:
+def assert_old_files_stay(before: str, error: int, folder: Path) -> None:
     names = ["mine.pth", "mine.safetensors"]
     for name in names:
         (folder / name).write_bytes(b"old")
@@ -129,16 +128,16 @@ def assert_old_ones_stay(before: str, error: int, folder: Path) -> None:
     assert all((folder / name).read_bytes() == b"old" for name in names)
 
 
-def test_the_systems_own_limit_of_a_files_size(tmp_path):
+def test_file_size_limit_of_the_system(tmp_path):
     pytest.importorskip("safetensors")
     pytest.importorskip("resource")
     limit = f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({DISK_BYTES}, {DISK_BYTES}))"
-    assert_old_ones_stay(limit, errno.EFBIG, tmp_path)
+    assert_old_files_stay(limit, errno.EFBIG, tmp_path)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB, where mounting is permitted."""
+    """A file system of 64 KiB, if mounting is permitted."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount, unmount = shutil.which("mount"), shutil.which("umount")
@@ -153,12 +152,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run([unmount, str(folder)], check=True)
 
 
-def test_a_disk_that_is_full(small_disk):
+def test_full_file_system(small_disk):
     pytest.importorskip("safetensors")
-    assert_old_ones_stay("", errno.ENOSPC, small_disk)
+    assert_old_files_stay("", errno.ENOSPC, small_disk)
 
 
-def test_what_is_written_has_the_mode_of_any_new_file(tmp_path):
+def test_new_files_have_the_default_mode(tmp_path):
     before = os.umask(0o027)
     try:
         save_checkpoint(toy(), tmp_path / "a.pth")
@@ -169,7 +168,7 @@ def test_what_is_written_has_the_mode_of_any_new_file(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, RuntimeError])
-def test_an_interruption_or_error_leaves_the_file_before(error, tmp_path):
+def test_interruption_or_error_keeps_the_old_file(error, tmp_path):
     path = tmp_path / "last.pth"
     path.write_bytes(b"before")
 
@@ -184,7 +183,7 @@ def test_an_interruption_or_error_leaves_the_file_before(error, tmp_path):
     assert path.read_bytes() == b"before"
 
 
-def test_two_writers_do_not_meet(tmp_path):
+def test_two_writers_use_different_temporary_files(tmp_path):
     path = tmp_path / "last.pth"
     with files.replacing(path) as first:
         first.write(b"first")
@@ -195,7 +194,7 @@ def test_two_writers_do_not_meet(tmp_path):
     assert entries(tmp_path) == ["last.pth"]
 
 
-def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+def test_symbolic_link_stays_and_its_file_is_replaced(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
     for text in ("new", "newer"):
@@ -204,7 +203,7 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path):
         assert (tmp_path / "there" / "file").read_text() == text
 
 
-def test_a_long_name_can_be_written(tmp_path):
+def test_file_with_a_long_name_is_written(tmp_path):
     name = "ä" * 127
     files.write_text(tmp_path / name, "")
     assert entries(tmp_path) == [name]
@@ -219,13 +218,16 @@ SAVERS: tuple[Callable[[Any], object], ...] = (
 
 
 @pytest.mark.parametrize("save", SAVERS)
-def test_paths_of_no_file_are_named(save, tmp_path, monkeypatch):
+def test_wrong_paths_raise(save, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path, message in (
         ("", "must be the path of a file; it is empty"),
         (tmp_path, f"must be the path of a file; {tmp_path} is a folder"),
         (os.devnull, "is a device or a pipe"),
-        (tmp_path / "none" / "a", r"must be in an existing folder; .*none is none\. Make it first"),
+        (
+            tmp_path / "none" / "a",
+            r"must be in an existing folder; .*none is not\. Create it first",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             save(path)
@@ -235,7 +237,7 @@ def test_paths_of_no_file_are_named(save, tmp_path, monkeypatch):
     assert Path(os.devnull).is_char_device()
 
 
-def test_a_folder_takes_the_place_of_another(tmp_path):
+def test_folder_replaces_another(tmp_path):
     path = tmp_path / "a.mlpackage"
     for text in ("new", "newer"):
         with files.replacing_folder(path) as folder:
@@ -259,7 +261,7 @@ def test_a_folder_takes_the_place_of_another(tmp_path):
             files.check_folder("path", wrong)
 
 
-def test_rows_without_all_columns_leave_no_file(tmp_path):
+def test_rows_with_other_columns_write_no_file(tmp_path):
     with pytest.raises(ValueError, match="fields not in fieldnames"):
         files.write_csv(tmp_path / "table.csv", [{"a": 1}, {"b": 2}])
     assert not list(tmp_path.iterdir())
@@ -267,7 +269,7 @@ def test_rows_without_all_columns_leave_no_file(tmp_path):
     assert (tmp_path / "table.csv").read_text() == "a,b\n0.333,x\n"
 
 
-def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+def test_only_temporary_files_of_killed_processes_are_removed(tmp_path):
     with files.replacing(tmp_path / "last.pth"):
         (left,) = tmp_path.iterdir()
         name = left.name

@@ -1,6 +1,6 @@
-"""State dicts of the public SwiftFormers: the official code, timm, transformers.
+"""Weights of the public SwiftFormers: the official code, timm, transformers.
 
-The tensors are the same everywhere (but for the shape of the layer scales), under other names:
+The tensors are the same, except for the shape of the layer scales; the names differ:
 
 ============================  ==========================  ==========================================
 official                      timm, and this library      transformers
@@ -18,30 +18,32 @@ dist_head                     head_dist                   dist_head
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from swiftkernels.models.family import SOURCES, Source, listed
 from swiftkernels.utils import checks
-
-SOURCES = ("official", "timm", "transformers")
 
 
 def convert_state_dict(
-    state_dict: Mapping[str, Tensor], source: str, target: str
+    state_dict: Mapping[str, Tensor], source: Source, target: Source
 ) -> dict[str, Tensor]:
     """The same tensors under the names of another implementation.
 
     Args:
-        state_dict: of a whole model, of one without its heads, or of a backbone.
-        source, target: "official", "timm" (this library's own names too) or "transformers".
+        state_dict: of a model with or without heads, or of a backbone.
+        source, target: "official", "timm" (also the names of this library) or "transformers".
 
     Returns:
         A new dict in the same order; the tensors are not copied.
 
     Raises:
-        ValueError: an unknown source or target, or keys that no SwiftFormer of that source has.
+        ValueError: an unknown source or target, or keys that no SwiftFormer of the source has.
 
     Example:
         >>> official = {"network.2.0.layer_scale": torch.ones(56, 1, 1)}
@@ -50,35 +52,28 @@ def convert_state_dict(
     """
     checks.check_option("source", source, SOURCES)
     checks.check_option("target", target, SOURCES)
-    names = {key: _to_ours(key, source) for key in state_dict}
+    names = {key: _from_source(key, source) for key in state_dict}
     unknown = [key for key, name in names.items() if name is None]
     if unknown:
         guess = guess_source(state_dict)
-        hint = f" They look like {guess!r}." if guess and guess != source else ""
+        hint = f" They look like source={guess!r}." if guess and guess != source else ""
         raise ValueError(
             f"state_dict must have the keys of a SwiftFormer of source={source!r}; unknown: "
             f"{listed([repr(key) for key in unknown])}.{hint}"
         )
     return {
-        _from_ours(name, target): state_dict[key] for key, name in names.items() if name is not None
+        _to_target(name, target): state_dict[key] for key, name in names.items() if name is not None
     }
 
 
-def guess_source(state_dict: Mapping[str, Tensor]) -> str | None:
-    """Whose names these are, None if nobody's."""
+def guess_source(state_dict: Mapping[str, Tensor]) -> Source | None:
+    """The source that has all these names; None if there is none."""
     for source in SOURCES:
-        if state_dict and all(_to_ours(key, source) is not None for key in state_dict):
+        if state_dict and all(_from_source(key, source) is not None for key in state_dict):
             return source
     return None
 
 
-def listed(keys: Sequence[str], most: int = 5) -> str:
-    """The first keys, for a message, and how many more there are."""
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
-
-
-# Our name of a part, and theirs.
 _PARTS = {
     "official": (("attn.proj", "attn.Proj"), ("head_dist", "dist_head"), ("stem", "patch_embed")),
     "transformers": (
@@ -88,27 +83,29 @@ _PARTS = {
         ("stem", "swiftformer.patch_embed.patch_embedding"),
     ),
 }
+"""Names of parts: here, and in the source."""
 
 _ENCODER = r"(dwconv|norm|pwconv[12])\.\w+|layer_scale\.gamma"
-_BLOCK = (
+_BLOCK_PART = (
     rf"(local_representation\.)?({_ENCODER})|layer_scale_[12]\.gamma"
     r"|attn\.(w_g|(to_query|to_key|proj|final)\.\w+)|linear\.(norm1|fc1|fc2)\.\w+"
 )
 _NAME = re.compile(
-    rf"stages\.\d+\.(downsample\.(proj|norm)\.\w+|blocks\.\d+\.({_BLOCK}))"
+    rf"stages\.\d+\.(downsample\.(proj|norm)\.\w+|blocks\.\d+\.({_BLOCK_PART}))"
     r"|(stem\.[0134]|norm|head|head_dist|feature_norms\.\d+)\.\w+"
 )
-"""All names of this library's models."""
+"""All parameter and buffer names of this library's networks."""
 
 
-def _from_ours(name: str, target: str) -> str:
+def _to_target(name: str, target: Source) -> str:
+    """The name in the target for a name of this library."""
     if target == "timm":
         return name
     name = name.removesuffix(".gamma")
     for ours, theirs in _PARTS[target]:
         name = name.replace(ours, theirs)
     prefix, blocks = ("swiftformer.encoder.", "blocks.") if target == "transformers" else ("", "")
-    # Their downsamplings stand between the stages.
+    # There, downsamplings are modules between the stages.
     name = re.sub(
         r"^stages\.(\d+)\.downsample\.", lambda m: f"{prefix}network.{2 * int(m[1]) - 1}.", name
     )
@@ -118,18 +115,18 @@ def _from_ours(name: str, target: str) -> str:
     return re.sub(r"^feature_norms\.(\d+)", lambda m: f"norm{2 * int(m[1])}", name)
 
 
-def _to_ours(key: str, source: str) -> str | None:
-    """This library's name for a key of the source; None if it has no such key."""
+def _from_source(key: str, source: Source) -> str | None:
+    """The name in this library for a key of the source; None if the source has no such key."""
     name = key
     if source != "timm":
         if source == "transformers" and key.startswith(("patch_embed.", "encoder.")):
-            key = f"swiftformer.{key}"  # of a model without heads
+            key = f"swiftformer.{key}"  # from a model without heads
         name = re.sub(r"(layer_scale(_[12])?)$", r"\1.gamma", key)
         for ours, theirs in _PARTS[source]:
             name = name.replace(theirs, ours)
         name = re.sub(r"^norm(\d+)", lambda m: f"feature_norms.{int(m[1]) // 2}", name)
         name = re.sub(r"^(swiftformer\.encoder\.)?network\.(\d+)\.(blocks\.)?", _stage, name)
-    known = _NAME.fullmatch(name) is not None and _from_ours(name, source) == key
+    known = _NAME.fullmatch(name) is not None and _to_target(name, source) == key
     return name if known else None
 
 
@@ -137,3 +134,118 @@ def _stage(match: re.Match[str]) -> str:
     number = int(match[2])
     part = "downsample" if number % 2 else "blocks"
     return f"stages.{(number + 1) // 2}.{part}."
+
+
+def architecture(state_dict: Mapping[str, Tensor], name: str = "state_dict") -> dict[str, Any]:
+    """The arguments of the `SwiftFormer` that has these weights.
+
+    Args:
+        state_dict: tensors by this library's names, with all their data.
+        name: what error messages call the state dict.
+
+    Raises:
+        ValueError: tensors that determine the sizes are missing or have too few dimensions, or
+            stages or blocks are not numbered from 0 without a gap.
+
+    Example:
+        >>> from swiftkernels.models import SwiftFormer
+        >>> options = {"num_classes": 3, "in_chans": 1, "use_layer_scale": False}
+        >>> model = SwiftFormer((8, 16), (1, 2), **options)
+        >>> found = architecture(model.state_dict())
+        >>> found["widths"], found["depths"], {name: found[name] for name in options}
+        ((8, 16), (1, 2), {'num_classes': 3, 'in_chans': 1, 'use_layer_scale': False})
+    """
+    depths = _depths(state_dict, name)
+    last = [f"stages.{i}.blocks.{depth - 1}.linear.fc1.weight" for i, depth in enumerate(depths)]
+    hidden, widths = zip(*(_two_sizes(state_dict, key, name) for key in last), strict=True)
+    _, in_chans = _two_sizes(state_dict, "stem.0.weight", name)
+    head = state_dict.get("head.weight")
+    norms = sorted(int(k.split(".")[1]) for k in state_dict if _FEATURE_NORM.fullmatch(k))
+    features_only = bool(norms) and "norm.weight" not in state_dict
+    return {
+        "widths": widths,
+        "depths": depths,
+        "in_chans": in_chans,
+        "mlp_ratio": _ratio(hidden, widths),
+        "num_classes": 0 if head is None else _two_sizes(state_dict, "head.weight", name)[0],
+        "use_layer_scale": any("layer_scale_1" in k for k in state_dict),
+        "distillation": head is None or "head_dist.weight" in state_dict,
+        "features_only": features_only,
+        "out_indices": tuple(norms) if features_only else None,
+    }
+
+
+_BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\..+")
+_FEATURE_NORM = re.compile(r"feature_norms\.\d+\.weight")
+
+
+def _depths(state_dict: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """The number of blocks of each stage."""
+    blocks: dict[int, set[int]] = {}
+    for match in filter(None, map(_BLOCK.fullmatch, state_dict)):
+        blocks.setdefault(int(match[1]), set()).add(int(match[2]))
+    groups = {"stages": set(blocks), **{f"blocks of stage {i}": blocks[i] for i in sorted(blocks)}}
+    for group, numbers in groups.items():
+        if numbers != set(range(max(1, len(numbers)))):
+            found = listed([str(n) for n in sorted(numbers)]) or "none"
+            raise ValueError(
+                f"{name} must hold all stages and blocks of a SwiftFormer, numbered from 0 without "
+                f"a gap; its {group} are {found}."
+            )
+    return tuple(len(blocks[i]) for i in sorted(blocks))
+
+
+def _two_sizes(state_dict: Mapping[str, Tensor], key: str, name: str) -> tuple[int, int]:
+    """The numbers of outputs and inputs of a convolution or linear layer."""
+    weight = state_dict.get(key)
+    if weight is None:
+        raise ValueError(
+            f"{name} must hold the stem and all stages of a SwiftFormer, which determine its "
+            f"sizes; it has no {key!r}."
+        )
+    if weight.dim() < 2:
+        raise ValueError(
+            f"{name} must have at least two dimensions in {key!r}; its shape is "
+            f"{tuple(weight.shape)}."
+        )
+    return weight.shape[0], weight.shape[1]
+
+
+def _ratio(hidden: Sequence[int], widths: Sequence[int]) -> float:
+    """A ratio with int(ratio * width) = hidden width in every stage, if one exists."""
+    ratio = max(h / w for h, w in zip(hidden, widths, strict=True))
+    if any(int(w * ratio) < h for h, w in zip(hidden, widths, strict=True)):
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio
+
+
+def fold_layer_scales(weights: dict[str, Tensor]) -> bool:
+    """Multiply the layer scales of convolutions into the preceding weights, in place.
+
+    For the weights of transformers with use_layer_scale=False: there only attention and MLP have no
+    layer scales, here no module has. Weights with layer scales of the attention stay as they are.
+
+    Returns:
+        Whether there were any.
+    """
+    if any("layer_scale_1" in k for k in weights):
+        return False
+    folded = False
+    for key in [k for k in weights if k.endswith(".layer_scale.gamma")]:
+        names = [key.replace("layer_scale.gamma", f"pwconv2.{part}") for part in ("weight", "bias")]
+        gamma = weights[key].double().flatten()
+        if all(k in weights and weights[k].shape[:1] == gamma.shape for k in names):
+            del weights[key]
+            for k in names:
+                weights[k] = weights[k].double() * gamma.view(-1, *[1] * (weights[k].dim() - 1))
+            folded = True
+    return folded
+
+
+def unit_layer_scales(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Layer scales of 1 for the convolutions of weights without any, as transformers has them."""
+    return {
+        k.replace("pwconv2.bias", "layer_scale.gamma"): torch.ones_like(t)[:, None, None]
+        for k, t in weights.items()
+        if k.endswith("pwconv2.bias")
+    }

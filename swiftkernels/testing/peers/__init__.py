@@ -25,7 +25,7 @@ PEERS: dict[str, Callable[[int], nn.Module]] = {
     "linear": LinearAttention,
     "fastformer": Fastformer,
 }
-"""A peer of that width, by its name."""
+"""Makes a peer of that width, by its name."""
 
 __all__ = [
     "MDTA",

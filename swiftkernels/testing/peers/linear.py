@@ -25,7 +25,7 @@ class LinearAttention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, h, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, h, N, d]
         q, k = F.elu(q) + 1, F.elu(k) + 1
-        # Both sides of the fraction over N: sums of thousands of tokens leave float16's range.
+        # Numerator and denominator are divided by N: sums of thousands of tokens overflow float16.
         n_tokens = x.shape[1]
         k_mean = k.mean(2).unsqueeze(-1)  # [B, h, d, 1]
         kv_mean = k.transpose(-2, -1) @ v / n_tokens  # [B, h, d, d]

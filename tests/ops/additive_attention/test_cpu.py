@@ -32,7 +32,6 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import timing
 from swiftkernels import (
     AdditiveAttention,
     additive_attention,
@@ -46,19 +45,19 @@ from swiftkernels.ops.additive_attention.cpu import config, inference_plan, laun
 from swiftkernels.ops.additive_attention.weights import Options, Weights
 from swiftkernels.ops.operator import Needs
 from swiftkernels.ops.plan import Plans
-from tests.builds import ROOT
-from tests.cases import (
+from swiftkernels.testing import costs
+from swiftkernels.testing.cases import (
     POOLINGS,
     SELF_NAMES,
-    assert_as_good_as_eager,
     assert_gradients_survive_cancellation,
     cancelling_tensors,
     convert,
     make_mask,
     make_query_key_tensors,
     make_tensors,
-    relative_error,
 )
+from swiftkernels.testing.tolerance import assert_as_good_as_eager, relative_error
+from tests.builds import ROOT
 from tests.cpu_cases import (
     BACKWARDS,
     FORMS,
@@ -1761,7 +1760,7 @@ def test_only_the_gradients_asked_for_are_given(n_tokens, wanted):
 def test_what_is_kept_for_the_backward(recompute, most, dtype):
     layer = make_layer(48, 48, recompute=recompute).to(dtype)
     x = random_tokens(1, 3136, 48, dtype=dtype).requires_grad_()
-    kept = timing.saved_bytes(lambda: layer(x), layer.parameters()) / x.untyped_storage().nbytes()
+    kept = costs.saved_bytes(lambda: layer(x), layer.parameters()) / x.untyped_storage().nbytes()
     statistics = 3 * 4 / (48 * dtype.itemsize)  # float32 in every type
     assert 1 <= kept <= most + statistics - 3 / 48
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.cases import make_mask, make_tensors
+from swiftkernels.testing.cases import make_mask, make_tensors
 from tests.cpu_cases import (
     SIZES,
     assert_accurate,

@@ -13,7 +13,7 @@ import torch
 
 from swiftkernels.backends.cpu import library
 from swiftkernels.ops.additive_attention.cpu import launch
-from tests.cases import POOLINGS, make_mask, make_tensors
+from swiftkernels.testing.cases import POOLINGS, make_mask, make_tensors
 from tests.cpu_cases import (
     SIZES,
     assert_accurate,

@@ -12,7 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swiftkernels import AdditiveAttention, additive_attention, additive_self_attention, warmup
 from swiftkernels.backends import torch_state
-from tests.cases import QUERY_KEY_NAMES, SELF_NAMES, make_query_key_tensors, make_tensors
+from swiftkernels.testing.cases import (
+    QUERY_KEY_NAMES,
+    SELF_NAMES,
+    make_query_key_tensors,
+    make_tensors,
+)
 
 BATCH, N, C, D, E = 2, 3, 5, 4, 8
 """With two heads, so that C, D and E all differ."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from swiftkernels import AdditiveAttention, AttentionOutput, additive_self_attention
 from swiftkernels.ops.additive_attention import reference
 from swiftkernels.ops.additive_attention.weights import Options, Weights
-from tests.cases import EXACT, POOLINGS, make_mask, relative_error
+from swiftkernels.testing.cases import POOLINGS, make_mask
+from swiftkernels.testing.tolerance import EXACT, relative_error
 
 IN_DIMS, TOKEN_DIM, NUM_HEADS = 6, 5, 2
 BATCH, HEIGHT, WIDTH = 2, 3, 4

@@ -18,20 +18,17 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import timing
 from swiftkernels import AdditiveAttention, additive_attention, additive_self_attention
 from swiftkernels.backends import torch_state
 from swiftkernels.backends.cpu import library
 from swiftkernels.ops.additive_attention import eager
 from swiftkernels.ops.additive_attention.op import QUERY_KEY_ATTENTION, SELF_ATTENTION
 from swiftkernels.ops.operator import Operator
-from tests.cases import (
-    EXACT,
+from swiftkernels.testing import costs
+from swiftkernels.testing.cases import (
     POOLINGS,
     QUERY_KEY_NAMES,
     SELF_NAMES,
-    assert_as_good_as_eager,
-    assert_exact,
     assert_gradients_survive_cancellation,
     cancelling_tensors,
     convert,
@@ -39,6 +36,11 @@ from tests.cases import (
     make_mask,
     make_query_key_tensors,
     make_tensors,
+)
+from swiftkernels.testing.tolerance import (
+    EXACT,
+    assert_as_good_as_eager,
+    assert_exact,
     relative_error,
 )
 
@@ -483,7 +485,7 @@ def bytes_kept(backend: str, mask: Tensor | None) -> float:
     attention = AdditiveAttention(48, 48, 1, backend=backend)
     x = torch.randn(4, 784, 48, requires_grad=True)
     assert attention(x, mask).requires_grad
-    kept = timing.saved_bytes(lambda: attention(x, mask), attention.parameters())
+    kept = costs.saved_bytes(lambda: attention(x, mask), attention.parameters())
     return kept / x.untyped_storage().nbytes()
 
 

@@ -13,17 +13,15 @@ from torch import Tensor
 
 from swiftkernels.ops.additive_attention import reference
 from swiftkernels.ops.additive_attention.weights import Options, OutputWeights, Weights
-from tests.cases import (
-    EXACT,
+from swiftkernels.testing.cases import (
     POOLINGS,
     QUERY_KEY_NAMES,
-    assert_exact,
     forward_backward,
     make_mask,
     make_query_key_tensors,
     make_tensors,
-    relative_error,
 )
+from swiftkernels.testing.tolerance import EXACT, assert_exact, relative_error
 
 
 def options_for(

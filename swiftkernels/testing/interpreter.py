@@ -1,8 +1,8 @@
-"""Hooks into Triton's interpreter. Whatever is private to triton (3.6 to 3.9) stands here.
+"""Hooks into Triton's interpreter. All uses of its private parts (triton 3.6 to 3.9) are here.
 
-The interpreter runs a kernel program by program in Python, on tensors in the memory of the host
-(TRITON_INTERPRET=1, set before triton is imported). `observe` tells an `Observer` of every launch,
-program, load, store, atomic and dot product in it, and lets it replace arguments and forbid lanes.
+The interpreter runs a kernel program by program in Python, on tensors in the host's memory
+(TRITON_INTERPRET=1, set before triton is imported). `observe` reports every launch, program, load,
+store, atomic and dot product to an `Observer`, which may replace arguments and mask lanes.
 """
 
 from __future__ import annotations
@@ -29,40 +29,40 @@ _TRITON = str(Path(triton.__file__).parent)
 
 
 class Observer(Protocol):
-    """What is told of interpreted kernels."""
+    """Receives what interpreted kernels do."""
 
     def begin(self, kernel: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """A kernel is launched; returns the arguments by name that it is to get."""
+        """A kernel is launched; returns the arguments, by name, to launch it with."""
 
     def grid(self, grid: tuple[int, int, int]) -> None:
-        """The programs of that launch."""
+        """The numbers of programs of that launch, by axis."""
 
     def program(self, index: int) -> None:
-        """The program of that number begins."""
+        """The program with that number begins."""
 
     def access(
         self, kind: str, addresses: np.ndarray, mask: np.ndarray, itemsize: int
     ) -> np.ndarray:
         """A "load", "store" or "atomic" of elements of `itemsize` bytes.
 
-        Addresses and mask have one entry a lane. Returns the mask of the lanes to go on with.
+        Addresses and mask have one entry per lane. Returns the mask to use.
         """
 
     def dot(self, flops: int) -> None:
-        """A dot product of that many operations, padding included."""
+        """A dot product with that many operations, padding included."""
 
     def end(self) -> None:
         """The kernel that began has ended, or failed."""
 
 
 def interpreting() -> bool:
-    """Whether kernels made from now on run in the interpreter."""
+    """Whether kernels that are defined after this call run in the interpreter."""
     return bool(triton.knobs.runtime.interpret)
 
 
 @contextlib.contextmanager
 def observe(observer: Observer) -> Iterator[None]:
-    """Tell the observer of all that interpreted kernels do inside."""
+    """Report what interpreted kernels do inside this context to the observer."""
     original: dict[str, Any] = {
         name: getattr(_Builder, name)
         for name in (
@@ -78,7 +78,7 @@ def observe(observer: Observer) -> Iterator[None]:
     launch = interpreter.GridExecutor.__call__
 
     def permitted(kind: str, pointers: Any, mask: Any) -> Any:
-        """The mask as the observer wants it."""
+        """The mask that the observer allows."""
         shape = pointers.data.shape
         lanes = np.broadcast_to(np.asarray(mask.data, bool), shape)
         allowed = observer.access(kind, pointers.data, lanes, _itemsize(pointers))
@@ -103,7 +103,7 @@ def observe(observer: Observer) -> Iterator[None]:
     def create_atomic_cas(self: Any, pointers: Any, *rest: Any) -> Any:
         everywhere = np.ones(pointers.data.shape, bool)
         allowed = observer.access("atomic", pointers.data, everywhere, _itemsize(pointers))
-        # It has no mask to forbid lanes by.
+        # It has no mask.
         if not allowed.all():
             raise IndexError("atomic_cas outside of the kernel's arguments; see the findings")
         return original["create_atomic_cas"](self, pointers, *rest)
@@ -124,7 +124,7 @@ def observe(observer: Observer) -> Iterator[None]:
     def call(self: Any, *args: Any, **options: Any) -> Any:
         signature = inspect.signature(self.fn)
         own = {name: value for name, value in options.items() if name in signature.parameters}
-        # The interpreter itself calls PyTorch, as does the observer: no dispatch mode sees that.
+        # The interpreter and the observer call PyTorch themselves: hide that from dispatch modes.
         with _disable_current_modes(), _patch_language_once():
             arguments = signature.bind(*args, **own).arguments
             try:
@@ -151,7 +151,7 @@ def observe(observer: Observer) -> Iterator[None]:
 def _patch_language_once() -> Iterator[None]:
     """Within one launch, let the interpreter replace `triton.language` once for every module.
 
-    By itself it does so at every call of a helper, which takes a third of its time.
+    By default it does so at every call of a helper function, which takes a third of its time.
     """
     patch = interpreter._patch_lang
     patched: set[int] = set()
@@ -186,7 +186,7 @@ def map_tensors(argument: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def kernel_frames() -> list[traceback.FrameSummary]:
-    """Where the running kernel stands, outermost first: a line of it, lines of its helpers."""
+    """The current lines of the running kernel and of the helpers it called, outermost first."""
     frames = []
     frame = sys._getframe()
     while frame and frame.f_code.co_filename != interpreter.__file__:

@@ -1,4 +1,4 @@
-"""What Triton kernels do to memory, lane by lane, without a GPU: counted, and checked.
+"""Counts and checks what Triton kernels do to memory, lane by lane, without a GPU.
 
     TRITON_INTERPRET=1 python ...
 
@@ -8,22 +8,25 @@
 
 Counted, for every launch:
 
-* requested bytes, of all unmasked lanes of loads and of stores: what the multiprocessors ask for;
-* distinct bytes, of the 32-byte sectors touched at least once: what has to cross the boundary of
-  the kernel, with caches that forget nothing within a launch. Tensors are taken to begin at
-  multiples of 512 bytes, as PyTorch's CUDA allocator places them;
+* requested bytes: of all unmasked lanes of loads and of stores. The multiprocessors request these;
+* distinct bytes: of the 32-byte sectors that are accessed at least once. These have to cross the
+  boundary of the kernel, if caches keep everything within a launch. Tensors are assumed to start at
+  multiples of 512 bytes, where PyTorch's CUDA allocator places them;
 * operations of dot products, 2 per multiply-add, padding of the tiles included.
 
-Checked, in every lane: it touches an element of a tensor that the launch was given; no other
-program writes what a program reads or writes, but all of them by atomics; no two lanes of a
-program, which may be different threads, store to one address, in one store or in two; and a tensor
-that is written is written to its last element. Every tensor lies in a buffer of its own between
-poisoned guards, however near to others it was, and lanes out of bounds are left out, so that a
-broken kernel breaks nothing.
+Checked, for every lane:
 
-What the interpreter cannot show: reads that race with stores of the same program, limits of shared
-memory, rounding to tf32. A kernel whose last program reduces what others wrote, behind an atomic
-counter, is reported as a race.
+* it accesses an element of a tensor that the launch was given;
+* no other program writes what its program reads or writes, unless all use atomics;
+* no other lane of its program, which may be another thread, stores to the same address;
+* a tensor that is written is written to its last element.
+
+Every tensor is in a buffer of its own between poisoned guards, even if tensors were adjacent. Lanes
+out of bounds are masked, so that a wrong kernel does no damage.
+
+The interpreter cannot show reads that race with stores of the same program, limits of shared
+memory, or rounding to tf32. A kernel is reported as a race if its last program, chosen by an atomic
+counter, reduces what the others wrote.
 """
 
 from __future__ import annotations
@@ -39,10 +42,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import interpreter
+from swiftkernels.testing import interpreter
 
 SECTOR = 32
-"""Bytes that memory moves at a time."""
+"""Bytes of one memory transaction."""
 
 PLACEMENT = 512
 """Multiple of bytes at which PyTorch's CUDA allocator places a tensor."""
@@ -60,12 +63,12 @@ _CONFLICTS = {
 
 
 class MemoryFaultError(Exception):
-    """A kernel did to memory what it must not; the message says which, where and what."""
+    """A kernel accessed memory in a forbidden way; the message says which kernel, where and how."""
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes that the loads or the stores of a launch move."""
+    """Bytes of the loads, or of the stores, of a launch."""
 
     requested: int
     distinct: int
@@ -73,19 +76,19 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a kernel does wrong, at one place."""
+    """One error of a kernel, at one place."""
 
     rule: str
     """ "out of bounds", "race", "lanes collide", "overwritten", "not written" or "guard" """
     kernel: str
     argument: str
     offset: int
-    """Elements from the argument's first one to the first at fault."""
+    """Index of the first wrong element, in elements from the argument's first one."""
     detail: str
     place: str
-    """Source lines, of the kernel and of the helpers it called; empty for the whole launch."""
+    """Source lines of the kernel and of the helpers it called; "" for errors of a launch."""
     count: int
-    """Lanes at fault, in all programs."""
+    """Wrong lanes, in all programs."""
 
     def __str__(self) -> str:
         where = f"\n    {self.place}" if self.place else ""
@@ -124,15 +127,15 @@ class Launch:
 
 @contextlib.contextmanager
 def trace(check: bool = True, complete: bool = True) -> Iterator[list[Launch]]:
-    """Record the launches inside, in their order.
+    """Record the launches inside this context, in order.
 
     Args:
-        check: raise at the end if there are findings; else they are in `Launch.findings` alone.
+        check: raise at the end if there are findings; else they are only in `Launch.findings`.
         complete: a launch that stores to a tensor must store to every element of it. False for
-            kernels that are meant to change a part.
+            kernels that change only a part on purpose.
 
     Raises:
-        MemoryFaultError: a kernel did what it must not, with kernel, line, argument and offset.
+        MemoryFaultError: there are findings; with kernel, line, argument and offset.
         RuntimeError: Triton does not interpret.
 
     Example:
@@ -150,7 +153,7 @@ def trace(check: bool = True, complete: bool = True) -> Iterator[list[Launch]]:
         try:
             yield recorder.launches
         except Exception as error:
-            # Often a consequence of what was found, and of less use than that.
+            # Often a consequence of the findings, which are more useful.
             if check:
                 _raise_findings(recorder.launches, error)
             raise
@@ -166,7 +169,7 @@ def _raise_findings(launches: Sequence[Launch], cause: Exception | None = None) 
 
 
 def table(launches: Sequence[Launch]) -> str:
-    """The launches, one a line, with their bytes in kB."""
+    """The launches, one per line, with their bytes in kB."""
     lines = [
         f"{'kernel':<28}{'programs':>9}{'requested kB':>22}{'distinct kB':>20}{'dot':>10}",
         f"{'':<28}{'':>9}{'loads':>11}{'stores':>11}{'loads':>10}{'stores':>10}{'MFLOP':>10}",
@@ -220,13 +223,13 @@ class _Recorder:
 
 @dataclass(eq=False)
 class _Argument:
-    """A tensor that a kernel was given, in the bytes of its storage."""
+    """A tensor argument of a kernel, as bytes of its storage."""
 
     name: str
     tensor: Tensor
     start: int = field(init=False)
-    live: np.ndarray = field(init=False)
-    """Which bytes from `start` on are elements of it."""
+    used: np.ndarray = field(init=False)
+    """Which of the bytes from `start` to `end` are elements of it."""
 
     def __post_init__(self) -> None:
         t = self.tensor
@@ -239,11 +242,11 @@ class _Argument:
         if t.numel():
             elements.as_strided(t.shape, t.stride()).fill_(True)
         self.start = int(t.storage_offset()) * t.element_size()
-        self.live = elements.numpy().repeat(t.element_size())
+        self.used = elements.numpy().repeat(t.element_size())
 
     @property
     def end(self) -> int:
-        return self.start + len(self.live)
+        return self.start + len(self.used)
 
     def overlaps(self, other: _Argument) -> bool:
         """Whether the two have elements in common."""
@@ -252,24 +255,24 @@ class _Argument:
         start, end = max(self.start, other.start), min(self.end, other.end)
         if end <= start:
             return False
-        mine, theirs = (a.live[start - a.start : end - a.start] for a in (self, other))
+        mine, theirs = (a.used[start - a.start : end - a.start] for a in (self, other))
         return bool((mine & theirs).any())
 
 
 class _Region:
-    """Arguments with elements in common, in a buffer of their own between guards."""
+    """Arguments that share elements, in a buffer of their own between guards."""
 
     def __init__(self, arguments: list[_Argument]) -> None:
         self.arguments = arguments
         self.start = min(a.start for a in arguments)
         length = max(a.end for a in arguments) - self.start
         self.granule = min(a.tensor.element_size() for a in arguments)
-        """Bytes of the smallest element: what accesses are compared by."""
-        live = np.zeros(length, bool)
+        """Bytes of the smallest element: the unit in which accesses are compared."""
+        used = np.zeros(length, bool)
         for a in arguments:
-            live[a.start - self.start : a.end - self.start] |= a.live
-        self._live_bytes = live
-        self.live = live[:: self.granule]
+            used[a.start - self.start : a.end - self.start] |= a.used
+        self._used_bytes = used
+        self.used = used[:: self.granule]
 
         guard = min(max(length, 4096), LARGEST_GUARD)
         self._buffer = torch.full((length + 2 * guard + 2 * PLACEMENT,), POISON, dtype=torch.uint8)
@@ -278,11 +281,11 @@ class _Region:
         self.low = self._buffer.data_ptr() + self._first
         self.high = self.low + length
         self._inside = self._buffer.numpy()[self._first : self._first + length]
-        self._inside[live] = self._storage_bytes()[live]
+        self._inside[used] = self._storage_bytes()[used]
 
-        granules = len(self.live)
+        granules = len(self.used)
         self.users = {kind: np.full(granules, _NOBODY, np.int32) for kind in _CONFLICTS}
-        """The program that did such a thing to a granule, or that several did."""
+        """By kind of access: the program that accessed a granule so, or `_SEVERAL`."""
         self._last_lane = np.empty(granules, np.int32)
         self._first_sector = self.low // SECTOR
         sectors = (self.high - 1) // SECTOR - self._first_sector + 1 if length else 0
@@ -304,26 +307,26 @@ class _Region:
         )
 
     def write_back(self) -> None:
-        """Give the tensors what the kernel wrote."""
+        """Copy what the kernel wrote to the tensors."""
         if self.written.any():
-            self._storage_bytes()[self._live_bytes] = self._inside[self._live_bytes]
+            self._storage_bytes()[self._used_bytes] = self._inside[self._used_bytes]
 
     @property
     def is_one_tensor(self) -> bool:
-        """Whether its arguments are views of the same bytes: of others, some may be input alone."""
+        """Whether all arguments are the same bytes; else some may be inputs only."""
         return len({(a.start, a.end) for a in self.arguments}) == 1
 
     @property
     def written(self) -> np.ndarray:
-        """Which granules have been stored to."""
+        """Which granules were stored to."""
         stored: np.ndarray = self.users["store"] != _NOBODY
         return stored | (self.users["atomic"] != _NOBODY)
 
-    def poison_is_whole(self) -> bool:
-        """Whether nothing has been written beside the tensors."""
-        whole = self._buffer.numpy()
-        before, after = whole[: self._first], whole[self._first + len(self._inside) :]
-        parts = (before, after, self._inside[~self._live_bytes])
+    def guards_are_intact(self) -> bool:
+        """Whether nothing was written outside of the tensors."""
+        buffer = self._buffer.numpy()
+        before, after = buffer[: self._first], buffer[self._first + len(self._inside) :]
+        parts = (before, after, self._inside[~self._used_bytes])
         return all(bool((part == POISON).all()) for part in parts)
 
     def granules(self, addresses: np.ndarray, itemsize: int) -> np.ndarray:
@@ -337,7 +340,7 @@ class _Region:
             self.sectors[name][touched] = True
 
     def conflicts(self, kind: str, granules: np.ndarray, program: int) -> np.ndarray:
-        """Which granules another program uses so that the order of the two would matter."""
+        """Which granules another program accesses so that the order of the two matters."""
         found = np.zeros(granules.shape, bool)
         for other in _CONFLICTS[kind]:
             users = self.users[other][granules]
@@ -350,19 +353,19 @@ class _Region:
         users[granules] = np.where((before == _NOBODY) | (before == program), program, _SEVERAL)
 
     def overwritten(self, granules: np.ndarray, lanes: np.ndarray, program: int) -> np.ndarray:
-        """Which granules another lane of this program has stored to before."""
+        """Which granules another lane of this program stored to before."""
         mine = self.users["store"][granules] == program
         overwritten: np.ndarray = mine & (self._last_lane[granules] != lanes[:, None])
         return overwritten
 
     def collisions(self, granules: np.ndarray, lanes: np.ndarray) -> np.ndarray:
-        """Which granules a later lane of the same store goes to as well."""
+        """Which granules a later lane of the same store writes too."""
         self._last_lane[granules] = lanes[:, None]
         collide: np.ndarray = self._last_lane[granules] != lanes[:, None]
         return collide
 
     def locate(self, address: int) -> tuple[_Argument, int]:
-        """The argument that holds an address, or the nearest, and the element of it there."""
+        """The argument at an address, or the nearest one, and the index of its element there."""
 
         def distance(a: _Argument) -> int:
             return max(a.start - byte, byte - a.end + 1, 0)
@@ -373,7 +376,7 @@ class _Region:
 
 
 class _Running:
-    """A launch while it runs."""
+    """A launch in progress."""
 
     def __init__(self, kernel: str, arguments: dict[str, Any]) -> None:
         self.kernel = kernel
@@ -396,11 +399,11 @@ class _Running:
             inside = (where[left] >= region.low) & (where[left] + itemsize <= region.high)
             lanes, left = left[inside], left[~inside]
             granules = region.granules(where[lanes], itemsize)
-            live = region.live[granules].all(1)
-            if not live.all():
-                self._out_of_bounds(kind, region, where[lanes[~live]])
-                allowed[lanes[~live]] = False
-                lanes, granules = lanes[live], granules[live]
+            used = region.used[granules].all(1)
+            if not used.all():
+                self._out_of_bounds(kind, region, where[lanes[~used]])
+                allowed[lanes[~used]] = False
+                lanes, granules = lanes[used], granules[used]
             if len(lanes):
                 self._record(kind, region, where[lanes], lanes, granules, itemsize)
         if len(left):
@@ -422,12 +425,12 @@ class _Running:
         region.count_sectors(kind, addresses)
         conflict = region.conflicts(kind, granules, self.program).any(1)
         if conflict.any():
-            detail = f"({kind}) meets another program, which wrote there or reads there"
+            detail = f"({kind}) accesses what another program writes, or writes what it reads"
             self._find("race", region, addresses[conflict], detail)
         if kind == "store":
             twice = region.overwritten(granules, lanes, self.program).any(1)
             if twice.any():
-                detail = "stores again, from another lane, what it has stored: in which order?"
+                detail = "stores to an element twice, from different lanes, in an undefined order"
                 self._find("overwritten", region, addresses[twice], detail)
             collide = region.collisions(granules, lanes).any(1)
             if collide.any():
@@ -437,7 +440,7 @@ class _Running:
 
     def _nearest(self, address: int) -> _Region:
         if not self.regions:
-            raise MemoryFaultError(f"{self.kernel} reads or writes, and was given no tensor.")
+            raise MemoryFaultError(f"{self.kernel} accesses memory, but has no tensor argument.")
         return min(self.regions, key=lambda r: max(r.low - address, address - r.high))
 
     def _out_of_bounds(self, kind: str, region: _Region, addresses: np.ndarray) -> None:
@@ -468,19 +471,21 @@ class _Running:
         self._findings[key] = finding
 
     def finish(self, complete: bool) -> Launch:
-        """What the launch did; its tensors get what it wrote."""
+        """The record of the launch; copies what it wrote to its tensors."""
         for region in self.regions:
-            missing = np.flatnonzero(region.live & ~region.written)
+            missing = np.flatnonzero(region.used & ~region.written)
             if complete and region.is_one_tensor and region.written.any() and len(missing):
                 argument, offset = region.locate(region.low + int(missing[0]) * region.granule)
-                detail = "leaves elements of what it writes unwritten"
+                detail = "does not write all elements of a tensor that it writes"
                 self._add(
                     Finding(
                         "not written", self.kernel, argument.name, offset, detail, "", len(missing)
                     )
                 )
-            if not region.poison_is_whole():
-                detail = "changes memory beside its tensors, unseen by the trace"
+            if not region.guards_are_intact():
+                detail = (
+                    "changes memory outside of its tensors, by accesses that the trace did not see"
+                )
                 name = region.arguments[0].name
                 self._add(Finding("guard", self.kernel, name, 0, detail, "", 1))
             region.write_back()
@@ -497,7 +502,7 @@ class _Running:
 
 
 def _move_apart(arguments: dict[str, Any]) -> tuple[list[_Region], dict[str, Any]]:
-    """Regions for all tensors, and the arguments with the tensors that lie in them."""
+    """Regions for all tensors, and the arguments with their tensors replaced by those there."""
     found: list[_Argument] = []
 
     def collect(name: str, t: Tensor) -> Tensor:
@@ -513,7 +518,7 @@ def _move_apart(arguments: dict[str, Any]) -> tuple[list[_Region], dict[str, Any
         groups.append([*(a for g in joined for a in g), argument])
     regions = [_Region(group) for group in groups]
     moved = {id(a): region.view(a) for region in regions for a in region.arguments}
-    views = iter([moved[id(a)] for a in found])  # in the order in which they are met again
+    views = iter([moved[id(a)] for a in found])  # in the order of `found`
     replaced = {
         name: interpreter.map_tensors(value, lambda _: next(views))
         for name, value in arguments.items()

@@ -1,0 +1,320 @@
+"""What the benchmarks compare: a problem, and the engines that solve it.
+
+A problem is one input of an operator with a dtype, a device and a direction. An engine is a layer
+and a way to run it: this library's kernels, eager PyTorch, compilers, runtimes, and other
+attentions (peers). A further engine or peer is one more entry of `ENGINES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swiftkernels.testing.operators import ADDITIVE_ATTENTION, Operator, Size
+from swiftkernels.testing.peers import PEERS
+from swiftkernels.testing.tolerance import budget, relative_errors, type_bound
+
+OURS = "swiftkernels"
+
+OPSET = 20
+"""Of ONNX models."""
+
+LONGEST_CALL = 3.0
+"""Seconds; engines that take longer for one call are not measured."""
+
+SLOW_FLOPS = 2e10
+"""Floating-point operations a second of a slow CPU core, to estimate self-attention's time."""
+
+EXACT_SCORES = 1 << 24
+"""Self-attention's N x N scores that are computed in float64 at once, at most."""
+
+Call = Callable[[], list[Tensor]]
+"""Returns the output and, with a backward, the gradients of x and all parameters."""
+
+Make = Callable[["Problem"], nn.Module]
+"""Makes a layer for a problem."""
+
+
+class Problem:
+    """One input and direction of an operator: what every engine gets, and the exact results.
+
+    Args:
+        size: N and C of the input.
+        batch: B.
+        dtype: of input and weights.
+        backward: whether gradients are computed too.
+        device: of input and weights.
+        tokens: the input [B, N, C]; by default random.
+        operator: the operator.
+        backend: of the operator, in the engine swiftkernels.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        batch: int,
+        dtype: torch.dtype,
+        backward: bool,
+        device: torch.device | str = "cpu",
+        *,
+        tokens: Tensor | None = None,
+        operator: Operator = ADDITIVE_ATTENTION,
+        backend: str = "auto",
+    ) -> None:
+        self.size, self.batch, self.dtype, self.backward = size, batch, dtype, backward
+        self.device, self.operator, self.backend = torch.device(device), operator, backend
+        shape = batch, size.tokens, size.width
+        drawn, dout = (
+            torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
+        )
+        x = (drawn if tokens is None else tokens).to(device, dtype).clone()
+        with torch.enable_grad():
+            # The clone of a leaf, as inside a network: autograd accumulates nothing in it.
+            self.x = x.requires_grad_(backward).clone()
+        self.dout = dout.to(device, dtype)
+        self._exact: dict[Make, list[Tensor]] = {}
+        self._eager_errors: dict[Make, list[float]] = {}
+
+    def module(self, make: Make) -> nn.Module:
+        """A new layer; the weights of all layers of one operator are the same."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = make(self)
+        return module.to(self.device, self.dtype).eval().requires_grad_(self.backward)
+
+    def call(self, module: nn.Module) -> Call:
+        """The call of a module on this input; gradients must be enabled if there is a backward."""
+        return _call(module, self.x, self.dout, self.backward)
+
+    def exact(self, make: Make) -> list[Tensor]:
+        """The results of a layer in float64, from the same rounded numbers."""
+        if make not in self._exact:
+            self._exact[make] = self._compute_exact(make)
+        return self._exact[make]
+
+    def _compute_exact(self, make: Make) -> list[Tensor]:
+        # Intel's GPUs may lack float64.
+        device = torch.device("cpu") if self.device.type == "xpu" else self.device
+        module = self.module(make).to(device, torch.float64)
+        # In chunks of the batch: self-attention would not fit in memory otherwise.
+        chunk = max(1, EXACT_SCORES // max(1, self.size.tokens) ** 2)
+        parts = []
+        for x, dout in zip(self.x.split(chunk), self.dout.split(chunk), strict=True):
+            leaf = x.detach().to(device, torch.float64).requires_grad_(self.backward)
+            results = _call(module, leaf, dout.to(device, torch.float64), self.backward)()
+            parts.append([t.detach() for t in results])
+        # Output and gradient of x are per batch element, gradients of weights are sums over them.
+        return [
+            torch.cat(tensors) if i < 1 + self.backward else torch.stack(tensors).sum(0)
+            for i, tensors in enumerate(zip(*parts, strict=True))
+        ]
+
+    def eager_errors(self, make: Make) -> list[float]:
+        """Relative errors of a layer run by eager PyTorch in the problem's dtype."""
+        if make not in self._eager_errors:
+            results = self.call(self.module(make))()
+            self._eager_errors[make] = relative_errors(results, self.exact(make))
+        return self._eager_errors[make]
+
+    def least_bytes(self, module: nn.Module) -> int:
+        """Bytes of input, output and weights, each once; with a backward, also their gradients."""
+        tensors = [self.x, self.dout, *module.parameters()]
+        return sum(t.nbytes for t in tensors) * (1 + self.backward)
+
+
+def _call(module: nn.Module, x: Tensor, dout: Tensor, backward: bool) -> Call:
+    if not backward:
+        return lambda: [module(x)]
+    leaves = [x, *module.parameters()]
+
+    def forward_and_backward() -> list[Tensor]:
+        out = module(x)
+        return [out, *torch.autograd.grad(out, leaves, dout)]
+
+    return forward_and_backward
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A layer, how to run it, and how to judge its results."""
+
+    layer: Make
+    definition: Make | None = None
+    """The eager layer with the same weights that defines the exact results; None: `layer`."""
+    build: Callable[[Problem, nn.Module], Call] = Problem.call
+    """How to run the layer; it may compile."""
+    fused: bool = False
+    """A kernel of this library, judged by `budget`; others are judged by `type_bound`."""
+    backward: bool = True
+    half: bool = True
+    """Whether it runs dtypes other than float32."""
+    quadratic: bool = False
+    """Whether its time grows with the square of N."""
+    requires: tuple[str, ...] = ()
+    """Packages that may be missing."""
+
+    def supports(self, dtype: torch.dtype, backward: bool) -> bool:
+        return (self.backward or not backward) and (self.half or dtype == torch.float32)
+
+    def missing(self) -> list[str]:
+        """Required packages that are not installed."""
+        return [name for name in self.requires if importlib.util.find_spec(name) is None]
+
+    def too_slow(self, problem: Problem) -> bool:
+        """Whether a call on a CPU could take more than `LONGEST_CALL`, before it is tried."""
+        if not self.quadratic or problem.device.type != "cpu":
+            return False
+        flops = 4 * problem.batch * problem.size.tokens**2 * problem.size.width
+        return flops * (3.5 if problem.backward else 1) > LONGEST_CALL * SLOW_FLOPS
+
+    def exact(self, problem: Problem) -> list[Tensor]:
+        """The exact results."""
+        return problem.exact(self.definition or self.layer)
+
+    def bounds(self, problem: Problem) -> list[float]:
+        """The largest relative error that each result may have."""
+        if self.fused:
+            errors = problem.eager_errors(self.definition or self.layer)
+            return [budget(error, problem.dtype) for error in errors]
+        rows = problem.size.tokens * (problem.batch if problem.backward else 1)
+        bound = type_bound(problem.dtype, max(problem.size.width, rows))
+        return [bound] * len(self.exact(problem))
+
+
+def _fused(problem: Problem) -> nn.Module:
+    return problem.operator.layer(problem.size.width, problem.backend)
+
+
+def _eager(problem: Problem) -> nn.Module:
+    return problem.operator.layer(problem.size.width, "reference")
+
+
+def _published(problem: Problem) -> nn.Module:
+    return problem.operator.published(_eager(problem))
+
+
+def _peer(make: Callable[[int], nn.Module]) -> Make:
+    return lambda problem: make(problem.size.width)
+
+
+def _compile(problem: Problem, module: nn.Module, **options: Any) -> Call:
+    if problem.device.type == "cpu":
+        # Inductor writes the number of threads into its code, but not into the key of its cache.
+        options["cpp.threads"] = torch.get_num_threads()
+    compiled: Any = torch.compile(module, dynamic=False, fullgraph=True, options=options)
+    return problem.call(compiled)
+
+
+def _compile_max(problem: Problem, module: nn.Module) -> Call:
+    import torch._inductor.config  # takes seconds: not in processes that measure memory
+
+    # As mode="max-autotune-no-cudagraphs": torch.compile accepts either a mode or options.
+    options: dict[str, Any] = {
+        **torch._inductor.list_mode_options("max-autotune-no-cudagraphs"),
+        "freezing": True,
+        "autotune_num_choices_displayed": 0,
+    }
+    call = _compile(problem, module, **options)
+    # Dynamo reads the global setting. Tuning prints to stderr in any case.
+    with torch._inductor.config.patch(freezing=True), contextlib.redirect_stderr(io.StringIO()):
+        call()
+    return call
+
+
+@functools.lru_cache(maxsize=1)  # both runtimes get the model of one problem, one after the other
+def _onnx(problem: Problem) -> bytes:
+    """The published layer as an ONNX model."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about missing torchvision
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            problem.module(_published), (problem.x,), dynamo=True, opset_version=OPSET,
+            verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    return program.model_proto.SerializeToString()
+
+
+def _onnxruntime(problem: Problem, _: nn.Module) -> Call:
+    """Input and output are in torch's memory: the call copies nothing."""
+    onnxruntime: Any = importlib.import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    # Its threads wait in a loop during a run, but not while the next engine is measured.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(
+        _onnx(problem), options, providers=["CPUExecutionProvider"]
+    )
+    x, out = problem.x, torch.empty_like(problem.x)
+    float32 = x.numpy().dtype.type
+    binding = session.io_binding()
+    for bind, name, tensor in (
+        (binding.bind_input, session.get_inputs()[0].name, x),
+        (binding.bind_output, session.get_outputs()[0].name, out),
+    ):
+        bind(name, "cpu", 0, float32, tuple(tensor.shape), tensor.data_ptr())
+
+    def call() -> list[Tensor]:
+        session.run_with_iobinding(binding)
+        return [out]
+
+    return call
+
+
+def _openvino(problem: Problem, _: nn.Module) -> Call:
+    """Input and output are in torch's memory: the call copies nothing."""
+    openvino: Any = importlib.import_module("openvino")
+    core = openvino.Core()
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    compiled = core.compile_model(core.read_model(io.BytesIO(_onnx(problem))), "CPU", settings)
+    request = compiled.create_infer_request()
+    x, out = problem.x, torch.empty_like(problem.x)
+    request.set_input_tensor(openvino.Tensor(x.numpy(), shared_memory=True))
+    request.set_output_tensor(openvino.Tensor(out.numpy(), shared_memory=True))
+
+    def call() -> list[Tensor]:
+        # Less Python than infer(), which collects the outputs in a dictionary.
+        request.start_async()
+        request.wait()
+        return [out]
+
+    return call
+
+
+ENGINES = {
+    OURS: Engine(_fused, _eager, fused=True),
+    "eager": Engine(_eager),
+    "published": Engine(_published, _eager),
+    "compile": Engine(_eager, build=_compile),
+    "compile-max": Engine(_eager, build=_compile_max, backward=False),
+    "onnxruntime": Engine(
+        _published, _eager, _onnxruntime, backward=False, half=False,
+        requires=("onnx", "onnxscript", "onnxruntime"),
+    ),
+    "openvino": Engine(
+        _published, _eager, _openvino, backward=False, half=False,
+        requires=("onnx", "onnxscript", "openvino"),
+    ),
+    **{name: Engine(_peer(make), quadratic=name == "mhsa") for name, make in PEERS.items()},
+}  # fmt: skip
+"""By the names that commands and CSV files have for them."""
+
+COMPARED_PEERS = ("mhsa", "separable", "xca", "linear")
+"""The peers that commands compare with by default."""

@@ -1,0 +1,167 @@
+"""Time of calls: one clock for each kind of device, and calls measured in turn.
+
+* On a GPU, a time is that between two events. As called: the device is idle before, so that the
+  time in which the host launches the kernels counts. Queued: the call waits behind other work, so
+  that only the device's time counts. The caches are flushed before every sample.
+* On a CPU with one thread it is the process time, which other programs disturb least. With several
+  threads, of which the process time would be the sum, it is wall time.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+FLUSH_BYTES = 512 << 20
+"""More than the caches of any GPU: 256 MiB in an MI300X."""
+
+COPY_BYTES = {"cuda": 256 << 20, "xpu": 256 << 20, "cpu": 64 << 20}
+"""Size of the tensor that `copy_rate` copies."""
+
+REST = 0.02
+"""Seconds of sleep before a call with several CPU threads. OpenMP's threads wait for further work
+in a loop for about half of that, and would take the cores from the next call."""
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one callable, in seconds."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range."""
+        lower, _, upper = statistics.quantiles(self.samples, n=4)
+        return upper - lower
+
+    @property
+    def minimum(self) -> float:
+        return min(self.samples)
+
+
+def clock(device: torch.device | str) -> Callable[[], float]:
+    """A clock in seconds to read before and after a call: on a GPU, wall time when it is idle."""
+    device = torch.device(device)
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+
+        def wait_and_read() -> float:
+            module.synchronize(device)
+            return time.perf_counter()
+
+        return wait_and_read
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def clock_name(device: torch.device | str) -> str:
+    """What `clock` reads."""
+    return "process time" if clock(device) is time.process_time else "wall time"
+
+
+class Stopwatch:
+    """Measures single calls on one device, in seconds; see the head of this file.
+
+    Example:
+        >>> Stopwatch("cpu")(torch.ones(9).sum) < 1
+        True
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        if self.device.type != "cpu":
+            self._module = torch.get_device_module(self.device)
+            self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.device)
+
+    def __call__(self, call: Call, queued: bool = False) -> float:
+        if self.device.type == "cpu":
+            if torch.get_num_threads() > 1:
+                time.sleep(REST)
+                call()  # not measured: it wakes the threads of this call
+            now = clock(self.device)
+            began = now()
+            call()
+            return now() - began
+        start, end = (self._module.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        if not queued:
+            self._module.synchronize(self.device)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+
+def interleave(
+    calls: Mapping[str, Call],
+    measure: Callable[[Call], float],
+    seconds: float = 0.5,
+    min_rounds: int = 9,
+) -> dict[str, Timing]:
+    """Measure the calls in turn, so that all meet the same clock rate, caches and other programs.
+
+    A round is one call of each, in an order shuffled anew; the first round is not counted. Rounds
+    go on for `seconds` of wall time, and there are at least `min_rounds` of them.
+
+    Example:
+        >>> calls = {"sum": torch.ones(9).sum, "max": torch.ones(9).max}
+        >>> timings = interleave(calls, Stopwatch("cpu"), seconds=0.01)
+        >>> timings["sum"].median < 1
+        True
+    """
+    order = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    generator = random.Random(0)
+    for call in calls.values():
+        measure(call)
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while calls and (rounds < min_rounds or time.perf_counter() < end):
+        generator.shuffle(order)
+        for name in order:
+            samples[name].append(measure(calls[name]))
+        rounds += 1
+    return {name: Timing(tuple(times)) for name, times in samples.items()}
+
+
+def capture(call: Call) -> Call:
+    """The kernels of a call as a CUDA graph: the result launches them all at once."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return results
+
+    return replay
+
+
+def copy_rate(watch: Stopwatch, rounds: int = 21) -> float:
+    """Bytes per second, read and written, of a plain copy of a large tensor."""
+    device = watch.device
+    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = functools.partial(target.copy_, source)
+    copy()
+    return 2 * source.nbytes / statistics.median(watch(copy, queued=True) for _ in range(rounds))
