@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 from swiftkernels.ops.additive_attention.layer import AdditiveAttention
 from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
+from swiftkernels.ops.separable_attention import op as separable
+from swiftkernels.ops.separable_attention.layer import SeparableAttention
+from swiftkernels.ops.separable_attention.reference import separable_attention
+from swiftkernels.ops.separable_attention.weights import Weights
 
 IMAGE_SIZE = 224
 """Pixels of a side of the images that the networks classify."""
@@ -135,4 +139,51 @@ ADDITIVE_ATTENTION = Operator(
     quick_sizes=tuple(s for s in _SIZES if s.name in ("XS-1/S-1/L1-1", "XS-3", "XS-4")),
 )
 
-OPERATORS = {ADDITIVE_ATTENTION.name: ADDITIVE_ATTENTION}
+
+class _PublishedSeparable(nn.Module):
+    """The formula of separable attention, without checks."""
+
+    def __init__(self, layer: SeparableAttention) -> None:
+        super().__init__()
+        self.qkv_proj, self.out_proj = layer.qkv_proj, layer.out_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv, out = self.qkv_proj, self.out_proj
+        return separable_attention(x, Weights(qkv.weight, qkv.bias, out.weight, out.bias))
+
+
+def _separable_layer(width: int, backend: Any) -> nn.Module:
+    return SeparableAttention(width, backend=backend)
+
+
+def _choose_separable_backend(backend: str, x: Tensor) -> str:
+    return separable.SEPARABLE_ATTENTION.choose_backend(backend, x, x.shape[-1])
+
+
+def _published_separable(layer: nn.Module) -> nn.Module:
+    assert isinstance(layer, SeparableAttention)
+    return _PublishedSeparable(layer)
+
+
+_MOBILEVIT_SIZES = tuple(
+    Size((256, 64, 16)[stage], width, f"{model}-{stage + 1}")
+    for model, widths in {
+        "0.5": (64, 96, 128),
+        "1.0": (128, 192, 256),
+        "2.0": (256, 384, 512),
+    }.items()
+    for stage, width in enumerate(widths)
+)
+"""Patches and channels of the three stages of MobileViTv2 that attend, for images of 256 x 256
+pixels; each image has four sequences."""
+
+SEPARABLE_ATTENTION = Operator(
+    "separable_attention",
+    layer=_separable_layer,
+    choose_backend=_choose_separable_backend,
+    published=_published_separable,
+    sizes=_MOBILEVIT_SIZES,
+    quick_sizes=_MOBILEVIT_SIZES[3:6],
+)
+
+OPERATORS = {o.name: o for o in (ADDITIVE_ATTENTION, SEPARABLE_ATTENTION)}
