@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from benchmarks.gpu.trace import trace
 from torch import Tensor
 
-from benchmarks.gpu.trace import trace
 from swiftkernels.ops.separable_attention.op import separable_attention
 from tests.cases import assert_exact, convert
 from tests.interpreter.instruments import count_launches
