@@ -8,7 +8,9 @@ from benchmarks.gpu.trace import trace
 from torch import Tensor
 
 from swiftkernels.ops.separable_attention.op import separable_attention
-from tests.cases import assert_exact, convert
+from swiftkernels.testing.cases import convert
+from swiftkernels.testing.tolerance import assert_exact
+from swiftkernels.testing.triton_trace import trace
 from tests.interpreter.instruments import count_launches
 from tests.ops.separable_attention.cases import Tensors, check, make_tensors, run
 

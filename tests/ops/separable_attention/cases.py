@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from swiftkernels.ops.separable_attention.op import separable_attention
-from tests.cases import assert_as_good_as_eager, convert, forward_backward
+from swiftkernels.testing.cases import convert, forward_backward
+from swiftkernels.testing.tolerance import assert_as_good_as_eager
 
 NAMES = ("x", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from swiftkernels.backends.cpu import library
 from swiftkernels.ops.separable_attention.op import separable_attention
-from tests.cases import assert_as_good_as_eager, convert
+from swiftkernels.testing.cases import convert
+from swiftkernels.testing.tolerance import assert_as_good_as_eager
 from tests.ops.separable_attention.cases import Tensors, check, make_tensors, run
 
 pytestmark = [
