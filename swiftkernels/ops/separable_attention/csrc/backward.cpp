@@ -46,15 +46,16 @@ struct Sums {
   float* memory() const { return dWv.data; }
 };
 
-/// The sums of a thread: those of a few tiles, and those of all tiles before.
+/// The sums of a thread: those of a few tiles, and those of all tiles before, in other memory if
+/// there are more than a few.
 struct ThreadSums {
   Sums few, all;
-  int64_t floats;
   int64_t tiles = 0;
 
   void flush() {
-    add(few.memory(), floats, all.memory());
-    std::fill(few.memory(), few.memory() + floats, 0.f);
+    if (few.memory() == all.memory()) return;
+    add(few.memory(), few.floats, all.memory());
+    std::fill(few.memory(), few.memory() + few.floats, 0.f);
     tiles = 0;
   }
 };
@@ -113,21 +114,23 @@ class Backward {
     make_state(state_size);
     make_shared(shared_size);
     workspace_floats_ = workspace_size.used(), state_floats_ = state_size.used();
-    const int64_t sum_floats = call_.needs_weights ? Sums::make(C_, D_, nullptr).floats : 0;
     const int threads = schedule_.threads, states = schedule_.states();
-    const Scratch scratch(threads * (workspace_floats_ + 2 * sum_floats) + states * state_floats_ +
-                          shared_size.used());
+    const int64_t tiles = schedule_.blocks * (schedule_.is_grouped() ? 1 : schedule_.batch);
+    const int levels = tiles > CHAIN * threads ? 2 : 1;
+    const int64_t sum_floats = call_.needs_weights ? Sums::make(C_, D_, nullptr).floats : 0;
+    const Scratch scratch(threads * (workspace_floats_ + levels * sum_floats) +
+                          states * state_floats_ + shared_size.used());
     if (!scratch) return OUT_OF_MEMORY;
     workspaces_ = scratch.data();
     states_ = workspaces_ + threads * workspace_floats_;
     Arena shared(states_ + states * state_floats_);
     make_shared(shared);
     float* const sums = states_ + states * state_floats_ + shared_size.used();
-    std::fill(sums, sums + 2 * threads * sum_floats, 0.f);
+    std::fill(sums, sums + levels * threads * sum_floats, 0.f);
     sums_.resize(threads);
     for (int i = 0; i < threads; i++) {
-      float* few = sums + 2 * i * sum_floats;
-      sums_[i] = {Sums::make(C_, D_, few), Sums::make(C_, D_, few + sum_floats), sum_floats};
+      float* few = sums + levels * i * sum_floats;
+      sums_[i] = {Sums::make(C_, D_, few), Sums::make(C_, D_, few + (levels - 1) * sum_floats)};
     }
     schedule_.run(*this);
     if (!call_.needs_weights) return DONE;
@@ -239,7 +242,7 @@ class Backward {
       gram(dout, D_, w.values, C_, rows, sums.few.dWp, true, w.columns);
       add_rows(w.du, rows, C_, sums.few.dbv);
       add_rows(dout, rows, D_, sums.few.dbp);
-      if (++sums.tiles == CHAIN) sums.flush();
+      if (++sums.tiles >= CHAIN) sums.flush();
     }
     if (call_.dx.data) gemm(w.du, rows, w_.value_rows, nullptr, w.dx, w.panel);
   }
@@ -319,7 +322,8 @@ class Backward {
       if (first == end) return;
       for (int64_t s = 0; s < schedule_.batch; s += MAX_CHAIN) {
         const Tile dcontexts{dcontexts_.row(s) + first, dcontexts_.stride};
-        gram(dcontexts, end - first, pooled_.from(s), C_, std::min(MAX_CHAIN, schedule_.batch - s), dWk_.from(first), s > 0, nullptr);
+        gram(dcontexts, end - first, pooled_.from(s), C_, std::min(MAX_CHAIN, schedule_.batch - s),
+             dWk_.from(first), s > 0, nullptr);
       }
     });
     std::fill(dbk_, dbk_ + padded(C_), 0.f);

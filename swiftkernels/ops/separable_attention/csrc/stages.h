@@ -111,8 +111,8 @@ inline Tokens sequence_of(const Sequences& t, int64_t sequence, int64_t groups, 
           t.channel_stride, static_cast<int32_t>(type)};
 }
 
-/// The tokens of a block as float32 rows of whole vectors, one sequence after the other: in place if
-/// they are such rows, else copied to `scratch`. The elements of a block are sequences.
+/// The tokens of a block, whose batch elements are sequences, as float32 rows of whole vectors, one
+/// sequence after the other: in place if they are such rows, else copied to `scratch`.
 template <class AnyCall>
 inline Tile load_block(const AnyCall& call, const Sequences& t, const TokenBlock& b, int64_t width,
                        Tile scratch) {

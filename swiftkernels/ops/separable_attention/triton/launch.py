@@ -154,7 +154,7 @@ class _Kind(NamedTuple):
             (self.sequences, parts),
             {
                 "C": self.width, "PRECISION": self.precision, "BLOCK_B": BLOCK_B, "BLOCK_K": 32,
-                "BLOCK_J": block_j, "num_warps": 4, "num_stages": 2,
+                "BLOCK_J": block_j, "num_warps": 4 if self.width <= 256 else 8, "num_stages": 2,
             },
             self.reusable,
         )  # fmt: skip
