@@ -20,6 +20,7 @@ from swiftkernels.ops import linear_parts
 from swiftkernels.ops.additive_attention import reference
 from swiftkernels.ops.additive_attention.layer import AttentionForward, Names
 from swiftkernels.ops.additive_attention.weights import Options
+from swiftkernels.ops.plan import KeepsPlans
 from swiftkernels.ops.types import Backend, Layout, Pooling
 
 OFFICIAL = Names(proj="Proj")
@@ -130,7 +131,8 @@ def _collisions(module: nn.Module, attributes: Mapping[str, Any]) -> list[str]:
     """Attributes of the layer with names that `AttentionForward` uses for something else."""
     kinds = type_before_parametrizations(module).__mro__
     theirs = {name for kind in kinds[: kinds.index(nn.Module)] for name in vars(kind)}
-    ours = {name for name in vars(AttentionForward) if not name.startswith("__")} - {"forward"}
+    own = {*vars(AttentionForward), *vars(KeepsPlans)} - {"forward"}
+    ours = {name for name in own if not name.startswith("__")}
     differing = {n for n, value in attributes.items() if vars(module).get(n, value) != value}
     return sorted((ours & (theirs | vars(module).keys())) | differing)
 

@@ -180,8 +180,13 @@ class Operator:
         return "reference" if torch_state.transforming() else backend
 
     def why_not(self, backend: str, x: Tensor, width: int) -> str:
-        """Why a backend cannot take an input; empty if it can."""
-        reason = self.backends[backend].why_not(x, width) if backend in self.backends else ""
+        """Why a backend cannot take an input; empty if it can.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        checks.check_option("backend", backend, (*self.backends, "reference"))
+        reason = "" if backend == "reference" else self.backends[backend].why_not(x, width)
         return f"backend={backend!r} {reason}" if reason else ""
 
     def _automatic_backend(self, x: Tensor, width: int) -> str:

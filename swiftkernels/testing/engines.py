@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swiftkernels.ops.separable_attention.layer import SeparableAttention
 from swiftkernels.testing.operators import ADDITIVE_ATTENTION, Operator, Size
 from swiftkernels.testing.peers import PEERS
 from swiftkernels.testing.tolerance import budget, relative_errors, type_bound
@@ -208,6 +209,10 @@ def _peer(make: Callable[[int], nn.Module]) -> Make:
     return lambda problem: make(problem.size.width)
 
 
+def _separable(backend: str) -> Make:
+    return lambda problem: SeparableAttention(problem.size.width, backend=backend)
+
+
 def _compile(problem: Problem, module: nn.Module, **options: Any) -> Call:
     if problem.device.type == "cpu":
         # Inductor writes the number of threads into its code, but not into the key of its cache.
@@ -313,8 +318,9 @@ ENGINES = {
         requires=("onnx", "onnxscript", "openvino"),
     ),
     **{name: Engine(_peer(make), quadratic=name == "mhsa") for name, make in PEERS.items()},
+    "separable_fused": Engine(_separable("auto"), _separable("reference"), fused=True),
 }  # fmt: skip
 """By the names that commands and CSV files have for them."""
 
-COMPARED_PEERS = ("mhsa", "separable", "xca", "linear")
+COMPARED_PEERS = ("mhsa", "separable", "separable_fused", "xca", "linear")
 """The peers that commands compare with by default."""

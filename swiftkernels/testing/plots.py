@@ -50,6 +50,7 @@ STYLES = {
     "xca": Style("XCA", "#0072B2", "P"),
     "mdta": Style("MDTA", "#56B4E9", "X"),
     "separable": Style("separable", "#009E73", "h"),
+    "separable_fused": Style("separable, fused", "#004D38", "*"),
     "linear": Style("linear", "#CC79A7", "p"),
     "fastformer": Style("Fastformer", "#B8860B", "d"),
 }
@@ -128,7 +129,7 @@ def speedups_figure(found: Sequence[Speedup], title: str, caption: str) -> Figur
     add_caption(
         figure,
         "Ratio of medians measured in turn; above 1 the operator is faster. Dashed: other "
-        f"operators, eager. {caption}",
+        f"operators. {caption}",
     )
     return figure
 

@@ -71,6 +71,7 @@ SEPARABLE_ATTENTION = Operator(
     example=_example,
     output=output_like,
 )
+OPERATORS = (SEPARABLE_ATTENTION,)
 
 
 def separable_attention(
