@@ -83,7 +83,7 @@ def _example(batch: int, n_tokens: int, in_dims: int, token_dim: int) -> Call:
 def _query_key_example(batch: int, n_tokens: int, in_dims: int, token_dim: int) -> Call:
     call = _example(batch, n_tokens, in_dims, token_dim)
     queries = torch.randn(2, batch, n_tokens, token_dim)
-    return call._replace(inputs=tuple(queries), weights=call.weights.output)
+    return call._replace(inputs=tuple(queries), weights=OutputWeights(*call.weights[4:]))
 
 
 _PACKAGE = "swiftkernels.ops.additive_attention"
