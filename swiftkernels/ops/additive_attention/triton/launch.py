@@ -332,8 +332,13 @@ class InferencePlan:
         self._precision = precision(x.dtype)
         self._out = output_like(x, weights.token_dim)
         self._launches: _ForwardLaunches | None = None
-        by_address = mask is None and weights.width <= config.MAX_PROJECTED_WIDTH
-        if by_address and _tokens(x).data is x and all_fit_kernels(weights):
+        by_address = (
+            mask is None
+            and weights.width <= config.MAX_PROJECTED_WIDTH
+            and _tokens(x).data is x
+            and all(w is None or (w.is_contiguous() and fits_kernels(w)) for w in weights)
+        )
+        if by_address:
             read = _read((x,), weights)
             pointers = _pointers(read, weights, None)
             self._launches = _forward_launches(_launch_key(read, weights, options, pointers, True))
@@ -651,14 +656,14 @@ def backward(
             pointers, kept, dout_view.data, grad_g, dx, (dq, dk, tz),
             (dw_g_parts, moments if launches.fuses else None),
         )  # fmt: skip
+        if source is not None and needs.inputs and not read.project:
+            dx = _input_gradient(dq, dk, x, weights)
+        if dx is not None and dx.stride() != x.stride():
+            # The operator promises the strides of the input where it is dense.
+            dx = torch.empty_like(x).copy_(dx)
         gradients: list[Tensor | None] = [dx]
         if source is None:
             gradients = [dq, dk] if needs.inputs else [None, None]
-        elif needs.inputs and not read.project:
-            gradients = [_input_gradient(dq, dk, x, weights)]
-        if dx is not None and dx.stride() != x.stride():
-            # The operator promises the strides of the input where it is dense.
-            gradients = [torch.empty_like(x).copy_(dx)]
         if dw_g_parts is None or moments is None:
             return [*gradients, *[None] * len(weights)]
         if operands is not None:
