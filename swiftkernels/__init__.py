@@ -21,7 +21,7 @@ from swiftkernels.tools.doctor import doctor
 if typing.TYPE_CHECKING:
     from swiftkernels.integrations import export as export
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdditiveAttention",
