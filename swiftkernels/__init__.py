@@ -1,4 +1,4 @@
-"""Fused kernels for SwiftFormer's efficient additive attention (arXiv 2303.15446)."""
+"""Fused kernels for efficient attention in vision networks, forward and backward."""
 
 import importlib
 import types
