@@ -125,7 +125,7 @@ def mark_description(
 
 
 def _mathml(tex: str, block: bool) -> str:
-    """A formula as MathML, with the subscripts of accented letters beside, not below them."""
+    """A formula as MathML, with the subscripts of accented letters to their right, not below."""
     namespace = "http://www.w3.org/1998/Math/MathML"
     ElementTree.register_namespace("", namespace)
     text = tex2mathml(tex, as_block=block).replace("&ApplyFunction;", "\u2061")
