@@ -54,30 +54,32 @@ def headline() -> str:
         for s in speedups(rows_of("cpu.csv"))
         if (s.setting.threads, s.setting.dtype) == (1, "float32") and s.engine in HEADLINE
     ]
-    groups = sorted({(s.setting, s.engine) for s in found}, key=lambda group: _order(*group))
     lines = []
-    for setting, engine in groups:
-        ratios = [s.by_median for s in found if (s.setting, s.engine) == (setting, engine)]
-        lines.append([f"additive attention, {setting.direction}", ENGINES[engine], *_spread(ratios)])
+    for direction in dict.fromkeys(s.setting.direction for s in found):
+        own = [s for s in found if s.setting.direction == direction]
+        ratios = ([s.by_median for s in own if s.engine == engine] for engine in HEADLINE)
+        lines.append([f"additive attention, {direction}", *map(_spread, ratios)])
     networks = rows_of("whole_networks.csv")
     for direction in dict.fromkeys(row["direction"] for row in networks):
-        ratios = [gain for row, gain in _network_gains(networks) if row["direction"] == direction]
-        lines.append([f"whole SwiftFormer, {direction}", "timm", *_spread(ratios)])
-    table = _table(["", "faster than", "mean", "least", "most"], lines)
+        gains = [gain for row, gain in _network_gains(networks) if row["direction"] == direction]
+        lines.append([f"whole SwiftFormer, {direction}", _spread(gains), *[""] * 3])
+    table = _table(["faster than", *(ENGINES[engine] for engine in HEADLINE)], lines)
     return (
-        f"{table}\n\nRatios of median times on CPUs; float32, 1 thread, torch "
-        f"{_only(networks, 'torch')}. Attention: {len({s.shape for s in found})} shapes, "
+        f"{table}\n\nMean (least to most) of ratios of median times on CPUs; float32, 1 thread, "
+        f"torch {_only(networks, 'torch')}. Attention: {len({s.shape for s in found})} shapes, "
         f"{_only(rows_of('cpu.csv'), 'device')} ({_only(rows_of('cpu.csv'), 'isa')}), "
-        "[cpu.csv](DOCS/results/cpu.csv). Networks: XS, S, L1, L3 at "
+        "[cpu.csv](DOCS/results/cpu.csv). Networks: timm's XS, S, L1, L3, accelerated, at "
         f"{_only(networks, 'side')} pixels, batch {_only(networks, 'batch')}, "
         f"{_only(networks, 'device')} ({_only(networks, 'isa')}), "
         "[whole_networks.csv](DOCS/results/whole_networks.csv)."
     )
 
 
-def _spread(ratios: Sequence[float]) -> list[str]:
-    """Geometric mean, least and most."""
-    return [f"{f(ratios):.2f} x" for f in (statistics.geometric_mean, min, max)]
+def _spread(ratios: Sequence[float]) -> str:
+    """Geometric mean (least to most); empty if nothing was measured."""
+    if not ratios:
+        return ""
+    return f"{statistics.geometric_mean(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def operator() -> str:
