@@ -25,7 +25,6 @@ faster way of inference also has
 
 from __future__ import annotations
 
-import functools
 import importlib
 import types
 import typing
@@ -112,6 +111,7 @@ class Operator:
         self.weights, self.options = weights, options
         self.reference, self.backends, self.eager = reference, dict(backends), eager
         self.flops_per_token, self.example, self.output_like = flops, example, output
+        self._modules: dict[str, Any] = {}
         self._count = len(self.inputs) + len(self.weights._fields)
         tensors = [*(f"Tensor {i}" for i in inputs), *_schema(weights), "Tensor? mask"]
         arguments = ", ".join([*tensors, *_schema(options), "str backend", "str keep"])
@@ -201,7 +201,10 @@ class Operator:
 
     def implementation(self, backend: str) -> Any:
         """The module of a backend."""
-        return _implementation(self.backends[backend].module)
+        found = self._modules.get(backend)
+        if found is None:
+            found = self._modules[backend] = importlib.import_module(self.backends[backend].module)
+        return found
 
     def _flat(self, call: Call) -> tuple[Any, ...]:
         """The arguments in the order of the schema."""
@@ -375,11 +378,6 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
             if t is not None and t.requires_grad:
                 return True
     return False
-
-
-@functools.cache
-def _implementation(module: str) -> Any:
-    return importlib.import_module(module)
 
 
 def _schema(bundle: type) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from swiftkernels.backends.triton import sizes
 from swiftkernels.ops.additive_attention import api, reference
 from swiftkernels.ops.additive_attention.reference import POOLINGS
 from swiftkernels.ops.additive_attention.triton import config, launch
@@ -378,8 +379,8 @@ def test_splits_cover_every_token_count(width, dtype):
     """N from 1 to 65536 by the shape logic alone."""
     block_n = config.choose_config(width, dtype).block_n
     for n_tokens in [*range(1, 300), 784, 3136, 16384, 16385, 65535, 65536]:
-        splits, tiles_per_split = launch._split_tokens(n_tokens, block_n)
-        assert splits <= config.MAX_SPLITS
+        splits, tiles_per_split = launch.split_tokens(n_tokens, block_n)
+        assert splits <= sizes.MAX_SPLITS
         tokens = tiles_per_split * block_n
         assert (splits - 1) * tokens < n_tokens <= splits * tokens
 
