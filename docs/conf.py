@@ -52,6 +52,8 @@ html_title = f"swiftkernels {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
+# These pages have no section to navigate in.
+html_sidebars = {page: [] for page in ("index", "get_started", "development", "changelog")}
 html_copy_source = False
 html_math_renderer = "mathml"
 html_theme_options = {
