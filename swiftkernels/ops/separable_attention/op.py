@@ -99,7 +99,7 @@ def separable_attention(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, with the
-        remedy.
+            remedy.
 
     Example:
         >>> x, w = torch.randn(2, 49, 64), torch.randn(129, 64) / 8
