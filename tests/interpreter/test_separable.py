@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.gpu.trace import trace
 from torch import Tensor
 
 from swiftkernels.ops.separable_attention.op import separable_attention
