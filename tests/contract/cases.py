@@ -182,10 +182,11 @@ def definition(operator: Operator) -> Callable[[Call], Tensor]:
 
 def public(operator: Operator) -> Callable[[Call], Tensor]:
     """The public function of an operator as a function of a call."""
+    function = operator.function
 
     def run(call: Call) -> Tensor:
         mask = {} if call.mask is None else {"mask": call.mask}
-        return operator.function(
+        return function(
             *call.inputs, *call.weights, backend=call.backend, **mask, **call.options._asdict()
         )
 

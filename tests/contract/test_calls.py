@@ -107,9 +107,12 @@ def test_nothing_is_differentiable_where_nothing_requires_it(
 
 
 @every_implementation
-def test_shapes_of_gradients(implementation: Implementation) -> None:
-    """Of every tensor as it is, a matrix or a vector; in the dense strides of an input."""
-    operator, call = implementation.operator, arguments(implementation)
+@pytest.mark.parametrize("size", [SIZE, (1, 6, 96, 96), (1, 6, 260, 260)], ids=ids)
+def test_shapes_of_gradients(
+    implementation: Implementation, size: tuple[int, int, int, int]
+) -> None:
+    """Those of the tensors; the gradient of a dense input has its strides."""
+    operator, call = implementation.operator, arguments(implementation, size=size)
     call = call._replace(inputs=tuple(t.mT.contiguous().mT for t in call.inputs))
     found = gradients(operator, operator, call)
     for name, t in zip(names(operator), call.tensors(), strict=True):

@@ -381,7 +381,11 @@ class InferencePlan:
         self._precision = _precision(x.dtype)
         self._out = output_like(x, weights.token_dim)
         self._plan: _ForwardPlan | None = None
-        by_address = mask is None and weights.width <= config.MAX_PROJECTED_WIDTH
+        by_address = (
+            mask is None
+            and weights.width <= config.MAX_PROJECTED_WIDTH
+            and all(w.is_contiguous() for w in cache.present(weights))
+        )
         if by_address and _tokens(x).data is x and _reusable(weights):
             read = _read((x,), weights)
             pointers = _pointers(read, weights, None)
@@ -705,9 +709,10 @@ def backward(
             gradients = [dq, dk] if needs.inputs else [None, None]
         elif needs.inputs and not read.project:
             gradients = [_input_gradient(dq, dk, x, weights)]
-        if dx is not None and dx.stride() != x.stride():
+        found = None if source is None else gradients[0]
+        if found is not None and found.stride() != x.stride():
             # The strides that an operator promises: those of the input where it is dense.
-            gradients = [torch.empty_like(x).copy_(dx)]
+            gradients = [torch.empty_like(x).copy_(found)]
         if dw_g_parts is None or moments is None:
             return [*gradients, *[None] * len(weights)]
         if planes is not None:
