@@ -7,6 +7,12 @@
 
 namespace swiftkernels::additive {
 
+enum Pooling : int64_t { L2 = 0, SOFTMAX = 1, SUM = 2, LINEAR = 3 };
+
+/// What Python compares with the order of its poolings.
+inline constexpr AbiEntry POOLINGS[] = {
+    {"L2", L2}, {"SOFTMAX", SOFTMAX}, {"SUM", SUM}, {"LINEAR", LINEAR}};
+
 /// The pooled rows of a slice: three numbers, then the weighted sum of the rows.
 struct Partial {
   static constexpr int64_t HEADER = 16;
