@@ -661,7 +661,7 @@ def backward(
         if source is not None and needs.inputs and not read.project:
             dx = _input_gradient(dq, dk, x, weights)
         if dx is not None and dx.stride() != x.stride():
-            # The strides that an operator promises: those of the input where it is dense.
+            # The operator promises the strides of the input where it is dense.
             dx = torch.empty_like(x).copy_(dx)
         gradients: list[Tensor | None] = [dx]
         if source is None:
