@@ -25,8 +25,8 @@ faster way of inference also has
 
 from __future__ import annotations
 
-import functools
 import importlib
+import pkgutil
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -86,8 +86,14 @@ class Operator:
         backends: by name, in the order in which backend="auto" tries them.
         eager: which of the backends, or "reference", computes an input where no kernels run.
         flops: multiply-adds of the definition per token, from the weights' shapes by name.
-        example: `(batch, n_tokens, in_dims, token_dim) -> Call`: random arguments, for tests and
-            benchmarks.
+        function: the public function, "module:name", with the signature
+            `(*inputs, *weights, *, backend, **options)`, and `mask` if the operator takes one.
+        example: `(batch, n_tokens, in_dims, token_dim) -> Call`: random arguments from torch's
+            generator, for tests and benchmarks.
+        variants: by name, the arguments of an example changed to what else the operator takes:
+            other options, a mask, an image; None where `call.backend` does not take that.
+        layer: the module with the operator's weights as parameters, "module:name"; empty if there
+            is none. Takes its width as first argument, and backend, device and dtype.
         output: shape and strides of the output for an input and `token_dim`.
 
     Attributes:
@@ -105,13 +111,19 @@ class Operator:
         backends: Mapping[str, Backend],
         eager: Callable[[Tensor, int], str],
         flops: Callable[[Mapping[str, Sequence[int]]], int],
-        example: Callable[..., Call],
+        function: str,
+        example: Callable[[int, int, int, int], Call],
+        variants: Mapping[str, Callable[[Call], Call | None]] = types.MappingProxyType({}),
+        layer: str = "",
         output: Callable[[Tensor, int], tuple[Sequence[int], Sequence[int]]] = output_like,
     ) -> None:
         self.name, self.inputs = name, tuple(inputs)
         self.weights, self.options = weights, options
         self.reference, self.backends, self.eager = reference, dict(backends), eager
-        self.flops_per_token, self.example, self.output_like = flops, example, output
+        self._modules: dict[str, Any] = {}
+        self.flops_per_token, self.output_like = flops, output
+        self.example, self.variants = example, dict(variants)
+        self._function, self._layer = function, layer
         self._count = len(self.inputs) + len(self.weights._fields)
         tensors = [*(f"Tensor {i}" for i in inputs), *_schema(weights), "Tensor? mask"]
         arguments = ", ".join([*tensors, *_schema(options), "str backend", "str keep"])
@@ -201,7 +213,21 @@ class Operator:
 
     def implementation(self, backend: str) -> Any:
         """The module of a backend."""
-        return _implementation(self.backends[backend].module)
+        found = self._modules.get(backend)
+        if found is None:
+            found = self._modules[backend] = importlib.import_module(self.backends[backend].module)
+        return found
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        """The public function."""
+        function: Callable[..., Tensor] = pkgutil.resolve_name(self._function)
+        return function
+
+    @property
+    def layer(self) -> type[torch.nn.Module] | None:
+        """The module with the operator's weights as parameters, if there is one."""
+        return pkgutil.resolve_name(self._layer) if self._layer else None
 
     def _flat(self, call: Call) -> tuple[Any, ...]:
         """The arguments in the order of the schema."""
@@ -245,6 +271,10 @@ class Operator:
     def _backward(
         self, dout: Tensor, call: Call, saved: Sequence[Tensor], needs: Needs
     ) -> Sequence[Tensor | None]:
+        if call.keep == "nothing":
+            raise ValueError(
+                "keep must be 'statistics' or 'rows' where a backward follows; got 'nothing'."
+            )
         if dout.numel() == 0:
             return [None if t is None else torch.zeros_like(t) for t in call.tensors()]
         backend = self.implementation(call.backend)
@@ -375,11 +405,6 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
             if t is not None and t.requires_grad:
                 return True
     return False
-
-
-@functools.cache
-def _implementation(module: str) -> Any:
-    return importlib.import_module(module)
 
 
 def _schema(bundle: type) -> list[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from swiftkernels.ops.additive_attention import eager, reference
 from swiftkernels.ops.additive_attention.triton import config
 from swiftkernels.ops.additive_attention.weights import Options, OutputWeights, Weights
 from swiftkernels.ops.operator import Backend, Call, Operator
+from swiftkernels.ops.types import Pooling
 
 
 def why_not_triton(x: Tensor, width: int) -> str:
@@ -56,26 +60,67 @@ def _flops(shapes: Mapping[str, Sequence[int]]) -> int:
     return width * (2 * in_dims + width + token_dim)
 
 
-def _example(batch: int, n_tokens: int, in_dims: int, token_dim: int) -> Call:
-    """A layer with one head on random tokens."""
-    C, D = in_dims, token_dim
+def _example(batch: int, n_tokens: int, in_dims: int, token_dim: int, num_heads: int = 1) -> Call:
+    """A layer on random tokens."""
+    C, D, E = in_dims, token_dim, token_dim * num_heads
 
     def matrix(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns) / columns**0.5
 
     weights = Weights(
-        matrix(D, C), torch.randn(D), matrix(D, C), torch.randn(D), torch.randn(D, 1),
-        matrix(D, D), torch.randn(D), matrix(D, D), torch.randn(D),
+        matrix(E, C), torch.randn(E), matrix(E, C), torch.randn(E), torch.randn(E, 1),
+        matrix(E, E), torch.randn(E), matrix(D, E), torch.randn(D),
     )  # fmt: skip
     options = Options("l2", True, D**-0.5, 1e-12)
     x = torch.randn(batch, n_tokens, C)
-    return Call((x,), weights, None, options, "auto", "nothing")
+    return Call((x,), weights, None, options, "auto", "statistics")
 
 
 def _query_key_example(batch: int, n_tokens: int, in_dims: int, token_dim: int) -> Call:
     call = _example(batch, n_tokens, in_dims, token_dim)
     queries = torch.randn(2, batch, n_tokens, token_dim)
-    return call._replace(inputs=tuple(queries), weights=call.weights.output)
+    return call._replace(inputs=tuple(queries), weights=OutputWeights(*call.weights[4:]))
+
+
+def _variant(pooling: Pooling, qk_norm: bool, masked: bool, call: Call) -> Call:
+    """With other options, and with a mask of which every batch element keeps a token."""
+    options = call.options._replace(pooling=pooling, qk_norm=qk_norm)
+    if not masked:
+        return call._replace(options=options)
+    mask = torch.rand(call.inputs[0].shape[:2]) > 1 / 3
+    mask[:, :1] = True
+    return call._replace(options=options, mask=mask)
+
+
+def _variants() -> dict[str, Callable[[Call], Call | None]]:
+    """Every pooling with and without norms and mask; scale and eps."""
+    found: dict[str, Callable[[Call], Call | None]] = {
+        f"{pooling}{', norms' * qk_norm}{', mask' * masked}": functools.partial(
+            _variant, pooling, qk_norm, masked
+        )
+        for pooling, qk_norm, masked in itertools.product(
+            reference.POOLINGS, (True, False), (False, True)
+        )
+    }
+    found["negative scale"] = lambda call: call._replace(
+        options=call.options._replace(pooling="softmax", scale=-0.5)
+    )
+    found["large eps"] = lambda call: call._replace(options=call.options._replace(eps=2.0))
+    return found
+
+
+def _heads(call: Call) -> Call:
+    batch, n_tokens, in_dims = call.inputs[0].shape
+    other = _example(batch, n_tokens, in_dims, call.weights.token_dim, num_heads=2)
+    return other._replace(backend=call.backend)
+
+
+def _image(call: Call) -> Call | None:
+    """Images [B, C, H, W], which the fused kernels read in place."""
+    if call.backend == "aten":
+        return None
+    x = call.inputs[0]
+    return call._replace(inputs=(x.mT.unflatten(2, (math.gcd(x.shape[1], 12), -1)),))
 
 
 _PACKAGE = "swiftkernels.ops.additive_attention"
@@ -95,7 +140,10 @@ SELF_ATTENTION = Operator(
     },
     eager=_eager,
     flops=_flops,
+    function=f"{_PACKAGE}.api:additive_self_attention",
     example=_example,
+    variants={**_variants(), "two heads": _heads, "image": _image},
+    layer=f"{_PACKAGE}.layer:AdditiveAttention",
 )
 QUERY_KEY_ATTENTION = Operator(
     "additive_attention",
@@ -115,6 +163,8 @@ QUERY_KEY_ATTENTION = Operator(
     },
     eager=_eager,
     flops=_flops,
+    function=f"{_PACKAGE}.api:additive_attention",
     example=_query_key_example,
+    variants=_variants(),
 )
 OPERATORS = (SELF_ATTENTION, QUERY_KEY_ATTENTION)

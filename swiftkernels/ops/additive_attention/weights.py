@@ -72,11 +72,6 @@ class Weights(NamedTuple):
         """D"""
         return self.final_weight.shape[0]
 
-    @property
-    def output(self) -> OutputWeights:
-        """The weights that act on queries and keys."""
-        return OutputWeights(*self[4:])
-
 
 AnyWeights = Weights | OutputWeights
 """Of the operator on tokens, or of that on given queries and keys."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -43,7 +44,13 @@ def _example(batch: int, n_tokens: int, in_dims: int, token_dim: int) -> Call:
         torch.randn(1 + 2 * C, C) / C**0.5, torch.randn(1 + 2 * C), torch.randn(D, C) / C**0.5,
         torch.randn(D),
     )  # fmt: skip
-    return Call((torch.randn(batch, n_tokens, C),), weights, None, Options(), "auto", "nothing")
+    return Call((torch.randn(batch, n_tokens, C),), weights, None, Options(), "auto", "statistics")
+
+
+def _patches(call: Call) -> Call:
+    """[B, C, P, N], P patches' pixels."""
+    x = call.inputs[0]
+    return call._replace(inputs=(x.mT.unflatten(2, (math.gcd(x.shape[1], 3), -1)),))
 
 
 _PACKAGE = "swiftkernels.ops.separable_attention"
@@ -62,7 +69,10 @@ SEPARABLE_ATTENTION = Operator(
     },
     eager=lambda x, _: "reference",
     flops=_flops,
+    function=f"{_PACKAGE}.op:separable_attention",
     example=_example,
+    variants={"patches": _patches},
+    layer=f"{_PACKAGE}.layer:SeparableAttention",
     output=output_like,
 )
 OPERATORS = (SEPARABLE_ATTENTION,)
@@ -93,7 +103,7 @@ def separable_attention(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, with the
-        remedy.
+            remedy.
 
     Example:
         >>> x, w = torch.randn(2, 49, 64), torch.randn(129, 64) / 8
@@ -124,7 +134,7 @@ def attend(
 
 def _make_plan(x: Tensor, weights: Weights, backend: str, plans: Plans | None) -> Plan:
     """Choose the backend, pack the weights."""
-    chosen = SEPARABLE_ATTENTION.choose_backend(backend, x, weights.width)
+    chosen = SEPARABLE_ATTENTION.choose_backend(backend, x, weights.qkv_weight.shape[1])
     needs_grad = needs_gradient(x, *weights)
     infers = (
         chosen == "cpu"
@@ -169,7 +179,7 @@ def _check(x: Tensor, weights: Weights) -> None:
         )
     for name, bias, length in (
         ("qkv_bias", weights.qkv_bias, rows),
-        ("proj_bias", weights.proj_bias, weights.token_dim),
+        ("proj_bias", weights.proj_bias, weights.proj_weight.shape[0]),
     ):
         if bias is not None:
             checks.check_shape(name, bias, (length,), "one number per row of the weight")

@@ -124,10 +124,10 @@ class _Inputs(NamedTuple):
     k: _Tokens
     projections: tuple[Tensor | None, ...]
     """Weights and biases of the query and key layers, if the kernels project x."""
-
-    @property
-    def project(self) -> bool:
-        return self.projections[0] is not None
+    x: _Tokens | None
+    """What queries and keys are made of; None if they were given."""
+    project: bool
+    """Whether the kernels project x."""
 
 
 def _read(inputs: Sequence[Tensor], weights: AnyWeights) -> _Inputs:
@@ -136,15 +136,18 @@ def _read(inputs: Sequence[Tensor], weights: AnyWeights) -> _Inputs:
         q, k = inputs
         if q.stride() != k.stride():
             q, k = q.contiguous(), k.contiguous()
-        return _Inputs(_tokens(q), _tokens(k), (None,) * 4)
+        return _Inputs(_tokens(q), _tokens(k), _NO_PROJECTIONS, None, False)
     (x,) = inputs
     if weights.width <= config.MAX_PROJECTED_WIDTH:
         view = _tokens(x)
-        return _Inputs(view, view, weights[:4])
+        return _Inputs(view, view, weights[:4], view, True)
     tokens = x if x.dim() == 3 else as_tokens(x)
     both = torch.nn.functional.linear(tokens, *pack_projections(*weights[:4]))
     q, k = both.chunk(2, dim=2)  # views of one buffer
-    return _Inputs(_tokens(q), _tokens(k), (None,) * 4)
+    return _Inputs(_tokens(q), _tokens(k), _NO_PROJECTIONS, _tokens(x), False)
+
+
+_NO_PROJECTIONS = (None,) * 4
 
 
 def _pointers(read: _Inputs, weights: AnyWeights, mask: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -585,7 +588,7 @@ def _weight_gradients(
     weights: AnyWeights,
 ) -> list[Tensor | None]:
     """In the order of the weights; dWq, dbq, dWk and dbk only for `Weights`."""
-    w = weights.output if isinstance(weights, Weights) else weights
+    w = weights
     token_dim, width = w.final_weight.shape
     new = w.final_weight.new_empty
     projections: list[Tensor | None] = []
@@ -627,8 +630,7 @@ def backward(
     with device_guard(x):
         read = _read(inputs, weights)
         q = read.q
-        # The tokens that were projected to queries and keys; None if these were given.
-        source = _tokens(x) if isinstance(weights, Weights) else None
+        source = read.x
         x_width = 0 if source is None else source.width
         dout_view = _tokens(dout)
         dx_view = _empty_like(q) if needs.inputs and read.project else None
