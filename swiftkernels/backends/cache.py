@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 MAX_WASTED = 2
-"""Packings in a row that may serve only one call each. After that, weights are packed only when they
-stayed the same for some calls; the number of calls doubles with each further such packing."""
+"""Packings in a row that may serve only one call each. After that, weights are packed only if they
+did not change for some calls; the number of calls doubles with each further such packing."""
 
 State = tuple[list[Any], ...]
 

@@ -125,7 +125,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether a call on these tensors may skip PyTorch's dispatcher, because nothing listens there."""
+    """Whether a call on these may skip PyTorch's dispatcher, because nothing listens there."""
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
         return False
     for t in tensors:  # called at every call: a generator takes twice as long as a loop

@@ -1,12 +1,12 @@
 """Finds and loads the compiled kernels: the best library that the processor can run.
 
-Lazily, at the first use, and once per process. torch is imported before: the library then binds to
-the OpenMP runtime that torch brought, and shares its threads.
+The library is loaded at the first use, once per process. torch is imported before, so the library
+binds to torch's OpenMP runtime and shares its threads.
 
-isas.json lists the instruction sets. A new one is added there, with its vectors to csrc/simd.h, and
-with the question whether the processor has it to csrc/features.cpp.
+isas.json lists the instruction sets. A new instruction set needs an entry there, its vectors in
+csrc/simd.h, and its detection in csrc/features.cpp.
 
-Environment: SWIFTKERNELS_CPU_ISA names the library to take, one of `ISAS`, or "none" for none.
+Environment: SWIFTKERNELS_CPU_ISA chooses the library, one of `ISAS`, or "none" for no library.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,15 +32,15 @@ DIRECTORY = Path(__file__).parent
 _ISAS: dict[str, dict[str, Any]] = json.loads((DIRECTORY / "isas.json").read_text())
 
 ISAS = tuple(_ISAS)
-"""Instruction sets, the best first."""
+"""Instruction sets, best first."""
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Codes of the element types."""
 
 DONE, OUT_OF_MEMORY, STALE, CANCELLATION = range(4)
-"""What a call of a kernel returns; `Status` in csrc/exports.h explains."""
+"""What a call of a kernel returns: see `Status` in csrc/exports.h."""
 
-# By the symbol of the table that a library exports: what is to be in it.
+# The numbers that a table of a library has to contain, by the symbol that the library exports.
 _interfaces: dict[str, dict[str, int]] = {
     "swiftkernels_cpu_abi": {
         "revision": 4,
@@ -64,11 +65,11 @@ class Library(NamedTuple):
 
 
 def register_interface(operator: str, numbers: dict[str, int]) -> None:
-    """Load only libraries in which an operator's C++ agrees with its Python.
+    """Require that the C++ of an operator agrees with its Python; other libraries are not loaded.
 
     Args:
         operator: the library exports a table `swiftkernels_<operator>_abi` (csrc/exports.h).
-        numbers: what the table has to contain: sizes of structs, codes, limits.
+        numbers: the table has to contain these sizes of structs, codes and limits.
     """
     _interfaces[f"swiftkernels_{operator}_abi"] = numbers
     for cache in (loaded, why_not, _open):
@@ -91,10 +92,36 @@ def loaded() -> Library | None:
         except ValueError as error:
             raise ValueError(
                 f"SWIFTKERNELS_CPU_ISA must name kernels that can be used here; got {wanted!r}. "
-                f"{error} Unset the variable to take the best, or set it to none to do without."
+                f"{error} Unset the variable to use the best, or set it to none to use no library."
             ) from None
     usable = (isa for isa in ISAS if not problem(isa))
     return next((load(isa) for isa in usable), None)
+
+
+def kernels_of(operator: str) -> Callable[[], ctypes.CDLL]:
+    """A function that returns the library in use, with the functions of an operator declared."""
+
+    @functools.cache
+    def kernels() -> ctypes.CDLL:
+        found = loaded()
+        assert found is not None, "the backend is chosen only where there is a library"
+        return declare(found.handle, operator)
+
+    return kernels
+
+
+def declare(handle: ctypes.CDLL, operator: str) -> ctypes.CDLL:
+    """Declare the types of the functions of the backend and of an operator to ctypes."""
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    handle.swiftkernels_lanes.restype, handle.swiftkernels_lanes.argtypes = number, ()
+    handle.swiftkernels_pack.restype = None
+    handle.swiftkernels_pack.argtypes = (pointer, *[number] * 4, pointer)
+    handle.swiftkernels_fingerprint.restype = ctypes.c_uint64
+    handle.swiftkernels_fingerprint.argtypes = (ctypes.c_char_p, number)
+    for name in ("forward", "forward_training", "backward"):
+        function = getattr(handle, f"swiftkernels_{operator}_{name}")
+        function.restype, function.argtypes = ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)
+    return handle
 
 
 @functools.cache
@@ -113,7 +140,7 @@ def why_not() -> str:
         return f"cannot use its compiled kernels, {reasons} ({remedy()})"
     record = build_record()
     error = str(record["error"] or build_error("portable") or build_error("neon")).splitlines()
-    # Compilers say first where they were, then what was wrong.
+    # The first lines of a compiler name the place, a later one the error.
     reason = next((line for line in error if "error" in line), error[0])
     return f"needs the compiled kernels, which were not built: {reason} ({remedy()})"
 
@@ -133,7 +160,7 @@ def _constant_why_not() -> str:
 
 
 def check(status: int) -> None:
-    """Raise for what a kernel returned."""
+    """Raise if a kernel returned an error."""
     if status != DONE:
         raise MemoryError(
             "The CPU kernels found no memory for their tiles. Free some, or use "
@@ -142,9 +169,9 @@ def check(status: int) -> None:
 
 
 def remedy() -> str:
-    """How to get libraries that were built here, from these sources."""
+    """The command that builds the libraries here."""
     editable = (DIRECTORY.parents[2] / "setup.py").exists()
-    # The path of a source tree is known; where another installation came from is not.
+    # Only an editable installation knows the path of its sources.
     sources = f"-e {shlex.quote(str(DIRECTORY.parents[2]))}" if editable else "--force-reinstall ."
     command = f"pip install --no-deps {sources}"
     if build_record()["compiler"]:
@@ -153,7 +180,7 @@ def remedy() -> str:
 
 
 def available() -> dict[str, bool]:
-    """The libraries that were built, the best first: name -> whether the processor can run it."""
+    """The libraries that were built, best first: name -> whether the processor can run it."""
     built = (isa for isa in ISAS if _path(isa).exists())
     return {isa: not _lacks(isa) for isa in built}
 
@@ -162,7 +189,8 @@ def load(name: str) -> Library:
     """Load the library for an instruction set.
 
     Raises:
-        ValueError: it is unknown, not built, of another version, or the processor cannot run it.
+        ValueError: it is unknown, not built, built from other sources, or the processor cannot run
+            it.
     """
     reason = f"unknown, not one of {', '.join(ISAS)}" if name not in ISAS else problem(name)
     if not reason:
@@ -192,7 +220,7 @@ def problem(isa: str) -> str:
 
 
 def processor_name() -> str:
-    """What the CPU calls itself."""
+    """The product name of the CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -200,7 +228,7 @@ def processor_name() -> str:
 
 
 def build_record() -> dict[str, Any]:
-    """What setup.py wrote down: compiler, error, and command and error for each library."""
+    """The record of the build by setup.py: compiler, error, command and error of each library."""
     path = DIRECTORY / "_build.json"
     if path.exists():
         return dict(json.loads(path.read_text()))
@@ -208,7 +236,7 @@ def build_record() -> dict[str, Any]:
 
 
 def build_error(isa: str) -> str:
-    """Why that library was not built."""
+    """Why the library for that instruction set was not built."""
     record = build_record()
     library = record["libraries"].get(isa, {"error": "not made for this machine"})
     return str(record["error"] or library["error"])
@@ -250,7 +278,7 @@ def _check_interface(handle: ctypes.CDLL, symbol: str, numbers: dict[str, int]) 
 
 
 def _lacks(isa: str) -> str:
-    """What the library needs and the processor has not; empty if nothing."""
+    """The features that the library needs and the processor lacks; empty if none."""
     return "" if _processor_runs(isa) else str(_ISAS[isa]["needs"])
 
 
@@ -258,11 +286,11 @@ def _lacks(isa: str) -> str:
 def _processor_runs(isa: str) -> bool:
     if not _ISAS[isa]["needs"]:
         return True
-    # Only a library compiled for every processor may be run in order to ask.
+    # Only a library for every processor may be called to detect features.
     for name in ISAS:
         if not _ISAS[name]["needs"] and _path(name).exists():
             with contextlib.suppress(OSError, ValueError):
                 return bool(_open(name).handle.swiftkernels_processor_runs(isa.encode()))
-    # A build without one: torch knows less, but enough.
+    # Without such a library, torch's coarser detection has to do.
     runs = {"AVX2": ("avx2",), "AVX512": ("avx2", "avx512")}
     return isa in runs.get(torch.backends.cpu.get_cpu_capability(), ())

@@ -1,4 +1,4 @@
-"""Packs weights for the compiled kernels, and watches the weights that were packed."""
+"""Packs weights for the compiled kernels, and notices when the weights change."""
 
 from __future__ import annotations
 
@@ -17,27 +17,17 @@ MAX_SOURCES = 10
 FINGERPRINT = struct.Struct("P3q" * MAX_SOURCES + "2q2Q")
 
 SMALL = 80_000
-"""Up to so many bytes of weights (E = 64), comparing all takes hardly longer than a sample."""
-
-
-def declare(handle: ctypes.CDLL) -> None:
-    """Tell ctypes the types of the functions that pack and watch."""
-    number, pointer = ctypes.c_int64, ctypes.c_void_p
-    handle.swiftkernels_lanes.restype, handle.swiftkernels_lanes.argtypes = number, ()
-    handle.swiftkernels_pack.restype = None
-    handle.swiftkernels_pack.argtypes = (pointer, *[number] * 4, pointer)
-    handle.swiftkernels_fingerprint.restype = ctypes.c_uint64
-    handle.swiftkernels_fingerprint.argtypes = (ctypes.c_char_p, number)
+"""Up to so many bytes of weights (E = 64), reading all takes hardly longer than a sample."""
 
 
 class Packed:
     """Packed weights, as a forward reads them.
 
     Attributes:
-        fields: the C struct of the layer, which ends with a `Fingerprint`.
-        buffers: what its pointers point at.
-        cancels: the kernels met tokens for which another form is more accurate.
-        uses: calls that it served.
+        fields: the C struct of the weights, which ends with a `Fingerprint`.
+        buffers: the memory of its pointers.
+        cancels: whether a kernel reported tokens for which another form is more accurate.
+        uses: calls that used them.
     """
 
     __slots__ = ("buffers", "cancels", "fields", "uses")
@@ -52,18 +42,18 @@ def packed_weights(
     watched: tuple[Tensor, ...],
     pack: Callable[[Packer], bytes],
 ) -> Packed | None:
-    """The weights packed; None where that does not pay, or they cannot be watched.
+    """The packed weights; None where packing does not pay, or changes could not be noticed.
 
-    They are packed once for each state of the weights (`backends/cache.py`).
+    The weights are packed once for each of their states (`backends/cache.py`).
 
     Args:
         library: the compiled kernels.
-        slot: keeps what is packed.
-        watched: the weights that are compared at every call.
-        pack: packs them; returns the C struct of the layer without the `Fingerprint` at its end.
+        slot: keeps the packed weights.
+        watched: the weights, whose fingerprint every call compares.
+        pack: packs them; returns the C struct without the `Fingerprint` at its end.
     """
     if any(_rows(w) is None for w in watched):
-        return None  # lies in memory neither row by row nor column by column
+        return None  # neither rows nor columns are adjacent in memory
 
     def pack_and_watch() -> Packed:
         packer = Packer(library)
@@ -72,8 +62,8 @@ def packed_weights(
 
     def unchanged(packed: Packed) -> bool:
         fingerprint = packed.fields[-FINGERPRINT.size :]
-        everything: int = FINGERPRINT.unpack(fingerprint)[-2]
-        return bool(library.swiftkernels_fingerprint(fingerprint, True) == everything)
+        of_all_bytes: int = FINGERPRINT.unpack(fingerprint)[-2]
+        return bool(library.swiftkernels_fingerprint(fingerprint, True) == of_all_bytes)
 
     found: Packed | None = slot.ensure(watched, unchanged, pack_and_watch)
     return found
@@ -82,17 +72,20 @@ def packed_weights(
 def _fingerprint(library: ctypes.CDLL, watched: Sequence[Tensor]) -> bytes:
     """`struct Fingerprint` of tensors."""
     sources = [rows for rows in map(_rows, watched) if rows is not None]
-    missing = [(0, 0, 0, 0)] * (MAX_SOURCES - len(sources))
+    unused = [(0, 0, 0, 0)] * (MAX_SOURCES - len(sources))
     small = sum(rows * row_bytes for _, rows, row_bytes, _ in sources) <= SMALL
-    always_whole = small or any(w.is_inference() for w in watched)
-    fields = (*itertools.chain(*sources, *missing), len(sources), always_whole)
-    unmarked = FINGERPRINT.pack(*fields, 0, 0)
-    marks = [library.swiftkernels_fingerprint(unmarked, everything) for everything in (True, False)]
-    return FINGERPRINT.pack(*fields, *marks)
+    never_sample = small or any(w.is_inference() for w in watched)
+    fields = (*itertools.chain(*sources, *unused), len(sources), never_sample)
+    blank = FINGERPRINT.pack(*fields, 0, 0)
+    sums = [library.swiftkernels_fingerprint(blank, all_bytes) for all_bytes in (True, False)]
+    return FINGERPRINT.pack(*fields, *sums)
 
 
 def _rows(w: Tensor) -> tuple[int, int, int, int] | None:
-    """Address, number and bytes of w's rows, and bytes from one to the next; None: not of rows."""
+    """Address, number, bytes and stride in bytes of w's rows, or of its columns.
+
+    None if neither are adjacent in memory.
+    """
     rows = w.detach().squeeze()
     if rows.dim() < 2:
         rows = rows.view(1, -1) if rows.is_contiguous() else rows.unsqueeze(1)
@@ -105,7 +98,7 @@ def _rows(w: Tensor) -> tuple[int, int, int, int] | None:
 
 
 def float32(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Weights as the kernels read them where they are not packed: contiguous float32."""
+    """Weights as the kernels read them without packing: contiguous float32."""
     return [
         t
         if t is None or (t.dtype == torch.float32 and t.is_contiguous())
@@ -115,7 +108,7 @@ def float32(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Where tensors begin; 0 for None.
+    """The addresses of tensors; 0 for None.
 
     Raises:
         ValueError: one has no memory.
@@ -132,7 +125,7 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
 
 
 class Packer:
-    """Packs matrices and vectors, keeps the buffers, returns their addresses."""
+    """Packs matrices and vectors into buffers that it keeps; returns their addresses."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -145,7 +138,7 @@ class Packer:
         return buffer
 
     def matrix(self, b: Tensor) -> int:
-        """Panels of b [K, columns]."""
+        """b [K, columns] as panels (csrc/gemm.h)."""
         b = b.detach().float()
         K, columns = b.shape
         panels = self._buffer(K * self._padded(columns))
@@ -155,20 +148,20 @@ class Packer:
         return panels.data_ptr()
 
     def vector(self, v: Tensor | None, length: int) -> int:
-        """v, or zeros, padded with zeros: panels of a single row."""
+        """v padded with zeros, as panels of a single row; all zeros for None."""
         if v is None:
             return self._buffer(self._padded(length)).zero_().data_ptr()
         return self.matrix(v.view(1, length))
 
     def rows(self, matrix: Tensor) -> int:
-        """Rows padded with zeros."""
+        """The rows of a matrix, each padded with zeros."""
         count, columns = matrix.shape
         padded = self._buffer(count * self._padded(columns)).zero_()
         padded.view(count, -1)[:, :columns] = matrix.detach()
         return padded.data_ptr()
 
     def triangle(self, weight: Tensor, bias: Tensor) -> tuple[int, int]:
-        """R of [weight | bias] = Q R: |weight x + bias| = |R [x; 1]|."""
+        """R of the decomposition [weight | bias] = Q R, so that |weight x + bias| = |R [x; 1]|."""
         R = torch.linalg.qr(torch.cat([weight, bias.unsqueeze(1)], dim=1), mode="r").R
         return self.matrix(R[:, :-1].t()), self.vector(R[:, -1], R.shape[0])
 

@@ -1,4 +1,4 @@
-"""The functions of additive attention: check the arguments, choose the backend, make a plan."""
+"""Additive attention as functions: they check the arguments, choose the backend, make a plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from swiftkernels.backends import cache, torch_state
 from swiftkernels.backends.layouts import to_tokens, tokens_of
-from swiftkernels.backends.torch_state import autocasts
+from swiftkernels.backends.torch_state import autocast_dtype, autocasts
 from swiftkernels.ops import plan as planning
 from swiftkernels.ops.additive_attention import reference
 from swiftkernels.ops.additive_attention.cpu import config as cpu_config
@@ -26,14 +26,13 @@ from swiftkernels.utils import checks
 
 POOLINGS, BACKENDS = reference.POOLINGS, ("auto", "triton", "cpu", "aten", "reference")
 IMAGES = ("triton", "cpu")
-"""Backends that read images [B, C, H, W] without views of them."""
+"""Backends that take images [B, C, H, W] as they are."""
 
 
 class AttentionOutput(NamedTuple):
-    """What ``return_weights=True`` gives.
+    """The result with ``return_weights=True``.
 
-    Weights and global query carry no gradient; they are float32 where the input is in half
-    precision.
+    Weights and global query have no gradient. They are float32 if the input is in half precision.
     """
 
     output: Tensor
@@ -45,7 +44,7 @@ class AttentionOutput(NamedTuple):
 
 
 class Request(NamedTuple):
-    """How a caller wants additive attention computed; the arguments explain themselves there."""
+    """The options of a call, as in `additive_self_attention`."""
 
     pooling: str
     qk_norm: bool
@@ -115,8 +114,8 @@ def additive_attention(
         w_g: scoring vector, [E] or [E, 1].
         proj_weight, proj_bias: the layer `proj`, [E, E] and [E] or None.
         final_weight, final_bias: the layer `final`, [D, E] and [D] or None.
-        mask: bool [B, N], True = the token takes part in the pooling. Masked tokens weigh 0 and
-            count in no norm; their own output row is computed all the same.
+        mask: bool [B, N], True = the token takes part in the pooling. Masked tokens have weight 0
+            and count in no norm. Their own output rows are computed as usual.
         pooling: "l2", "softmax", "sum" or "linear": see the table of `AdditiveAttention`.
         qk_norm: divide the rows of q and k by their L2 norms.
         scale: factor of the scores; default D ** -0.5.
@@ -140,7 +139,7 @@ def additive_attention(
     """
     _check_w_g(w_g)
     w_g = w_g.flatten()
-    if (dtype := _autocast_dtype(q)) is not None:
+    if (dtype := autocast_dtype(q)) is not None:
         q, k, w_g, proj_weight, proj_bias, final_weight, final_bias = _cast(
             dtype, q, k, w_g, proj_weight, proj_bias, final_weight, final_bias
         )
@@ -232,10 +231,10 @@ def additive_self_attention(
     residual_scale: Tensor | None = None,
     recompute: bool | None = None,
 ) -> Tensor | AttentionOutput:
-    """The whole attention layer from tokens and weights; `AdditiveAttention` as a function.
+    """The attention layer from tokens and weights; `AdditiveAttention` as a function.
 
-    In inference on a CPU, weight matrices that are `nn.Parameter` are packed once, others are read
-    as they are at every call.
+    In inference on a CPU, weights that are `nn.Parameter` are packed once. Other weights are read
+    at every call.
 
     Args:
         x: tokens, [B, N, C], any strides: views of NCHW images are read without a copy.
@@ -243,13 +242,13 @@ def additive_self_attention(
         key_weight, key_bias: the layer `to_key`, [E, C] and [E] or None.
         w_g, proj_weight, proj_bias, final_weight, final_bias: as in `additive_attention`.
         mask, pooling, qk_norm, scale, eps, backend, return_weights: as in `additive_attention`.
-        residual_scale: [C] in any shape; if given, the result is x + residual_scale * output, the
-            residual branch of a SwiftFormer block, with the strides of x. The CPU kernels add it in
-            inference without another pass over memory. Needs D = C.
-        recompute: what the CPU kernels keep for a backward. True: x and a few numbers for each
-            token, and queries and keys are computed again or, with many tokens, not needed; False:
-            unit queries and keys too, 3 x the bytes of x; None: the faster one. The other backends
-            have no choice.
+        residual_scale: [C] in any shape. If given, the result is x + residual_scale * output, the
+            residual branch of a SwiftFormer block, with the strides of x. Needs D = C. In inference
+            the CPU kernels add x without another pass over memory.
+        recompute: what the CPU kernels keep for a backward. True: x and three floats per token;
+            queries and keys are computed again or, with many tokens, not needed. False: also the
+            normalised queries and keys, 3 x the bytes of x. None: the faster one. The other
+            backends have no choice.
 
     Returns:
         The output [B, N, D], contiguous unless `residual_scale` is given; with ``return_weights``
@@ -292,7 +291,7 @@ def attend(
         weights, mask, residual_scale: as in `additive_self_attention`.
         request: the options.
         channels_first: the order of the axes of x.
-        plans: of a layer, whose next calls may use the plan; None: it is used only once.
+        plans: of a layer; its next calls may use the plan. None: the plan is used only once.
     """
     make = functools.partial(
         _make_plan, x, weights, mask, residual_scale, request, channels_first, plans
@@ -309,10 +308,10 @@ def _make_plan(
     channels_first: bool,
     plans: Plans | None,
 ) -> Plan:
-    """Check everything, choose the backend, pack the weights."""
+    """Check the arguments, choose the backend, pack the weights."""
     options = _check(x, weights, mask, residual_scale, request, channels_first)
     width = weights.final_weight.shape[1]
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     given = x if dtype is None else x.to(dtype)
     backend = SELF_ATTENTION.choose_backend(request.backend, given, width)
     needs_grad = needs_gradient(x, residual_scale, *weights)
@@ -324,10 +323,10 @@ def _make_plan(
         and torch_state.is_plain(x, residual_scale, *weights)
     )
     if infers and backend == "cpu" and as_image:
-        # No gaps between rows of pixels; nor in an output with the strides of x.
+        # Neither x nor an output with the strides of x may have gaps between rows of pixels.
         outputs = [] if residual_scale is None else [torch.empty_like(x, device="meta")]
         as_image = all(tokens_of(t.shape, t.stride()) is not None for t in (x, *outputs))
-    # The CPU kernels add x of their own type.
+    # The CPU kernels add x only if residual_scale is of its type.
     fuses = infers and backend == "cpu" and dtype is None
     adds = residual_scale is not None and not (fuses and residual_scale.dtype == x.dtype)
     as_is = dtype is None and not adds and (as_image or (x.dim() == 3 and not channels_first))
@@ -378,15 +377,15 @@ def attend_by_parts(
     readable: bool,
     return_weights: bool,
 ) -> Tensor | AttentionOutput:
-    """As `additive_self_attention`, with linear layers that have to be called.
+    """`additive_self_attention` where linear layers have to be called.
 
     Args:
         tokens: [B, N, C].
         linears: the query and key layers, proj and final.
-        w_g, mask, residual_scale, return_weights: as there.
+        w_g, mask, residual_scale, return_weights: as in `additive_self_attention`.
         request: the options.
-        readable: proj and final are `nn.Linear` whose weights may be read, so that the operator on
-            queries and keys can run fused, where a backend has it.
+        readable: whether the weights of proj and final may be read. Then the operator on queries
+            and keys can run fused, if a backend has it.
     """
     query, key, proj, final = linears
     _check_w_g(w_g)
@@ -421,7 +420,7 @@ def with_weights(
     """Add token weights and global query to an output for tokens [B, N, C]."""
     with torch.no_grad():
         query = (weights.query_weight, weights.query_bias)
-        if (dtype := _autocast_dtype(tokens)) is not None:
+        if (dtype := autocast_dtype(tokens)) is not None:
             tokens, *query = _cast(dtype, tokens, *query)
         q = F.linear(tokens, *query)
     options = _options(request, tokens.shape[1], weights.final_weight.shape[0])
@@ -431,7 +430,7 @@ def with_weights(
 def _with_weights(
     out: Tensor, q: Tensor, w_g: Tensor, mask: Tensor | None, options: Options
 ) -> AttentionOutput:
-    # In float32 for halves, as in the kernels: in float16 eps is 0, and a long sum overflows.
+    # In float32 for half precision, as in the kernels: in float16 eps is 0, and long sums overflow.
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.no_grad(), torch_state.autocast_off(q.device.type):
         q, w_g = q.to(dtype), w_g.to(dtype)
@@ -448,7 +447,7 @@ def _check(
     request: Request,
     channels_first: bool,
 ) -> Options:
-    """Raise for bad arguments; x has as many channels as the weights."""
+    """Raise for bad arguments. x was checked to have as many channels as the weights."""
     w = weights
     in_dims, n_tokens = w.query_weight.shape[-1], _n_tokens(x, channels_first)
     _check_w_g(w.w_g)
@@ -492,9 +491,9 @@ def _check_output_weights(weights: OutputWeights) -> None:
 
 
 def _check_alike(x: Tensor, others: Mapping[str, Tensor | None]) -> None:
-    """Raise unless all are of the type and device of x.
+    """Raise unless all have the type and device of x.
 
-    Where autocast is on, it casts every floating-point type but float64.
+    Under autocast all floating-point types except float64 may be mixed.
     """
     if not autocasts(x.device.type):
         checks.check_alike("x", x, others)
@@ -512,7 +511,7 @@ def _check_residual(residual_scale: Tensor, x: Tensor, in_dims: int, token_dim: 
         raise ValueError(
             f"residual_scale must have {in_dims} elements, one for each channel of x, and the "
             f"output as many channels; got shape {tuple(residual_scale.shape)} and {token_dim} "
-            "channels. Leave it out and add the branches yourself."
+            "channels. Call without residual_scale and add the branches yourself."
         )
     _check_alike(x, {"residual_scale": residual_scale})
 
@@ -532,15 +531,8 @@ def _options(request: Request, n_tokens: int, token_dim: int) -> Options:
     return Options(request.pooling, request.qk_norm, scale, request.eps)  # type: ignore[arg-type]
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast casts the inputs of a linear layer to; None where it does nothing."""
-    if not isinstance(x, Tensor) or x.dtype == torch.float64 or not autocasts(x.device.type):
-        return None
-    return torch.get_autocast_dtype(x.device.type)
-
-
 def _cast(dtype: torch.dtype, *tensors):  # type: ignore[no-untyped-def]
-    """As autocast does it: floating-point tensors but float64."""
+    """Cast as autocast does: all floating-point tensors except float64."""
     return tuple(
         t.to(dtype)
         if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64

@@ -1,10 +1,10 @@
-"""The fused algorithm in PyTorch's own operators: for devices without kernels of ours.
+"""The algorithm of the kernels in PyTorch's operators, as a backend (`ops/operator.py`).
 
-Queries and keys come from one GEMM, norms and scores are applied in place, and the backward keeps
-nothing from the forward but its inputs and G: it recomputes q and k and takes the gradients of the
-two output layers as second moments (derivation in `triton/backward.py`). The batch is walked
-through in chunks that stay in a processor's cache. It is a backend (`ops/operator.py`), also for
-given queries and keys.
+It is for devices without kernels of ours, from tokens or from given queries and keys. One GEMM
+computes queries and keys; norms and scores are applied in place. The backward needs only the inputs
+and G from the forward: it computes q and k again, and the gradients of the two output layers from
+second moments (derivation in README.md). The batch is processed in chunks that fit in the
+processor's cache.
 """
 
 from __future__ import annotations
@@ -19,21 +19,18 @@ from torch import Tensor
 from swiftkernels.backends.layouts import accumulator
 from swiftkernels.ops.additive_attention.reference import pool_weights
 from swiftkernels.ops.additive_attention.weights import (
+    AnyWeights,
     Options,
-    OutputWeights,
     Weights,
     pack_projections,
 )
 from swiftkernels.ops.operator import Needs
 
 CHUNK_BYTES = 1 << 20
-"""Size of the [q | k] rows that are worked on at a time."""
+"""Bytes of the rows [q | k] of a chunk."""
 
 POOL_TOKENS = 512
-"""Tokens that are summed in one go: a longer sum, one by one, is less accurate than eager's."""
-
-AnyWeights = Weights | OutputWeights
-"""Of the operator on tokens, or on given queries and keys."""
+"""Tokens of a sum. A longer one, token by token, is less accurate than eager's."""
 
 
 class Saved(NamedTuple):
@@ -44,13 +41,13 @@ class Saved(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What forward and backward both need of some batch elements, in the accumulator type."""
+    """What forward and backward need of some batch elements, in the accumulator type."""
 
     q: Tensor
-    """Unit rows, or the rows themselves without qk_norm, [b, N, E]."""
+    """Normalised; without qk_norm, as it was; [b, N, E]."""
     k: Tensor
     q_norms: Tensor | None
-    """Norms that the rows had, [b, N, 1]; None without qk_norm."""
+    """Norms of the rows before, [b, N, 1]; None without qk_norm."""
     k_norms: Tensor | None
     scores: Tensor
     """[b, N]; 0 for masked tokens."""
@@ -59,7 +56,7 @@ class _Rows(NamedTuple):
 
 
 def _operand(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t in the storage type; float16 saturates, so that inf * 0 cannot make a NaN."""
+    """t in the storage type. float16 saturates, so that no inf * 0 becomes NaN."""
     if dtype == torch.float16:
         limit = torch.finfo(dtype).max
         t = t.clamp(-limit, limit)
@@ -73,7 +70,7 @@ def _chunks(q: Tensor, width: int) -> Iterator[slice]:
 
 
 def _normalize_(rows: Tensor, options: Options) -> Tensor | None:
-    """Divide the rows by their norms, at least eps, in place; returns the norms."""
+    """Divide the rows by max(norm, eps), in place; returns the norms."""
     if not options.qk_norm:
         return None
     norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
@@ -93,18 +90,18 @@ def _rows(q: Tensor, k: Tensor, w_g: Tensor, mask: Tensor | None, options: Optio
 
 def _pool(rows: Tensor, weights: Tensor) -> Tensor:
     """sum_n weights_n rows_n, [b, N, E] -> [b, E]."""
-    whole = rows.shape[1] // POOL_TOKENS * POOL_TOKENS
-    rest = torch.bmm(weights[:, whole:].unsqueeze(1), rows[:, whole:]).squeeze(1)
-    if whole == 0:
+    end = rows.shape[1] // POOL_TOKENS * POOL_TOKENS  # of the complete blocks
+    rest = torch.bmm(weights[:, end:].unsqueeze(1), rows[:, end:]).squeeze(1)
+    if end == 0:
         return rest
     blocks = (-1, POOL_TOKENS)
-    row_blocks = rows[:, :whole].unflatten(1, blocks)
-    weight_blocks = weights[:, :whole].unflatten(1, blocks).unsqueeze(2)
+    row_blocks = rows[:, :end].unflatten(1, blocks)
+    weight_blocks = weights[:, :end].unflatten(1, blocks).unsqueeze(2)
     return torch.matmul(weight_blocks, row_blocks).sum((1, 2)) + rest
 
 
 def saved_like(inputs: Sequence[Tensor], weights: AnyWeights, keep: str) -> Saved:
-    """What a forward keeps, uninitialised."""
+    """Uninitialised results that a forward saves."""
     x = inputs[0]
     return Saved(x.new_empty(x.shape[0], weights.width, dtype=accumulator(x.dtype)))
 
@@ -121,7 +118,9 @@ def forward(
     Args:
         inputs: x, or q and k.
         weights: `Weights`, or `OutputWeights` for q and k.
-        keep: for other backends.
+        mask: of the tokens.
+        options: of the operator.
+        keep: not used; only other backends have a choice.
     """
     batch, n_tokens, _ = inputs[0].shape
     out = inputs[0].new_empty(batch, n_tokens, weights.token_dim)
@@ -162,9 +161,9 @@ def backward(
 
 
 class _Projection:
-    """Queries and keys: given, or made of tokens by one product with both weights.
+    """Queries and keys: given, or computed from tokens by one product with both weights.
 
-    Its backward sums the gradients of these weights over the chunks.
+    The backward sums the gradients of these weights over the chunks.
     """
 
     def __init__(self, inputs: Sequence[Tensor], weights: AnyWeights, acc: torch.dtype) -> None:
@@ -176,7 +175,7 @@ class _Projection:
             self.d_bias = self.weight.new_zeros(self.weight.shape[0], dtype=acc)
 
     def rows(self, elements: slice) -> Sequence[Tensor]:
-        """q and k [b, N, E] of some batch elements, in the accumulator type, to be overwritten."""
+        """q and k [b, N, E] of some batch elements, in the accumulator type; may be overwritten."""
         if self.weights is None:
             return [t[elements].to(self.acc, copy=True) for t in self.inputs]
         x = self.inputs[0][elements]
@@ -189,7 +188,7 @@ class _Projection:
         d_inputs: Sequence[Tensor | None],
         needs_weights: bool,
     ) -> None:
-        """Fill the gradients of the inputs, and add to those of the weights."""
+        """Write the gradients of the inputs, and add to those of the weights."""
         if self.weights is None:
             for d_input, gradient in zip(d_inputs, dq_dk, strict=True):
                 if d_input is not None:
@@ -205,7 +204,7 @@ class _Projection:
             self.d_bias += gradients.sum((0, 1))
 
     def weight_gradients(self) -> list[Tensor | None]:
-        """dWq, dbq, dWk, dbk, if there are these weights."""
+        """dWq, dbq, dWk, dbk; nothing if queries and keys were given."""
         if self.weights is None:
             return []
         dtype, w = self.weight.dtype, self.weights
@@ -217,7 +216,7 @@ class _Projection:
 
 
 class _Backward:
-    """What one backward sums over its chunks: dw_g, dbf and the moments U and V."""
+    """Sums of a backward over its chunks: dw_g, dbf and the moments U and V."""
 
     def __init__(
         self,
@@ -281,8 +280,8 @@ def _score_gradients(
     rows: _Rows, d_weights: Tensor, mask: Tensor | None, options: Options
 ) -> Tensor:
     """ds [b, N] from da [b, N]."""
-    # What lies along the weights is taken out twice: what rounding left of it the first time would
-    # be most of the gradient of w_g where the tokens are almost equal.
+    # The projection on the weights is subtracted twice. What rounding leaves of it the first time
+    # would be most of the gradient of w_g where the tokens are almost equal.
     weights = rows.weights
     if options.pooling == "softmax":
         grads = weights * (d_weights - (weights * d_weights).sum(1, keepdim=True))
@@ -303,10 +302,10 @@ def _score_gradients(
 def _normalize_backward(
     grads: Tensor, unit: Tensor, norms: Tensor | None, options: Options
 ) -> Tensor:
-    """Gradient of the rows from that of the unit rows; overwrites grads."""
+    """Gradient of the rows from that of the normalised rows; overwrites grads."""
     if norms is None:
         return grads
-    along = (unit * grads).sum(2, keepdim=True)
+    projection = (unit * grads).sum(2, keepdim=True)
     # Below eps the divisor is a constant: no projection.
-    along = torch.where(norms >= options.eps, along, 0)
-    return grads.sub_(unit * along).mul_(norms.clamp_min(options.eps).reciprocal_())
+    projection = torch.where(norms >= options.eps, projection, 0)
+    return grads.sub_(unit * projection).mul_(norms.clamp_min(options.eps).reciprocal_())

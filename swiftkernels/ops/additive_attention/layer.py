@@ -34,7 +34,7 @@ LAYOUTS = get_args(Layout)
 
 
 class Names(NamedTuple):
-    """What the parts of an additive attention are called in a module: four linear layers, w_g."""
+    """Names of the parts of an additive attention in a module: four linear layers, and w_g."""
 
     query: str = "to_query"
     key: str = "to_key"
@@ -44,14 +44,14 @@ class Names(NamedTuple):
 
 
 class AttentionForward(KeepsPlans, nn.Module):
-    """The forward of additive attention, for modules that hold its weights under some names.
+    """The forward of additive attention, for modules that have its weights under given `names`.
 
-    The four linear layers are read by the kernels if they are just that, else called: see
-    `swiftkernels.ops.linear_parts`.
+    The kernels read the weights of the four linear layers. A layer that is more than an `nn.Linear`
+    is called instead: see `swiftkernels.ops.linear_parts`.
     """
 
     names = Names()
-    if TYPE_CHECKING:  # TorchScript reads annotations that a class has when it runs
+    if TYPE_CHECKING:  # TorchScript would read these annotations
         in_dims: int
         pooling: str
         qk_norm: bool
@@ -102,7 +102,7 @@ class AttentionForward(KeepsPlans, nn.Module):
             With `residual_scale`, [C] in any shape: x + residual_scale * attention(x). With
             `return_weights` an `AttentionOutput`.
             """
-            # TorchScript compiles the first branch only, and goes by the annotations.
+            # TorchScript compiles only the first branch, whose types the annotations give.
             if torch.jit.is_scripting():
                 return self._scripted(x, mask, return_weights, residual_scale)
             else:  # noqa: RET505
@@ -139,7 +139,7 @@ class AttentionForward(KeepsPlans, nn.Module):
         options: tuple[Any, ...],
         key: Hashable | None,
     ) -> Tensor | AttentionOutput:
-        """By a new plan, kept under the key; or by calling the linear layers."""
+        """Compute the output by a new plan, which is kept, or by calling the linear layers."""
         channels_first = self._channels_first(x)
         request = Request(*options)
         if weights is None:
@@ -158,7 +158,7 @@ class AttentionForward(KeepsPlans, nn.Module):
 
     def _plain_weights(self) -> Weights | None:
         """The weights, if all parts are plain linear layers with parameters: the usual case."""
-        # Past the attribute lookup of nn.Module, which takes a third of the time of a small call.
+        # The attribute lookup of nn.Module would take a third of the time of a small call.
         modules, names = self._modules, self.names
         w_g = self._parameters.get(names.w_g)
         linears = linear_parts.plain_parameters(map(modules.get, names[:4]))
@@ -171,10 +171,10 @@ class AttentionForward(KeepsPlans, nn.Module):
         )  # fmt: skip
 
     def _read_weights(self) -> Weights | None:
-        """The weights, if reading them is the same as calling the parts; None if it is not."""
+        """The weights; None if some parts have to be called."""
         if self.called_parts():
             return None
-        # Once: a parametrization may change with every access.
+        # Each is read once: a parametrization may give another value at every access.
         linears = (getattr(self, name) for name in self.names[:4])
         query, key, proj, final = found = [(linear.weight, linear.bias) for linear in linears]
         if any(linear_parts.why_weights_are_called(*pair) for pair in found):
@@ -207,7 +207,7 @@ class AttentionForward(KeepsPlans, nn.Module):
         return from_tokens(result, shape, channels_first)
 
     def called_parts(self) -> dict[str, str]:
-        """The linear layers that are called, not read by the kernels, and why.
+        """The linear layers that are called, because kernels cannot just read them, and why.
 
         Example:
             >>> attention = AdditiveAttention(64, 64, 1)
@@ -220,7 +220,7 @@ class AttentionForward(KeepsPlans, nn.Module):
     def _traced(
         self, x: Any, mask: Any, return_weights: Any, residual_scale: Any
     ) -> Tensor | AttentionOutput:
-        """For `torch.fx`: the definition in PyTorch's operators, the linear layers called."""
+        """For `torch.fx`: the definition in PyTorch's operators, calling the linear layers."""
         mask = torch_state.default_in_trace(mask, "mask", None)
         return_weights = torch_state.default_in_trace(return_weights, "return_weights", False)
         residual_scale = torch_state.default_in_trace(residual_scale, "residual_scale", None)
@@ -229,10 +229,10 @@ class AttentionForward(KeepsPlans, nn.Module):
     def _scripted(
         self, x: Tensor, mask: Tensor | None, return_weights: bool, residual_scale: Tensor | None
     ) -> Tensor:
-        """The definition in TorchScript's part of Python, the linear layers called."""
+        """The definition in the Python that TorchScript compiles, calling the linear layers."""
         if return_weights:
             raise ValueError(
-                "return_weights must be False in TorchScript and torch.fx; call the layer itself."
+                "return_weights must be False in TorchScript and torch.fx; call the eager layer."
             )
         tokens = _to_tokens(x, self.layout)
         if mask is not None:
@@ -254,10 +254,10 @@ class AttentionForward(KeepsPlans, nn.Module):
         return out
 
     def _channels_first(self, x: Tensor) -> bool:
-        """The order of the axes of x.
+        """Whether x is [B, C, *spatial].
 
         Raises:
-            TypeError, ValueError: x is no tensor, or not of the layer's width.
+            TypeError, ValueError: x is not a tensor, or not of the layer's width.
         """
         checks.check_tensor("x", x)
         if x.dim() < 3:
@@ -298,7 +298,7 @@ class AttentionForward(KeepsPlans, nn.Module):
 
 @functools.cache
 def _warn_of_ambiguity(shape: tuple[int, ...]) -> None:
-    """Once per shape."""
+    """Warn once per shape."""
     warnings.warn(
         f"layout='auto' reads x of shape {list(shape)} as [B, C, *spatial], but its last axis has "
         "as many elements as the layer has channels. Pass layout='channels_first' or "
@@ -317,8 +317,8 @@ class AdditiveAttention(AttentionForward):
         y_n = \mathrm{final}(\mathrm{proj}(G \odot k_n) + q_n), \qquad G = \sum_m a_m q_m,
         \qquad s_m = (q_m \cdot w_g) \cdot \mathrm{token\_dim}^{-1/2}
 
-    where the pooling makes the token weights a of the scores s. The same weights give other outputs
-    with another pooling; which one a checkpoint was trained with depends on where it is from:
+    where the pooling computes the token weights a from the scores s. With another pooling the same
+    weights give other outputs. The pooling of a checkpoint depends on its source:
 
     ===========  ============================  ====================================================
     ``pooling``  a_n                           used by
@@ -337,8 +337,8 @@ class AdditiveAttention(AttentionForward):
         in_dims: width C of the input.
         token_dim: width D of the output, in_dims by default; the scores are scaled by
             token_dim ** -0.5.
-        num_heads: widens queries and keys to E = token_dim * num_heads; there is one score per
-            token, whatever the number.
+        num_heads: widens queries and keys to E = token_dim * num_heads. For any number of heads
+            there is one score per token.
         pooling: "l2", "softmax", "sum" or "linear", see above.
         qk_norm: divide the rows of queries and keys by their L2 norms.
         bias: whether the four linear layers have biases.
@@ -351,16 +351,17 @@ class AdditiveAttention(AttentionForward):
         recompute: what the CPU kernels keep for the backward: see `additive_self_attention`.
         device, dtype: of the parameters.
 
-    The kernels read the weights of `to_query`, `to_key`, `proj` and `final`. A part that is more
-    than a linear layer with a weight and a bias (an adapter, a quantised layer, one with hooks) is
-    called instead, under every backend, and the layer does not run fused as a whole; `called_parts`
-    and `swiftkernels.doctor` report which and why. In inference on a CPU the weights are packed
-    once. Changes are noticed, except writes to a few elements that PyTorch does not count: see
-    `swiftkernels.weights_changed` and `invalidate`.
+    The kernels read the weights of `to_query`, `to_key`, `proj` and `final`. With every backend, a
+    part that is more than a linear layer with a weight and a bias (an adapter, a quantised layer,
+    one with hooks) is called instead. Then the layer is not fused completely; `called_parts` and
+    `swiftkernels.doctor` report which parts are called and why.
+
+    In inference on a CPU the weights are packed once. Changes of the weights are noticed, except
+    for writes to a few elements that PyTorch does not count: see `swiftkernels.weights_changed` and
+    `invalidate`.
 
     Shapes:
-        x [B, N, C] or [B, C, H, W] (any number of spatial axes); the output is the same with D for
-        C.
+        x [B, N, C] or [B, C, H, W] (any number of spatial axes); the output has D channels.
         mask: bool [B, N] or `[B, *spatial]`, True = the token takes part in the pooling.
 
     Raises:
@@ -439,7 +440,7 @@ class AdditiveAttention(AttentionForward):
 
 @contextlib.contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards every module is in the mode that it was in."""
+    """Set the model to eval mode; at the end, restore the mode of every module."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -449,7 +450,7 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-# For TorchScript and torch.fx. The latter keeps calls of the two that depend on the number of axes.
+# For TorchScript and torch.fx. They depend on the number of axes, so torch.fx traces their calls.
 
 
 @torch.fx.wrap

@@ -34,19 +34,11 @@ def why_not_cpu(x: Tensor, width: int) -> str:
     return library.why_not_for(x)
 
 
-def _triton_is_automatic(x: Tensor) -> bool:
-    # float64 is for checking: its tiles need more memory on chip than many GPUs have. Compiled, a
-    # CPU tensor does not even ask: that would trace what is cached here.
-    return x.dtype != torch.float64 and (
-        x.device.type != "cpu" or not torch.compiler.is_compiling()
-    )
-
-
 def _eager(x: Tensor, width: int) -> str:
-    """Where no kernels run.
+    """The backend for inputs that no kernels take.
 
-    Measured on a CPU: the rewrite pays where the eager layer streams far more through memory than
-    it multiplies, that is for much input of narrow tokens; otherwise eager's larger products win.
+    Measured on a CPU: "aten" is faster where the eager layer is limited by memory, that is for many
+    narrow tokens. Elsewhere the larger products of the eager layer are faster.
     """
     enough = (2 if torch.is_grad_enabled() else 5) * eager.CHUNK_BYTES
     n_tokens = x.shape[1] if x.dim() == 3 else x.shape[2:].numel()
@@ -55,7 +47,7 @@ def _eager(x: Tensor, width: int) -> str:
 
 
 def _definition(x: Tensor, weights: Weights, mask: Tensor | None, options: Options) -> Tensor:
-    """For tokens and images, which the kernels take too."""
+    """The definition for tokens and for images, as the kernels take both."""
     if x.dim() == 3:
         return reference.additive_self_attention(x, weights, mask, options)
     out = reference.additive_self_attention(as_tokens(x), weights, mask, options)
@@ -132,7 +124,7 @@ def _image(call: Call) -> Call | None:
 
 
 _PACKAGE = "swiftkernels.ops.additive_attention"
-_TRITON = Backend(f"{_PACKAGE}.triton.launch", why_not_triton, _triton_is_automatic)
+_TRITON = Backend(f"{_PACKAGE}.triton.launch", why_not_triton, torch_state.triton_is_automatic)
 _ATEN = Backend(f"{_PACKAGE}.eager", lambda x, width: "", lambda x: False)
 
 SELF_ATTENTION = Operator(

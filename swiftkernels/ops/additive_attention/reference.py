@@ -1,7 +1,7 @@
 """Efficient additive attention in plain PyTorch: the definition every backend is tested against.
 
-Shapes: B batch, N tokens, C input width, D token_dim, E = D * num_heads. All of it is
-differentiable, for any dtype and device, and nothing here is fused.
+Shapes: B batch, N tokens, C input width, D token_dim, E = D * num_heads. Every function is
+differentiable and takes any dtype and device.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def pool_weights(scores: Tensor, mask: Tensor | None, pooling: str, eps: float) 
     if pooling == "softmax":
         if mask is None:
             return scores.softmax(dim=1)
-        # A finite score, not -inf: an item whose tokens are all masked gets 0, not NaN.
+        # A finite score instead of -inf: if all tokens are masked, the weights are 0, not NaN.
         lowest = -65504.0 if scores.dtype == torch.float16 else -3.38e38
         return scores.masked_fill(~mask, lowest).softmax(dim=1).masked_fill(~mask, 0)
     if pooling == "sum":
-        # Ones that leave w_g in the graph: its gradient is 0, as in the published code, not None.
+        # Ones that depend on w_g: its gradient is 0, not None, as in the published code.
         scores = scores.pow(0)
     if mask is not None:
         scores = scores.masked_fill(~mask, 0)
@@ -49,7 +49,7 @@ def pool_weights(scores: Tensor, mask: Tensor | None, pooling: str, eps: float) 
 def normalised(x: Tensor, dim: int, eps: float) -> Tensor:
     """x / max(|x|, eps), L2 norms along `dim`.
 
-    `torch.nn.functional.normalize` without its `expand`: exported, that would be a copy.
+    As `torch.nn.functional.normalize`, but without `expand`, which would be a copy when exported.
     """
     return x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(eps)
 
@@ -58,7 +58,7 @@ def global_query(
     q: Tensor, w_g: Tensor, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Token weights a [B, N] and G = sum_n a_n q_n [B, E] of the normalised q [B, N, E]."""
-    # In a trace w_g is a matrix of one column: Core ML's converter takes no vector there.
+    # In a trace w_g is a matrix of one column, because Core ML's converter takes no vector here.
     products = (q @ w_g.unsqueeze(1)).squeeze(2) if torch.jit.is_tracing() else q @ w_g
     scores = products * options.scale  # [B, N]
     weights = pool_weights(scores, mask, options.pooling, options.eps)
@@ -88,7 +88,7 @@ def attend(
 def additive_attention(
     q: Tensor, k: Tensor, weights: OutputWeights, mask: Tensor | None, options: Options
 ) -> Tensor:
-    """The same with the weights of proj and final."""
+    """`attend` with the weights of proj and final."""
     w = weights
     proj = partial(F.linear, weight=w.proj_weight, bias=w.proj_bias)
     final = partial(F.linear, weight=w.final_weight, bias=w.final_bias)
@@ -98,7 +98,7 @@ def additive_attention(
 def additive_self_attention(
     x: Tensor, weights: Weights, mask: Tensor | None, options: Options
 ) -> Tensor:
-    """The whole layer, [B, N, C] -> [B, N, D]: queries and keys are linear in x."""
+    """The complete layer, [B, N, C] -> [B, N, D], with the two linear layers for q and k."""
     q = F.linear(x, weights.query_weight, weights.query_bias)
     k = F.linear(x, weights.key_weight, weights.key_bias)
     return additive_attention(q, k, OutputWeights(*weights[4:]), mask, options)

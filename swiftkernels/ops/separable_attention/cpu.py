@@ -1,8 +1,7 @@
-"""Separable attention by the compiled CPU kernels, as a backend (`ops/operator.py`)."""
+"""The compiled CPU kernels as a backend (`ops/operator.py`)."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ _BACKWARD_CALL = struct.Struct(f"5q{_SEQUENCES * 3}3Pq4P")
 _NO_SEQUENCES = (0, 0, 0, 0, 0)
 _NOT_SAVED = (0, 0, 0)
 
-# csrc/abi.cpp exports the other side.
+# csrc/abi.cpp exports the same numbers.
 library.register_interface(
     "separable",
     {
@@ -44,21 +43,7 @@ library.register_interface(
 )
 
 
-@functools.cache
-def kernels() -> ctypes.CDLL:
-    """The library in use, its functions with their types."""
-    loaded = library.loaded()
-    assert loaded is not None, "the backend is chosen where there is a library"
-    return declare(loaded.handle)
-
-
-def declare(handle: ctypes.CDLL) -> ctypes.CDLL:
-    """Tell ctypes the types of the functions of a library."""
-    packing.declare(handle)
-    for name in ("forward", "forward_training", "backward"):
-        function = getattr(handle, f"swiftkernels_separable_{name}")
-        function.restype, function.argtypes = ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)
-    return handle
+kernels = library.kernels_of("separable")
 
 
 class Saved(NamedTuple):
@@ -67,13 +52,13 @@ class Saved(NamedTuple):
     context: Tensor
     """[B, C]"""
     pooled: Tensor
-    """The tokens' mean by the softmax of their scores, [B, C]."""
+    """The mean of the tokens, weighted with the softmax of their scores, [B, C]."""
     softmax: Tensor
     """The highest score, and the sum of exp(score - highest), [B, 2]."""
 
 
 def saved_like(inputs: Sequence[Tensor], weights: Weights, keep: str) -> Saved:
-    """What a forward saves, uninitialised; empty where no backward follows."""
+    """Uninitialised results that a forward saves; empty if no backward follows."""
     (x,) = inputs
     batch, groups, *_ = sequences_of(x)
     count = 0 if keep == "nothing" else batch * groups
@@ -84,7 +69,7 @@ def saved_like(inputs: Sequence[Tensor], weights: Weights, keep: str) -> Saved:
 def forward(
     inputs: Sequence[Tensor], weights: Weights, mask: None, options: Options, keep: str
 ) -> tuple[Tensor, Saved]:
-    """The output, [B, N, D] or [B, D, P, N], and what is saved; reads the weights as they are."""
+    """The output, [B, N, D] or [B, D, P, N], and what it saves; the weights are not packed."""
     (x,) = inputs
     out = x.new_empty_strided(*output_like(x, weights.token_dim))
     saved = saved_like(inputs, weights, keep)
@@ -104,7 +89,7 @@ def backward(
     options: Options,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x and of the four weights; None where not asked for or without bias."""
+    """Gradients of x and of the four weights; None where not needed or without bias."""
     (x,) = inputs
     dx = torch.empty_like(x) if needs.inputs else None
     gradients = [
@@ -131,7 +116,7 @@ def _call_fields(x: Tensor, out: Tensor, saved: Saved | None) -> bytes:
 
 
 def _sizes(x: Tensor) -> tuple[int, ...]:
-    """What the structs of a call begin with."""
+    """The first fields of the structs of a call."""
     s = sequences_of(x)
     return s.batch, s.groups, s.tokens, torch.get_num_threads(), TYPES[x.dtype]
 
@@ -142,10 +127,9 @@ def _sequences(t: Tensor) -> tuple[int, ...]:
 
 
 def _raw_weights(weights: Weights) -> tuple[bytes, list[Tensor | None]]:
-    """`struct RawWeights`, and the tensors that must live as long as it is used."""
+    """`struct RawWeights`, and the tensors that must stay alive while it is used."""
     ready = packing.float32(weights)
-    pointers = [0 if t is None else t.data_ptr() for t in ready]
-    return _RAW_WEIGHTS.pack(weights.width, weights.token_dim, *pointers), ready
+    return _RAW_WEIGHTS.pack(weights.width, weights.token_dim, *packing.addresses(ready)), ready
 
 
 def pack(packer: Packer, weights: Weights, dtype: torch.dtype) -> bytes:
@@ -174,16 +158,13 @@ def inference_plan(
 ) -> PackedPlan | None:
     """The plan for inputs like x, with packed weights; None where packing does not pay.
 
-    It does not for matrices that are made anew at every call, such as those of a parametrization.
+    It does not pay for weights that are computed at every call, such as those of a parametrization.
     """
     if not all(type(w) is Parameter for w in (weights.qkv_weight, weights.proj_weight)):
         return None
     slot = plans.slot(x.dtype)
     packed = packed_weights(
-        kernels(),
-        slot,
-        cache.present(weights),
-        lambda packer: pack(packer, weights, x.dtype),
+        kernels(), slot, cache.present(weights), lambda packer: pack(packer, weights, x.dtype)
     )
     return None if packed is None else PackedPlan(x, weights.token_dim, slot)
 

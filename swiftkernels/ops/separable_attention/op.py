@@ -22,7 +22,7 @@ from swiftkernels.utils import checks
 BACKENDS = ("auto", "triton", "cpu", "reference")
 
 MAX_TRITON_WIDTH = 512
-"""Widest C of the Triton kernels: a tile of rows has to fit on chip."""
+"""Widest C that the Triton kernels take: a tile of rows has to fit on chip."""
 
 
 def _why_not_triton(x: Tensor, width: int) -> str:
@@ -30,14 +30,6 @@ def _why_not_triton(x: Tensor, width: int) -> str:
     if not reason and width > MAX_TRITON_WIDTH:
         return f"takes up to {MAX_TRITON_WIDTH} channels; got {width}"
     return reason
-
-
-def _triton_is_automatic(x: Tensor) -> bool:
-    # float64 is for checking: its tiles need more memory on chip than many GPUs have. Compiled, a
-    # CPU tensor does not even ask: that would trace what is cached here.
-    return x.dtype != torch.float64 and (
-        x.device.type != "cpu" or not torch.compiler.is_compiling()
-    )
 
 
 def _flops(shapes: Mapping[str, Sequence[int]]) -> int:
@@ -70,7 +62,9 @@ SEPARABLE_ATTENTION = Operator(
     options=Options,
     reference=reference.separable_attention,
     backends={
-        "triton": Backend(f"{_PACKAGE}.triton.launch", _why_not_triton, _triton_is_automatic),
+        "triton": Backend(
+            f"{_PACKAGE}.triton.launch", _why_not_triton, torch_state.triton_is_automatic
+        ),
         "cpu": Backend(f"{_PACKAGE}.cpu", lambda x, _: library.why_not_for(x)),
     },
     eager=lambda x, _: "reference",
@@ -98,8 +92,8 @@ def separable_attention(
     Args:
         x: tokens [B, N, C], or the P pixels of N patches [B, C, P, N], of any strides. The softmax
             runs over the N.
-        qkv_weight, qkv_bias: the layer that makes score, keys and values, [1 + 2 C, C] (or
-            [1 + 2 C, C, 1, 1], of a 1x1 convolution) and [1 + 2 C] or None.
+        qkv_weight, qkv_bias: the layer of score, keys and values, [1 + 2 C, C] (or, as a 1x1
+            convolution, [1 + 2 C, C, 1, 1]) and [1 + 2 C] or None.
         proj_weight, proj_bias: the output layer, [D, C] (or [D, C, 1, 1]) and [D] or None.
         backend: "auto", "triton", "cpu" or "reference". Only "auto" chooses; the others never fall
             back.
@@ -127,11 +121,10 @@ def attend(
 
     Args:
         x, weights, backend: as in `separable_attention`.
-        plans: of a layer, whose next calls may use the plan; None: it is used only once.
+        plans: of a layer; its next calls may use the plan. None: the plan is used only once.
     """
     checks.check_floating("x", x)
-    if x.dtype != torch.float64 and torch_state.autocasts(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if (dtype := torch_state.autocast_dtype(x)) is not None:
         cast = [None if w is None else w.to(dtype) for w in weights]
         x, weights = x.to(dtype), Weights(*cast)  # type: ignore[arg-type]
     _check(x, weights)
@@ -156,7 +149,7 @@ def _make_plan(x: Tensor, weights: Weights, backend: str, plans: Plans | None) -
         )
         if plan is not None:
             return plan
-    # Weights that are not packed now may be packed at the next call: that needs a new plan.
+    # Weights that are not packed now may be packed at the next call, which needs a new plan.
     once = infers or plans is None
     places = None if once else cache.places(cache.present(weights))
     trains = needs_grad and not once

@@ -109,7 +109,7 @@ def isa(request) -> Iterator[str]:
 
 
 def library_in_use(isa: str) -> contextlib.AbstractContextManager[None]:
-    return kernels_in_use(launch.declare(library.load(isa).handle))
+    return kernels_in_use(library.declare(library.load(isa).handle, "additive"))
 
 
 def random_tokens(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from swiftkernels.backends.cpu import library
-from swiftkernels.ops.additive_attention.cpu import launch
 from swiftkernels.testing.cases import POOLINGS, make_mask, make_tensors
 from tests.cpu_cases import (
     SIZES,
@@ -135,7 +134,7 @@ def wide_vectors(tmp_path_factory) -> Iterator[None]:
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
-    handle = launch.declare(ctypes.CDLL(str(made)))
+    handle = library.declare(ctypes.CDLL(str(made)), "additive")
     assert handle.swiftkernels_lanes() == 16
     with kernels_in_use(handle):
         yield

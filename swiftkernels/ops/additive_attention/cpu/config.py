@@ -1,4 +1,4 @@
-"""What to compute in which form, by shape; and a size that the kernels share."""
+"""Which form of the forward and the backward is the fastest, by shape."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from swiftkernels.backends.cpu import library
 from swiftkernels.ops.additive_attention.cpu.packing import FOLDED, PLAIN, TRIANGULAR
 
 TABLE = Path(__file__).with_name("forms.json")
-"""Written by `python -m benchmarks.cpu_forms`, which measures."""
+"""Measured and written by `python -m benchmarks.cpu_forms`."""
 
 SHORT_SEQUENCE = 256
-"""Batch elements of up to so many tokens may be processed whole; as in csrc/schedule.h."""
+"""Most tokens of batch elements that are processed in groups; as in csrc/schedule.h."""
 
 RECOMPUTE_WIDTH = 64
-"""Widest q and k that a backward computes again rather than reads."""
+"""Widest q and k that a backward computes again instead of reading them."""
 
 NARROW = 8
-"""Below this width folding saves nothing, and rows of one number are exactly 1 or -1 plain."""
+"""Narrower layers use the plain form: the others save nothing, and normalised rows of one number
+would not be exactly 1 or -1."""
 
 
 def form(n_tokens: int, in_dims: int, width: int, qk_norm: bool) -> int:
-    """The fastest form for batch elements of that many tokens.
+    """The fastest form for batch elements of `n_tokens` tokens.
 
-    The folded form saves half a product per token, and makes a matrix per batch element: it pays
+    The folded form saves half a product per token, and computes a matrix per batch element. It pays
     where there are several times as many tokens as channels.
     """
     if width < NARROW:
@@ -37,18 +38,18 @@ def form(n_tokens: int, in_dims: int, width: int, qk_norm: bool) -> int:
 
 
 def keeps_rows(batch: int, n_tokens: int, width: int) -> bool:
-    """Whether a backward is faster with the unit rows of q and k that the forward had.
+    """Whether a backward is faster with the normalised q and k of the forward.
 
-    Narrow ones are computed again: memory is slower than their products.
+    Narrow rows are computed again, which is faster than reading them from memory.
     """
     return width > RECOMPUTE_WIDTH and not folds_backward(batch, n_tokens, width)
 
 
 def folds_backward(batch: int, n_tokens: int, width: int) -> bool:
-    """Whether the backward does without queries and keys.
+    """Whether the folded backward, without queries and keys, is faster.
 
-    That saves products per token; it makes some E x E matrices per batch element, and more of them
-    once.
+    It saves products per token, but computes some E x E matrices per batch element, and more of
+    them once.
     """
     if width < NARROW:
         return False
@@ -56,10 +57,11 @@ def folds_backward(batch: int, n_tokens: int, width: int) -> bool:
 
 
 def backward_by_elements(batch: int, n_tokens: int, width: int, threads: int) -> bool:
-    """Whether threads of a backward take short batch elements rather than share them in turn.
+    """Whether each thread of a backward takes batch elements of its own, or all share each one.
 
-    Shared, a token takes 8 products of E x E and the end 2 of matrices, and threads wait for each
-    other; otherwise a token takes 9, and each batch element has one thread.
+    If all share, a token costs 8 products with E x E matrices, the batch 2 products of such
+    matrices, and threads wait for each other (1.5 x). Otherwise a token costs 9 products, and each
+    batch element has one thread.
     """
     if batch >= threads:
         return True
@@ -69,13 +71,13 @@ def backward_by_elements(batch: int, n_tokens: int, width: int, threads: int) ->
 
 @torch_state.constant_under_compile
 def _measured(name: str) -> float:
-    """Tokens per channel from which on what `name` says is faster."""
+    """The measured threshold of that name, in tokens per channel."""
     return _table()[name]
 
 
 @functools.cache
 def _table() -> dict[str, float]:
-    """What was measured for the library in use."""
+    """The thresholds for the library in use."""
     table = json.loads(TABLE.read_text())
     loaded = library.loaded()
     found: dict[str, float] = table.get(loaded.name if loaded else "", table["default"])

@@ -1,9 +1,7 @@
-"""Calls the compiled kernels: a backend (`ops/operator.py`) of the operator on tokens."""
+"""The forward of training and the backward by the compiled kernels."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,7 +23,7 @@ from swiftkernels.ops.operator import Needs
 _CALL = struct.Struct("6qP3qP3qP2q3P")
 _BACKWARD_CALL = struct.Struct("9qP3qP3qP3qP2q12P")
 
-# csrc/abi.cpp exports the other side.
+# csrc/abi.cpp exports the same numbers.
 library.register_interface(
     "additive",
     {
@@ -45,38 +43,24 @@ library.register_interface(
 )
 
 
-@functools.cache
-def kernels() -> ctypes.CDLL:
-    """The library in use, its functions with their types."""
-    loaded = library.loaded()
-    assert loaded is not None, "the backend is chosen where there is a library"
-    return declare(loaded.handle)
-
-
-def declare(handle: ctypes.CDLL) -> ctypes.CDLL:
-    """Tell ctypes the types of the functions of a library."""
-    shared.declare(handle)
-    for name in ("forward", "forward_training", "backward"):
-        function = getattr(handle, f"swiftkernels_additive_{name}")
-        function.restype, function.argtypes = ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)
-    return handle
+kernels = library.kernels_of("additive")
 
 
 class Saved(NamedTuple):
-    """What the backward needs besides the inputs; empty where nothing is kept."""
+    """What the backward needs besides the inputs; empty where nothing is saved."""
 
     global_query: Tensor
     """G, [B, E]"""
     statistics: Tensor
     """a, 1/|q| and 1/|k| [3, B, N], and 1/|s| [B], in one [B, 3 N + 1]."""
     unit_rows: Tensor
-    """The normalised q and k, [2, B, N, E]; empty: they are computed again."""
+    """The normalised q and k, [2, B, N, E]; empty if the backward computes them again."""
 
 
 def _read(t: Tensor) -> tuple[Tensor, int, int, tuple[int, ...]]:
-    """t [B, N, C] or [B, C, H, W] as the kernels read it: itself, B, N, and the strides of tokens.
+    """t [B, N, C] or [B, C, H, W], or a copy without gaps between rows of pixels.
 
-    A copy of it, if there are gaps between its rows of pixels.
+    Also B, N, and the strides of batch, token and channel.
     """
     if t.dim() == 3:
         return t, t.shape[0], t.shape[1], t.stride()
@@ -88,7 +72,7 @@ def _read(t: Tensor) -> tuple[Tensor, int, int, tuple[int, ...]]:
 
 
 def saved_like(inputs: Sequence[Tensor], weights: Weights, keep: str) -> Saved:
-    """What a forward keeps, uninitialised."""
+    """Uninitialised results that a forward saves."""
     (x,) = inputs
     if keep == "nothing":
         return Saved(x.new_empty(0), x.new_empty(0), x.new_empty(0))
@@ -107,9 +91,9 @@ def forward(
     options: Options,
     keep: str,
 ) -> tuple[Tensor, Saved]:
-    """The output, and what `keep` asks for; reads the weights as they are.
+    """The output, and what `keep` requires; the weights are not packed.
 
-    x may be an image [B, C, H, W]; then the output is one, in the order of channels_last.
+    For an image [B, C, H, W] the output is an image in channels_last memory format.
     """
     (x,) = inputs
     out = x.new_empty_strided(*output_like(x, weights.token_dim))
@@ -160,11 +144,11 @@ def backward(
     dout, _, _, dout_strides = _read(dout)
     width = weights.width
     threads = torch.get_num_threads()
-    whole = n_tokens <= config.SHORT_SEQUENCE and config.backward_by_elements(
+    grouped = n_tokens <= config.SHORT_SEQUENCE and config.backward_by_elements(
         batch, n_tokens, width, threads
     )
-    # Few tokens in all make the products of E x E matrices behind the moments too expensive.
-    direct = whole and batch * n_tokens < 2 * width
+    # For few tokens in the batch, the products of E x E matrices after the moments cost too much.
+    direct = grouped and batch * n_tokens < 2 * width
     folded = saved.unit_rows.numel() == 0 and config.folds_backward(batch, n_tokens, width)
     fields, ready = packing.raw_layer(weights, options)
     d_input = torch.empty_like(inputs[0]) if needs.inputs else None
@@ -176,7 +160,7 @@ def backward(
     if needs.weights:
         gradients = [None if w is None else torch.empty_like(w) for w in ready]
     call = _BACKWARD_CALL.pack(
-        batch, n_tokens, whole, threads, TYPES[x.dtype], direct, folded, needs.inputs,
+        batch, n_tokens, grouped, threads, TYPES[x.dtype], direct, folded, needs.inputs,
         needs.weights,
         x.data_ptr(), *strides, dout.data_ptr(), *dout_strides, *dx_fields,
         *((0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())),

@@ -1,14 +1,14 @@
-"""The layer's weights as the compiled kernels read them: folded and packed, or as they are.
+"""The structs of weights that the compiled kernels read: packed for a form, or not packed.
 
-The forms, with the unit rows qn = rq q and kn = rk k (README.md of the operator derives them):
+The forms, with the normalised rows qn = rq q and kn = rk k (README.md derives them):
 
     plain       out = ((G * kn) Wp^T + bp + qn) Wf^T + bf
     triangular  out = rk (G * k) M^T + rq (C x + c0) + c
     folded      out = rk (A x + a) + rq (C x + c0) + c
 
-M = Wf Wp, C = Wf Wq, c0 = Wf bq and c = Wf bp + bf depend on weights only, A = M diag(G) Wk and
-a = M diag(G) bk on the batch element too. The norms of the last two forms come from R, the
-triangular factor of [Wq | bq]: |Wq x + bq| = |R [x; 1]|.
+M = Wf Wp, C = Wf Wq, c0 = Wf bq and c = Wf bp + bf depend on the weights only. A = M diag(G) Wk and
+a = M diag(G) bk also depend on the batch element. The last two forms compute norms from the
+triangular factor R of [Wq | bq]: |Wq x + bq| = |R [x; 1]|.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from swiftkernels.ops.additive_attention.weights import Options, Weights
 PLAIN, TRIANGULAR, FOLDED = range(3)
 """The forms, as `FormCode` in csrc/abi.h."""
 
-# `struct Layer` but for the `Fingerprint` at its end, and `struct RawLayer` in csrc/abi.h.
+# `struct Layer` without the `Fingerprint` at its end, and `struct RawLayer`, in csrc/abi.h.
 LAYER = struct.Struct("5q2d12Pd7P")
 RAW_LAYER = struct.Struct("5q2d9P")
 
 
 def raw_layer(weights: Weights, options: Options) -> tuple[bytes, list[Tensor | None]]:
-    """`struct RawLayer`, and the tensors that must live as long as it is used."""
+    """`struct RawLayer`, and the tensors that must stay alive while it is used."""
     ready = float32(weights)
     return RAW_LAYER.pack(*_sizes(weights, options), *addresses(ready)), ready
 
 
 def _sizes(weights: Weights, options: Options) -> list[float]:
-    """What the structs begin with."""
+    """The first fields of both structs."""
     return [
         weights.in_dims, weights.width, weights.token_dim, POOLINGS.index(options.pooling),
         options.qk_norm, options.scale, options.eps,
@@ -45,7 +45,7 @@ def _sizes(weights: Weights, options: Options) -> list[float]:
 
 
 def rounded(weights: Weights, dtype: torch.dtype) -> Weights:
-    """The weights in that type; themselves, if they are."""
+    """The weights in that type; unchanged if they have it."""
     if weights.query_weight.dtype == dtype:
         return weights
     return Weights(*[None if w is None else w.detach().to(dtype) for w in weights])  # type: ignore[arg-type]
@@ -54,9 +54,9 @@ def rounded(weights: Weights, dtype: torch.dtype) -> Weights:
 def pack(
     packer: Packer, weights: Weights, scale: Tensor | None, options: Options, form: int
 ) -> bytes:
-    """`struct Layer` but for its fingerprint; null for what the form does not read.
+    """`struct Layer` without its fingerprint; fields that the form does not read are null.
 
-    Folded in float64 where there is something to fold.
+    Products of weights are computed in float64.
 
     Args:
         packer: packs matrices.
@@ -90,20 +90,15 @@ def pack(
 
 
 def _folded_fields(packer: Packer, weights: Weights, options: Options, form: int) -> list[float]:
-    """From `query_triangle` on."""
+    """The fields from `query_triangle` on."""
     w = Weights(*(None if t is None else t.double() for t in weights))  # type: ignore[arg-type]
     width, in_dims, token_dim = w.width, w.in_dims, w.token_dim
     zeros = w.query_weight.new_zeros
     biases = (w.query_bias, w.key_bias, w.proj_bias)
     bq, bk, bp = (zeros(width) if b is None else b for b in biases)
     bf = zeros(token_dim) if w.final_bias is None else w.final_bias
-    wq, wk, wp, wf, w_g = (
-        w.query_weight,
-        w.key_weight,
-        w.proj_weight,
-        w.final_weight,
-        w.w_g.flatten(),
-    )
+    wq, wk, wp, wf = w.query_weight, w.key_weight, w.proj_weight, w.final_weight
+    w_g = w.w_g.flatten()
     M, C, c0, c = wf @ wp, wf @ wq, wf @ bq, wf @ bp + bf
     triangle = packer.triangle(wq, bq) if options.qk_norm else (0, 0)
     scores = packer.vector(wq.t() @ w_g, in_dims)

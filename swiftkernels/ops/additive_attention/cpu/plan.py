@@ -1,4 +1,4 @@
-"""Inference on a CPU: with packed weights in the fastest form, or with the weights as they are."""
+"""Inference on a CPU: in the fastest form with packed weights, or with weights not packed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def inference_plan(
 ) -> Plan:
     """The plan for inputs like x.
 
-    Only parameters are packed: packing does not pay for matrices that are made anew at every call,
+    Only parameters are packed. Packing does not pay for weights that are computed at every call,
     such as those of a parametrization.
     """
     matrices = (weights.query_weight, weights.key_weight, weights.proj_weight, weights.final_weight)
@@ -88,8 +88,8 @@ class PackedPlan:
         self._out = shape, strides
         self._empty = 0 in shape
         tokens, out_tokens = tokens_of(x.shape, x.stride()), tokens_of(shape, strides)
-        assert tokens is not None, "images with gaps come as tokens"
-        assert out_tokens is not None, "an image without gaps is followed by one without"
+        assert tokens is not None, "the caller passes images with gaps as tokens"
+        assert out_tokens is not None, "an image without gaps has an output without gaps"
         self._batch, self._n_tokens, _, self._x_strides = tokens
         self._out_strides = out_tokens[3]
 
@@ -120,7 +120,7 @@ class PackedPlan:
 
 
 class RawPlan:
-    """Runs the forward of training, in the plain form, with the weights as they are."""
+    """Runs the forward of training: in the plain form, with weights that are not packed."""
 
     lasting = False
 
