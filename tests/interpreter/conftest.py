@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+
 import pytest
 
 if os.environ.get("TRITON_INTERPRET") != "1":
