@@ -32,12 +32,18 @@ def check_exactly(tensors: Tensors, dout: Tensor | None = None) -> None:
     assert_exact(run("triton", tensors, dout), run("reference", tensors, dout))
 
 
-@pytest.mark.parametrize("width", [1, 37, 48, 64, 96, 128, 192, 220, 256, 384, 512])
+@pytest.mark.parametrize(
+    "width",
+    [
+        *(1, 64, 128, 220, 384),
+        *(pytest.param(w, marks=pytest.mark.slow) for w in (37, 48, 96, 192, 256, 512)),
+    ],
+)
 def test_every_width_equals_the_definition(width: int) -> None:
     check_exactly(make_tensors((1, 18, width), width))
 
 
-@pytest.mark.parametrize("n_tokens", [1, 7, 49, 65, 300])
+@pytest.mark.parametrize("n_tokens", [1, 65, 300])
 def test_every_number_of_tokens_equals_the_definition(n_tokens: int) -> None:
     check_exactly(make_tensors((2, n_tokens, 16), 24))
 

@@ -709,10 +709,11 @@ def backward(
             gradients = [dq, dk] if needs.inputs else [None, None]
         elif needs.inputs and not read.project:
             gradients = [_input_gradient(dq, dk, x, weights)]
-        found = None if source is None else gradients[0]
-        if found is not None and found.stride() != x.stride():
-            # The strides that an operator promises: those of the input where it is dense.
-            gradients = [torch.empty_like(x).copy_(found)]
+        # The strides that an operator promises: those of the input where it is dense.
+        gradients = [
+            g if g is None or g.stride() == t.stride() else torch.empty_like(t).copy_(g)
+            for g, t in zip(gradients, inputs, strict=True)
+        ]
         if dw_g_parts is None or moments is None:
             return [*gradients, *[None] * len(weights)]
         if planes is not None:
