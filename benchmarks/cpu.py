@@ -20,10 +20,11 @@ import torch
 from benchmarks import memory, plots
 from benchmarks.tradeoff import positive
 from benchmarks.workloads import size_tokens
+from swiftkernels.ops.additive_attention.benchmark import BENCHMARK as ADDITIVE_ATTENTION
+from swiftkernels.ops.benchmark import Size
 from swiftkernels.testing import harness
 from swiftkernels.testing.engines import COMPARED_PEERS, ENGINES, OURS
 from swiftkernels.testing.harness import Row
-from swiftkernels.testing.operators import ADDITIVE_ATTENTION, Size
 from swiftkernels.testing.peers import PEERS
 from swiftkernels.testing.ratios import ratio_table, speedups
 from swiftkernels.testing.timing import Stopwatch

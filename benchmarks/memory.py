@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks import resident
+from swiftkernels.ops.benchmark import Size
 from swiftkernels.testing.engines import ENGINES, Problem
 from swiftkernels.testing.harness import isa
-from swiftkernels.testing.operators import Size
 from swiftkernels.testing.ratios import markdown_table
 
 CSV = "cpu_memory.csv"

@@ -17,9 +17,10 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.workloads import size_tokens
+from swiftkernels.ops.additive_attention.benchmark import BENCHMARK as ADDITIVE_ATTENTION
+from swiftkernels.ops.benchmark import Size
 from swiftkernels.testing import costs, harness
 from swiftkernels.testing.engines import ENGINES, OURS, Problem
-from swiftkernels.testing.operators import ADDITIVE_ATTENTION, Size
 from swiftkernels.testing.peers import PEERS
 from swiftkernels.testing.timing import Stopwatch
 

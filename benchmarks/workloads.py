@@ -14,7 +14,12 @@ import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from swiftkernels.testing.operators import IMAGE_SIZE, SWIFTFORMER_WIDTHS, Size, Stage
+from swiftkernels.ops.additive_attention.benchmark import (
+    IMAGE_SIZE,
+    SWIFTFORMER_WIDTHS,
+    Stage,
+)
+from swiftkernels.ops.benchmark import Size
 
 
 def size_tokens(

@@ -52,6 +52,8 @@ html_title = f"swiftkernels {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
+# These pages have no section to navigate in.
+html_sidebars = {page: [] for page in ("index", "get_started", "development", "changelog")}
 html_copy_source = False
 html_math_renderer = "mathml"
 html_theme_options = {
@@ -71,6 +73,16 @@ suppress_warnings = ["myst.xref_missing_anchor"]
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
+autodoc_type_aliases = {
+    "Pooling": "swiftkernels.ops.types.Pooling",
+    "Backend": "swiftkernels.ops.types.Backend",
+    "Layout": "swiftkernels.ops.types.Layout",
+    "Source": "swiftkernels.models.family.Source",
+    "GlobalPool": "swiftkernels.models.network.GlobalPool",
+    "Indices": "swiftkernels.models.feature_info.Indices",
+    "ActLayer": "swiftkernels.models.swiftformer.network.ActLayer",
+    "Distillation": "swiftkernels.training.losses.Distillation",
+}
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
@@ -89,16 +101,33 @@ def add_outputs(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] = examples.with_outputs(source[0])
 
 
+def name_aliases(
+    app: Sphinx,
+    what: str,
+    name: str,
+    obj: object,
+    options: Any,
+    signature: str | None,
+    returned: str | None,
+) -> tuple[str | None, str | None]:
+    """Sphinx writes the aliases that are parts of other types as Python objects."""
+    named = (
+        text and re.sub(r"TypeAliasForwardRef\('([\w.]+)'\)", r"\1", text)
+        for text in (signature, returned)
+    )
+    return next(named), next(named)
+
+
 def mark_description(
     app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]
 ) -> None:
-    """Napoleon takes what stands before a colon in an attribute's docstring for its type."""
-    if what == "attribute" and lines:
+    """Napoleon takes what stands before a colon in the docstring of a value for its type."""
+    if what in ("attribute", "data") and lines:
         lines[0] = f": {lines[0]}"
 
 
 def _mathml(tex: str, block: bool) -> str:
-    """A formula as MathML, with the subscripts of accented letters beside, not below them."""
+    """A formula as MathML, with the subscripts of accented letters to their right, not below."""
     namespace = "http://www.w3.org/1998/Math/MathML"
     ElementTree.register_namespace("", namespace)
     text = tex2mathml(tex, as_block=block).replace("&ApplyFunction;", "\u2061")
@@ -153,4 +182,5 @@ def setup(app: Sphinx) -> None:
         "mathml", inline_renderers=(inline_math, None), block_renderers=(block_math, None)
     )
     app.connect("source-read", add_outputs)
+    app.connect("autodoc-process-signature", name_aliases)
     app.connect("autodoc-process-docstring", mark_description, priority=400)

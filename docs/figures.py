@@ -47,14 +47,39 @@ def rows_of(name: str) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def operator_summary() -> str:
-    """Float32 on one thread: speed-up over each engine, and the worst shape."""
+def headline() -> str:
+    """What a layer and a whole network gain, float32 on one thread, with the machines."""
     found = [
         s
         for s in speedups(rows_of("cpu.csv"))
         if (s.setting.threads, s.setting.dtype) == (1, "float32") and s.engine in HEADLINE
     ]
-    return _speedups(found) + "\n\n" + _operator_machine(found)
+    lines = []
+    for direction in dict.fromkeys(s.setting.direction for s in found):
+        own = [s for s in found if s.setting.direction == direction]
+        ratios = ([s.by_median for s in own if s.engine == engine] for engine in HEADLINE)
+        lines.append([f"additive attention, {direction}", *map(_spread, ratios)])
+    networks = rows_of("whole_networks.csv")
+    for direction in dict.fromkeys(row["direction"] for row in networks):
+        gains = [gain for row, gain in _network_gains(networks) if row["direction"] == direction]
+        lines.append([f"whole SwiftFormer, {direction}", _spread(gains), *[""] * 3])
+    table = _table(["faster than", *(ENGINES[engine] for engine in HEADLINE)], lines)
+    return (
+        f"{table}\n\nMean (least to most) of ratios of median times on CPUs; float32, 1 thread, "
+        f"torch {_only(networks, 'torch')}. Attention: {len({s.shape for s in found})} shapes, "
+        f"{_only(rows_of('cpu.csv'), 'device')} ({_only(rows_of('cpu.csv'), 'isa')}), "
+        "[cpu.csv](DOCS/results/cpu.csv). Networks: timm's XS, S, L1, L3, accelerated, at "
+        f"{_only(networks, 'side')} pixels, batch {_only(networks, 'batch')}, "
+        f"{_only(networks, 'device')} ({_only(networks, 'isa')}), "
+        "[whole_networks.csv](DOCS/results/whole_networks.csv)."
+    )
+
+
+def _spread(ratios: Sequence[float]) -> str:
+    """Geometric mean (least to most); empty if nothing was measured."""
+    if not ratios:
+        return ""
+    return f"{statistics.geometric_mean(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def operator() -> str:
@@ -137,30 +162,6 @@ def operator_memory() -> str:
     )
 
 
-def memory_summary() -> str:
-    """Of the layer and of a training step of a whole network, in a sentence."""
-    layer = {
-        row["engine"]: row
-        for row in rows_of("cpu_memory.csv")
-        if (row["direction"], row["tokens"]) == ("forward+backward", "3136")
-    }
-    ours, eager = layer["swiftkernels"], layer["eager"]
-    steps = rows_of("training_memory.csv")
-    timm, model, recomputed = (
-        next(float(row["peak_bytes"]) for row in steps if row["model"] == name)
-        for name in ("timm", "swiftkernels", "swiftkernels, checkpointing")
-    )
-    shape = f"[{ours['batch']}, {ours['tokens']}, {ours['width']}]"
-    return (
-        f"A forward and backward of the layer at {shape} takes "
-        f"{float(ours['peak_in_x']):.2f} x the input's bytes beyond its results, eager PyTorch "
-        f"{float(eager['peak_in_x']):.1f} x. A training step of SwiftFormer-XS takes "
-        f"{model / timm:.2f} x the memory of timm's, {recomputed / timm:.2f} x with recomputed "
-        f"blocks ({_only(steps, 'dtype')}, {_only(steps, 'threads')} thread, "
-        f"{_only(steps, 'processor')}, torch {_only(steps, 'torch')})."
-    )
-
-
 def networks() -> str:
     """Whole SwiftFormers of timm, and the same accelerated."""
     rows = rows_of("whole_networks.csv")
@@ -180,20 +181,12 @@ def networks() -> str:
     return table + "\n\n" + _networks_machine(rows)
 
 
-def networks_summary() -> str:
-    """The range of the gains of whole networks, by what was done."""
-    rows = rows_of("whole_networks.csv")
-    gains: dict[tuple[str, str], list[float]] = {}
-    for theirs, ours in zip(rows[::2], rows[1::2], strict=True):
-        gain = float(theirs["median_seconds"]) / float(ours["median_seconds"])
-        gains.setdefault((theirs["direction"], theirs["batch"]), []).append(gain)
-    lines = [
-        [f"{direction}, batch {batch}", f"{min(own):.2f} to {max(own):.2f} x"]
-        for (direction, batch), own in gains.items()
+def _network_gains(rows: Sequence[Row]) -> list[tuple[Row, float]]:
+    """Each row of timm's with the gain of the accelerated network, measured in turn with it."""
+    return [
+        (theirs, float(theirs["median_seconds"]) / float(ours["median_seconds"]))
+        for theirs, ours in zip(rows[::2], rows[1::2], strict=True)
     ]
-    names = ", ".join(dict.fromkeys(row["network"].removeprefix("swiftformer_") for row in rows))
-    table = _table([f"whole SwiftFormer ({names.upper()})", "timm / accelerated"], lines)
-    return table + "\n\n" + _networks_machine(rows)
 
 
 def _networks_machine(rows: Sequence[Row]) -> str:
@@ -254,12 +247,10 @@ def tradeoff() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "operator-summary": operator_summary,
+    "headline": headline,
     "operator": operator,
     "operator-memory": operator_memory,
-    "memory-summary": memory_summary,
     "networks": networks,
-    "networks-summary": networks_summary,
     "training-memory": training_memory,
     "tradeoff": tradeoff,
 }

@@ -1,4 +1,4 @@
-"""Fused kernels for SwiftFormer's efficient additive attention (arXiv 2303.15446)."""
+"""Fused kernels for efficient attention in vision networks, forward and backward."""
 
 import importlib
 import types
@@ -21,7 +21,7 @@ from swiftkernels.tools.doctor import doctor
 if typing.TYPE_CHECKING:
     from swiftkernels.integrations import export as export
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdditiveAttention",

@@ -81,7 +81,7 @@ def test_figures_are_those_of_the_csv_files() -> None:
 @pytest.mark.usefixtures("examples")
 def test_unknown_tables_are_refused() -> None:
     figures = importlib.import_module("figures")
-    with pytest.raises(ValueError, match="no table 'speed'; there are operator-summary"):
+    with pytest.raises(ValueError, match="no table 'speed'; there are headline"):
         figures.written("<!-- figures: speed -->\n<!-- end of figures -->", "")
 
 

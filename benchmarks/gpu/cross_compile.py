@@ -33,6 +33,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu import calls
+from swiftkernels.backends.triton.sizes import power_of_two
 from swiftkernels.ops.additive_attention.triton import config, launch
 from swiftkernels.ops.types import Pooling
 from swiftkernels.testing.cases import make_mask, make_tensors
@@ -156,7 +157,7 @@ def launches_of(
         tensors[0] = x.transpose(1, 2).contiguous().transpose(1, 2)
     mask = make_mask(2, 64) if masked else None
     on_class = mock.patch.object(config, "architecture", return_value=class_)
-    launch.forget_plans()  # their key is the device, which is always the CPU here
+    launch.forget_launches()  # their key is the device, which is always the CPU here
     with on_class, recorded_launches() as launches:
         calls.forward(tensors, mask, pooling)()
     return launches
@@ -649,7 +650,7 @@ def _exceptions(judged: Judged) -> str:
 def _odd_table(judged: Judged) -> str:
     rows = []
     for width in (37, 40, 220, 224):
-        tile = config.next_power_of_two(width)
+        tile = power_of_two(width)
         for dtype in ("fp16", "fp32"):
             found = {
                 recorded.name: facts_

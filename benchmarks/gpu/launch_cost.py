@@ -184,7 +184,7 @@ def _turn(what: str, call: Callable[[], object], calls: int = CALLS) -> Callable
     def turn() -> None:
         with contextlib.ExitStack() as stack:
             if what == LOOKING_UP:  # as for tensors with unusual strides
-                stack.enter_context(mock.patch.object(launch, "_reusable", _never))
+                stack.enter_context(mock.patch.object(launch, "all_fit_kernels", _never))
                 stack.enter_context(mock.patch.object(launch, "fits_kernels", _never))
             for _ in range(calls):
                 call()

@@ -1,17 +1,17 @@
 """The guard against stale packed weights.
 
-What is packed of weights is used for as long as the weights
+Packed weights are used as long as the weights that they were made from
 
 * are in the same memory, with the same sizes, strides and version counters, and
-* give the same fingerprint, which the CPU kernels compare at every call: of all bytes or, where
-  that would take more than 3 % of the call, of all vectors and a sample of each matrix. The sample
-  contains a part of every row and, in any 16 rows, of every column.
+* have the same fingerprint. The CPU kernels compute it at every call: from all bytes or, where that
+  would take more than 3 % of the call, from all vectors and a sample of each matrix. The sample has
+  a part of every row and, in any 16 rows, of every column.
 
 After a step of any `torch.optim.Optimizer`, and after `weights_changed()`, all bytes are compared
-once. What remains unnoticed: writes to a few elements of a matrix that PyTorch does not count
-(through `.data`, numpy or another library's kernels), without a call of `weights_changed()`.
+once. The guard misses only writes to a few elements of a matrix that PyTorch does not count
+(through `.data`, numpy or kernels of another library), if `weights_changed()` is not called.
 
-Weights that change between any two calls are soon read as they are, not packed: see `Slot.pays`.
+Weights that change before every call are soon used without packing: see `Slot.pays`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-WASTED = 2
-"""After this many packings in a row that served a single call each, weights are packed only after
-some calls with them, twice as many for each further such packing."""
+MAX_WASTED = 2
+"""Packings in a row that may serve only one call each. After that, weights are packed only when they
+stayed the same for some calls; the number of calls doubles with each further such packing."""
 
 State = tuple[list[Any], ...]
 
@@ -40,9 +40,9 @@ def weights_changed() -> None:
     """Report that weights were written in a way that PyTorch does not count.
 
     Call it after writing single elements of a weight through `.data`, numpy, or code outside of
-    PyTorch. At its next call, every layer compares all bytes of its weights with those that
-    it packed. Writes by optimizers, in-place operators, `load_state_dict` and the like, and
-    larger writes through `.data`, are noticed without it.
+    PyTorch. At its next call, every layer compares all bytes of its weights with those that it
+    packed. Layers notice all other writes themselves: by optimizers, in-place operators or
+    `load_state_dict`, and larger ones through `.data`.
 
     Example:
         >>> attention = AdditiveAttention(64)
@@ -57,13 +57,13 @@ register_optimizer_step_post_hook(lambda *_: weights_changed())
 
 
 def present(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    """Those that are not None."""
+    """The tensors that are not None."""
     return tuple([t for t in tensors if t is not None])
 
 
 def places(tensors: tuple[Tensor, ...]) -> State:
-    """Where tensors are and how they lie. By `map`, because every call in training needs it."""
-    return (
+    """Where tensors are in memory, and their types, shapes and strides."""
+    return (  # by `map`: every call in training needs this
         list(map(Tensor.data_ptr, tensors)),
         list(map(_dtype, tensors)),
         list(map(_shape, tensors)),
@@ -72,7 +72,7 @@ def places(tensors: tuple[Tensor, ...]) -> State:
 
 
 def state(tensors: tuple[Tensor, ...]) -> State:
-    """What changes when tensors are replaced, or written in a way that PyTorch counts."""
+    """A value that changes if a tensor is replaced, or written in a way that PyTorch counts."""
     found = (
         list(map(Tensor.data_ptr, tensors)),
         list(map(_bytes, tensors)),
@@ -88,11 +88,11 @@ class Packed(Protocol):
     """Packed weights."""
 
     uses: int
-    """Calls that they served."""
+    """Calls that used them."""
 
 
 class Slot:
-    """What is packed of some weights, the state they were in, and whether packing them has paid."""
+    """Packed weights, the state of the weights that they were made from, and whether they paid."""
 
     __slots__ = ("generation", "packed", "skipped", "state", "wasted")
 
@@ -100,14 +100,14 @@ class Slot:
         self.state: State = ()
         self.packed: Any = None
         self.generation = -1
-        """At which all bytes were last known to be those packed."""
+        """When all bytes were last compared with those that were packed; see `weights_changed`."""
         self.skipped = 0
         """Calls without packed weights since the weights changed."""
         self.wasted = 0
-        """Packings in a row that served a single call or none."""
+        """Packings in a row that at most one call used."""
 
     def find(self, tensors: tuple[Tensor, ...]) -> Any:
-        """What is packed of these tensors as they are; None: `ensure` has to look closer."""
+        """The packed weights, if nothing suggests a change; None: call `ensure`."""
         if self.generation == _generation and self.state == state(tensors):
             return self.packed
         return None
@@ -118,7 +118,7 @@ class Slot:
         unchanged: Callable[[Any], bool],
         pack: Callable[[], Any],
     ) -> Any:
-        """What is packed of these tensors, packed now if needed; None where that does not pay.
+        """The packed weights, packed now if needed; None where packing does not pay.
 
         Args:
             tensors: the weights.
@@ -129,7 +129,7 @@ class Slot:
         if self.state != found or (self.packed is not None and not self._verified(unchanged)):
             self.renew(found)
         if self.packed is None and self.pays():
-            # The generation from before: the weights may change while they are packed.
+            # The generation before packing: the weights may change while they are packed.
             generation, packed = _generation, pack()
             self.generation, self.packed = generation, packed
         if self.packed is None:
@@ -137,9 +137,9 @@ class Slot:
         return self.packed
 
     def renew(self, state: State | None = None) -> None:
-        """Take weights in another state, or in the same with other bytes, not packed."""
+        """Drop the packed weights: the weights have another state, or other bytes."""
         packed: Packed | None = self.packed
-        self.packed = None  # first: another thread may look
+        self.packed = None  # first, because another thread may read it
         if packed is not None:
             self.wasted = self.wasted + 1 if packed.uses <= 1 else 0
         if state is not None:
@@ -148,7 +148,7 @@ class Slot:
 
     def pays(self) -> bool:
         """Whether packing now is likely to pay."""
-        return self.wasted < WASTED or self.skipped >= 2 ** (self.wasted - WASTED)
+        return self.wasted < MAX_WASTED or self.skipped >= 2 ** (self.wasted - MAX_WASTED)
 
     def _verified(self, unchanged: Callable[[Any], bool]) -> bool:
         if self.generation == _generation:

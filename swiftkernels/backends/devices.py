@@ -1,4 +1,4 @@
-"""The devices that the commands run on: which there are, what they are called, what they have."""
+"""The devices that commands can run on: their names and properties."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from swiftkernels.backends.cpu import library
 
 
 def gpus() -> list[torch.device]:
-    """Every device that may run the Triton kernels."""
+    """The devices that may run the Triton kernels."""
     counts = {"cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count()}
     return [torch.device(kind, i) for kind, count in counts.items() for i in range(count)]
 
 
 def find(text: str | None) -> torch.device:
-    """The device of that name ("cuda" is "cuda:0"); without one the first GPU, else the CPU.
+    """The device of that name; for None the first GPU, or the CPU if there is no GPU.
+
+    "cuda" is "cuda:0".
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no device of that name.
     """
     present = [*gpus(), torch.device("cpu")]
     if text is None:
@@ -27,13 +29,13 @@ def find(text: str | None) -> torch.device:
             return device
     names = ", ".join(map(str, present))
     raise ValueError(
-        f"device must be one of {names}; got {text!r}. Which GPUs torch sees, and why not more, "
-        "tells swiftkernels doctor."
+        f"device must be one of {names}; got {text!r}. `swiftkernels doctor` shows which GPUs "
+        "torch sees, and why it sees no others."
     )
 
 
 def name(device: torch.device) -> str:
-    """What the GPU or the CPU calls itself."""
+    """The product name of the GPU or the CPU."""
     if device.type == "cpu":
         return library.processor_name()
     return str(torch.get_device_module(device).get_device_name(device))
@@ -54,10 +56,10 @@ def facts(device: torch.device) -> str:
 
 
 def built_for() -> str:
-    """The kinds of GPUs that this torch knows, with the versions of their libraries."""
+    """The kinds of GPUs that this build of torch supports, with the versions of their libraries."""
     versions = {
         "CUDA": torch.version.cuda,
         "ROCm": torch.version.hip,
         "XPU": torch.version.xpu,
     }
-    return " and ".join(f"{kind} {v}" for kind, v in versions.items() if v) or "the CPU alone"
+    return " and ".join(f"{kind} {v}" for kind, v in versions.items() if v) or "the CPU only"

@@ -1,4 +1,4 @@
-"""How tokens and images lie in memory, and the type that sums are computed in."""
+"""Views of images as tokens and back, their strides, and the accumulator type."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def as_image(tokens: Tensor, spatial: Sequence[int]) -> Tensor:
 def tokens_of(
     shape: Sequence[int], strides: tuple[int, ...]
 ) -> tuple[int, int, int, tuple[int, ...]] | None:
-    """B, N, C and the strides of tokens [B, N, C], or of an image [B, C, H, W] as such.
+    """B, N, C and the strides of tokens [B, N, C], or of an image [B, C, H, W] read as tokens.
 
-    None for an image with gaps between its rows, which has no stride from token to token.
+    None for an image with gaps between its rows: its pixels have no single stride.
     """
     if len(shape) == 3:
         return shape[0], shape[1], shape[2], strides
     batch, width, rows, columns = shape
-    # The stride of an axis of one element says nothing.
+    # The stride of an axis of one element has no meaning.
     step = strides[3] if columns > 1 else strides[2]
     if rows > 1 and strides[2] != columns * step:
         return None
@@ -44,7 +44,7 @@ def tokens_of(
 def output_like(t: Tensor, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape and strides of an output of that width for tokens or an image t.
 
-    Its tokens are contiguous: those of an image are in the order of channels_last.
+    Its tokens are contiguous, so an image is in channels_last memory format.
     """
     if t.dim() == 3:
         batch, n_tokens, _ = t.shape
@@ -61,7 +61,7 @@ def to_tokens(x: Tensor, channels_first: bool) -> Tensor:
 
 
 def from_tokens(tokens: Tensor, shape: Sequence[int], channels_first: bool) -> Tensor:
-    """[B, N, D] -> the axes of x, which has that shape; a view."""
+    """[B, N, D] -> the order of axes of an x of that shape; a view."""
     if channels_first:
         return as_image(tokens, shape[2:])
     batch, _, width = tokens.shape

@@ -1,4 +1,4 @@
-"""Everything that is private to PyTorch or depends on its version."""
+"""Everything that is private in PyTorch or depends on its version."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NO_GUARD: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 def device_guard(t: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the device of `t` the current one for kernel launches; free where it is already."""
+    """Make the device of `t` the current one for launches; does nothing if it is already."""
     device = t.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
@@ -32,16 +32,16 @@ def device_guard(t: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def allow_tf32() -> bool:
-    """Whether the user lets float32 matrix products round their operands to TF32."""
-    # Not torch.backends.cuda.matmul.allow_tf32: it raises once the newer setting has been used.
+    """Whether the user allows TF32 for the operands of float32 matrix products."""
+    # torch.backends.cuda.matmul.allow_tf32 raises once the newer setting has been used.
     return bool(torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32")
 
 
 def fits_kernels(t: Tensor) -> bool:
-    """Whether t lies as the Triton kernels expect that are started by address.
+    """Whether t fits kernels that were compiled for aligned tensors of ordinary size.
 
-    Triton compiles for addresses that are multiples of 16 or not and, on AMD's GPUs, for tensors
-    that 32-bit offsets reach or not.
+    Triton compiles different kernels for addresses that are multiples of 16 and for others and, on
+    AMD's GPUs, for tensors within the reach of 32-bit offsets and for larger ones.
     """
     if t.data_ptr() % 16:
         return False
@@ -73,7 +73,7 @@ def triton_takes(device: torch.device) -> bool:
 
 @functools.cache
 def too_old_for_triton(device: torch.device) -> str:
-    """Names the compute capability of a CUDA device whose tensor cores Triton no longer uses."""
+    """The compute capability of a CUDA device that is too old for Triton's tensor cores, or ""."""
     if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return ""
     major, minor = torch.cuda.get_device_capability(device)
@@ -89,15 +89,15 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def constant_under_compile(function: _Function) -> _Function:
-    """Let torch.compile call `function` when it traces, and take the result as a constant.
+    """Let torch.compile call `function` while it traces, and use the result as a constant.
 
-    As `torch.compiler.assume_constant_result`, which imports half of the compiler.
+    `torch.compiler.assume_constant_result` does the same, but imports half of the compiler.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-@constant_under_compile  # which cannot trace it in torch 2.10
+@constant_under_compile  # torch 2.10 cannot trace it
 def _autocast_available(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
@@ -107,8 +107,15 @@ def autocasts(device_type: str) -> bool:
     return _autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type that autocast casts x to for a linear layer; None if it does not cast x."""
+    if not isinstance(x, Tensor) or x.dtype == torch.float64 or not autocasts(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]:
-    """Switch autocast off where it is on: inside an operator the types are settled."""
+    """Switch autocast off where it is on: inside an operator the types are final."""
     if (torch.compiler.is_compiling() or any_autocast()) and autocasts(device_type):
         return torch.autocast(device_type, enabled=False)
     return _NO_GUARD
@@ -118,20 +125,20 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether nothing listens in PyTorch's dispatcher, so that a call on these may go past it."""
+    """Whether a call on these tensors may skip PyTorch's dispatcher, because nothing listens there."""
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
         return False
-    for t in tensors:  # a loop: it is asked at every call, and generators take twice as long
-        # Those negated lazily are made real by the dispatcher alone.
+    for t in tensors:  # called at every call: a generator takes twice as long as a loop
+        # Only the dispatcher negates tensors that are negated lazily.
         if t is not None and (type(t) not in _PLAIN or t.is_meta or t.is_neg()):
             return False
     return True
 
 
 def nothing_listens() -> bool:
-    """Whether no transform, mode, trace or forward-mode AD wants to see operators.
+    """Whether no transform, mode, trace or forward-mode AD has to see the operators.
 
-    Cheap: it is asked at every call. Under torch.compile a constant.
+    It is cheap, because every call needs it. Under torch.compile it is a constant.
     """
     return not (
         torch.compiler.is_compiling()
@@ -143,7 +150,7 @@ def nothing_listens() -> bool:
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether anything is to run before or after a call of the module, or in its backward."""
+    """Whether a hook runs before or after a call of the module, or in its backward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -161,49 +168,49 @@ _GLOBAL_HOOKS = (
 
 
 def has_global_hooks() -> bool:
-    """Whether hooks of all modules are registered, as FLOP counters and module trackers do."""
+    """Whether hooks of all modules are registered, as by FLOP counters and module trackers."""
     return any(_GLOBAL_HOOKS)
 
 
 @contextlib.contextmanager
 def without_global_hooks() -> Iterator[None]:
-    """Calls of modules run no hooks of all modules."""
+    """Inside, calls of modules do not run the hooks of all modules."""
     before = [dict(hooks) for hooks in _GLOBAL_HOOKS]
     for hooks in _GLOBAL_HOOKS:
         hooks.clear()
     try:
         yield
     finally:
-        for hooks, those in zip(_GLOBAL_HOOKS, before, strict=True):
-            hooks.update(those)
+        for hooks, old in zip(_GLOBAL_HOOKS, before, strict=True):
+            hooks.update(old)
 
 
-def left_out(argument: object, name: str, default: object) -> object:
-    """What an argument of a module is while `torch.fx` traces it.
+def default_in_trace(argument: object, name: str, default: object) -> object:
+    """The value of a module's argument while `torch.fx` traces the module.
 
-    It traces every argument of the root module. One that has its default value is taken for that,
-    and the traced module will say so if it gets another.
+    torch.fx passes a proxy for every argument of the root module. An argument with that default is
+    replaced by the default; the traced module raises if it is called with another value.
     """
     if not (isinstance(argument, fx.Proxy) and argument.node.op == "placeholder"):
         return argument
     if argument.node.args != (default,):
         return argument
-    argument.tracer.create_proxy("call_function", _check_left_out, (argument, name, default), {})
+    argument.tracer.create_proxy("call_function", _check_default, (argument, name, default), {})
     return default
 
 
-def _check_left_out(argument: object, name: str, default: object) -> None:
+def _check_default(argument: object, name: str, default: object) -> None:
     if argument is not default:
         raise ValueError(
             f"{name} must be {default}, as it was when torch.fx traced the module; got a "
-            f"{type(argument).__name__}. Trace a module that passes it on."
+            f"{type(argument).__name__}. Trace a module that calls this one with {name}."
         )
 
 
 def in_batched_backward() -> bool:
-    """Whether gradients are batched: `is_grads_batched`, vectorised Jacobians and Hessians.
+    """Whether gradients are batched, as by `is_grads_batched` and vectorised Jacobians.
 
-    Tensors may then be batches that have no memory of their own.
+    Tensors may then be batches without memory of their own.
     """
     nesting = torch._C._vmapmode_increment_nesting()
     torch._C._vmapmode_decrement_nesting()
@@ -216,10 +223,11 @@ def any_autocast() -> bool:
 
 
 def register_flops(formulas: Mapping[Any, Callable[..., int]]) -> None:
-    """Register formulas by operator with the FLOP counter, if that has been imported.
+    """Register formulas, by operator, with the FLOP counter, if that has been imported.
 
-    Its import takes 0.2 s, so this happens when an operator is called while something listens in
-    the dispatcher. Counters that are at work copied the registry when they were made.
+    The import takes 0.2 s, so the formulas are registered when an operator is called while
+    something listens in the dispatcher. Active counters have copies of the registry, which get the
+    formulas too.
     """
     counter = sys.modules.get("torch.utils.flop_counter")
     if counter is None:
@@ -232,6 +240,15 @@ def register_flops(formulas: Mapping[Any, Callable[..., int]]) -> None:
             own = mode.counter.flop_registry
             for op in formulas:
                 own.setdefault(op, counter.flop_registry[op])
+
+
+def triton_is_automatic(x: Tensor) -> bool:
+    """Whether backend="auto" may choose Triton kernels for x."""
+    # float64 is for checking gradients: its tiles need more memory on chip than many GPUs have. For
+    # a CPU tensor under torch.compile the answer is constant, and nothing else is traced.
+    return x.dtype != torch.float64 and (
+        x.device.type != "cpu" or not torch.compiler.is_compiling()
+    )
 
 
 def why_not_triton(device: torch.device) -> str:
@@ -249,7 +266,7 @@ def why_not_triton(device: torch.device) -> str:
 
 @constant_under_compile
 def too_old_triton() -> str:
-    """The version of the installed Triton, if it is one from before 3.6."""
+    """The version of the installed Triton if it is older than 3.6, or ""."""
     return _too_old_triton()
 
 
@@ -264,7 +281,7 @@ def _too_old_triton() -> str:
     return ""
 
 
-@constant_under_compile  # where is_exporting() is always true in torch 2.10
+@constant_under_compile  # in torch 2.10 is_exporting() is always true under compile
 def being_exported() -> bool:
-    """Whether a trace for other runtimes is being made: TorchScript, ONNX, torch.export."""
+    """Whether the model is being exported: by TorchScript, ONNX or torch.export."""
     return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()

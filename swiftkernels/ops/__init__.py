@@ -1,19 +1,22 @@
 """The operators: one folder each, and what they share.
 
-A folder with an operator has `op.py` with `OPERATORS`, its `Operator`s (`ops/operator.py`).
+A folder with an operator has `op.py` with `OPERATORS`, its `Operator`s (`ops/operator.py`), and
+`benchmark.py` with a `BENCHMARK` (`ops/benchmark.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import pkgutil
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from swiftkernels.ops.benchmark import Benchmark
     from swiftkernels.ops.operator import Operator
 
-FOLDERS = ("additive_attention", "separable_attention")
-"""Of the operators; a new one is its folder and its name here."""
+FOLDERS = tuple(folder.name for folder in pkgutil.iter_modules(__path__) if folder.ispkg)
+"""Of the operators."""
 
 
 @functools.cache
@@ -26,6 +29,16 @@ def operators() -> dict[str, Operator]:
     """
     modules = (importlib.import_module(f"swiftkernels.ops.{folder}.op") for folder in FOLDERS)
     return {operator.name: operator for module in modules for operator in module.OPERATORS}
+
+
+@functools.cache
+def benchmarks() -> dict[str, Benchmark]:
+    """What the benchmarks measure, by the names of the folders."""
+    modules = {
+        folder: importlib.import_module(f"swiftkernels.ops.{folder}.benchmark")
+        for folder in FOLDERS
+    }
+    return {folder: module.BENCHMARK for folder, module in modules.items()}
 
 
 def find(name: str) -> Operator:
@@ -41,7 +54,7 @@ def find(name: str) -> Operator:
     found = operators().get(name)
     if found is None:
         raise ValueError(
-            f"name must be one of {', '.join(map(repr, operators()))}; got {name!r}. Register an "
-            "operator of your own in swiftkernels.ops.FOLDERS."
+            f"name must be one of {', '.join(map(repr, operators()))}; got {name!r}. An "
+            "operator of your own is a folder of swiftkernels.ops, as CONTRIBUTING.md describes."
         )
     return found

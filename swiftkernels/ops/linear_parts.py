@@ -19,6 +19,7 @@ from swiftkernels.backends import torch_state
 _LINEAR_FORWARD, _MODULE_CALL = Linear.forward, nn.Module.__call__
 _FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (Linear, nn.Conv2d)}
 _PLAIN = (Parameter, Tensor)
+_PLAIN_BIASES = (Parameter, type(None))
 
 
 def plain_parameters(parts: Iterable[Any], kind: type[nn.Module] = Linear) -> list[dict[str, Any]]:
@@ -43,7 +44,8 @@ def plain_parameters(parts: Iterable[Any], kind: type[nn.Module] = Linear) -> li
         ):
             return []
         parameters = own["_parameters"]
-        if type(parameters.get("weight")) is not Parameter or "bias" not in parameters:
+        bias = parameters.get("bias", ())
+        if type(parameters.get("weight")) is not Parameter or type(bias) not in _PLAIN_BIASES:
             return []
         found.append(parameters)
     return found

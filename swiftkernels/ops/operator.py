@@ -25,7 +25,6 @@ faster way of inference also has
 
 from __future__ import annotations
 
-import functools
 import importlib
 import pkgutil
 import types
@@ -121,6 +120,7 @@ class Operator:
         self.name, self.inputs = name, tuple(inputs)
         self.weights, self.options = weights, options
         self.reference, self.backends, self.eager = reference, dict(backends), eager
+        self._modules: dict[str, Any] = {}
         self.flops_per_token, self.output_like = flops, output
         self.example, self.variants = example, dict(variants)
         self._function, self._layer = function, layer
@@ -213,7 +213,10 @@ class Operator:
 
     def implementation(self, backend: str) -> Any:
         """The module of a backend."""
-        return _implementation(self.backends[backend].module)
+        found = self._modules.get(backend)
+        if found is None:
+            found = self._modules[backend] = importlib.import_module(self.backends[backend].module)
+        return found
 
     @property
     def function(self) -> Callable[..., Tensor]:
@@ -402,11 +405,6 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
             if t is not None and t.requires_grad:
                 return True
     return False
-
-
-@functools.cache
-def _implementation(module: str) -> Any:
-    return importlib.import_module(module)
 
 
 def _schema(bundle: type) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -140,24 +140,33 @@ class KeepsPlans:
         return state
 
 
-class OperatorPlan(NamedTuple):
-    """Calls an operator: for training, and where no kernel is started directly."""
+# Plain classes: torch.compile of torch 2.10 cannot call an instance of a named tuple.
 
-    operator: Operator
-    options: Any
-    backend: str
-    keep: str
-    """What a forward keeps, if a backward can follow."""
-    trains: bool
-    """Whether a gradient is known to be needed, in eager mode."""
-    dtype: torch.dtype | None
-    """To cast the weights to, under autocast."""
-    places: cache.State | None
-    """Where the weights must be; None: the plan is used only once."""
 
-    @property
-    def lasting(self) -> bool:
-        return self.places is not None
+class OperatorPlan:
+    """Calls an operator: for training, and where no kernel is started directly.
+
+    Args:
+        operator, options, backend: what is called.
+        keep: what a forward keeps, if a backward can follow.
+        trains: whether a gradient is known to be needed, in eager mode.
+        dtype: to cast the weights to, under autocast.
+        places: where the weights must be; None: the plan is used only once.
+    """
+
+    def __init__(
+        self,
+        operator: Operator,
+        options: Any,
+        backend: str,
+        keep: str,
+        trains: bool,
+        dtype: torch.dtype | None,
+        places: cache.State | None,
+    ) -> None:
+        self.operator, self.options, self.backend = operator, options, backend
+        self.keep, self.trains, self.dtype, self.places = keep, trains, dtype, places
+        self.lasting = places is not None
 
     def __call__(
         self, x: Tensor, weights: Any, mask: Tensor | None, residual_scale: Tensor | None
@@ -173,19 +182,21 @@ class OperatorPlan(NamedTuple):
         return self.operator.differentiable(call) if self.trains else self.operator(call)
 
 
-class ViewingPlan(NamedTuple):
-    """Another plan on tokens, for inputs in another order of axes, or to be cast, or added."""
+class ViewingPlan:
+    """Another plan on tokens, for inputs in another order of axes, or to be cast, or added.
 
-    plan: Plan
-    channels_first: bool
-    dtype: torch.dtype | None
-    """To cast x to, under autocast."""
-    adds: bool
-    """Whether to add x here; else the other plan does, if there is a residual_scale."""
+    Args:
+        plan: for the tokens.
+        channels_first: the order of the axes of x.
+        dtype: to cast x to, under autocast.
+        adds: whether to add x here; else the other plan does, if there is a residual_scale.
+    """
 
-    @property
-    def lasting(self) -> bool:
-        return self.plan.lasting
+    def __init__(
+        self, plan: Plan, channels_first: bool, dtype: torch.dtype | None, adds: bool
+    ) -> None:
+        self.plan, self.channels_first, self.dtype, self.adds = plan, channels_first, dtype, adds
+        self.lasting = plan.lasting
 
     def __call__(
         self, x: Tensor, weights: Any, mask: Tensor | None, residual_scale: Tensor | None

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swiftkernels.ops.additive_attention.benchmark import BENCHMARK as ADDITIVE_ATTENTION
+from swiftkernels.ops.benchmark import Benchmark, Size
 from swiftkernels.ops.separable_attention.layer import SeparableAttention
-from swiftkernels.testing.operators import ADDITIVE_ATTENTION, Operator, Size
 from swiftkernels.testing.peers import PEERS
 from swiftkernels.testing.tolerance import budget, relative_errors, type_bound
 
@@ -57,7 +58,7 @@ class Problem:
         backward: whether gradients are computed too.
         device: of input and weights.
         tokens: the input [B, N, C]; by default random.
-        operator: the operator.
+        benchmark: of the operator.
         backend: of the operator, in the engine swiftkernels.
     """
 
@@ -70,11 +71,11 @@ class Problem:
         device: torch.device | str = "cpu",
         *,
         tokens: Tensor | None = None,
-        operator: Operator = ADDITIVE_ATTENTION,
+        benchmark: Benchmark = ADDITIVE_ATTENTION,
         backend: str = "auto",
     ) -> None:
         self.size, self.batch, self.dtype, self.backward = size, batch, dtype, backward
-        self.device, self.operator, self.backend = torch.device(device), operator, backend
+        self.device, self.benchmark, self.backend = torch.device(device), benchmark, backend
         shape = batch, size.tokens, size.width
         drawn, dout = (
             torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
@@ -194,15 +195,15 @@ class Engine:
 
 
 def _fused(problem: Problem) -> nn.Module:
-    return problem.operator.layer(problem.size.width, problem.backend)
+    return problem.benchmark.layer(problem.size.width, problem.backend)
 
 
 def _eager(problem: Problem) -> nn.Module:
-    return problem.operator.layer(problem.size.width, "reference")
+    return problem.benchmark.layer(problem.size.width, "reference")
 
 
 def _published(problem: Problem) -> nn.Module:
-    return problem.operator.published(_eager(problem))
+    return problem.benchmark.published(_eager(problem))
 
 
 def _peer(make: Callable[[int], nn.Module]) -> Make:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from swiftkernels.backends import devices
 from swiftkernels.backends.cpu import library
+from swiftkernels.ops.benchmark import Size
 from swiftkernels.testing import costs, timing
 from swiftkernels.testing.engines import ENGINES, LONGEST_CALL, OURS, Call, Engine, Problem
-from swiftkernels.testing.operators import Size
 from swiftkernels.testing.timing import Stopwatch, interleave
 from swiftkernels.testing.tolerance import relative_errors
 from swiftkernels.utils.progress import Progress
@@ -211,7 +211,9 @@ def _try_build(problem: Problem, name: str, row: Row, watch: Stopwatch) -> Call 
         module = problem.module(engine.layer)
         row["least_bytes"] = problem.least_bytes(module)
         if name == OURS:
-            row["backend"] = problem.operator.choose_backend(problem.backend, problem.x)
+            operator = problem.benchmark.operator
+            width = problem.x.shape[-1]
+            row["backend"] = operator.choose_backend(problem.backend, problem.x, width)
         call = engine.build(problem, module)
         row["note"] = check(problem, engine, call(), row)
         if not row["note"] and (took := watch(call)) > LONGEST_CALL:

@@ -15,10 +15,10 @@ import torch
 
 import swiftkernels
 from swiftkernels.backends import devices
+from swiftkernels.ops.additive_attention.benchmark import BENCHMARK as ADDITIVE_ATTENTION
 from swiftkernels.testing import harness
 from swiftkernels.testing.engines import COMPARED_PEERS, OURS
 from swiftkernels.testing.harness import Row
-from swiftkernels.testing.operators import ADDITIVE_ATTENTION
 from swiftkernels.testing.ratios import markdown_table, ratio_table, speedups
 from swiftkernels.testing.timing import Stopwatch, clock_name, copy_rate
 from swiftkernels.utils.files import save_figure, write_csv, write_text

@@ -13,9 +13,9 @@ pytest.importorskip("sklearn")
 
 from benchmarks import cpu, memory, plots
 from swiftkernels.backends.cpu import library
+from swiftkernels.ops.benchmark import Size
 from swiftkernels.testing import harness, ratios
 from swiftkernels.testing.engines import ENGINES, OURS
-from swiftkernels.testing.operators import Size
 from tests.builds import ROOT
 
 needs_kernels = pytest.mark.skipif(library.loaded() is None, reason="needs the CPU kernels")

@@ -35,7 +35,7 @@ def launches_of(x: Tensor, width: int) -> list[Launch]:
     weights = Weights(
         zeros(1 + 2 * width, width), zeros(1 + 2 * width), zeros(width, width), zeros(width)
     )
-    launch.forget_plans()
+    launch.forget_launches()
     with cross_compile.recorded_launches() as launches:
         out, saved = launch.forward((x,), weights, None, Options(), "statistics")
         dout = torch.zeros_like(out)

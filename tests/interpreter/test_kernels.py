@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from swiftkernels.backends.triton import sizes
 from swiftkernels.ops.additive_attention import api, reference
 from swiftkernels.ops.additive_attention.reference import POOLINGS
 from swiftkernels.ops.additive_attention.triton import config, launch
@@ -72,9 +73,9 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     limit = {"fused": None, "projecting": "MAX_FUSED_WIDTH", "wide": "MAX_PROJECTED_WIDTH"}
     if limit[request.param]:
         monkeypatch.setattr(config, limit[request.param], 16)
-    launch.forget_plans()
+    launch.forget_launches()
     yield request.param
-    launch.forget_plans()
+    launch.forget_launches()
 
 
 @pytest.mark.parametrize(
@@ -255,8 +256,8 @@ def test_splits_cover_every_token_count(width, dtype):
     """N from 1 to 65536 by the shape logic alone."""
     block_n = config.choose_config(width, dtype).block_n
     for n_tokens in [*range(1, 300), 784, 3136, 16384, 16385, 65535, 65536]:
-        splits, tiles_per_split = launch._split_tokens(n_tokens, block_n)
-        assert splits <= config.MAX_SPLITS
+        splits, tiles_per_split = launch.split_tokens(n_tokens, block_n)
+        assert splits <= sizes.MAX_SPLITS
         tokens = tiles_per_split * block_n
         assert (splits - 1) * tokens < n_tokens <= splits * tokens
 
@@ -264,7 +265,7 @@ def test_splits_cover_every_token_count(width, dtype):
 def test_more_splits_than_are_combined_at_once(monkeypatch):
     """Enough tokens for several rounds of the combining loops, and for the last to be partial."""
     monkeypatch.setattr(config, "BLOCK_S", 4)
-    launch.forget_plans()
+    launch.forget_launches()
     n_tokens = 32 * (2 * config.BLOCK_S + 3) + 5
     tensors = make_tensors(1, n_tokens, 16, 16, 1, dtype=torch.float64, seed=21)
     dout = torch.randn(1, n_tokens, 16, dtype=torch.float64)

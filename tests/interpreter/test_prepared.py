@@ -71,9 +71,9 @@ def compiled(monkeypatch):
     found: list[Compiled] = []
     for name in [name for name in vars(launch) if name.endswith("_kernel")]:
         monkeypatch.setattr(launch, name, Compiler(getattr(launch, name), found))
-    launch.forget_plans()
+    launch.forget_launches()
     yield found
-    launch.forget_plans()
+    launch.forget_launches()
 
 
 def results(layer: AdditiveAttention, x: Tensor) -> list[Tensor]:

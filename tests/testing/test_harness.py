@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from swiftkernels.ops import benchmarks
 from swiftkernels.ops.additive_attention import eager
+from swiftkernels.ops.additive_attention.benchmark import BENCHMARK as ADDITIVE_ATTENTION
 from swiftkernels.ops.additive_attention.layer import AdditiveAttention
 from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
+from swiftkernels.ops.benchmark import Size
 from swiftkernels.testing import engines, harness, ratios
 from swiftkernels.testing.engines import ENGINES, OURS, Problem
-from swiftkernels.testing.operators import ADDITIVE_ATTENTION, OPERATORS, Size
 from swiftkernels.testing.timing import Stopwatch
 from swiftkernels.testing.tolerance import relative_errors
 
@@ -107,9 +109,9 @@ def test_bytes_that_must_move_count_each_tensor_once(backward):
     assert small_problem(backward).least_bytes(module) == expected
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", benchmarks())
 def test_the_published_layer_of_an_operator_has_its_weights_and_results(name):
-    problem = Problem(SMALL, 2, torch.float64, backward=False, operator=OPERATORS[name])
+    problem = Problem(SMALL, 2, torch.float64, backward=False, benchmark=benchmarks()[name])
     layers = [problem.module(ENGINES[e].layer) for e in ("eager", "published")]
     ours, published = (problem.call(layer)()[0] for layer in layers)
     assert torch.allclose(ours, published, rtol=1e-12, atol=1e-12)

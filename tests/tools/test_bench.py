@@ -13,8 +13,8 @@ import torch
 from swiftkernels.backends import devices
 from swiftkernels.ops.additive_attention import eager
 from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
+from swiftkernels.ops.benchmark import Size
 from swiftkernels.testing import engines, harness, timing
-from swiftkernels.testing.operators import Size
 from swiftkernels.tools import bench, cli
 
 CPU = torch.device("cpu")

@@ -1,1 +1,1 @@
-"""What the Triton kernels of all operators share. Modules in here import Triton."""
+"""Shared by the Triton kernels of all operators. `kernel_launch` and `tiles` import Triton."""

@@ -155,7 +155,7 @@ def additive_attention(
     checks.check_alike("q", q, {"k": k})
     checks.check_mask(mask, q.shape[:2], q.device)
     request = Request(pooling, qk_norm, scale, eps, backend)
-    options = _options(request, q.shape[1], weights.token_dim)
+    options = _options(request, q.shape[1], final_weight.shape[0])
     chosen = QUERY_KEY_ATTENTION.choose_backend(backend, q, width)
     if chosen == "reference":
         out = reference.additive_attention(q, k, weights, mask, options)
@@ -270,7 +270,7 @@ def additive_self_attention(
     )  # fmt: skip
     _check_w_g(w_g)
     checks.check_weight("query_weight", query_weight, "[E, C]")
-    checks.check_tokens("x", x, weights.in_dims, "C, the width of query_weight")
+    checks.check_tokens("x", x, query_weight.shape[1], "C, the width of query_weight")
     request = Request(pooling, qk_norm, scale, eps, backend, recompute)
     out, _ = attend(x, weights, mask, residual_scale, request, False)
     return with_weights(out, x, weights, mask, request) if return_weights else out
@@ -311,9 +311,10 @@ def _make_plan(
 ) -> Plan:
     """Check everything, choose the backend, pack the weights."""
     options = _check(x, weights, mask, residual_scale, request, channels_first)
+    width = weights.final_weight.shape[1]
     dtype = _autocast_dtype(x)
     given = x if dtype is None else x.to(dtype)
-    backend = SELF_ATTENTION.choose_backend(request.backend, given, weights.width)
+    backend = SELF_ATTENTION.choose_backend(request.backend, given, width)
     needs_grad = needs_gradient(x, residual_scale, *weights)
     as_image = backend in IMAGES and channels_first and x.dim() == 4
     infers = (
@@ -339,7 +340,7 @@ def _make_plan(
     if plan is None:
         keep = "statistics"
         if needs_grad and backend == "cpu":
-            keep = _keep(x, weights.width, request.recompute, channels_first)
+            keep = _keep(x, width, request.recompute, channels_first)
         places = None if plans is None else cache.places(cache.present(weights))
         trains = places is not None and needs_grad
         plan = OperatorPlan(SELF_ATTENTION, options, backend, keep, trains, dtype, places)
@@ -423,7 +424,7 @@ def with_weights(
         if (dtype := _autocast_dtype(tokens)) is not None:
             tokens, *query = _cast(dtype, tokens, *query)
         q = F.linear(tokens, *query)
-    options = _options(request, tokens.shape[1], weights.token_dim)
+    options = _options(request, tokens.shape[1], weights.final_weight.shape[0])
     return _with_weights(out, q, weights.w_g.flatten(), mask, options)
 
 
@@ -460,13 +461,13 @@ def _check(
     for name, bias in (("query_bias", w.query_bias), ("key_bias", w.key_bias)):
         if bias is not None:
             checks.check_shape(name, bias, (width,), "[E]")
-    _check_output_weights(w.output)
+    _check_output_weights(OutputWeights(*w[4:]))
     _check_alike(x, w._asdict())
     checks.check_mask(mask, (x.shape[0], n_tokens), x.device)
     checks.check_option("recompute", request.recompute, (None, True, False))
     if residual_scale is not None:
-        _check_residual(residual_scale, x, in_dims, w.token_dim)
-    return _options(request, n_tokens, w.token_dim)
+        _check_residual(residual_scale, x, in_dims, w.final_weight.shape[0])
+    return _options(request, n_tokens, w.final_weight.shape[0])
 
 
 def _check_w_g(w_g: Tensor) -> None:
@@ -482,7 +483,7 @@ def _check_output_weights(weights: OutputWeights) -> None:
     width = weights.w_g.shape[0]
     checks.check_shape("proj_weight", weights.proj_weight, (width, width), "[E, E]")
     checks.check_weight("final_weight", weights.final_weight, "[D, E]")
-    token_dim = weights.token_dim
+    token_dim = weights.final_weight.shape[0]
     checks.check_shape("final_weight", weights.final_weight, (token_dim, width), "[D, E]")
     if weights.proj_bias is not None:
         checks.check_shape("proj_bias", weights.proj_bias, (width,), "[E]")

@@ -221,9 +221,9 @@ class AttentionForward(KeepsPlans, nn.Module):
         self, x: Any, mask: Any, return_weights: Any, residual_scale: Any
     ) -> Tensor | AttentionOutput:
         """For `torch.fx`: the definition in PyTorch's operators, the linear layers called."""
-        mask = torch_state.left_out(mask, "mask", None)
-        return_weights = torch_state.left_out(return_weights, "return_weights", False)
-        residual_scale = torch_state.left_out(residual_scale, "residual_scale", None)
+        mask = torch_state.default_in_trace(mask, "mask", None)
+        return_weights = torch_state.default_in_trace(return_weights, "return_weights", False)
+        residual_scale = torch_state.default_in_trace(residual_scale, "residual_scale", None)
         return self._scripted(x, mask, return_weights, residual_scale)
 
     def _scripted(

@@ -68,9 +68,7 @@ def _flops(shapes: Mapping[str, Sequence[int]]) -> int:
     return width * (2 * in_dims + width + token_dim)
 
 
-def _example(
-    batch: int, n_tokens: int, in_dims: int, token_dim: int, num_heads: int = 1
-) -> Call:
+def _example(batch: int, n_tokens: int, in_dims: int, token_dim: int, num_heads: int = 1) -> Call:
     """A layer on random tokens."""
     C, D, E = in_dims, token_dim, token_dim * num_heads
 
@@ -89,7 +87,7 @@ def _example(
 def _query_key_example(batch: int, n_tokens: int, in_dims: int, token_dim: int) -> Call:
     call = _example(batch, n_tokens, in_dims, token_dim)
     queries = torch.randn(2, batch, n_tokens, token_dim)
-    return call._replace(inputs=tuple(queries), weights=call.weights.output)
+    return call._replace(inputs=tuple(queries), weights=OutputWeights(*call.weights[4:]))
 
 
 def _variant(pooling: Pooling, qk_norm: bool, masked: bool, call: Call) -> Call:
@@ -120,8 +118,8 @@ def _variants() -> dict[str, Callable[[Call], Call | None]]:
 
 
 def _heads(call: Call) -> Call:
-    x, weights = call.inputs[0], call.weights
-    other = _example(*x.shape, weights.token_dim, num_heads=2)
+    batch, n_tokens, in_dims = call.inputs[0].shape
+    other = _example(batch, n_tokens, in_dims, call.weights.token_dim, num_heads=2)
     return other._replace(backend=call.backend)
 
 

@@ -101,4 +101,4 @@ def additive_self_attention(
     """The whole layer, [B, N, C] -> [B, N, D]: queries and keys are linear in x."""
     q = F.linear(x, weights.query_weight, weights.query_bias)
     k = F.linear(x, weights.key_weight, weights.key_bias)
-    return additive_attention(q, k, weights.output, mask, options)
+    return additive_attention(q, k, OutputWeights(*weights[4:]), mask, options)

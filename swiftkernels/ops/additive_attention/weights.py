@@ -1,4 +1,4 @@
-"""Weights and options of additive attention, as they travel from a module to the kernels."""
+"""Weights and options of additive attention, as modules pass them to the kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from swiftkernels.ops.types import Pooling
 
 
 class OutputWeights(NamedTuple):
-    """What the operator on given queries and keys reads; biases may be None."""
+    """The weights of the operator on given queries and keys; biases may be None."""
 
     w_g: Tensor
     """Scoring vector, [E] or [E, 1]."""
@@ -72,14 +72,13 @@ class Weights(NamedTuple):
         """D"""
         return self.final_weight.shape[0]
 
-    @property
-    def output(self) -> OutputWeights:
-        """Those that act on queries and keys."""
-        return OutputWeights(*self[4:])
+
+AnyWeights = Weights | OutputWeights
+"""Of the operator on tokens, or of that on given queries and keys."""
 
 
 class Options(NamedTuple):
-    """What selects a variant of the operator."""
+    """The variant of the operator."""
 
     pooling: Pooling
     """"l2", "softmax", "sum" or "linear": see `reference.pool_weights`."""
@@ -94,7 +93,7 @@ class Options(NamedTuple):
 def pack_projections(
     wq: Tensor, bq: Tensor | None, wk: Tensor, bk: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Query and key layer as one with 2 E outputs: weight [2 E, C], bias [2 E] or None."""
+    """The query and key layers as one layer: weight [2 E, C], bias [2 E] or None."""
     weight = torch.cat((wq, wk))
     if bq is None and bk is None:
         return weight, None

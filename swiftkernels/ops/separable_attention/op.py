@@ -109,7 +109,7 @@ def separable_attention(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, with the
-        remedy.
+            remedy.
 
     Example:
         >>> x, w = torch.randn(2, 49, 64), torch.randn(129, 64) / 8
@@ -141,7 +141,7 @@ def attend(
 
 def _make_plan(x: Tensor, weights: Weights, backend: str, plans: Plans | None) -> Plan:
     """Choose the backend, pack the weights."""
-    chosen = SEPARABLE_ATTENTION.choose_backend(backend, x, weights.width)
+    chosen = SEPARABLE_ATTENTION.choose_backend(backend, x, weights.qkv_weight.shape[1])
     needs_grad = needs_gradient(x, *weights)
     infers = (
         chosen == "cpu"
@@ -186,7 +186,7 @@ def _check(x: Tensor, weights: Weights) -> None:
         )
     for name, bias, length in (
         ("qkv_bias", weights.qkv_bias, rows),
-        ("proj_bias", weights.proj_bias, weights.token_dim),
+        ("proj_bias", weights.proj_bias, weights.proj_weight.shape[0]),
     ):
         if bias is not None:
             checks.check_shape(name, bias, (length,), "one number per row of the weight")

@@ -21,8 +21,8 @@ from triton.runtime import JITFunction
 from benchmarks.gpu import launch_cost, report
 from swiftkernels import AdditiveAttention, additive_attention
 from swiftkernels.backends import torch_state
-from swiftkernels.backends.triton import prepared
-from swiftkernels.backends.triton.prepared import Prepared
+from swiftkernels.backends.triton import kernel_launch
+from swiftkernels.backends.triton.kernel_launch import KernelLaunch
 from swiftkernels.ops import plan
 from swiftkernels.ops.additive_attention.triton import launch
 
@@ -53,9 +53,9 @@ def launches(monkeypatch) -> Iterator[list[Launched]]:
     recorder = Recorder()
     monkeypatch.setattr(torch_state, "triton_takes", lambda device: True)
     monkeypatch.setattr(triton.runtime.driver, "_active", recorder)
-    launch.forget_plans()
+    launch.forget_launches()
     yield recorder.launches
-    launch.forget_plans()
+    launch.forget_launches()
 
 
 class Address:
@@ -80,36 +80,38 @@ class Watch:
     def __init__(self) -> None:
         self.checked, self.compiled = 0, 0
         self.wrong: list[str] = []
-        self._first: dict[Prepared, tuple[Any, list[Any]]] = {}
+        self._first: dict[KernelLaunch, tuple[Any, list[Any]]] = {}
 
-    def call(self, prepared: Prepared, *pointers: Any) -> None:
-        if prepared.ready:
+    def call(self, kernel_launch: KernelLaunch, *pointers: Any) -> None:
+        if kernel_launch.ready:
             self.checked += 1
-            expected, dtypes = self._first[prepared]
+            expected, dtypes = self._first[kernel_launch]
             given = [
                 Address(p, dtype) if type(p) is int else p
                 for p, dtype in zip(pointers, dtypes, strict=True)
             ]
-            found = self._specialisation(prepared, given)
+            found = self._specialisation(kernel_launch, given)
             if found != expected:
-                names = prepared._kernel.arg_names
+                names = kernel_launch._kernel.arg_names
                 different = [n for n, a, b in zip(names, expected, found, strict=True) if a != b]
-                self.wrong.append(f"{prepared._kernel.__name__}: {', '.join(different)}")
+                self.wrong.append(f"{kernel_launch._kernel.__name__}: {', '.join(different)}")
         else:
             self.compiled += 1
-            launch_by_triton(prepared, *pointers)
+            launch_by_triton(kernel_launch, *pointers)
             dtypes = [None if p is None else p.dtype for p in pointers]
-            self._first[prepared] = self._specialisation(prepared, pointers), dtypes
+            self._first[kernel_launch] = self._specialisation(kernel_launch, pointers), dtypes
             return
-        launch_by_triton(prepared, *pointers)
+        launch_by_triton(kernel_launch, *pointers)
 
-    def _specialisation(self, prepared: Prepared, pointers: Any) -> Any:
-        binder = prepared._kernel.device_caches[0][4]
-        _, found, _ = binder(*pointers, *prepared._numbers, **prepared._constants, debug=False)
+    def _specialisation(self, kernel_launch: KernelLaunch, pointers: Any) -> Any:
+        binder = kernel_launch._kernel.device_caches[0][4]
+        _, found, _ = binder(
+            *pointers, *kernel_launch._numbers, **kernel_launch._constants, debug=False
+        )
         return found
 
 
-launch_by_triton = Prepared.__call__
+launch_by_triton = KernelLaunch.__call__
 
 
 class Kernel:
@@ -138,7 +140,7 @@ def watch(launches, monkeypatch) -> Watch:
     for kernel in [k for k in vars(launch).values() if isinstance(k, JITFunction)]:
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     monkeypatch.setattr(JITFunction, "_do_compile", compile_nothing)
-    monkeypatch.setattr(Prepared, "__call__", lambda self, *p: found.call(self, *p))
+    monkeypatch.setattr(KernelLaunch, "__call__", lambda self, *p: found.call(self, *p))
     return found
 
 
@@ -259,7 +261,7 @@ def test_a_kernel_without_triton_s_insides_is_started_by_triton():
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return grid
 
-    assert prepared._starter(Foreign(), (3, 1, 1)) == (3, 1, 1)
+    assert kernel_launch._starter(Foreign(), (3, 1, 1)) == (3, 1, 1)
 
 
 def addresses(parameters: tuple[Any, ...]) -> tuple[Any, ...]:

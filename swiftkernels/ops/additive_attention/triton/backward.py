@@ -1,4 +1,4 @@
-"""Backward: at most four launches. Only the input and G are kept from the forward.
+"""Backward: at most four launches. The forward keeps only the input, G, the statistics and M.
 
 README.md of the operator derives the formulas. With M = Wf Wp, z = qn + bp and t = G * kn:
 
@@ -7,14 +7,14 @@ README.md of the operator derives the formulas. With M = Wf Wp, z = qn + bp and 
     dqn = dout Wf + a dG + ds scale w_g
     dx  = dq Wq + dk Wk
 
-The weights need four second moments over the tokens of the whole batch:
+The gradients of the weights follow from four second moments over the tokens of the batch:
 
     dWq = dq^T x,  dWk = dk^T x,  U = dout^T t,  V = dout^T z     (dWp = Wf^T U,  dWf = U Wp^T + V)
 
-They are summed inside launch 2 where four E x E accumulators fit (FUSE), else by
-`_weights_backward_kernel` from dq, dk, t and z, which launch 2 then leaves in memory.
-`_finish_backward_kernel` adds up all partial sums in a fixed order. It stores the gradients, and U
-and V for the products.
+Where four E x E accumulators fit on chip (FUSE), launch 2 sums the moments. Elsewhere launch 2
+stores dq, dk, t and z, and `_weights_backward_kernel` sums the moments from these. At last
+`_finish_backward_kernel` adds all partial sums in a fixed order. It stores the gradients, and U and
+V for the products.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ import triton
 import triton.language as tl
 
 from swiftkernels.backends.triton.tiles import (
-    at_least_eps,
     dot,
-    live_tokens,
     load_matrix,
     load_tokens,
     load_vector,
-    pool_tokens,
-    query_or_key_tile,
     sum_partials,
     to_operand,
     token_offsets,
+)
+from swiftkernels.ops.additive_attention.triton.stages import (
+    at_least_eps,
+    query_or_key_tile,
+    token_weights,
     unit_rows,
     unit_rows_backward,
+    valid_tokens,
 )
 
 
@@ -78,13 +80,13 @@ def _pool_backward_kernel(
     DOUT_CHANNELS_LAST: tl.constexpr, DOUT_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The part of dG that one split of one item's tokens contributes."""
+    """The share of dG of a split of the tokens of a batch element."""
     ACC: tl.constexpr = tl.float64 if k_ptr.dtype.element_ty == tl.float64 else tl.float32
     pid = tl.program_id(0)
-    item = (pid // num_splits).to(tl.int64)
+    batch = (pid // num_splits).to(tl.int64)
     split = pid % num_splits
-    k_ptr += item * tl.multiple_of(stride_b.to(tl.int64), ALIGN)
-    dout_ptr += item * tl.multiple_of(dout_stride_b.to(tl.int64), DOUT_ALIGN)
+    k_ptr += batch * tl.multiple_of(stride_b.to(tl.int64), ALIGN)
+    dout_ptr += batch * tl.multiple_of(dout_stride_b.to(tl.int64), DOUT_ALIGN)
     cols = tl.arange(0, BLOCK_E)
     grad_g = tl.zeros([BLOCK_E], ACC)
     for tile in range(tiles_per_split):
@@ -100,35 +102,38 @@ def _pool_backward_kernel(
         )  # fmt: skip
         # Rows beyond the last token have dout = 0.
         grad_g += tl.sum(unit_rows(k_tile, EPS, QK_NORM) * dout_m, 0)
-    part = item * num_splits + split
+    part = batch * num_splits + split
     tl.store(grad_g_ptr + part * E + cols, grad_g, mask=cols < E)
 
 
 @triton.jit
 def _score_gradients(
-    grad_weights, weights, live, along, stat_ptr, EPS: tl.constexpr, POOLING: tl.constexpr
+    grad_weights, weights, valid, G_dG, stat_ptr, EPS: tl.constexpr, POOLING: tl.constexpr
 ):
-    """ds from da: grad_weights, weights [R]; `along` [1] is G . dG = sum_n a_n da_n -> [R]."""
+    """Gradients ds [R] of the scores, from those of the token weights, da = grad_weights [R].
+
+    G_dG [1] is G . dG = sum_n a_n da_n.
+    """
     if POOLING == "softmax":
-        grad = weights * (grad_weights - along)
+        grad = weights * (grad_weights - G_dG)
     elif POOLING == "l2":
         norm = tl.load(stat_ptr + tl.arange(0, 1))
         # Below eps the norm is a constant: no projection.
-        grad = (grad_weights - tl.where(norm >= EPS, weights * along, 0.0)) / at_least_eps(
-            norm, EPS
-        )
+        grad = (grad_weights - tl.where(norm >= EPS, weights * G_dG, 0.0)) / at_least_eps(norm, EPS)
     elif POOLING == "sum":
         grad = grad_weights * 0.0
     else:
         grad = grad_weights
-    return tl.where(live, grad, 0.0)
+    return tl.where(valid, grad, 0.0)
 
 
 @triton.jit
 def _residue(grad_scores, weights, stat_ptr, EPS: tl.constexpr, POOLING: tl.constexpr):
-    """What sums up to nothing over the tokens of an item but for rounding, mostly of G . dG -> [1].
+    """The share of some tokens in the rounding error c of the score gradients -> [1].
 
-    With that sum c, grad_scores - c weights is right; it matters where tokens are almost the same.
+    The exact score gradients, for l2 times the token weights, sum to zero over a batch element. The
+    computed ones sum to c, mostly the error of G . dG. grad_scores - c weights sums to zero again.
+    This matters where the tokens are almost equal.
     """
     if POOLING == "softmax":
         residue = tl.sum(grad_scores[None, :], 1)
@@ -141,7 +146,7 @@ def _residue(grad_scores, weights, stat_ptr, EPS: tl.constexpr, POOLING: tl.cons
 @triton.jit(
     do_not_specialize=[
         "n_tokens", "num_splits", "num_groups", "tiles_per_group", "stride_b", "stride",
-        "dout_stride_b", "dout_stride", "dx_stride_b", "dx_stride", "side_plane",
+        "dout_stride_b", "dout_stride", "dx_stride_b", "dx_stride", "operand_stride",
     ]
 )  # fmt: skip
 def _rows_backward_kernel(
@@ -150,13 +155,13 @@ def _rows_backward_kernel(
     w_g_ptr, mask_ptr, proj_bias_ptr, final_ptr, m_ptr,
     g_ptr, g_stat_ptr, grad_g_ptr,  # [B, E], [B, 2], [B, num_splits, E]
     dout_ptr,  # [B, N, D]
-    dx_ptr,  # [B, N, C]; None unless PROJECT and the gradient of x is wanted
+    dx_ptr,  # [B, N, C]; None unless PROJECT and the gradient of x is needed
     dq_ptr, dk_ptr,  # [B, N, E] or None
-    side_ptr,  # t and z: two planes [B, N, E], or None
-    dw_g_ptr,  # [B * num_groups, E]; None if only the gradient of the tokens is wanted
+    tz_ptr,  # t and z, [2, B, N, E], or None
+    dw_g_ptr,  # [B * num_groups, E]; None if only the gradient of the tokens is needed
     moments_ptr,  # [B * num_groups, 2 E (C + D + 1) + D], see `_finish_backward_kernel`; or None
     n_tokens, num_splits, num_groups, tiles_per_group,
-    stride_b, stride, dout_stride_b, dout_stride, dx_stride_b, dx_stride, side_plane,
+    stride_b, stride, dout_stride_b, dout_stride, dx_stride_b, dx_stride, operand_stride,
     C: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
     SCALE: tl.constexpr, EPS: tl.constexpr, POOLING: tl.constexpr, QK_NORM: tl.constexpr,
     PROJECT: tl.constexpr, FUSE: tl.constexpr,
@@ -165,22 +170,22 @@ def _rows_backward_kernel(
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """A group of consecutive token tiles of one item: all that is local to a token."""
+    """All that is local to a token, for a group of consecutive token tiles of a batch element."""
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     pid = tl.program_id(0)
-    item = (pid // num_groups).to(tl.int64)
+    batch = (pid // num_groups).to(tl.int64)
     group = pid % num_groups
-    item_offset = item * tl.multiple_of(stride_b.to(tl.int64), ALIGN)
-    dout_ptr += item * tl.multiple_of(dout_stride_b.to(tl.int64), DOUT_ALIGN)
+    batch_offset = batch * tl.multiple_of(stride_b.to(tl.int64), ALIGN)
+    dout_ptr += batch * tl.multiple_of(dout_stride_b.to(tl.int64), DOUT_ALIGN)
     if mask_ptr is not None:
-        mask_ptr += item * n_tokens
-    g_stat_ptr += item * 2
+        mask_ptr += batch * n_tokens
+    g_stat_ptr += batch * 2
 
     cols = tl.arange(0, BLOCK_E)
-    g_ptr += item * E
-    grad_g = sum_partials(grad_g_ptr + item * num_splits * E, cols, num_splits, E, BLOCK_S, ACC)
-    along = tl.sum((load_vector(g_ptr, cols, E, ACC) * grad_g)[None, :], 1)  # [1]
+    g_ptr += batch * E
+    grad_g = sum_partials(grad_g_ptr + batch * num_splits * E, cols, num_splits, E, BLOCK_S, ACC)
+    G_dG = tl.sum((load_vector(g_ptr, cols, E, ACC) * grad_g)[None, :], 1)  # [1]
 
     NORMALISES: tl.constexpr = POOLING == "softmax" or POOLING == "l2"
     sum_w_g = tl.zeros([BLOCK_E], ACC)
@@ -200,29 +205,29 @@ def _rows_backward_kernel(
         row = (group * tiles_per_group + tile).to(tl.int64) * BLOCK_N
         rows = row + tl.arange(0, BLOCK_N)
         tile_mask = (rows < n_tokens)[:, None] & (cols < E)[None, :]
-        side_offsets = (item * n_tokens + rows)[:, None] * E + cols[None, :]
+        operand_offsets = (batch * n_tokens + rows)[:, None] * E + cols[None, :]
 
-        # Vectors are loaded where they are used, and tiles stored as soon as they are known: kept,
-        # they would not all fit into registers.
+        # Vectors are loaded where they are used, and tiles are stored as soon as they are computed:
+        # together they would not fit into registers.
         w_g = load_vector(w_g_ptr, cols, E, ACC)
         q_tile = query_or_key_tile(
-            q_ptr + item_offset, wq_ptr, bq_ptr, rows, n_tokens, stride, C, E, PROJECT,
+            q_ptr + batch_offset, wq_ptr, bq_ptr, rows, n_tokens, stride, C, E, PROJECT,
             CHANNELS_LAST, ALIGN, PRECISION, BLOCK_N, BLOCK_E, BLOCK_K, ACC,
         )  # fmt: skip
         unit = unit_rows(q_tile, EPS, QK_NORM)
         scores = tl.sum(unit * w_g[None, :], 1) * SCALE
-        live = live_tokens(mask_ptr, rows, n_tokens)
-        weights = pool_tokens(scores, live, g_stat_ptr, EPS, POOLING)
+        valid = valid_tokens(mask_ptr, rows, n_tokens)
+        weights = token_weights(scores, valid, g_stat_ptr, EPS, POOLING)
         grad_weights = tl.sum(unit * grad_g[None, :], 1)
-        grad_scores = _score_gradients(grad_weights, weights, live, along, g_stat_ptr, EPS, POOLING)
+        grad_scores = _score_gradients(grad_weights, weights, valid, G_dG, g_stat_ptr, EPS, POOLING)
         sum_w_g += tl.sum(unit * (grad_scores * SCALE)[:, None], 0)
         if NORMALISES:
             residue += _residue(grad_scores, weights, g_stat_ptr, EPS, POOLING)
         if proj_bias_ptr is not None:
             unit += load_vector(proj_bias_ptr, cols, E, ACC)[None, :]
         z_operand = to_operand(unit, DTYPE)
-        if side_ptr is not None:
-            tl.store(side_ptr + side_plane + side_offsets, z_operand, mask=tile_mask)
+        if tz_ptr is not None:
+            tl.store(tz_ptr + operand_stride + operand_offsets, z_operand, mask=tile_mask)
         grad_unit = _times_matrix(
             dout_ptr, final_ptr, rows, n_tokens, dout_stride, E, D, DOUT_CHANNELS_LAST, DOUT_ALIGN,
             PRECISION, BLOCK_N, BLOCK_E, BLOCK_K, ACC,
@@ -232,16 +237,16 @@ def _rows_backward_kernel(
         dq_tile = unit_rows_backward(grad_unit, q_tile, EPS, QK_NORM)
         dq_operand = to_operand(dq_tile, DTYPE)
         if dq_ptr is not None:
-            tl.store(dq_ptr + side_offsets, dq_operand, mask=tile_mask)
+            tl.store(dq_ptr + operand_offsets, dq_operand, mask=tile_mask)
 
         k_tile = query_or_key_tile(
-            k_ptr + item_offset, wk_ptr, bk_ptr, rows, n_tokens, stride, C, E, PROJECT,
+            k_ptr + batch_offset, wk_ptr, bk_ptr, rows, n_tokens, stride, C, E, PROJECT,
             CHANNELS_LAST, ALIGN, PRECISION, BLOCK_N, BLOCK_E, BLOCK_K, ACC,
         )  # fmt: skip
         G = load_vector(g_ptr, cols, E, ACC)
         t_operand = to_operand(unit_rows(k_tile, EPS, QK_NORM) * G[None, :], DTYPE)
-        if side_ptr is not None:
-            tl.store(side_ptr + side_offsets, t_operand, mask=tile_mask)
+        if tz_ptr is not None:
+            tl.store(tz_ptr + operand_offsets, t_operand, mask=tile_mask)
         grad_unit = _times_matrix(
             dout_ptr, m_ptr, rows, n_tokens, dout_stride, E, D, DOUT_CHANNELS_LAST, DOUT_ALIGN,
             PRECISION, BLOCK_N, BLOCK_E, BLOCK_K, ACC,
@@ -249,9 +254,9 @@ def _rows_backward_kernel(
         dk_tile = unit_rows_backward(grad_unit * G[None, :], k_tile, EPS, QK_NORM)
         dk_operand = to_operand(dk_tile, DTYPE)
         if dq_ptr is not None:
-            tl.store(dk_ptr + side_offsets, dk_operand, mask=tile_mask)
+            tl.store(dk_ptr + operand_offsets, dk_operand, mask=tile_mask)
         if dx_ptr is not None:
-            dx_offset = item * tl.multiple_of(dx_stride_b.to(tl.int64), ALIGN)
+            dx_offset = batch * tl.multiple_of(dx_stride_b.to(tl.int64), ALIGN)
             for j0 in range(0, C, BLOCK_J):
                 js = j0 + tl.arange(0, BLOCK_J)
                 dx_tile = tl.zeros([BLOCK_N, BLOCK_J], ACC)
@@ -262,7 +267,7 @@ def _rows_backward_kernel(
                 tl.store(dx_ptr + dx_offset + offsets, dx_tile.to(DTYPE), mask=mask)
         if FUSE:
             x_tile = load_tokens(
-                q_ptr + item_offset, rows, channels, n_tokens, C, stride, CHANNELS_LAST, ALIGN
+                q_ptr + batch_offset, rows, channels, n_tokens, C, stride, CHANNELS_LAST, ALIGN
             )
             dout_tile = load_tokens(
                 dout_ptr, rows, outputs, n_tokens, D, dout_stride, DOUT_CHANNELS_LAST, DOUT_ALIGN
@@ -276,7 +281,7 @@ def _rows_backward_kernel(
             sum_dk += tl.sum(dk_tile, 0)
             sum_dout += tl.sum(dout_tile.to(ACC), 0)
 
-    part = item * num_groups + group
+    part = batch * num_groups + group
     if dw_g_ptr is not None:
         if NORMALISES:
             sum_w_g -= load_vector(g_ptr, cols, E, ACC) * (residue * SCALE)
@@ -300,32 +305,32 @@ def _rows_backward_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "n_tokens", "num_tiles", "num_splits", "tiles_per_split", "plane", "stride_b", "stride",
-        "dout_stride_b", "dout_stride",
+        "n_tokens", "num_tiles", "num_splits", "tiles_per_split", "operand_stride", "stride_b",
+        "stride", "dout_stride_b", "dout_stride",
     ]
 )  # fmt: skip
 def _weights_backward_kernel(
     x_ptr, dout_ptr,  # [B, N, C], [B, N, D]
-    planes_ptr,  # dq, dk (only with X_PLANES = 2), t, z: planes [B, N, E]
-    moments_ptr,  # [num_splits, X_PLANES E (C + 1) + (2 E + 1) D], see `_finish_backward_kernel`
-    n_tokens, num_tiles, num_splits, tiles_per_split, plane,
+    operands_ptr,  # dq, dk (if X_OPERANDS = 2), t, z: [X_OPERANDS + 2, B, N, E]
+    moments_ptr,  # [num_splits, X_OPERANDS E (C + 1) + (2 E + 1) D], see `_finish_backward_kernel`
+    n_tokens, num_tiles, num_splits, tiles_per_split, operand_stride,
     stride_b, stride, dout_stride_b, dout_stride,
-    C: tl.constexpr, E: tl.constexpr, D: tl.constexpr, X_PLANES: tl.constexpr,
+    C: tl.constexpr, E: tl.constexpr, D: tl.constexpr, X_OPERANDS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     DOUT_CHANNELS_LAST: tl.constexpr, DOUT_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one moment, plane^T x or plane^T dout, over one split of the tokens of the batch.
+    """A tile of a moment, operand^T x or operand^T dout, over a split of the tokens of the batch.
 
-    The programs at the left edge of the moments of dq and dk sum these for the biases, those at the
-    top edge of the first moment of dout sum dout. num_tiles counts the token tiles of the whole
-    batch, each within one item.
+    Programs at the left edge of the moments of dq and dk also sum dq and dk, for the biases.
+    Programs at the top edge of the first moment of dout also sum dout. num_tiles counts the token
+    tiles of the batch; each is within one batch element.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     down: tl.constexpr = (E + BLOCK_R - 1) // BLOCK_R
     x_across: tl.constexpr = (C + BLOCK_J - 1) // BLOCK_J
     dout_across: tl.constexpr = (D + BLOCK_J - 1) // BLOCK_J
-    x_programs: tl.constexpr = X_PLANES * down * x_across
+    x_programs: tl.constexpr = X_OPERANDS * down * x_across
     programs: tl.constexpr = x_programs + 2 * down * dout_across
     pid = tl.program_id(0)
     split = pid // programs
@@ -336,8 +341,9 @@ def _weights_backward_kernel(
     which = job // (down * across)
     e_cols = (job // across) % down * BLOCK_R + tl.arange(0, BLOCK_R)
     js = job % across * BLOCK_J + tl.arange(0, BLOCK_J)
-    plane_ptr = planes_ptr + tl.where(of_x, which, which + X_PLANES).to(tl.int64) * plane
-    tiles_per_item = (n_tokens + BLOCK_N - 1) // BLOCK_N
+    operand_index = tl.where(of_x, which, which + X_OPERANDS).to(tl.int64)
+    operands_ptr += operand_index * operand_stride
+    tiles_per_element = (n_tokens + BLOCK_N - 1) // BLOCK_N
 
     left_edge = of_x & (job % across == 0)
     top_edge = (job < dout_across) & (of_x == 0)
@@ -345,20 +351,20 @@ def _weights_backward_kernel(
     sum_left = tl.zeros([BLOCK_R], ACC)
     sum_right = tl.zeros([BLOCK_J], ACC)
     for tile in range(split * tiles_per_split, min((split + 1) * tiles_per_split, num_tiles)):
-        item = (tile // tiles_per_item).to(tl.int64)
-        rows = (tile % tiles_per_item).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        batch = (tile // tiles_per_element).to(tl.int64)
+        rows = (tile % tiles_per_element).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (e_cols < E)[:, None] & (rows < n_tokens)[None, :]
-        offsets = (item * n_tokens + rows)[None, :] * E + e_cols[:, None]
-        left = tl.load(plane_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_R, BLOCK_N]
+        offsets = (batch * n_tokens + rows)[None, :] * E + e_cols[:, None]
+        left = tl.load(operands_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_R, BLOCK_N]
         if of_x:
-            item_offset = item * tl.multiple_of(stride_b.to(tl.int64), ALIGN)
+            batch_offset = batch * tl.multiple_of(stride_b.to(tl.int64), ALIGN)
             right = load_tokens(
-                x_ptr + item_offset, rows, js, n_tokens, C, stride, CHANNELS_LAST, ALIGN
+                x_ptr + batch_offset, rows, js, n_tokens, C, stride, CHANNELS_LAST, ALIGN
             )
         else:
-            item_offset = item * tl.multiple_of(dout_stride_b.to(tl.int64), DOUT_ALIGN)
+            batch_offset = batch * tl.multiple_of(dout_stride_b.to(tl.int64), DOUT_ALIGN)
             right = load_tokens(
-                dout_ptr + item_offset, rows, js, n_tokens, D, dout_stride, DOUT_CHANNELS_LAST,
+                dout_ptr + batch_offset, rows, js, n_tokens, D, dout_stride, DOUT_CHANNELS_LAST,
                 DOUT_ALIGN,
             )  # fmt: skip
         moment = dot(left, right, moment, PRECISION)
@@ -368,34 +374,34 @@ def _weights_backward_kernel(
             sum_right += tl.sum(right.to(ACC), 0)
 
     width = tl.where(of_x, C, D)
-    start = tl.where(of_x, which * E * C, X_PLANES * E * C + which * E * D)
-    moments_ptr += split.to(tl.int64) * (X_PLANES * E * (C + 1) + (2 * E + 1) * D)
+    start = tl.where(of_x, which * E * C, X_OPERANDS * E * C + which * E * D)
+    moments_ptr += split.to(tl.int64) * (X_OPERANDS * E * (C + 1) + (2 * E + 1) * D)
     mask = (e_cols < E)[:, None] & (js < width)[None, :]
     tl.store(moments_ptr + start + e_cols[:, None] * width + js[None, :], moment, mask=mask)
-    biases_ptr = moments_ptr + X_PLANES * E * C + 2 * E * D
+    biases_ptr = moments_ptr + X_OPERANDS * E * C + 2 * E * D
     if left_edge:
         tl.store(biases_ptr + which * E + e_cols, sum_left, mask=e_cols < E)
     if top_edge:
-        tl.store(biases_ptr + X_PLANES * E + js, sum_right, mask=js < D)
+        tl.store(biases_ptr + X_OPERANDS * E + js, sum_right, mask=js < D)
 
 
 @triton.jit
 def _store_part(ptr, values, cols, START: tl.constexpr, SIZE: tl.constexpr):
-    """The values whose `cols` are among the SIZE from START on, to [SIZE]; not if ptr is None."""
+    """Store the values of the columns [START, START + SIZE) to ptr [SIZE], unless it is None."""
     if ptr is not None:
-        here = cols - START
-        mask = (here >= 0) & (here < SIZE)
-        tl.store(ptr + here, values.to(ptr.dtype.element_ty), mask=mask)
+        own = cols - START
+        mask = (own >= 0) & (own < SIZE)
+        tl.store(ptr + own, values.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _store_part_transposed(
     ptr, values, cols, START: tl.constexpr, N_ROWS: tl.constexpr, N_COLS: tl.constexpr
 ):
-    """The same for the flattened columns of an [N_ROWS, N_COLS] matrix, to its transpose."""
-    here = cols - START
-    mask = (here >= 0) & (here < N_ROWS * N_COLS)
-    offsets = here % N_COLS * N_ROWS + here // N_COLS
+    """The same for columns that are a flattened [N_ROWS, N_COLS] matrix; stores its transpose."""
+    own = cols - START
+    mask = (own >= 0) & (own < N_ROWS * N_COLS)
+    offsets = own % N_COLS * N_ROWS + own // N_COLS
     tl.store(ptr + offsets, values.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -404,14 +410,14 @@ def _finish_backward_kernel(
     dw_g_parts_ptr,  # [num_groups, E] in ACC
     moments_ptr,  # [num_moments, ...] in ACC: dWq, dWk, U^T, V^T, dbq, dbk, dbf
     dw_g_ptr,  # [E]
-    dwq_ptr, dwk_ptr,  # [E, C]; None without X_PLANES
+    dwq_ptr, dwk_ptr,  # [E, C]; None without X_OPERANDS
     u_ptr, v_ptr,  # [D, E]
     dbq_ptr, dbk_ptr, dbf_ptr,  # [E], [E], [D], or None
     num_groups, num_moments,
-    C: tl.constexpr, E: tl.constexpr, D: tl.constexpr, X_PLANES: tl.constexpr,
+    C: tl.constexpr, E: tl.constexpr, D: tl.constexpr, X_OPERANDS: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_J columns of dw_g, or of the moments: all partials, rounded to the storage type."""
+    """Add all partial sums of BLOCK_J columns of dw_g, or of the moments; store them rounded."""
     ACC: tl.constexpr = moments_ptr.dtype.element_ty
     dw_g_programs: tl.constexpr = (E + BLOCK_J - 1) // BLOCK_J
     pid = tl.program_id(0)
@@ -421,14 +427,14 @@ def _finish_backward_kernel(
         _store_part(dw_g_ptr, values, cols, 0, E)
     else:
         cols = (pid - dw_g_programs) * BLOCK_J + tl.arange(0, BLOCK_J)
-        sides: tl.constexpr = X_PLANES * E * C
-        biases: tl.constexpr = sides + 2 * E * D
-        width: tl.constexpr = biases + X_PLANES * E + D
+        u_start: tl.constexpr = X_OPERANDS * E * C
+        biases: tl.constexpr = u_start + 2 * E * D
+        width: tl.constexpr = biases + X_OPERANDS * E + D
         values = sum_partials(moments_ptr, cols, num_moments, width, BLOCK_S, ACC)
         _store_part(dwq_ptr, values, cols, 0, E * C)
         _store_part(dwk_ptr, values, cols, E * C, E * C)
-        _store_part_transposed(u_ptr, values, cols, sides, E, D)
-        _store_part_transposed(v_ptr, values, cols, sides + E * D, E, D)
+        _store_part_transposed(u_ptr, values, cols, u_start, E, D)
+        _store_part_transposed(v_ptr, values, cols, u_start + E * D, E, D)
         _store_part(dbq_ptr, values, cols, biases, E)
         _store_part(dbk_ptr, values, cols, biases + E, E)
-        _store_part(dbf_ptr, values, cols, biases + X_PLANES * E, D)
+        _store_part(dbf_ptr, values, cols, biases + X_OPERANDS * E, D)

@@ -1,7 +1,7 @@
-"""Tile sizes by width and storage type: one table, no tuning at the first call.
+"""Tile sizes by width and storage type. Nothing is tuned at the first call.
 
-Token and batch counts never enter, so they never trigger a recompilation, and an item's result does
-not depend on its batch.
+Token and batch counts have no influence: they never trigger a recompilation, and the result of a
+batch element does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -11,33 +11,25 @@ from typing import NamedTuple
 
 import torch
 
+from swiftkernels.backends.triton.sizes import power_of_two
+
 MAX_PROJECTED_WIDTH = 256
-"""Up to this E the kernels project x themselves; above, one GEMM makes queries and keys first."""
+"""Up to this E the kernels compute q and k from x; above, a GEMM computes them first."""
 
 MAX_WIDTH = 1024
-"""Widest E in half precision, half of it in float32: a tile of rows has to fit on chip."""
+"""Widest E in half precision, and half of it in float32: a tile of rows has to fit on chip."""
 
 MAX_FUSED_WIDTH = 64
-"""Up to this width (C, E and D) four E x E accumulators fit beside a tile of the backward."""
-
-MAX_SPLITS = 64
-"""Partial sums an item's tokens are pooled in, at most."""
+"""Up to this width (C, E and D), four E x E accumulators fit next to a tile of the backward."""
 
 FUSED_GROUP_TOKENS = 512
-"""Tokens a program of the fused backward walks through; each leaves one set of moments."""
+"""Tokens of a program of `_rows_backward_kernel` that sums moments: it stores one set of them."""
 
 GROUP_TOKENS = 64
-"""The same for the backward without fused moments, where a program leaves only a few sums."""
-
-PROGRAMS = 128
-"""Programs that fill a GPU, about."""
-
-MOMENT_SPLITS, MOMENT_TILES = 64, 32
-"""Partial sums of the weight gradients, at most, and token tiles that are worth one more."""
+"""Tokens of such a program without moments: it stores a few sums only."""
 
 BLOCK_S = 16
-"""Partial sums combined at a time."""
-
+"""Partial sums that are combined at a time."""
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -50,54 +42,30 @@ class Config(NamedTuple):
     block_k: int
     """Depth of a step of a dot product with weights."""
     block_j: int
-    """Output columns written at a time."""
-    num_warps: int
-    num_stages: int
-    output_num_stages: int
+    """Output columns computed at a time."""
+    num_warps: int = 8
+    num_stages: int = 2
+    output_num_stages: int = 2
     """Of `_output_forward_kernel`, whose two matrices need twice the shared memory."""
-    rows_block_n: int
-    """Tokens of a tile of `_rows_backward_kernel`, which keeps the most in registers."""
-    rows_num_warps: int
-    rows_num_stages: int
+    rows_block_n: int = 16
+    """Tokens of a tile of `_rows_backward_kernel`, which needs the most registers."""
+    rows_num_warps: int = 8
+    rows_num_stages: int = 1
 
 
-# (largest block_e, bytes of an element): chosen so that the kernels, compiled for sm_80 and sm_90,
-# keep their tiles in registers and shared memory. docs/gpu_kernels.md has what they use.
+# By (width of a tile, bytes of a number). Compiled for sm_80 and sm_90 with these sizes, kernels
+# keep their tiles in registers and shared memory; docs/gpu_kernels.md lists what they use.
 _TABLE = {
-    (64, 2): Config(64, 32, 32, 4, 2, 2, 16, 8, 1),
-    (64, 4): Config(32, 32, 16, 4, 2, 2, 16, 8, 1),
-    (128, 2): Config(32, 32, 32, 4, 2, 2, 32, 8, 1),
-    (128, 4): Config(32, 16, 16, 8, 1, 2, 16, 8, 2),
-    (256, 2): Config(32, 32, 32, 8, 2, 2, 16, 8, 1),
-    (256, 4): Config(16, 16, 16, 8, 2, 2, 16, 8, 2),
-    (512, 2): Config(16, 16, 16, 8, 2, 2, 16, 8, 3),
-    (512, 4): Config(16, 16, 16, 8, 2, 2, 16, 8, 2),
-    (1024, 2): Config(16, 16, 16, 8, 1, 1, 16, 8, 1),
+    (64, 2): Config(block_n=64, block_k=32, block_j=32, num_warps=4),
+    (64, 4): Config(block_n=32, block_k=32, block_j=16, num_warps=4),
+    (128, 2): Config(block_n=32, block_k=32, block_j=32, num_warps=4, rows_block_n=32),
+    (128, 4): Config(block_n=32, block_k=16, block_j=16, num_stages=1, rows_num_stages=2),
+    (256, 2): Config(block_n=32, block_k=32, block_j=32),
+    (256, 4): Config(block_n=16, block_k=16, block_j=16, rows_num_stages=2),
+    (512, 2): Config(block_n=16, block_k=16, block_j=16, rows_num_stages=3),
+    (512, 4): Config(block_n=16, block_k=16, block_j=16, rows_num_stages=2),
+    (1024, 2): Config(block_n=16, block_k=16, block_j=16, num_stages=1, output_num_stages=1),
 }
-
-
-def next_power_of_two(n: int) -> int:
-    """The smallest power of two >= n, and >= 16: what a tile of width n is padded to."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
-def moment_splits(jobs: int, tiles: int) -> int:
-    """In how many partial sums `jobs` tiles of the weight gradients take `tiles` tiles of tokens.
-
-    As many as fill a GPU: each leaves sums of the size of the weights in memory. More only where
-    the tokens outweigh those by far.
-    """
-    splits = max(-(-PROGRAMS // jobs), min(MOMENT_SPLITS, tiles // MOMENT_TILES))
-    return max(1, min(splits, tiles))
-
-
-def finish_blocks(width: int) -> tuple[int, int]:
-    """(columns of a program, partials added at a time) to sum partials of `width` numbers.
-
-    A tile of 16,384 numbers stays in the registers of eight warps.
-    """
-    columns = min(max(64, next_power_of_two(width // PROGRAMS)), 4096)
-    return columns, min(32, 16_384 // columns)
 
 
 def max_width(dtype: torch.dtype) -> int:
@@ -107,7 +75,7 @@ def max_width(dtype: torch.dtype) -> int:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The class of a GPU: "amd", "small" with 99 KiB of shared memory for a block, or "large"."""
+    """The class of a GPU: "amd", "small" (99 KiB of shared memory for a block), or "large"."""
     if torch.version.hip is not None:
         return "amd"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) in _SMALL:
@@ -116,17 +84,18 @@ def architecture(device: torch.device) -> str:
 
 
 _SMALL = ((8, 6), (8, 9), (12, 0), (12, 1))
-"""Compute capabilities of GPUs for desktops: 99 KiB of shared memory, where servers' have 163."""
+"""Compute capabilities of desktop GPUs: 99 KiB of shared memory, where those of servers have 163
+or more."""
 
 
 def choose_config(width: int, dtype: torch.dtype, architecture: str = "large") -> Config:
     """The tile sizes for E = width on a class of GPUs."""
-    # float64 is for checking gradients; it takes the row of float32.
+    # float64 is for checking gradients; it uses the sizes of float32.
     size = 2 if dtype in HALVES else 4
-    block_e = max(next_power_of_two(width), 64)
+    block_e = max(power_of_two(width), 64)
     chosen = _TABLE[block_e, size]
     if architecture == "amd":
-        # AMD's warps have 64 lanes: half as many, or small tiles would be held several times over.
+        # AMD's warps have 64 lanes. With as many warps, several lanes would hold the same numbers.
         chosen = chosen._replace(num_warps=4, rows_block_n=16, rows_num_warps=4)
     if architecture != "large" and (block_e, size) == (512, 4):
         # Two stages take 128 KiB of shared memory.

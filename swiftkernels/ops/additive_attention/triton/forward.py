@@ -1,10 +1,12 @@
 """Forward: two launches from x (or q and k) to the output.
 
-1. `_pool_forward_kernel` reads the tokens once and leaves, for every split of an item's tokens, the
-   weighted sum of its queries and the statistics of its scores. Further programs of the same launch
-   multiply the two output matrices, M = Wf Wp.
+1. `_pool_forward_kernel` reads the tokens once. For every split of the tokens of a batch element it
+   stores the weighted sum of the queries and the statistics of the scores. More programs of the
+   same launch compute the product of the two output matrices, M = Wf Wp.
 2. `_output_forward_kernel` combines the splits to the global query G, reads the tokens again and
-   writes out = (G * kn) M^T + (qn + bp) Wf^T + bf. Nothing of size N x E is written but the output.
+   writes the output. It is the only result of size N x D:
+
+       out = (G * kn) M^T + (qn + bp) Wf^T + bf
 """
 
 from __future__ import annotations
@@ -13,16 +15,18 @@ import triton
 import triton.language as tl
 
 from swiftkernels.backends.triton.tiles import (
-    at_least_eps,
     dot,
-    live_tokens,
     load_matrix,
     load_transposed,
     load_vector,
-    query_or_key_tile,
     sum_partials,
     to_operand,
+)
+from swiftkernels.ops.additive_attention.triton.stages import (
+    at_least_eps,
+    query_or_key_tile,
     unit_rows,
+    valid_tokens,
 )
 
 
@@ -47,21 +51,22 @@ def _pool_forward_kernel(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Programs below num_pool_programs pool one split of an item; the others make a tile of M."""
+    """The first num_pool_programs programs pool one split each; the others compute a tile of M."""
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     pid = tl.program_id(0)
     if pid < num_pool_programs:
-        item = (pid // num_splits).to(tl.int64)
+        batch = (pid // num_splits).to(tl.int64)
         split = pid % num_splits
-        q_ptr += item * tl.multiple_of(stride_b.to(tl.int64), ALIGN)
+        q_ptr += batch * tl.multiple_of(stride_b.to(tl.int64), ALIGN)
         if mask_ptr is not None:
-            mask_ptr += item * n_tokens
+            mask_ptr += batch * n_tokens
         cols = tl.arange(0, BLOCK_E)
         w_g = load_vector(w_g_ptr, cols, E, ACC)
         pooled = tl.zeros([BLOCK_E], ACC)
-        # The statistics: softmax keeps (max, sum of exponentials), l2 the sum of squares.
-        top = tl.full([1], float("-inf"), ACC)
-        total = tl.zeros([1], ACC)
+        # Statistics of the scores: softmax needs their maximum and the sum of the exponentials, l2
+        # the sum of the squares.
+        running_max = tl.full([1], float("-inf"), ACC)
+        running_sum = tl.zeros([1], ACC)
         for tile in range(tiles_per_split):
             row = (split * tiles_per_split + tile).to(tl.int64) * BLOCK_N
             rows = row + tl.arange(0, BLOCK_N)
@@ -71,34 +76,34 @@ def _pool_forward_kernel(
             )  # fmt: skip
             q_tile = unit_rows(q_tile, EPS, QK_NORM)
             scores = tl.sum(q_tile * w_g[None, :], 1) * SCALE
-            live = live_tokens(mask_ptr, rows, n_tokens)
+            valid = valid_tokens(mask_ptr, rows, n_tokens)
             if POOLING == "softmax":
-                scores = tl.where(live, scores, float("-inf"))
-                new_top = tl.maximum(top, tl.max(scores[None, :], 1))
-                # A split may hold no live token yet: keep exp() away from inf - inf.
-                safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-                decay = tl.exp(top - safe_top)
-                weights = tl.exp(scores - safe_top)
-                total = total * decay + tl.sum(weights[None, :], 1)
-                pooled = pooled * decay
-                top = new_top
+                scores = tl.where(valid, scores, float("-inf"))
+                new_max = tl.maximum(running_max, tl.max(scores[None, :], 1))
+                # There may be no valid token yet: keep exp() away from inf - inf.
+                safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+                rescale = tl.exp(running_max - safe_max)
+                weights = tl.exp(scores - safe_max)
+                running_sum = running_sum * rescale + tl.sum(weights[None, :], 1)
+                pooled = pooled * rescale
+                running_max = new_max
             elif POOLING == "sum":
-                weights = tl.where(live, scores * 0.0 + 1.0, 0.0)
+                weights = tl.where(valid, scores * 0.0 + 1.0, 0.0)
             else:
-                weights = tl.where(live, scores, 0.0)
+                weights = tl.where(valid, scores, 0.0)
                 if POOLING == "l2":
-                    total += tl.sum((weights * weights)[None, :], 1)
+                    running_sum += tl.sum((weights * weights)[None, :], 1)
             pooled += tl.sum(q_tile * weights[:, None], 0)
-        part = item * num_splits + split
+        part = batch * num_splits + split
         tl.store(pooled_ptr + part * E + cols, pooled, mask=cols < E)
         one = tl.arange(0, 1)
-        tl.store(stat_ptr + part * 2 + one, top if POOLING == "softmax" else total)
-        tl.store(stat_ptr + part * 2 + 1 + one, total)
+        tl.store(stat_ptr + part * 2 + one, running_max if POOLING == "softmax" else running_sum)
+        tl.store(stat_ptr + part * 2 + 1 + one, running_sum)
     else:
-        fold = pid - num_pool_programs
+        m_program = pid - num_pool_programs
         tiles_across: tl.constexpr = (E + BLOCK_M - 1) // BLOCK_M
-        out_rows = (fold // tiles_across) * BLOCK_M + tl.arange(0, BLOCK_M)
-        out_cols = (fold % tiles_across) * BLOCK_M + tl.arange(0, BLOCK_M)
+        out_rows = (m_program // tiles_across) * BLOCK_M + tl.arange(0, BLOCK_M)
+        out_cols = (m_program % tiles_across) * BLOCK_M + tl.arange(0, BLOCK_M)
         m_tile = tl.zeros([BLOCK_M, BLOCK_M], ACC)
         for k0 in range(0, E, 32):
             ks = k0 + tl.arange(0, 32)
@@ -116,41 +121,45 @@ def _combine_splits(
     E: tl.constexpr, EPS: tl.constexpr, POOLING: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """G and the two pooling statistics of one item from its splits -> [BLOCK_E], [1], [1]."""
-    top = tl.full([1], float("-inf"), ACC)
-    total = tl.zeros([1], ACC)
+    """G and the two pooling statistics of a batch element, from its splits -> [BLOCK_E], [1], [1].
+
+    The statistics are maximum and sum of the exponentials for softmax, norm and sum of the squares
+    for l2.
+    """
+    first_stat = tl.full([1], float("-inf"), ACC)
+    running_sum = tl.zeros([1], ACC)
     cols = tl.arange(0, BLOCK_E)
     if POOLING == "softmax":
         G = tl.zeros([BLOCK_E], ACC)
         for s0 in range(0, num_splits, BLOCK_S):
             splits = s0 + tl.arange(0, BLOCK_S)
-            known = splits < num_splits
-            tops = tl.load(stat_ptr + splits * 2, mask=known, other=float("-inf"))
-            totals = tl.load(stat_ptr + splits * 2 + 1, mask=known, other=0.0)
-            mask = known[:, None] & (cols < E)[None, :]
+            exists = splits < num_splits
+            part_max = tl.load(stat_ptr + splits * 2, mask=exists, other=float("-inf"))
+            part_sum = tl.load(stat_ptr + splits * 2 + 1, mask=exists, other=0.0)
+            mask = exists[:, None] & (cols < E)[None, :]
             part = tl.load(pooled_ptr + splits[:, None] * E + cols[None, :], mask=mask, other=0.0)
-            new_top = tl.maximum(top, tl.max(tops[None, :], 1))
-            safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-            decay = tl.exp(top - safe_top)
-            scale = tl.exp(tops - safe_top)
-            total = total * decay + tl.sum((totals * scale)[None, :], 1)
-            G = G * decay + tl.sum(part * scale[:, None], 0)
-            top = new_top
-        # Without any live token G is 0.
-        G = G / tl.where(total > 0.0, total, 1.0)
-        top = tl.where(total > 0.0, top, 0.0)
+            new_max = tl.maximum(first_stat, tl.max(part_max[None, :], 1))
+            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            rescale = tl.exp(first_stat - safe_max)
+            part_scale = tl.exp(part_max - safe_max)
+            running_sum = running_sum * rescale + tl.sum((part_sum * part_scale)[None, :], 1)
+            G = G * rescale + tl.sum(part * part_scale[:, None], 0)
+            first_stat = new_max
+        # Without any valid token G is 0.
+        G = G / tl.where(running_sum > 0.0, running_sum, 1.0)
+        first_stat = tl.where(running_sum > 0.0, first_stat, 0.0)
     else:
         G = sum_partials(pooled_ptr, cols, num_splits, E, BLOCK_S, ACC)
         if POOLING == "l2":
             for s0 in range(0, num_splits, BLOCK_S):
                 splits = s0 + tl.arange(0, BLOCK_S)
                 squares = tl.load(stat_ptr + splits * 2, mask=splits < num_splits, other=0.0)
-                total += tl.sum(squares[None, :], 1)
-            top = tl.sqrt(total)
-            G = G / at_least_eps(top, EPS)
+                running_sum += tl.sum(squares[None, :], 1)
+            first_stat = tl.sqrt(running_sum)
+            G = G / at_least_eps(first_stat, EPS)
         else:
-            top = total
-    return G, top, total
+            first_stat = running_sum
+    return G, first_stat, running_sum
 
 
 @triton.jit(
@@ -161,7 +170,7 @@ def _output_forward_kernel(
     wq_ptr, bq_ptr, wk_ptr, bk_ptr,  # not read unless PROJECT
     proj_bias_ptr,  # [E] or None
     final_ptr, final_bias_ptr,  # [D, E], [D] or None
-    m_ptr, pooled_ptr, stat_ptr,  # what the first launch made
+    m_ptr, pooled_ptr, stat_ptr,  # from the first launch
     out_ptr,  # [B, N, D], contiguous
     g_ptr, g_stat_ptr,  # [B, E], [B, 2] in ACC: kept for the backward
     n_tokens, num_splits, num_tiles,
@@ -173,41 +182,41 @@ def _output_forward_kernel(
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One tile of tokens of one item, through all the rest of the layer."""
+    """A tile of tokens of a batch element: from x, or q and k, to the output."""
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     pid = tl.program_id(0)
-    item = (pid // num_tiles).to(tl.int64)
+    batch = (pid // num_tiles).to(tl.int64)
     tile = pid % num_tiles
     cols = tl.arange(0, BLOCK_E)
-    G, stat, total = _combine_splits(
-        pooled_ptr + item * num_splits * E, stat_ptr + item * num_splits * 2, num_splits,
+    G, first_stat, second_stat = _combine_splits(
+        pooled_ptr + batch * num_splits * E, stat_ptr + batch * num_splits * 2, num_splits,
         E, EPS, POOLING, BLOCK_S, BLOCK_E, ACC,
     )  # fmt: skip
     if tile == 0:
-        tl.store(g_ptr + item * E + cols, G, mask=cols < E)
+        tl.store(g_ptr + batch * E + cols, G, mask=cols < E)
         one = tl.arange(0, 1)
-        tl.store(g_stat_ptr + item * 2 + one, stat)
-        tl.store(g_stat_ptr + item * 2 + 1 + one, total)
+        tl.store(g_stat_ptr + batch * 2 + one, first_stat)
+        tl.store(g_stat_ptr + batch * 2 + 1 + one, second_stat)
 
-    item_offset = item * tl.multiple_of(stride_b.to(tl.int64), ALIGN)
+    batch_offset = batch * tl.multiple_of(stride_b.to(tl.int64), ALIGN)
     rows = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     q_tile = query_or_key_tile(
-        q_ptr + item_offset, wq_ptr, bq_ptr, rows, n_tokens, stride, C, E, PROJECT, CHANNELS_LAST,
+        q_ptr + batch_offset, wq_ptr, bq_ptr, rows, n_tokens, stride, C, E, PROJECT, CHANNELS_LAST,
         ALIGN, PRECISION, BLOCK_N, BLOCK_E, BLOCK_K, ACC,
     )  # fmt: skip
     q_tile = unit_rows(q_tile, EPS, QK_NORM)
     if proj_bias_ptr is not None:
-        # bp enters before Wf, so it travels with the query: no folded bias is needed.
+        # bp enters before Wf, as the query does: one product serves both.
         q_tile += load_vector(proj_bias_ptr, cols, E, ACC)[None, :]
     q_operand = to_operand(q_tile, DTYPE)
     k_tile = query_or_key_tile(
-        k_ptr + item_offset, wk_ptr, bk_ptr, rows, n_tokens, stride, C, E, PROJECT, CHANNELS_LAST,
+        k_ptr + batch_offset, wk_ptr, bk_ptr, rows, n_tokens, stride, C, E, PROJECT, CHANNELS_LAST,
         ALIGN, PRECISION, BLOCK_N, BLOCK_E, BLOCK_K, ACC,
     )  # fmt: skip
     k_operand = to_operand(unit_rows(k_tile, EPS, QK_NORM) * G[None, :], DTYPE)
 
-    out_ptr += item * n_tokens * D
+    out_ptr += batch * n_tokens * D
     for j0 in range(0, D, BLOCK_J):
         js = j0 + tl.arange(0, BLOCK_J)
         out_tile = tl.zeros([BLOCK_N, BLOCK_J], ACC)

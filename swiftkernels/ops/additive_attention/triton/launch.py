@@ -1,11 +1,13 @@
-"""Launching: allocate, describe strides, choose tiles, start the kernels.
+"""The Triton kernels as a backend (`ops/operator.py`), from tokens or from given queries and keys.
 
-A backend (`ops/operator.py`) of both operators, from tokens and from given queries and keys.
+It allocates the results, describes the strides, chooses the tiles and starts the kernels. What
+depends only on shapes, strides and options is computed once and cached: the launches.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,8 +22,23 @@ from swiftkernels.backends.layouts import (
     output_like,
     tokens_of,
 )
-from swiftkernels.backends.torch_state import allow_tf32, device_guard, fits_kernels
-from swiftkernels.backends.triton.prepared import Pointer, Prepared
+from swiftkernels.backends.torch_state import device_guard, fits_kernels
+from swiftkernels.backends.triton.kernel_launch import KernelLaunch, Pointer
+from swiftkernels.backends.triton.sizes import (
+    cdiv,
+    power_of_two,
+    split_batch,
+    split_tokens,
+    sum_tile,
+)
+from swiftkernels.backends.triton.tensors import (
+    Layout,
+    all_fit_kernels,
+    compact,
+    contiguous,
+    layout,
+    precision,
+)
 from swiftkernels.ops.additive_attention.triton import config
 from swiftkernels.ops.additive_attention.triton.backward import (
     _finish_backward_kernel,
@@ -34,41 +51,13 @@ from swiftkernels.ops.additive_attention.triton.forward import (
     _pool_forward_kernel,
 )
 from swiftkernels.ops.additive_attention.weights import (
+    AnyWeights,
     Options,
-    OutputWeights,
     Weights,
     pack_projections,
 )
 from swiftkernels.ops.operator import Needs
 from swiftkernels.ops.plan import Plans
-
-AnyWeights = Weights | OutputWeights
-
-
-class Layout(NamedTuple):
-    """How tokens [B, N, C] lie in memory; one of the last two strides is 1."""
-
-    stride_b: int
-    stride: int
-    channels_last: bool
-    align: int
-
-
-@functools.lru_cache(maxsize=1024)
-def layout(
-    stride_b: int, token_stride: int, channel_stride: int, n_tokens: int, width: int
-) -> Layout | None:
-    """The layout of tokens with these strides; None: neither tokens nor channels are adjacent."""
-    if channel_stride == 1 or width == 1:
-        stride, channels_last = token_stride, True
-    elif token_stride == 1 or n_tokens == 1:
-        stride, channels_last = channel_stride, False
-    else:
-        return None
-    align = 16
-    while stride % align or stride_b % align:
-        align //= 2
-    return Layout(stride_b, stride, channels_last, align)
 
 
 class _Tokens(NamedTuple):
@@ -82,19 +71,18 @@ class _Tokens(NamedTuple):
 
 
 def _tokens(t: Tensor) -> _Tokens:
-    """t [B, N, C] or [B, C, H, W], or a copy of it where the kernels cannot read its strides."""
+    """t [B, N, C] or [B, C, H, W], or a copy where the kernels cannot read its strides."""
     tokens = tokens_of(t.shape, t.stride())
     if tokens is not None:
         batch, n_tokens, width, strides = tokens
-        found = layout(*strides, n_tokens, width)
+        found = layout(n_tokens, width, strides)
         if found is not None:
             return _Tokens(t, batch, n_tokens, width, found)
-    # Not `contiguous`, which gives back what lies anyhow along axes of one element.
-    return _tokens(t.new_empty(t.shape).copy_(t))
+    return _tokens(compact(t))
 
 
 def _empty_like(tokens: _Tokens) -> _Tokens:
-    """Uninitialised tokens in that order of axes, without gaps."""
+    """Uninitialised tokens with the same order of axes in memory, without gaps."""
     data = tokens.data
     if data.dim() == 3 and not tokens.layout.channels_last:
         return _tokens(data.new_empty(data.mT.shape).mT)
@@ -103,48 +91,8 @@ def _empty_like(tokens: _Tokens) -> _Tokens:
     return _tokens(torch.empty_like(data, memory_format=memory_format))
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32" if dtype == torch.float32 and allow_tf32() else "ieee"
-
-
 def _mask_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous().view(torch.uint8)
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Any]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
-def _reusable(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a launch for these fits others of their kind."""
-    for t in tensors:  # noqa: SIM110 - a generator takes twice as long
-        if t is not None and not fits_kernels(t):
-            return False
-    return True
-
-
-def _missing(inputs: Sequence[object]) -> tuple[bool, ...]:
-    return tuple([t is None for t in inputs])
-
-
-def _lay_out(sizes: Sequence[int]) -> tuple[int, list[int]]:
-    """(bytes in all, offsets) of pieces of that many bytes, each at a multiple of 16."""
-    offsets, end = [], 0
-    for size in sizes:
-        offsets.append(end)
-        end += _cdiv(size, 16) * 16
-    return end, offsets
-
-
-def _split_tokens(n_tokens: int, block_n: int) -> tuple[int, int]:
-    """(splits, tiles in each) of an item's tokens for the pooling kernels: a function of N only."""
-    tiles = _cdiv(n_tokens, block_n)
-    tiles_per_split = _cdiv(tiles, config.MAX_SPLITS)
-    return _cdiv(tiles, tiles_per_split), tiles_per_split
 
 
 class Saved(NamedTuple):
@@ -154,7 +102,7 @@ class Saved(NamedTuple):
     """G, [B, E]"""
     statistics: Tensor
     """Of the pooling, [B, 2]."""
-    folded: Tensor
+    product: Tensor
     """M = Wf Wp, [D, E]"""
 
 
@@ -176,33 +124,36 @@ class _Inputs(NamedTuple):
     k: _Tokens
     projections: tuple[Tensor | None, ...]
     """Weights and biases of the query and key layers, if the kernels project x."""
-
-    @property
-    def project(self) -> bool:
-        return self.projections[0] is not None
+    x: _Tokens | None
+    """What queries and keys are made of; None if they were given."""
+    project: bool
+    """Whether the kernels project x."""
 
 
 def _read(inputs: Sequence[Tensor], weights: AnyWeights) -> _Inputs:
-    """From x, projected by the kernels, or by one GEMM if it is wide; or from given q and k."""
+    """From x, which the kernels project, or one GEMM if E is large; or from given q and k."""
     if not isinstance(weights, Weights):
         q, k = inputs
         if q.stride() != k.stride():
             q, k = q.contiguous(), k.contiguous()
-        return _Inputs(_tokens(q), _tokens(k), (None,) * 4)
+        return _Inputs(_tokens(q), _tokens(k), _NO_PROJECTIONS, None, False)
     (x,) = inputs
     if weights.width <= config.MAX_PROJECTED_WIDTH:
         view = _tokens(x)
-        return _Inputs(view, view, weights[:4])
+        return _Inputs(view, view, weights[:4], view, True)
     tokens = x if x.dim() == 3 else as_tokens(x)
     both = torch.nn.functional.linear(tokens, *pack_projections(*weights[:4]))
     q, k = both.chunk(2, dim=2)  # views of one buffer
-    return _Inputs(_tokens(q), _tokens(k), (None,) * 4)
+    return _Inputs(_tokens(q), _tokens(k), _NO_PROJECTIONS, _tokens(x), False)
+
+
+_NO_PROJECTIONS = (None,) * 4
 
 
 def _pointers(read: _Inputs, weights: AnyWeights, mask: Tensor | None) -> tuple[Tensor | None, ...]:
-    """q, k, the nine weights and the mask, as `_ForwardPlan.start` takes them."""
+    """q, k, the nine weights and the mask, as `_ForwardLaunches.start` takes them."""
     return (
-        read.q.data, read.k.data, *_contiguous(*read.projections), *_contiguous(*weights[-5:]),
+        read.q.data, read.k.data, *contiguous((*read.projections, *weights[-5:])),
         _mask_bytes(mask),
     )  # fmt: skip
 
@@ -217,28 +168,32 @@ def forward(
     """The output, and what the backward needs.
 
     Args:
-        inputs: x, tokens or an image [B, C, H, W], whose output is an image in the order of
-            channels_last; or q and k.
+        inputs: x, or q and k. x is tokens or an image [B, C, H, W]; the output of an image is an
+            image in channels_last memory format.
         weights: `Weights`, or `OutputWeights` for q and k.
-        keep: for other backends.
+        mask: of the tokens.
+        options: of the operator.
+        keep: not used; only other backends have a choice.
     """
     like = inputs[0]
     with device_guard(like):
         read = _read(inputs, weights)
         q = read.q
         pointers = _pointers(read, weights, mask)
-        plan = _forward_plan(_kind(read, weights, options, pointers, _reusable(pointers)))
+        launches = _forward_launches(
+            _launch_key(read, weights, options, pointers, all_fit_kernels(pointers))
+        )
         out = like.new_empty_strided(*output_like(like, weights.token_dim))
         saved = saved_like(inputs, weights, keep)
         acc = saved.global_query.dtype
-        pooled = like.new_empty(q.batch, plan.splits, weights.width, dtype=acc)
-        split_statistics = like.new_empty(q.batch, plan.splits, 2, dtype=acc)
-        plan.start(pointers, (out, *saved, pooled, split_statistics))
+        pooled = like.new_empty(q.batch, launches.splits, weights.width, dtype=acc)
+        split_statistics = like.new_empty(q.batch, launches.splits, 2, dtype=acc)
+        launches.start(pointers, (out, *saved, pooled, split_statistics))
     return out, saved
 
 
-class _Kind(NamedTuple):
-    """Everything that the kernels of a call are compiled for, or their grids computed from."""
+class _LaunchKey(NamedTuple):
+    """What the launches of a call depend on: constants of the kernels, sizes of the grids."""
 
     batch: int
     n_tokens: int
@@ -254,40 +209,41 @@ class _Kind(NamedTuple):
     missing: tuple[bool, ...]
     """Which of the inputs are None."""
     reusable: bool
-    """As `Prepared` has it."""
+    """See `KernelLaunch`."""
 
 
-def _kind(
+def _launch_key(
     read: _Inputs,
     weights: AnyWeights,
     options: Options,
     pointers: Sequence[Tensor | None],
     reusable: bool,
-) -> _Kind:
+) -> _LaunchKey:
     q, dtype = read.q, read.q.data.dtype
-    return _Kind(
+    return _LaunchKey(
         q.batch, q.n_tokens, q.width, weights.width, weights.token_dim, q.layout, dtype,
-        q.data.device, options, read.project, _precision(dtype), _missing(pointers), reusable,
+        q.data.device, options, read.project, precision(dtype),
+        tuple([p is None for p in pointers]), reusable,
     )  # fmt: skip
 
 
-class _ForwardPlan:
-    """The two launches of a forward for one kind of call.
+class _ForwardLaunches:
+    """The two launches of a forward.
 
     Attributes:
-        splits: partial sums of an item that the first launch leaves.
+        splits: partial sums of a batch element that the first launch computes.
     """
 
-    def __init__(self, kind: _Kind) -> None:
-        batch, n_tokens, in_dims, width, token_dim = kind[:5]
-        tokens, dtype, options = kind.tokens, kind.dtype, kind.options
-        cfg = config.choose_config(width, dtype, config.architecture(kind.device))
-        # Without tokens there is nothing to pool, but a backward may ask for M, G and statistics.
-        splits, tiles_per_split = _split_tokens(max(n_tokens, 1), cfg.block_n)
+    def __init__(self, key: _LaunchKey) -> None:
+        batch, n_tokens, in_dims, width, token_dim = key[:5]
+        tokens, dtype, options = key.tokens, key.dtype, key.options
+        cfg = config.choose_config(width, dtype, config.architecture(key.device))
+        # Without tokens there is nothing to pool, but a backward may need M, G and statistics.
+        splits, tiles_per_split = split_tokens(max(n_tokens, 1), cfg.block_n)
         self.splits = splits
         block_m = 32 if width <= 64 else 64
-        fold_programs = _cdiv(token_dim, block_m) * _cdiv(width, block_m)
-        tiles = _cdiv(n_tokens, cfg.block_n)
+        m_programs = cdiv(token_dim, block_m) * cdiv(width, block_m)
+        tiles = cdiv(n_tokens, cfg.block_n)
         shared: dict[str, Any] = {
             "C": in_dims,
             "E": width,
@@ -295,43 +251,45 @@ class _ForwardPlan:
             "EPS": options.eps,
             "POOLING": options.pooling,
             "QK_NORM": options.qk_norm,
-            "PROJECT": kind.project,
+            "PROJECT": key.project,
             "CHANNELS_LAST": tokens.channels_last,
             "ALIGN": tokens.align,
-            "PRECISION": kind.precision,
+            "PRECISION": key.precision,
             "BLOCK_N": cfg.block_n,
-            "BLOCK_E": config.next_power_of_two(width),
+            "BLOCK_E": power_of_two(width),
             "BLOCK_K": cfg.block_k,
             "num_warps": cfg.num_warps,
         }
-        self._pool = Prepared(
+        self._pool = KernelLaunch(
             _pool_forward_kernel,
-            batch * splits + fold_programs,
-            (n_tokens, splits, tiles_per_split, batch * splits, tokens.stride_b, tokens.stride),
+            batch * splits + m_programs,
+            (n_tokens, splits, tiles_per_split, batch * splits, *tokens.strides),
             {"SCALE": options.scale, "BLOCK_M": block_m, "num_stages": cfg.num_stages} | shared,
-            kind.reusable,
+            key.reusable,
         )
-        self._output = Prepared(
+        self._output = KernelLaunch(
             _output_forward_kernel,
             batch * tiles,
-            (n_tokens, splits, tiles, tokens.stride_b, tokens.stride),
+            (n_tokens, splits, tiles, *tokens.strides),
             {
                 "BLOCK_J": cfg.block_j,
                 "BLOCK_S": config.BLOCK_S,
                 "num_stages": cfg.output_num_stages,
             }
             | shared,
-            kind.reusable,
+            key.reusable,
         )
-        numbers = torch.finfo(accumulator(dtype)).bits // 8
-        sizes = [
-            batch * width * numbers,
-            batch * 2 * numbers,
+        acc_bytes = accumulator(dtype).itemsize
+        sizes = (
+            batch * width * acc_bytes,
+            batch * 2 * acc_bytes,
             token_dim * width * dtype.itemsize,
-            batch * splits * width * numbers,
-            batch * splits * 2 * numbers,
-        ]
-        self._temporary_bytes, self._offsets = _lay_out(sizes)
+            batch * splits * width * acc_bytes,
+            batch * splits * 2 * acc_bytes,
+        )
+        # In inference, all results but the output are in one buffer, each at a multiple of 16.
+        ends = itertools.accumulate(cdiv(size, 16) * 16 for size in sizes)
+        *self._offsets, self._buffer_bytes = (0, *ends)
 
     @property
     def ready(self) -> bool:
@@ -342,54 +300,51 @@ class _ForwardPlan:
         """Launch both kernels in the current stream.
 
         Args:
-            inputs: q, k (both x if the kernels project it), the nine weights, the mask.
-            results: out, G, statistics, M, and the two temporary ones of the first launch.
+            inputs: q, k (both are x if the kernels project it), the nine weights, the mask.
+            results: out, G, statistics, M, and the partial sums and statistics of the splits.
         """
         q, k, wq, bq, wk, bk, w_g, wp, bp, wf, bf, mask = inputs
-        out, global_query, statistics, folded, pooled, split_statistics = results
-        self._pool(q, wq, bq, w_g, mask, wp, wf, pooled, split_statistics, folded)
+        out, global_query, statistics, product, pooled, split_statistics = results
+        self._pool(q, wq, bq, w_g, mask, wp, wf, pooled, split_statistics, product)
         self._output(
-            q, k, wq, bq, wk, bk, bp, wf, bf, folded, pooled, split_statistics, out, global_query,
+            q, k, wq, bq, wk, bk, bp, wf, bf, product, pooled, split_statistics, out, global_query,
             statistics,
         )  # fmt: skip
 
     def infer(self, x: Tensor, out: Tensor, weights: Sequence[int | None]) -> None:
-        """Fill out [B, N, D], contiguous, by address; for when `ready`.
-
-        Args:
-            weights: addresses of the nine weights; more is ignored.
-        """
-        temporary = x.new_empty(self._temporary_bytes, dtype=torch.uint8)
-        at, address = temporary.data_ptr(), x.data_ptr()
-        inputs = (address, address, *weights[:9], None)
-        results = (out.data_ptr(), *[at + offset for offset in self._offsets])
+        """Compute out [B, N, D], contiguous, once `ready`; `weights` are the nine addresses."""
+        buffer = x.new_empty(self._buffer_bytes, dtype=torch.uint8)
+        start, address = buffer.data_ptr(), x.data_ptr()
+        inputs = (address, address, *weights, None)
+        results = (out.data_ptr(), *[start + offset for offset in self._offsets])
         with device_guard(x):
             self.start(inputs, results)
 
 
-_forward_plan = functools.lru_cache(maxsize=512)(_ForwardPlan)
+_forward_launches = functools.lru_cache(maxsize=512)(_ForwardLaunches)
 
 
 class InferencePlan:
-    """Starts the kernels by address, once those for inputs of one kind are compiled."""
+    """Launches the kernels by address, once they are compiled for such inputs."""
 
     lasting = True
 
     def __init__(self, x: Tensor, weights: Weights, mask: Tensor | None, options: Options) -> None:
         self._options = options
         self._places = cache.places(cache.present(weights))
-        self._precision = _precision(x.dtype)
+        self._precision = precision(x.dtype)
         self._out = output_like(x, weights.token_dim)
-        self._plan: _ForwardPlan | None = None
+        self._launches: _ForwardLaunches | None = None
         by_address = (
             mask is None
             and weights.width <= config.MAX_PROJECTED_WIDTH
-            and all(w.is_contiguous() for w in cache.present(weights))
+            and _tokens(x).data is x
+            and all(w is None or (w.is_contiguous() and fits_kernels(w)) for w in weights)
         )
-        if by_address and _tokens(x).data is x and _reusable(weights):
+        if by_address:
             read = _read((x,), weights)
             pointers = _pointers(read, weights, None)
-            self._plan = _forward_plan(_kind(read, weights, options, pointers, True))
+            self._launches = _forward_launches(_launch_key(read, weights, options, pointers, True))
         self._addresses = [None if w is None else w.data_ptr() for w in weights]
 
     def __call__(
@@ -398,13 +353,13 @@ class InferencePlan:
         assert residual_scale is None, "these kernels do not add x"
         if self._places != cache.places(cache.present(weights)):
             return None
-        if self._precision != _precision(x.dtype):
-            return None  # the setting has changed
-        plan = self._plan
-        if plan is None or not plan.ready or not fits_kernels(x):
+        if self._precision != precision(x.dtype):
+            return None  # PyTorch's setting has changed
+        launches = self._launches
+        if launches is None or not launches.ready or not fits_kernels(x):
             return forward((x,), weights, mask, self._options)[0]
         out = torch.empty_strided(*self._out, dtype=x.dtype, device=x.device)
-        plan.infer(x, out, self._addresses)
+        launches.infer(x, out, self._addresses)
         return out
 
 
@@ -420,45 +375,43 @@ def inference_plan(
     return None if residual_scale is not None else InferencePlan(x, weights, mask, options)
 
 
-class _BackwardKind(NamedTuple):
-    """What a backward adds to it.
+class _BackwardKey(NamedTuple):
+    """What the launches of a backward depend on."""
 
-    `of`: its `tokens` are those of the queries and keys, or of x, if the kernels project it.
-    """
-
-    of: _Kind
+    forward: _LaunchKey
     dout: Layout
     dx: Layout | None
-    """None: rows leave no gradient of x."""
+    """None: `_rows_backward_kernel` does not compute the gradient of x."""
     x: Layout | None
-    """Of the tokens that queries and keys were made of; None if they were given."""
+    """Of the tokens that were projected to queries and keys; None if these were given."""
     x_width: int
     needs_weights: bool
 
 
-class _BackwardPlan:
-    """The launches of a backward for one kind of call.
+class _BackwardLaunches:
+    """The launches of a backward.
 
     Attributes:
-        fuses: the moments are summed by the rows kernel; else from planes that it leaves.
+        fuses: whether `_rows_backward_kernel` sums the moments; otherwise it stores the operands
+            that `_weights_backward_kernel` sums them from.
     """
 
-    def __init__(self, kind: _BackwardKind) -> None:
-        of = kind.of
+    def __init__(self, key: _BackwardKey) -> None:
+        of = key.forward
         batch, n_tokens, in_dims, width, token_dim = of[:5]
         tokens, dtype, options = of.tokens, of.dtype, of.options
         cfg = config.choose_config(width, dtype, config.architecture(of.device))
         widest = max(in_dims, token_dim, width)
-        project, needs_weights = of.project, kind.needs_weights
+        project, needs_weights = of.project, key.needs_weights
         self.fuses = needs_weights and project and widest <= config.MAX_FUSED_WIDTH
-        strides = (tokens.stride_b, tokens.stride, kind.dout.stride_b, kind.dout.stride)
+        strides = (*tokens.strides, *key.dout.strides)
         shared: dict[str, Any] = {
             "E": width,
             "D": token_dim,
             "CHANNELS_LAST": tokens.channels_last,
             "ALIGN": tokens.align,
-            "DOUT_CHANNELS_LAST": kind.dout.channels_last,
-            "DOUT_ALIGN": kind.dout.align,
+            "DOUT_CHANNELS_LAST": key.dout.channels_last,
+            "DOUT_ALIGN": key.dout.align,
             "PRECISION": of.precision,
         }
         by_rows: dict[str, Any] = {
@@ -466,13 +419,13 @@ class _BackwardPlan:
             "EPS": options.eps,
             "QK_NORM": options.qk_norm,
             "PROJECT": project,
-            "BLOCK_E": config.next_power_of_two(width),
+            "BLOCK_E": power_of_two(width),
             "BLOCK_K": cfg.block_k,
         }
         reusable = of.reusable
 
-        splits, tiles_per_split = _split_tokens(n_tokens, cfg.block_n)
-        self._pool = Prepared(
+        splits, tiles_per_split = split_tokens(n_tokens, cfg.block_n)
+        self._pool = KernelLaunch(
             _pool_backward_kernel,
             batch * splits,
             (n_tokens, splits, tiles_per_split, *strides),
@@ -482,34 +435,34 @@ class _BackwardPlan:
             reusable,
         )
 
-        tiles = _cdiv(n_tokens, cfg.rows_block_n)
-        # Fused, a program leaves a set of moments; else only a few sums, and may be short.
+        tiles = cdiv(n_tokens, cfg.rows_block_n)
+        # A program that fuses stores a set of moments, so there are fewer, larger ones.
         group = config.FUSED_GROUP_TOKENS if self.fuses else config.GROUP_TOKENS
         tiles_per_group = min(tiles, group // cfg.rows_block_n)
-        groups = _cdiv(tiles, tiles_per_group)
+        groups = cdiv(tiles, tiles_per_group)
         num_dw_g = num_moments = batch * groups
-        x_planes = 0 if kind.x is None else 2
-        # Numbers in a set of moments, see `_finish_backward_kernel`.
-        moment_width = x_planes * width * (kind.x_width + 1) + (2 * width + 1) * token_dim
-        dx = kind.dx or tokens
-        self._rows = Prepared(
+        x_operands = 0 if key.x is None else 2
+        # Numbers of a set of moments, see `_finish_backward_kernel`.
+        moment_width = x_operands * width * (key.x_width + 1) + (2 * width + 1) * token_dim
+        dx = key.dx or tokens
+        self._rows = KernelLaunch(
             _rows_backward_kernel,
             batch * groups,
             (
-                n_tokens, splits, groups, tiles_per_group, *strides, dx.stride_b, dx.stride,
+                n_tokens, splits, groups, tiles_per_group, *strides, *dx.strides,
                 batch * n_tokens * width,
             ),
             shared
             | by_rows
             | {
-                # One alignment for x and dx, whose strides differ where x has gaps.
+                # One alignment for x and dx: their strides differ where x has gaps.
                 "ALIGN": min(tokens.align, dx.align),
                 "SCALE": options.scale,
                 "POOLING": options.pooling,
                 "FUSE": self.fuses,
                 "BLOCK_J": cfg.block_j,
-                "BLOCK_C": config.next_power_of_two(in_dims) if self.fuses else 16,
-                "BLOCK_D": config.next_power_of_two(token_dim) if self.fuses else 16,
+                "BLOCK_C": power_of_two(in_dims) if self.fuses else 16,
+                "BLOCK_D": power_of_two(token_dim) if self.fuses else 16,
                 "BLOCK_N": cfg.rows_block_n,
                 "BLOCK_S": config.BLOCK_S,
                 "num_warps": cfg.rows_num_warps,
@@ -524,25 +477,25 @@ class _BackwardPlan:
 
         if not self.fuses:
             block = 64
-            tiles = batch * _cdiv(n_tokens, block)
-            across = x_planes * _cdiv(kind.x_width, block) + 2 * _cdiv(token_dim, block)
-            jobs = _cdiv(width, block) * across
-            tiles_per_split = _cdiv(tiles, config.moment_splits(jobs, tiles))
-            splits = num_moments = _cdiv(tiles, tiles_per_split)
-            x = kind.x or kind.dout
-            self._moments = Prepared(
+            tiles = batch * cdiv(n_tokens, block)
+            across = x_operands * cdiv(key.x_width, block) + 2 * cdiv(token_dim, block)
+            jobs = cdiv(width, block) * across
+            splits, tiles_per_split = split_batch(jobs, tiles)
+            num_moments = splits
+            x = key.x or key.dout
+            self._moments = KernelLaunch(
                 _weights_backward_kernel,
                 jobs * splits,
                 (
                     n_tokens, tiles, splits, tiles_per_split, batch * n_tokens * width,
-                    x.stride_b, x.stride, kind.dout.stride_b, kind.dout.stride,
+                    *x.strides, *key.dout.strides,
                 ),
                 shared
                 | {
                     "CHANNELS_LAST": x.channels_last,
                     "ALIGN": x.align,
-                    "C": kind.x_width,
-                    "X_PLANES": x_planes,
+                    "C": key.x_width,
+                    "X_OPERANDS": x_operands,
                     "BLOCK_R": block,
                     "BLOCK_J": block,
                     "BLOCK_N": block,
@@ -552,16 +505,16 @@ class _BackwardPlan:
                 reusable,
             )  # fmt: skip
         self._dw_g, self._sums = (num_dw_g, width), (num_moments, moment_width)
-        block, partials = config.finish_blocks(moment_width)
-        self._finish = Prepared(
+        block, partials = sum_tile(moment_width)
+        self._finish = KernelLaunch(
             _finish_backward_kernel,
-            _cdiv(width, block) + _cdiv(moment_width, block),
+            cdiv(width, block) + cdiv(moment_width, block),
             (num_dw_g, num_moments),
             {
-                "C": kind.x_width if x_planes else 0,
+                "C": key.x_width if x_operands else 0,
                 "E": width,
                 "D": token_dim,
-                "X_PLANES": x_planes,
+                "X_OPERANDS": x_operands,
                 "BLOCK_J": block,
                 "BLOCK_S": partials,
                 "num_warps": 8,
@@ -571,7 +524,7 @@ class _BackwardPlan:
         )
 
     def temporaries(self, like: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Room for partial sums: of dG, and of the gradient of w_g and the moments if needed."""
+        """Uninitialised partial sums of dG and, if weights need gradients, of dw_g and moments."""
         new, acc = like.new_empty, accumulator(like.dtype)
         grad_g = new(self._grad_g, dtype=acc)
         if not self._needs_weights:
@@ -585,55 +538,57 @@ class _BackwardPlan:
         dout: Tensor,
         grad_g: Tensor,
         dx: Tensor | None,
-        planes: Sequence[Tensor | None],
+        operands: Sequence[Tensor | None],
         sums: Sequence[Tensor | None],
     ) -> None:
         """The first two launches.
 
         Args:
-            inputs: as `_ForwardPlan.start` has them.
+            inputs: as in `_ForwardLaunches.start`.
             saved: G, statistics, M.
-            planes: dq, dk, and t and z in one, where wanted.
-            sums: partial sums of the gradient of w_g, if weights' gradients are wanted, and of the
-                moments, if it `fuses` them.
+            dout: the gradient of the output.
+            grad_g: for partial sums of dG.
+            dx: for the gradient of x, if needed.
+            operands: for dq, dk, and for t and z [2, B, N, E], if needed.
+            sums: for partial sums of dw_g, if needed, and of the moments, if it `fuses`.
         """
         q, k, wq, bq, wk, bk, w_g, _, bp, wf, _, mask = inputs
-        global_query, statistics, folded = saved
-        self._pool(k, wk, bk, folded, dout, grad_g)
+        global_query, statistics, product = saved
+        self._pool(k, wk, bk, product, dout, grad_g)
         self._rows(
-            q, k, wq, bq, wk, bk, w_g, mask, bp, wf, folded, global_query, statistics, grad_g, dout,
-            dx, *planes, *sums,
+            q, k, wq, bq, wk, bk, w_g, mask, bp, wf, product, global_query, statistics, grad_g,
+            dout, dx, *operands, *sums,
         )  # fmt: skip
 
-    def start_moments(self, x: Tensor, dout: Tensor, planes: Tensor, moments: Tensor) -> None:
-        """Partial sums of the moments of planes (dq, dk,) t, z [2 or 4, B, N, E]."""
-        self._moments(x, dout, planes, moments)
+    def start_moments(self, x: Tensor, dout: Tensor, operands: Tensor, moments: Tensor) -> None:
+        """Partial sums of the moments, from the operands (dq, dk,) t, z [2 or 4, B, N, E]."""
+        self._moments(x, dout, operands, moments)
 
     def finish(
         self, dw_g_parts: Tensor, moments: Tensor, gradients: Sequence[Tensor | None]
     ) -> None:
-        """Add up partial sums to `gradients`: dw_g, dWq, dWk, U, V, dbq, dbk, dbf."""
+        """Add the partial sums; results in `gradients`: dw_g, dWq, dWk, U, V, dbq, dbk, dbf."""
         self._finish(dw_g_parts, moments, *gradients)
 
 
-_backward_plan = functools.lru_cache(maxsize=512)(_BackwardPlan)
+_backward_launches = functools.lru_cache(maxsize=512)(_BackwardLaunches)
 
 
-def forget_plans() -> None:
-    """Plan the next calls anew: for whoever changes what plans are made of."""
-    _forward_plan.cache_clear()
-    _backward_plan.cache_clear()
+def forget_launches() -> None:
+    """Clear the cache of launches, after a change that their keys do not show."""
+    _forward_launches.cache_clear()
+    _backward_launches.cache_clear()
 
 
 def _weight_gradients(
-    plan: _BackwardPlan,
+    launches: _BackwardLaunches,
     dw_g_parts: Tensor,
     moments: Tensor,
     x_width: int,
     weights: AnyWeights,
 ) -> list[Tensor | None]:
-    """In the order of the weights; the kernels sum dWq, dbq, dWk and dbk only for `Weights`."""
-    w = weights.output if isinstance(weights, Weights) else weights
+    """In the order of the weights; dWq, dbq, dWk and dbk only for `Weights`."""
+    w = weights
     token_dim, width = w.final_weight.shape
     new = w.final_weight.new_empty
     projections: list[Tensor | None] = []
@@ -647,13 +602,13 @@ def _weight_gradients(
     d_final_bias = None if w.proj_bias is None and w.final_bias is None else new(token_dim)
     # U and V are rounded to the storage type, as eager rounds the operands of its GEMMs.
     U, V = new(token_dim, width), new(token_dim, width)
-    plan.finish(dw_g_parts, moments, (dw_g, dwq, dwk, U, V, dbq, dbk, d_final_bias))
+    launches.finish(dw_g_parts, moments, (dw_g, dwq, dwk, U, V, dbq, dbk, d_final_bias))
     wf_t = w.final_weight.t()
     d_proj = wf_t @ U
     d_proj_bias = None
     if w.proj_bias is not None and d_final_bias is not None:
         d_proj_bias = wf_t @ d_final_bias
-    # In place: out of place, addmm would copy V first.
+    # In place, because addmm would copy V first.
     d_final = V.addmm_(U, w.proj_weight.t())
     return [
         *projections, dw_g, d_proj, d_proj_bias, d_final,
@@ -675,55 +630,54 @@ def backward(
     with device_guard(x):
         read = _read(inputs, weights)
         q = read.q
-        # Tokens that queries and keys were made of; None if they were given.
-        source = _tokens(x) if isinstance(weights, Weights) else None
+        source = read.x
         x_width = 0 if source is None else source.width
         dout_view = _tokens(dout)
         dx_view = _empty_like(q) if needs.inputs and read.project else None
         dx = None if dx_view is None else dx_view.data
         pointers = _pointers(read, weights, mask)
-        kept = _contiguous(*saved)  # which hooks may have put anywhere
+        kept = contiguous(saved)  # hooks of saved tensors may have changed the strides
         data = x if source is None else source.data
-        reusable = _reusable((*pointers, *kept, data, dout_view.data))
-        plan = _backward_plan(
-            _BackwardKind(
-                _kind(read, weights, options, pointers, reusable), dout_view.layout,
+        reusable = all_fit_kernels((*pointers, *kept, data, dout_view.data))
+        launches = _backward_launches(
+            _BackwardKey(
+                _launch_key(read, weights, options, pointers, reusable), dout_view.layout,
                 None if dx_view is None else dx_view.layout,
                 None if source is None else source.layout, x_width, needs.weights,
             )
         )  # fmt: skip
-        planes = dq = dk = sides = None
+        operands = dq = dk = tz = None
         if source is None:
             dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in inputs)
-            planes = sides = x.new_empty(2, *x.shape) if needs.weights else None
-        elif not read.project or (needs.weights and not plan.fuses):
-            planes = x.new_empty(4 if needs.weights else 2, q.batch, q.n_tokens, weights.width)
-            dq, dk, sides = planes[0], planes[1], planes[2:] if needs.weights else None
-        grad_g, dw_g_parts, moments = plan.temporaries(x)
-        plan.start_rows(
-            pointers, kept, dout_view.data, grad_g, dx, (dq, dk, sides),
-            (dw_g_parts, moments if plan.fuses else None),
+            operands = tz = x.new_empty(2, *x.shape) if needs.weights else None
+        elif not read.project or (needs.weights and not launches.fuses):
+            operands = x.new_empty(4 if needs.weights else 2, q.batch, q.n_tokens, weights.width)
+            dq, dk, tz = operands[0], operands[1], operands[2:] if needs.weights else None
+        grad_g, dw_g_parts, moments = launches.temporaries(x)
+        launches.start_rows(
+            pointers, kept, dout_view.data, grad_g, dx, (dq, dk, tz),
+            (dw_g_parts, moments if launches.fuses else None),
         )  # fmt: skip
+        if source is not None and needs.inputs and not read.project:
+            dx = _input_gradient(dq, dk, x, weights)
         gradients: list[Tensor | None] = [dx]
         if source is None:
             gradients = [dq, dk] if needs.inputs else [None, None]
-        elif needs.inputs and not read.project:
-            gradients = [_input_gradient(dq, dk, x, weights)]
-        # The strides that an operator promises: those of the input where it is dense.
+        # The operator promises the strides of an input where it is dense.
         gradients = [
             g if g is None or g.stride() == t.stride() else torch.empty_like(t).copy_(g)
             for g, t in zip(gradients, inputs, strict=True)
         ]
         if dw_g_parts is None or moments is None:
             return [*gradients, *[None] * len(weights)]
-        if planes is not None:
+        if operands is not None:
             tokens = dout_view if source is None else source
-            plan.start_moments(tokens.data, dout_view.data, planes, moments)
-        return [*gradients, *_weight_gradients(plan, dw_g_parts, moments, x_width, weights)]
+            launches.start_moments(tokens.data, dout_view.data, operands, moments)
+        return [*gradients, *_weight_gradients(launches, dw_g_parts, moments, x_width, weights)]
 
 
 def _input_gradient(dq: Tensor | None, dk: Tensor | None, x: Tensor, weights: AnyWeights) -> Tensor:
-    """Gradient of x by two GEMMs from those of queries and keys, [B, N, E]."""
+    """The gradient of x from those of queries and keys, [B, N, E], by two GEMMs."""
     assert isinstance(weights, Weights)
     assert dq is not None
     assert dk is not None

@@ -1,16 +1,16 @@
-"""Backward: five launches and the gradient of the keys' layer, [C, B] x [B, C].
+"""Backward: five kernels, and one small GEMM for the gradient of Wk.
 
 With r = relu(x Wv^T + bv), u = r * context and du = dout Wp:
 
-1. `_rows_backward_kernel` leaves u and dv = du * context where r > 0, and for groups of tokens
-   their part of dcontext = sum_n du_n * r_n.
-2. `_context_backward_kernel` combines these, and makes dp = Wk^T dcontext, the gradient of the
-   pooled token p.
-3. `_tokens_backward_kernel` makes dx_n = dv_n Wv + a_n dp + ds_n query with the gradient of the
-   score ds_n = a_n dp . (x_n - p), and for groups of tokens their part of
-   dquery = sum_n ds_n (x_n - p), which is right because sum_n ds_n = 0.
-4. `_weights_backward_kernel` makes partial sums of dWv = dv^T x, dWp = dout^T u and of the biases.
-5. `_sum_partials_kernel` adds up partial sums in a fixed order: once for dquery, once for the rest.
+1. `_rows_backward_kernel` stores u and dv = du * context (0 where r is 0). For every split of the
+   tokens it stores its share of dcontext = sum_n du_n * r_n.
+2. `_context_backward_kernel` adds these shares, and computes dp = Wk^T dcontext, the gradient of
+   the pooled token p.
+3. `_tokens_backward_kernel` computes dx_n = dv_n Wv + a_n dp + ds_n query, with the gradient of the
+   score ds_n = a_n dp . (x_n - p). For every split of the tokens it stores its share of
+   dquery = sum_n ds_n (x_n - p). Subtracting p changes nothing, because sum_n ds_n = 0.
+4. `_weights_backward_kernel` computes partial sums of dWv = dv^T x, dWp = dout^T u and the biases.
+5. `_sum_partials_kernel` adds partial sums in a fixed order: once for dquery, once for the others.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from swiftkernels.ops.separable_attention.triton.forward import (
 
 @triton.jit(
     do_not_specialize=[
-        "n_tokens", "num_parts", "tiles_per_part", "groups", "stride_b", "stride_g", "stride",
+        "n_tokens", "num_splits", "tiles_per_split", "groups", "stride_b", "stride_g", "stride",
         "dout_stride_b", "dout_stride_g", "dout_stride",
     ]
 )  # fmt: skip
@@ -48,28 +48,28 @@ def _rows_backward_kernel(
     proj_ptr,  # [D, C]
     context_ptr,  # [B, C] in ACC
     dout_ptr,  # [B, N, D]
-    dv_ptr, u_ptr,  # [B, N, C], contiguous; u None if no gradients of weights are wanted
-    dcontext_ptr,  # [B, num_parts, C] in ACC
-    n_tokens, num_parts, tiles_per_part, groups,
+    dv_ptr, u_ptr,  # [B, N, C], contiguous; u is None if weights need no gradients
+    dcontext_ptr,  # [B, num_splits, C] in ACC
+    n_tokens, num_splits, tiles_per_split, groups,
     stride_b, stride_g, stride, dout_stride_b, dout_stride_g, dout_stride,
     C: tl.constexpr, D: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     DOUT_CHANNELS_LAST: tl.constexpr, DOUT_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Consecutive tiles of tokens of one sequence: all that does not hang on dp."""
+    """All that does not depend on dp, for a split of the tokens of a sequence."""
     ACC: tl.constexpr = context_ptr.dtype.element_ty
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     n_tokens = aligned(n_tokens, CHANNELS_LAST, ALIGN)
     pid = tl.program_id(0)
-    sequence = (pid // num_parts).to(tl.int64)
-    part = pid % num_parts
+    sequence = (pid // num_splits).to(tl.int64)
+    split = pid % num_splits
     x_ptr += sequence_offset(sequence, groups, stride_b, stride_g, ALIGN)
     dout_ptr += sequence_offset(sequence, groups, dout_stride_b, dout_stride_g, DOUT_ALIGN)
     cols = tl.arange(0, BLOCK_C)
     dcontext = tl.zeros([BLOCK_C], ACC)
-    for tile in range(tiles_per_part):
-        row = (part * tiles_per_part + tile).to(tl.int64) * BLOCK_N
+    for tile in range(tiles_per_split):
+        row = (split * tiles_per_split + tile).to(tl.int64) * BLOCK_N
         rows = row + tl.arange(0, BLOCK_N)
         du = tl.zeros([BLOCK_N, BLOCK_C], ACC)
         for k0 in range(0, D, BLOCK_K):
@@ -92,20 +92,20 @@ def _rows_backward_kernel(
         tl.store(dv_ptr + offsets, to_operand(dv, DTYPE), mask=mask)
         if u_ptr is not None:
             tl.store(u_ptr + offsets, to_operand(gated * context, DTYPE), mask=mask)
-    part_offset = (sequence * num_parts + part) * C
+    part_offset = (sequence * num_splits + split) * C
     tl.store(dcontext_ptr + part_offset + cols, dcontext, mask=cols < C)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_parts"])
+@triton.jit(do_not_specialize=["num_sequences", "num_splits"])
 def _context_backward_kernel(
-    part_ptr,  # [B, num_parts, C]: the parts of dcontext
+    part_ptr,  # [B, num_splits, C]: shares of dcontext
     qkv_ptr,  # [1 + 2 C, C]
     dcontext_ptr, dpooled_ptr,  # [B, C] in ACC
-    num_sequences, num_parts,
+    num_sequences, num_splits,
     C: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_J columns of dp of BLOCK_B sequences."""
+    """BLOCK_J columns of dp for BLOCK_B sequences."""
     ACC: tl.constexpr = dpooled_ptr.dtype.element_ty
     across: tl.constexpr = (C + BLOCK_J - 1) // BLOCK_J
     pid = tl.program_id(0)
@@ -117,8 +117,8 @@ def _context_backward_kernel(
         ks = k0 + tl.arange(0, BLOCK_K)
         mask = valid[:, None] & (ks < C)[None, :]
         dcontext = tl.zeros([BLOCK_B, BLOCK_K], ACC)
-        for part in range(num_parts):
-            offsets = (sequences * num_parts + part)[:, None] * C + ks[None, :]
+        for split in range(num_splits):
+            offsets = (sequences * num_splits + split)[:, None] * C + ks[None, :]
             dcontext += tl.load(part_ptr + offsets, mask=mask, other=0.0)
         if pid % across == 0:
             tl.store(dcontext_ptr + sequences[:, None] * C + ks[None, :], dcontext, mask=mask)
@@ -130,7 +130,7 @@ def _context_backward_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "n_tokens", "num_parts", "tiles_per_part", "groups", "stride_b", "stride_g", "stride",
+        "n_tokens", "num_splits", "tiles_per_split", "groups", "stride_b", "stride_g", "stride",
         "dx_stride_b", "dx_stride_g", "dx_stride",
     ]
 )  # fmt: skip
@@ -140,38 +140,38 @@ def _tokens_backward_kernel(
     pooled_ptr, softmax_ptr, dpooled_ptr,  # [B, C], [B, 2], [B, C] in ACC
     dv_ptr,  # [B, N, C], contiguous
     dx_ptr,  # [B, N, C] or None
-    dquery_ptr,  # [B, num_parts, C] in ACC, or None
-    n_tokens, num_parts, tiles_per_part, groups,
+    dquery_ptr,  # [B, num_splits, C] in ACC, or None
+    n_tokens, num_splits, tiles_per_split, groups,
     stride_b, stride_g, stride, dx_stride_b, dx_stride_g, dx_stride,
     C: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     DX_CHANNELS_LAST: tl.constexpr, DX_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Consecutive tiles of tokens of one sequence: dx, and a part of dquery."""
+    """dx, and a share of dquery, for a split of the tokens of a sequence."""
     ACC: tl.constexpr = pooled_ptr.dtype.element_ty
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     n_tokens = aligned(n_tokens, CHANNELS_LAST, ALIGN)
     pid = tl.program_id(0)
-    sequence = (pid // num_parts).to(tl.int64)
-    part = pid % num_parts
+    sequence = (pid // num_splits).to(tl.int64)
+    split = pid % num_splits
     x_ptr += sequence_offset(sequence, groups, stride_b, stride_g, ALIGN)
     cols = tl.arange(0, BLOCK_C)
     one = tl.arange(0, 1)
     highest = tl.load(softmax_ptr + sequence * 2 + one)
     total = tl.load(softmax_ptr + sequence * 2 + 1 + one)
     dquery = tl.zeros([BLOCK_C], ACC)
-    for tile in range(tiles_per_part):
-        row = (part * tiles_per_part + tile).to(tl.int64) * BLOCK_N
+    for tile in range(tiles_per_split):
+        row = (split * tiles_per_split + tile).to(tl.int64) * BLOCK_N
         rows = row + tl.arange(0, BLOCK_N)
         valid = rows < n_tokens
         x_tile = load_tokens(x_ptr, rows, cols, n_tokens, C, stride, CHANNELS_LAST, ALIGN).to(ACC)
         scores = scores_of(x_tile, qkv_ptr, C, BLOCK_C, ACC)
         weights = tl.where(valid, tl.exp(tl.where(valid, scores - highest, 0.0)) / total, 0.0)
-        away = x_tile - load_vector(pooled_ptr + sequence * C, cols, C, ACC)[None, :]
+        centred = x_tile - load_vector(pooled_ptr + sequence * C, cols, C, ACC)[None, :]
         dpooled = load_vector(dpooled_ptr + sequence * C, cols, C, ACC)
-        dscores = weights * tl.sum(away * dpooled[None, :], 1)
-        dquery += tl.sum(away * dscores[:, None], 0)
+        dscores = weights * tl.sum(centred * dpooled[None, :], 1)
+        dquery += tl.sum(centred * dscores[:, None], 0)
         if dx_ptr is not None:
             dx_offset = sequence_offset(sequence, groups, dx_stride_b, dx_stride_g, DX_ALIGN)
             dv = load_rows(dv_ptr + sequence * n_tokens * C, rows, cols, n_tokens, C)
@@ -186,31 +186,31 @@ def _tokens_backward_kernel(
                 mask = valid[:, None] & (js < C)[None, :]
                 tl.store(dx_ptr + dx_offset + offsets, dx_tile.to(DTYPE), mask=mask)
     if dquery_ptr is not None:
-        part_offset = (sequence * num_parts + part) * C
+        part_offset = (sequence * num_splits + split) * C
         tl.store(dquery_ptr + part_offset + cols, dquery, mask=cols < C)
 
 
 @triton.jit(
     do_not_specialize=[
-        "n_tokens", "num_tiles", "num_splits", "tiles_per_split", "plane", "groups", "stride_b",
-        "stride_g", "stride", "dout_stride_b", "dout_stride_g", "dout_stride",
+        "n_tokens", "num_tiles", "num_splits", "tiles_per_split", "operand_stride", "groups",
+        "stride_b", "stride_g", "stride", "dout_stride_b", "dout_stride_g", "dout_stride",
     ]
 )  # fmt: skip
 def _weights_backward_kernel(
     x_ptr, dout_ptr,  # [B, N, C], [B, N, D]
-    planes_ptr,  # dv and u: [2, B, N, C]
+    operands_ptr,  # dv and u: [2, B, N, C]
     sums_ptr,  # [num_splits, C C + C D + C + D] in ACC: dWv, dWp^T, dbv, dbp
-    n_tokens, num_tiles, num_splits, tiles_per_split, plane, groups,
+    n_tokens, num_tiles, num_splits, tiles_per_split, operand_stride, groups,
     stride_b, stride_g, stride, dout_stride_b, dout_stride_g, dout_stride,
     C: tl.constexpr, D: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     DOUT_CHANNELS_LAST: tl.constexpr, DOUT_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dWv or dWp^T over one split of the tokens of all sequences.
+    """A tile of dWv or dWp^T over a split of the tokens of all sequences.
 
-    The programs at the left edge of dWv sum dv for a bias, those at the top edge of dWp^T sum dout.
-    num_tiles counts the tiles of tokens of all sequences, each within one.
+    Programs at the left edge of dWv also sum dv, and those at the top edge of dWp^T also sum dout,
+    for the biases. num_tiles counts the token tiles of all sequences; each is within one sequence.
     """
     ACC: tl.constexpr = sums_ptr.dtype.element_ty
     down: tl.constexpr = (C + BLOCK_R - 1) // BLOCK_R
@@ -227,7 +227,7 @@ def _weights_backward_kernel(
     job = tl.where(of_x, job, job - x_programs)
     left_cols = job // across * BLOCK_R + tl.arange(0, BLOCK_R)
     js = job % across * BLOCK_J + tl.arange(0, BLOCK_J)
-    plane_ptr = planes_ptr + tl.where(of_x, 0, 1).to(tl.int64) * plane
+    operands_ptr += tl.where(of_x, 0, 1).to(tl.int64) * operand_stride
     tiles_per_sequence = (n_tokens + BLOCK_N - 1) // BLOCK_N
 
     left_edge = of_x & (job % across == 0)
@@ -240,7 +240,7 @@ def _weights_backward_kernel(
         rows = (tile % tiles_per_sequence).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (left_cols < C)[:, None] & (rows < n_tokens)[None, :]
         offsets = (sequence * n_tokens + rows)[None, :] * C + left_cols[:, None]
-        left = tl.load(plane_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_R, BLOCK_N]
+        left = tl.load(operands_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_R, BLOCK_N]
         if of_x:
             offset = sequence_offset(sequence, groups, stride_b, stride_g, ALIGN)
             right = load_tokens(x_ptr + offset, rows, js, n_tokens, C, stride, CHANNELS_LAST, ALIGN)
@@ -268,14 +268,14 @@ def _weights_backward_kernel(
         tl.store(biases_ptr + C + js, top_sums, mask=js < D)
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@triton.jit(do_not_specialize=["num_partials"])
 def _sum_partials_kernel(
-    part_ptr,  # [num_parts, WIDTH] in ACC
+    part_ptr,  # [num_partials, WIDTH] in ACC
     sum_ptr,  # [WIDTH]
-    num_parts,
+    num_partials,
     WIDTH: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_J columns: all partials, rounded to the storage type."""
+    """Add all partial sums of BLOCK_J columns; store them rounded."""
     cols = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
-    sums = sum_partials(part_ptr, cols, num_parts, WIDTH, BLOCK_S, part_ptr.dtype.element_ty)
+    sums = sum_partials(part_ptr, cols, num_partials, WIDTH, BLOCK_S, part_ptr.dtype.element_ty)
     tl.store(sum_ptr + cols, sums.to(sum_ptr.dtype.element_ty), mask=cols < WIDTH)

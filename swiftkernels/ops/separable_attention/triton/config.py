@@ -1,7 +1,7 @@
-"""Tile sizes by width and storage type: one table, no tuning at the first call.
+"""Tile sizes by width and storage type. Nothing is tuned at the first call.
 
-Token and batch counts never enter, so they never trigger a recompilation, and the result for a
-sequence does not depend on its batch.
+Token and batch counts have no influence: they never trigger a recompilation, and the result of a
+sequence does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+
+from swiftkernels.backends.triton.sizes import power_of_two
 
 
 class Config(NamedTuple):
@@ -19,50 +21,37 @@ class Config(NamedTuple):
     block_k: int
     """Depth of a step of a product with weights."""
     block_j: int
-    """Columns written at a time."""
-    num_warps: int
-    num_stages: int
+    """Output columns computed at a time."""
+    num_warps: int = 8
+    num_stages: int = 2
 
 
-# (largest width of a tile, bytes of an element): chosen so that the kernels, compiled for sm_80,
-# sm_90 and gfx942, keep their tiles in registers and shared memory.
+# By (width of a tile, bytes of a number). Compiled for sm_80, sm_90 and gfx942 with these sizes,
+# kernels keep their tiles in registers and shared memory.
 _FORWARD = {
-    (64, 2): Config(32, 64, 32, 4, 2),
-    (64, 4): Config(32, 32, 16, 4, 2),
-    (128, 2): Config(32, 64, 32, 4, 2),
-    (128, 4): Config(32, 16, 16, 8, 1),
-    (256, 2): Config(32, 32, 32, 8, 2),
-    (256, 4): Config(16, 16, 16, 8, 2),
-    (512, 2): Config(16, 16, 16, 8, 2),
-    (512, 4): Config(16, 16, 16, 8, 1),
+    (64, 2): Config(block_n=32, block_k=64, block_j=32, num_warps=4),
+    (64, 4): Config(block_n=32, block_k=32, block_j=16, num_warps=4),
+    (128, 2): Config(block_n=32, block_k=64, block_j=32, num_warps=4),
+    (128, 4): Config(block_n=32, block_k=16, block_j=16, num_stages=1),
+    (256, 2): Config(block_n=32, block_k=32, block_j=32),
+    (256, 4): Config(block_n=16, block_k=16, block_j=16),
+    (512, 2): Config(block_n=16, block_k=16, block_j=16),
+    (512, 4): Config(block_n=16, block_k=16, block_j=16, num_stages=1),
 }
 _BACKWARD = {
-    (64, 2): Config(16, 64, 32, 4, 1),
-    (64, 4): Config(16, 16, 16, 4, 1),
-    (128, 2): Config(32, 64, 32, 4, 1),
-    (128, 4): Config(16, 16, 16, 8, 2),
-    (256, 2): Config(16, 32, 32, 4, 1),
-    (256, 4): Config(16, 16, 16, 8, 2),
-    (512, 2): Config(16, 16, 16, 8, 1),
-    (512, 4): Config(16, 16, 16, 8, 1),
+    (64, 2): Config(block_n=16, block_k=64, block_j=32, num_warps=4, num_stages=1),
+    (64, 4): Config(block_n=16, block_k=16, block_j=16, num_warps=4, num_stages=1),
+    (128, 2): Config(block_n=32, block_k=64, block_j=32, num_warps=4, num_stages=1),
+    (128, 4): Config(block_n=16, block_k=16, block_j=16),
+    (256, 2): Config(block_n=16, block_k=32, block_j=32, num_warps=4, num_stages=1),
+    (256, 4): Config(block_n=16, block_k=16, block_j=16),
+    (512, 2): Config(block_n=16, block_k=16, block_j=16, num_stages=1),
+    (512, 4): Config(block_n=16, block_k=16, block_j=16, num_stages=1),
 }
 
 
-def power_of_two(n: int) -> int:
-    """The smallest power of two >= n, and >= 16: what a tile of width n is padded to."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
-def _key(width: int, dtype: torch.dtype) -> tuple[int, int]:
-    # float64 is for checking gradients; it takes the row of float32.
-    return max(64, power_of_two(width)), min(4, dtype.itemsize)
-
-
-def forward_config(width: int, dtype: torch.dtype) -> Config:
-    """The tile sizes of the forward for C = width."""
-    return _FORWARD[_key(width, dtype)]
-
-
-def backward_config(width: int, dtype: torch.dtype) -> Config:
-    """The tile sizes of the backward for C = width."""
-    return _BACKWARD[_key(width, dtype)]
+def choose_config(width: int, dtype: torch.dtype, backward: bool) -> Config:
+    """The tile sizes of a forward or a backward for C = width."""
+    # float64 is for checking gradients; it uses the sizes of float32.
+    key = max(64, power_of_two(width)), min(4, dtype.itemsize)
+    return (_BACKWARD if backward else _FORWARD)[key]

@@ -1,11 +1,11 @@
 """Forward: three launches from x to the output.
 
-1. `_pool_forward_kernel` reads the tokens once and leaves, for every split of a sequence, the sum
-   of its tokens weighted with exp(score - highest), and the statistics of its scores.
-2. `_context_forward_kernel` combines the splits to the pooled token p, and makes the context
-   Wk p + bk: no keys are made of the tokens.
+1. `_pool_forward_kernel` reads the tokens once. For every split of a sequence it stores the sum of
+   the tokens, weighted with exp(score - highest), and the statistics of the scores.
+2. `_context_forward_kernel` combines the splits to the pooled token p, and computes the context
+   Wk p + bk. No key is computed.
 3. `_output_forward_kernel` reads the tokens again and writes the output,
-   (relu(x Wv^T + bv) * context) Wp^T + bp. Nothing else of the size of the tokens is written.
+   (relu(x Wv^T + bv) * context) Wp^T + bp. It is the only result of the size of the tokens.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ def sequence_offset(sequence, groups, stride_b, stride_g, ALIGN: tl.constexpr):
 
 @triton.jit
 def aligned(n_tokens, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
-    """n_tokens as a multiple of ALIGN where tokens are adjacent: then the mask of the last tile is
-    the same for all tokens of a wide load or store."""
+    """n_tokens, declared as a multiple of ALIGN where tokens are adjacent.
+
+    Then all tokens of a wide load or store are inside or outside together.
+    """
     return n_tokens if CHANNELS_LAST else tl.multiple_of(n_tokens.to(tl.int64), ALIGN)
 
 
@@ -50,7 +52,7 @@ def value_tile(
     C: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """x[rows] Wv^T + bv of one sequence -> [BLOCK_N, BLOCK_C] in ACC."""
+    """x[rows] Wv^T + bv of a sequence -> [BLOCK_N, BLOCK_C] in ACC."""
     cols = tl.arange(0, BLOCK_C)
     values = tl.zeros([BLOCK_N, BLOCK_C], ACC)
     for k0 in range(0, C, BLOCK_K):
@@ -65,7 +67,7 @@ def value_tile(
 
 @triton.jit
 def scores_of(x_tile, qkv_ptr, C: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
-    """Scores of the rows of x, [R, BLOCK_C] in ACC -> [R]; their bias cancels in the softmax."""
+    """Scores of the rows of x, [R, BLOCK_C] in ACC -> [R]. Their bias cancels in the softmax."""
     return tl.sum(x_tile * load_vector(qkv_ptr, tl.arange(0, BLOCK_C), C, ACC)[None, :], 1)
 
 
@@ -82,7 +84,7 @@ def _pool_forward_kernel(
     C: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Pool one split of a sequence."""
+    """Pool a split of a sequence."""
     ACC: tl.constexpr = pooled_ptr.dtype.element_ty
     n_tokens = aligned(n_tokens, CHANNELS_LAST, ALIGN)
     pid = tl.program_id(0)
@@ -116,14 +118,14 @@ def _pool_forward_kernel(
 
 @triton.jit(do_not_specialize=["num_sequences", "num_splits"])
 def _context_forward_kernel(
-    part_ptr, part_stat_ptr,  # [B, num_splits, C], [B, num_splits, 2]: what the first launch made
+    part_ptr, part_stat_ptr,  # [B, num_splits, C], [B, num_splits, 2]: from the first launch
     qkv_ptr, qkv_bias_ptr,  # [1 + 2 C, C], [1 + 2 C] or None
     context_ptr, pooled_ptr, softmax_ptr,  # [B, C], [B, C], [B, 2] in ACC
     num_sequences, num_splits,
     C: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_J columns of the context of BLOCK_B sequences."""
+    """BLOCK_J columns of the context for BLOCK_B sequences."""
     ACC: tl.constexpr = context_ptr.dtype.element_ty
     across: tl.constexpr = (C + BLOCK_J - 1) // BLOCK_J
     pid = tl.program_id(0)
@@ -156,7 +158,7 @@ def _context_forward_kernel(
         if pid % across == 0:
             tl.store(pooled_ptr + sequences[:, None] * C + ks[None, :], pooled, mask=mask)
         key_tile = load_transposed(qkv_ptr + C, js, ks, C, C)  # [BLOCK_K, BLOCK_J]
-        # Few rows: the product costs little in ACC, and p is not rounded.
+        # In ACC, so that p is not rounded: with few rows the product costs little.
         context = dot(pooled, key_tile.to(ACC), context, PRECISION)
     if qkv_bias_ptr is not None:
         context += load_vector(qkv_bias_ptr + 1, js, C, ACC)[None, :]
@@ -186,7 +188,7 @@ def _output_forward_kernel(
     OUT_CHANNELS_LAST: tl.constexpr, OUT_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """One tile of tokens of one sequence, from x to the output."""
+    """A tile of tokens of a sequence, from x to the output."""
     ACC: tl.constexpr = context_ptr.dtype.element_ty
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     n_tokens = aligned(n_tokens, CHANNELS_LAST, ALIGN)

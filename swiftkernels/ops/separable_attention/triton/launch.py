@@ -1,4 +1,4 @@
-"""Separable attention by Triton kernels, as a backend (`ops/operator.py`)."""
+"""The Triton kernels as a backend (`ops/operator.py`)."""
 
 from __future__ import annotations
 
@@ -11,22 +11,32 @@ import torch
 from torch import Tensor
 
 from swiftkernels.backends.layouts import accumulator
-from swiftkernels.backends.torch_state import allow_tf32, device_guard, fits_kernels
-from swiftkernels.backends.triton.prepared import Prepared
+from swiftkernels.backends.torch_state import device_guard
+from swiftkernels.backends.triton.kernel_launch import KernelLaunch
+from swiftkernels.backends.triton.sizes import (
+    cdiv,
+    power_of_two,
+    split_batch,
+    split_tokens,
+    sum_tile,
+)
+from swiftkernels.backends.triton.tensors import (
+    Layout,
+    all_fit_kernels,
+    compact,
+    contiguous,
+    layout,
+    precision,
+)
 from swiftkernels.ops.operator import Needs
 from swiftkernels.ops.separable_attention.layouts import Sequences, output_like, sequences_of
+from swiftkernels.ops.separable_attention.triton import config
 from swiftkernels.ops.separable_attention.triton.backward import (
     _context_backward_kernel,
     _rows_backward_kernel,
     _sum_partials_kernel,
     _tokens_backward_kernel,
     _weights_backward_kernel,
-)
-from swiftkernels.ops.separable_attention.triton.config import (
-    Config,
-    backward_config,
-    forward_config,
-    power_of_two,
 )
 from swiftkernels.ops.separable_attention.triton.forward import (
     _context_forward_kernel,
@@ -35,21 +45,12 @@ from swiftkernels.ops.separable_attention.triton.forward import (
 )
 from swiftkernels.ops.separable_attention.weights import Options, Weights
 
-MAX_PARTS = 64
-"""Partial sums that the tokens of a sequence are pooled in, at most."""
-
-PROGRAMS = 128
-"""Programs that fill a GPU, about."""
-
-MAX_SPLITS, SPLIT_TILES = 64, 32
-"""Partial sums of the weight gradients, at most, and tiles of tokens that are worth one more."""
-
 BLOCK_B = 16
-"""Sequences of a tile of contexts; `tl.dot` takes no fewer rows."""
+"""Sequences of a tile of contexts: `tl.dot` needs at least 16 rows."""
 
 
 class Saved(NamedTuple):
-    """What the backward needs beside the inputs, in the accumulator type; B counts sequences."""
+    """What the backward needs besides the inputs, in the accumulator type; B counts sequences."""
 
     context: Tensor
     """[B, C]."""
@@ -59,62 +60,26 @@ class Saved(NamedTuple):
     """[B, 2]: the highest score, and the sum of exp(score - highest)."""
 
 
-class Layout(NamedTuple):
-    """How sequences lie in memory; one of the strides of token and channel is 1.
-
-    `align` divides the strides and, where tokens are adjacent, their number.
-    """
-
-    stride_b: int
-    stride_g: int
-    stride: int
-    channels_last: bool
-    align: int
-
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        return self.stride_b, self.stride_g, self.stride
-
-
 @functools.lru_cache(maxsize=1024)
 def _layout(s: Sequences) -> Layout | None:
-    """None: neither tokens nor channels are adjacent."""
-    stride_b, stride_g, token_stride, channel_stride = s.strides
-    if channel_stride == 1 or s.width == 1:
-        stride, channels_last = token_stride, True
-    elif token_stride == 1 or s.tokens == 1:
-        stride, channels_last = channel_stride, False
-    else:
-        return None
-    align = math.gcd(16, stride_b, stride_g, stride)
-    if not channels_last:
-        align = math.gcd(align, s.tokens)
-    return Layout(stride_b, stride_g, stride, channels_last, align)
+    """The layout of the sequences; None if neither tokens nor channels are adjacent.
+
+    Where tokens are adjacent, `align` also divides their number.
+    """
+    found = layout(s.tokens, s.width, s.strides)
+    if found is None or found.channels_last:
+        return found
+    return found._replace(align=math.gcd(found.align, s.tokens))
 
 
 def _readable(t: Tensor) -> tuple[Tensor, Layout]:
     """t and its layout, or those of a copy where the kernels cannot read its strides."""
     found = _layout(sequences_of(t))
-    if found is not None:
-        return t, found
-    # `contiguous()` is not enough: it returns tensors unchanged when only axes of one element have
-    # odd strides.
-    return _readable(t.new_empty(t.shape).copy_(t))
+    return _readable(compact(t)) if found is None else (t, found)
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _divide(n_tokens: int, block_n: int) -> tuple[int, int]:
-    """(parts, tiles in each) of the tokens of a sequence: a function of N only."""
-    tiles = _cdiv(n_tokens, block_n)
-    tiles_per_part = _cdiv(tiles, MAX_PARTS)
-    return _cdiv(tiles, tiles_per_part), tiles_per_part
-
-
-class _Kind(NamedTuple):
-    """All that the kernels of a call are compiled for, or their grids computed from."""
+class _LaunchKey(NamedTuple):
+    """What the launches of a call depend on: constants of the kernels, sizes of the grids."""
 
     sequences: int
     groups: int
@@ -127,31 +92,31 @@ class _Kind(NamedTuple):
     missing: tuple[bool, ...]
     """Which of the weights are None."""
     reusable: bool
-    """As `Prepared` has it."""
+    """See `KernelLaunch`."""
     x: Layout
     out: Layout
     """Of the output, or of its gradient."""
 
-    def constants(self, config: Config) -> dict[str, Any]:
-        """Of every kernel that goes through tokens."""
+    def constants(self, cfg: config.Config) -> dict[str, Any]:
+        """The constants that all kernels with tiles of tokens have."""
         return {
             "C": self.width,
             "CHANNELS_LAST": self.x.channels_last,
             "ALIGN": self.x.align,
             "PRECISION": self.precision,
-            "BLOCK_N": config.block_n,
+            "BLOCK_N": cfg.block_n,
             "BLOCK_C": power_of_two(self.width),
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
+            "num_warps": cfg.num_warps,
+            "num_stages": cfg.num_stages,
         }
 
-    def of_contexts(self, kernel: Any, parts: int) -> Prepared:
-        """A launch over the contexts of all sequences."""
+    def context_launch(self, kernel: Any, splits: int) -> KernelLaunch:
+        """A launch of a kernel on the contexts of all sequences."""
         block_j = min(64, power_of_two(self.width))
-        return Prepared(
+        return KernelLaunch(
             kernel,
-            _cdiv(self.sequences, BLOCK_B) * _cdiv(self.width, block_j),
-            (self.sequences, parts),
+            cdiv(self.sequences, BLOCK_B) * cdiv(self.width, block_j),
+            (self.sequences, splits),
             {
                 "C": self.width, "PRECISION": self.precision, "BLOCK_B": BLOCK_B, "BLOCK_K": 32,
                 "BLOCK_J": block_j, "num_warps": 4 if self.width <= 256 else 8, "num_stages": 2,
@@ -160,153 +125,148 @@ class _Kind(NamedTuple):
         )  # fmt: skip
 
 
-class _ForwardPlan:
-    """The three launches of a forward for one kind of call.
+class _ForwardLaunches:
+    """The three launches of a forward.
 
     Attributes:
-        parts: partial sums of a sequence that the first launch leaves.
+        splits: partial sums of a sequence that the first launch computes.
     """
 
-    def __init__(self, kind: _Kind) -> None:
-        config = forward_config(kind.width, kind.dtype)
-        constants = kind.constants(config)
-        self.parts, tiles_per_part = _divide(kind.n_tokens, config.block_n)
-        self.pool = Prepared(
+    def __init__(self, key: _LaunchKey) -> None:
+        cfg = config.choose_config(key.width, key.dtype, backward=False)
+        constants = key.constants(cfg)
+        self.splits, tiles_per_split = split_tokens(key.n_tokens, cfg.block_n)
+        self.pool = KernelLaunch(
             _pool_forward_kernel,
-            kind.sequences * self.parts,
-            (kind.n_tokens, self.parts, tiles_per_part, kind.groups, *kind.x.strides),
+            key.sequences * self.splits,
+            (key.n_tokens, self.splits, tiles_per_split, key.groups, *key.x.strides),
             {name: value for name, value in constants.items() if name != "PRECISION"},
-            kind.reusable,
+            key.reusable,
         )
-        self.context = kind.of_contexts(_context_forward_kernel, self.parts)
-        tiles = _cdiv(kind.n_tokens, config.block_n)
-        self.output = Prepared(
+        self.context = key.context_launch(_context_forward_kernel, self.splits)
+        tiles = cdiv(key.n_tokens, cfg.block_n)
+        self.output = KernelLaunch(
             _output_forward_kernel,
-            kind.sequences * tiles,
-            (kind.n_tokens, tiles, kind.groups, *kind.x.strides, *kind.out.strides),
+            key.sequences * tiles,
+            (key.n_tokens, tiles, key.groups, *key.x.strides, *key.out.strides),
             constants
             | {
-                "D": kind.out_width,
-                "OUT_CHANNELS_LAST": kind.out.channels_last,
-                "OUT_ALIGN": kind.out.align,
-                "BLOCK_K": config.block_k,
-                "BLOCK_J": config.block_j,
+                "D": key.out_width,
+                "OUT_CHANNELS_LAST": key.out.channels_last,
+                "OUT_ALIGN": key.out.align,
+                "BLOCK_K": cfg.block_k,
+                "BLOCK_J": cfg.block_j,
             },
-            kind.reusable,
+            key.reusable,
         )
 
 
-_forward_plan = functools.lru_cache(maxsize=512)(_ForwardPlan)
+_forward_launches = functools.lru_cache(maxsize=512)(_ForwardLaunches)
 
 
-class _BackwardPlan:
-    """The launches of a backward for one kind of call.
+class _BackwardLaunches:
+    """The launches of a backward.
 
     Attributes:
-        parts: partial sums of a sequence that the kernels leave.
-        splits: partial sums of the weight gradients.
+        splits: partial sums of a sequence that the kernels compute.
+        weight_splits: partial sums of the weight gradients.
+        sum_width: numbers of such a sum.
     """
 
-    def __init__(self, kind: _Kind, dx: Layout | None) -> None:
-        width, out_width, n_tokens = kind.width, kind.out_width, kind.n_tokens
-        config = backward_config(width, kind.dtype)
-        self.parts, tiles_per_part = _divide(n_tokens, config.block_n)
-        constants = kind.constants(config)
-        numbers = (n_tokens, self.parts, tiles_per_part, kind.groups, *kind.x.strides)
+    def __init__(self, key: _LaunchKey, dx: Layout | None) -> None:
+        width, out_width, n_tokens = key.width, key.out_width, key.n_tokens
+        cfg = config.choose_config(width, key.dtype, backward=True)
+        self.splits, tiles_per_split = split_tokens(n_tokens, cfg.block_n)
+        constants = key.constants(cfg)
+        numbers = (n_tokens, self.splits, tiles_per_split, key.groups, *key.x.strides)
         of_dout = {
             "D": out_width,
-            "DOUT_CHANNELS_LAST": kind.out.channels_last,
-            "DOUT_ALIGN": kind.out.align,
+            "DOUT_CHANNELS_LAST": key.out.channels_last,
+            "DOUT_ALIGN": key.out.align,
         }
-        self.rows = Prepared(
+        self.rows = KernelLaunch(
             _rows_backward_kernel,
-            kind.sequences * self.parts,
-            (*numbers, *kind.out.strides),
-            constants | of_dout | {"BLOCK_K": config.block_k},
-            kind.reusable,
+            key.sequences * self.splits,
+            (*numbers, *key.out.strides),
+            constants | of_dout | {"BLOCK_K": cfg.block_k},
+            key.reusable,
         )
-        self.context = kind.of_contexts(_context_backward_kernel, self.parts)
-        dx = dx or kind.x
-        self.tokens = Prepared(
+        self.context = key.context_launch(_context_backward_kernel, self.splits)
+        dx = dx or key.x
+        self.tokens = KernelLaunch(
             _tokens_backward_kernel,
-            kind.sequences * self.parts,
+            key.sequences * self.splits,
             (*numbers, *dx.strides),
             constants
             | {
                 "DX_CHANNELS_LAST": dx.channels_last,
                 "DX_ALIGN": dx.align,
-                "BLOCK_J": config.block_j,
+                "BLOCK_J": cfg.block_j,
             },
-            kind.reusable,
+            key.reusable,
         )
         block = 64
-        jobs = _cdiv(width, block) * (_cdiv(width, block) + _cdiv(out_width, block))
-        tiles = kind.sequences * _cdiv(n_tokens, block)
-        # As many as fill a GPU; more only where the tokens outweigh the sums by far.
-        splits = max(_cdiv(PROGRAMS, jobs), min(MAX_SPLITS, tiles // SPLIT_TILES))
-        tiles_per_split = _cdiv(tiles, max(1, min(splits, tiles)))
-        self.splits = _cdiv(tiles, tiles_per_split)
-        self.weights = Prepared(
+        jobs = cdiv(width, block) * (cdiv(width, block) + cdiv(out_width, block))
+        tiles = key.sequences * cdiv(n_tokens, block)
+        self.weight_splits, tiles_per_split = split_batch(jobs, tiles)
+        self.weights = KernelLaunch(
             _weights_backward_kernel,
-            jobs * self.splits,
+            jobs * self.weight_splits,
             (
-                n_tokens, tiles, self.splits, tiles_per_split, kind.sequences * n_tokens * width,
-                kind.groups, *kind.x.strides, *kind.out.strides,
+                n_tokens, tiles, self.weight_splits, tiles_per_split,
+                key.sequences * n_tokens * width, key.groups, *key.x.strides, *key.out.strides,
             ),
             {name: constants[name] for name in ("C", "CHANNELS_LAST", "ALIGN", "PRECISION")}
             | of_dout
             | {
                 "BLOCK_R": block, "BLOCK_J": block, "BLOCK_N": block,
-                "num_warps": 4 if kind.dtype.itemsize == 2 else 8,
-                "num_stages": 2 if kind.dtype.itemsize == 2 or width <= 64 else 1,
+                "num_warps": 4 if key.dtype.itemsize == 2 else 8,
+                "num_stages": 2 if key.dtype.itemsize == 2 or width <= 64 else 1,
             },
-            kind.reusable,
+            key.reusable,
         )  # fmt: skip
         self.sum_width = width * width + out_width * width + width + out_width
-        self.sum_query = _sum(kind.sequences * self.parts, width, kind.reusable)
-        self.sum_weights = _sum(self.splits, self.sum_width, kind.reusable)
+        self.sum_query = _sum(key.sequences * self.splits, width, key.reusable)
+        self.sum_weights = _sum(self.weight_splits, self.sum_width, key.reusable)
 
 
-def _sum(parts: int, width: int, reusable: bool) -> Prepared:
-    """A launch of `_sum_partials_kernel`; a tile of 16,384 numbers stays in registers."""
-    columns = min(max(64, power_of_two(width // PROGRAMS)), 4096)
-    return Prepared(
+def _sum(parts: int, width: int, reusable: bool) -> KernelLaunch:
+    """A launch of `_sum_partials_kernel`."""
+    columns, partials = sum_tile(width)
+    return KernelLaunch(
         _sum_partials_kernel,
-        _cdiv(width, columns),
+        cdiv(width, columns),
         (parts,),
         {
-            "WIDTH": width, "BLOCK_J": columns, "BLOCK_S": min(32, 16_384 // columns),
-            "num_warps": 8, "num_stages": 2,
+            "WIDTH": width, "BLOCK_J": columns, "BLOCK_S": partials, "num_warps": 8,
+            "num_stages": 2,
         },
         reusable,
     )  # fmt: skip
 
 
-_backward_plan = functools.lru_cache(maxsize=512)(_BackwardPlan)
+_backward_launches = functools.lru_cache(maxsize=512)(_BackwardLaunches)
 
 
-def forget_plans() -> None:
-    """Plan the next calls anew: for whoever changes what plans are made of."""
-    _forward_plan.cache_clear()
-    _backward_plan.cache_clear()
+def forget_launches() -> None:
+    """Clear the cache of launches, after a change that their keys do not show."""
+    _forward_launches.cache_clear()
+    _backward_launches.cache_clear()
 
 
-def _kind(x: Tensor, weights: Weights, layout: Layout, out: Layout, *others: Tensor) -> _Kind:
+def _launch_key(
+    x: Tensor, weights: Weights, layout: Layout, out: Layout, *others: Tensor
+) -> _LaunchKey:
     s = sequences_of(x)
-    tensors = (x, *others, *[w for w in weights if w is not None])
-    return _Kind(
+    return _LaunchKey(
         s.batch * s.groups, s.groups, s.tokens, s.width, weights.token_dim, x.dtype, x.device,
-        "tf32" if x.dtype == torch.float32 and allow_tf32() else "ieee",
-        tuple([w is None for w in weights]), all(map(fits_kernels, tensors)), layout, out,
+        precision(x.dtype), tuple([w is None for w in weights]),
+        all_fit_kernels((x, *others, *weights)), layout, out,
     )  # fmt: skip
 
 
-def _contiguous(weights: Weights) -> Weights:
-    return Weights(*[None if w is None else w.contiguous() for w in weights])  # type: ignore[arg-type]
-
-
 def saved_like(inputs: Sequence[Tensor], weights: Weights, keep: str) -> Saved:
-    """What a forward saves, uninitialised."""
+    """Uninitialised results that a forward saves."""
     (x,) = inputs
     batch, groups, _, width, _ = sequences_of(x)
     new = functools.partial(x.new_empty, dtype=accumulator(x.dtype))
@@ -318,23 +278,23 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """The output, [B, N, D] or [B, D, P, N], and what the backward needs."""
     x, layout = _readable(inputs[0])
-    weights = _contiguous(weights)
+    weights = Weights(*contiguous(weights))
     out = x.new_empty_strided(*output_like(inputs[0], weights.token_dim))
     saved = saved_like(inputs, weights, keep)
     if out.numel() == 0:
         return out, saved
     out_layout = _layout(sequences_of(out))
     assert out_layout is not None
-    kind = _kind(x, weights, layout, out_layout)
-    plan = _forward_plan(kind)
+    key = _launch_key(x, weights, layout, out_layout)
+    launches = _forward_launches(key)
     new = functools.partial(x.new_empty, dtype=accumulator(x.dtype))
-    pooled = new(kind.sequences, plan.parts, kind.width)
-    statistics = new(kind.sequences, plan.parts, 2)
+    pooled = new(key.sequences, launches.splits, key.width)
+    statistics = new(key.sequences, launches.splits, 2)
     qkv, qkv_bias, proj, proj_bias = weights
     with device_guard(x):
-        plan.pool(x, qkv, pooled, statistics)
-        plan.context(pooled, statistics, qkv, qkv_bias, *saved)
-        plan.output(x, qkv, qkv_bias, proj, proj_bias, saved.context, out)
+        launches.pool(x, qkv, pooled, statistics)
+        launches.context(pooled, statistics, qkv, qkv_bias, *saved)
+        launches.output(x, qkv, qkv_bias, proj, proj_bias, saved.context, out)
     return out, saved
 
 
@@ -347,42 +307,42 @@ def backward(
     options: Options,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x and of the four weights; None where not asked for or without bias."""
+    """Gradients of x and of the four weights; None where not needed or without bias."""
     x, layout = _readable(inputs[0])
     dout, dout_layout = _readable(dout)
-    weights = _contiguous(weights)
+    weights = Weights(*contiguous(weights))
     qkv, qkv_bias, proj, proj_bias = weights
-    context, pooled, softmax = (t.contiguous() for t in saved)  # hooks may have put them anywhere
+    context, pooled, softmax = contiguous(saved)  # hooks may have changed their strides
     dx = written = dx_layout = None
     if needs.inputs:
         dx = written = torch.empty_like(inputs[0])
         if _layout(sequences_of(dx)) is None:
             written = dx.new_empty(dx.shape)
         dx_layout = _layout(sequences_of(written))
-    kind = _kind(x, weights, layout, dout_layout, dout)
-    plan = _backward_plan(kind, dx_layout)
+    key = _launch_key(x, weights, layout, dout_layout, dout)
+    launches = _backward_launches(key, dx_layout)
     new = functools.partial(x.new_empty, dtype=accumulator(x.dtype))
-    planes = x.new_empty(1 + needs.weights, kind.sequences, kind.n_tokens, kind.width)
-    dv, u = planes[0], planes[1] if needs.weights else None
-    dcontext_parts = new(kind.sequences, plan.parts, kind.width)
+    operands = x.new_empty(1 + needs.weights, key.sequences, key.n_tokens, key.width)
+    dv, u = operands[0], operands[1] if needs.weights else None
+    dcontext_parts = new(key.sequences, launches.splits, key.width)
     dquery_parts = torch.empty_like(dcontext_parts) if needs.weights else None
     dcontext, dpooled = torch.empty_like(pooled), torch.empty_like(pooled)
     with device_guard(x):
-        plan.rows(x, qkv, qkv_bias, proj, context, dout, dv, u, dcontext_parts)
-        plan.context(dcontext_parts, qkv, dcontext, dpooled)
-        plan.tokens(x, qkv, pooled, softmax, dpooled, dv, written, dquery_parts)
+        launches.rows(x, qkv, qkv_bias, proj, context, dout, dv, u, dcontext_parts)
+        launches.context(dcontext_parts, qkv, dcontext, dpooled)
+        launches.tokens(x, qkv, pooled, softmax, dpooled, dv, written, dquery_parts)
         if dx is not None and written is not None and written is not dx:
             dx.copy_(written)
         if not needs.weights:
             return dx, None, None, None, None
-        parts = new(plan.splits, plan.sum_width)
-        sums, dquery = x.new_empty(plan.sum_width), x.new_empty(1, kind.width)
-        plan.weights(x, dout, planes, parts)
-        plan.sum_weights(parts, sums)
-        plan.sum_query(dquery_parts, dquery)
-        sizes = [kind.width**2, kind.width * kind.out_width, kind.width, kind.out_width]
+        parts = new(launches.weight_splits, launches.sum_width)
+        sums, dquery = x.new_empty(launches.sum_width), x.new_empty(1, key.width)
+        launches.weights(x, dout, operands, parts)
+        launches.sum_weights(parts, sums)
+        launches.sum_query(dquery_parts, dquery)
+        sizes = [key.width**2, key.width * key.out_width, key.width, key.out_width]
         dwv, dwp, dbv, dbp = sums.split(sizes)
-        dproj = dwp.view(kind.width, kind.out_width).t().reshape(proj.shape)
+        dproj = dwp.view(key.width, key.out_width).t().reshape(proj.shape)
         dwk = (dcontext.t() @ pooled).to(x.dtype)
         dqkv = torch.cat((dquery, dwk, dwv.view(dwk.shape))).view(qkv.shape)
         dqkv_bias = None

@@ -1,10 +1,8 @@
-"""Launches prepared once and started again and again.
+"""Launches of compiled kernels without Triton's lookup.
 
 At every `kernel[grid](...)` Triton looks at each of some thirty arguments to find the compiled
-kernel, and that takes the host longer than a small layer takes the GPU. A `Prepared` launch keeps
-the kernel that the first call found. Its maker answers for it that later calls differ in addresses
-alone: types, alignments and None's of the pointers, numbers and constants are those of the first,
-or says that it cannot (`reusable`).
+kernel. That takes the host longer than a small layer takes the GPU. A `KernelLaunch` keeps the
+kernel that its first call found.
 """
 
 from __future__ import annotations
@@ -17,11 +15,19 @@ from triton import knobs
 from triton.runtime import driver
 
 Pointer = Tensor | int | None
-"""A tensor or, once the kernel is compiled, an address on the device; None stands for nothing."""
+"""A tensor or, once the kernel is compiled, an address on the device; None for no tensor."""
 
 
-class Prepared:
-    """One launch of a kernel whose parameters are pointers, then numbers, then constants."""
+class KernelLaunch:
+    """A launch of a kernel whose parameters are pointers, then numbers, then constants.
+
+    Args:
+        kernel: a `triton.jit` function.
+        programs: size of the grid.
+        numbers, constants: the arguments after the pointers.
+        reusable: whether all calls differ in addresses only, so that one compiled kernel serves
+            them: the pointers have the types, alignments and Nones of the first call.
+    """
 
     __slots__ = ("_constants", "_grid", "_kernel", "_numbers", "_rest", "_reusable", "_start")
 
@@ -41,7 +47,7 @@ class Prepared:
 
     @property
     def ready(self) -> bool:
-        """Whether the kernel is compiled; the interpreter, which compiles nothing, never is."""
+        """Whether the kernel is compiled. In the interpreter, which does not compile, never."""
         return self._start is not None
 
     def __call__(self, *pointers: Pointer) -> None:
@@ -54,17 +60,19 @@ class Prepared:
             return
         compiled = self._kernel[self._grid](*pointers, *self._numbers, **self._constants)
         if compiled is not None and self._reusable:
-            # A compiled kernel takes all its parameters in order; num_warps and the like are none.
+            # A compiled kernel takes its parameters in order; num_warps and the like are not among
+            # them.
             names = self._kernel.arg_names[len(pointers) + len(self._numbers) :]
             self._rest = (*self._numbers, *(self._constants[name] for name in names))
             self._start = _starter(compiled, self._grid)
 
 
 def _starter(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
-    """`compiled[grid]`, but for what that gathers for profilers before every launch.
+    """`compiled[grid]`, without the record that it makes for profilers before every launch.
 
-    Where one listens, or where Triton's insides are others than in 3.6 to 3.9, it is that itself.
-    Like it, it knows nothing of `pre_run_hooks` of the kernel and later changes of Triton's knobs.
+    It is `compiled[grid]` itself while a profiler listens, and where Triton's internals are not
+    those of 3.6 to 3.9. Both ignore `pre_run_hooks` of the kernel and later changes of Triton's
+    knobs.
     """
     start: Callable[..., None] = compiled[grid]
     try:
@@ -73,7 +81,7 @@ def _starter(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
     except AttributeError:
         return start
 
-    def start_unheard(*args: Any) -> None:
+    def start_without_record(*args: Any) -> None:
         runtime = knobs.runtime
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         if enter.calls or leave.calls:
@@ -83,4 +91,4 @@ def _starter(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
         stream = active.get_current_stream(active.get_current_device())
         run(*grid, stream, function, metadata, None, enter, leave, *args)
 
-    return start_unheard
+    return start_without_record

@@ -1,19 +1,16 @@
-"""The operators that the benchmarks measure: how to make their layers, and at which sizes.
-
-A further operator is one more `Operator` in `OPERATORS`.
-"""
+"""Additive attention as the benchmarks measure it: the sizes of the SwiftFormers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftkernels.ops.additive_attention.layer import AdditiveAttention
 from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
+from swiftkernels.ops.benchmark import Benchmark, Size
 
 IMAGE_SIZE = 224
 """Pixels of a side of the images that the networks classify."""
@@ -51,18 +48,6 @@ class Stage:
         return (IMAGE_SIZE // 4 // 2**self.index) ** 2
 
 
-class Size(NamedTuple):
-    """Tokens and width of an input [B, N, C]."""
-
-    tokens: int
-    """N"""
-    width: int
-    """C"""
-    name: str = ""
-    stage: Stage | None = None
-    """The first stage with this size; None if there is none."""
-
-
 def _swiftformer_sizes() -> tuple[Size, ...]:
     """The different sizes of all stages, each named by the stages that have it."""
     shared: dict[tuple[int, int], list[Stage]] = {}
@@ -72,25 +57,7 @@ def _swiftformer_sizes() -> tuple[Size, ...]:
     return tuple(Size(*k, "/".join(s.name for s in own), own[0]) for k, own in shared.items())
 
 
-@dataclass(frozen=True)
-class Operator:
-    """An operator [B, N, C] -> [B, N, C] of this library."""
-
-    name: str
-    layer: Callable[[int, str], nn.Module]
-    """The layer from its width C and a backend, with weights drawn from torch's generator."""
-    choose_backend: Callable[[str, Tensor], str]
-    """The backend that runs where this one is asked for, for an input."""
-    published: Callable[[nn.Module], nn.Module]
-    """The layer as its authors publish it, with the weights of one by `layer`. It needs nothing but
-    operators of PyTorch that export to ONNX."""
-    sizes: tuple[Size, ...]
-    """The sizes at which networks use the operator."""
-    quick_sizes: tuple[Size, ...]
-    """Some of `sizes`, for a short run."""
-
-
-class _PublishedAdditive(nn.Module):
+class PublishedAttention(nn.Module):
     """The formula of additive attention, without checks.
 
     Scores are a column [B, N, 1]: OpenVINO's importer fails on the product with a vector.
@@ -111,28 +78,16 @@ class _PublishedAdditive(nn.Module):
         return self.final(self.proj(G * k) + q)
 
 
-def _additive_layer(width: int, backend: Any) -> nn.Module:
-    return AdditiveAttention(width, width, num_heads=1, backend=backend)
-
-
-def _choose_additive_backend(backend: str, x: Tensor) -> str:
-    return SELF_ATTENTION.choose_backend(backend, x, x.shape[-1])
-
-
-def _published_additive(layer: nn.Module) -> nn.Module:
-    assert isinstance(layer, AdditiveAttention)
-    return _PublishedAdditive(layer)
+def _layer(width: int, backend: Any) -> nn.Module:
+    return AdditiveAttention(width, backend=backend)
 
 
 _SIZES = _swiftformer_sizes()
 
-ADDITIVE_ATTENTION = Operator(
-    "additive_attention",
-    layer=_additive_layer,
-    choose_backend=_choose_additive_backend,
-    published=_published_additive,
+BENCHMARK = Benchmark(
+    SELF_ATTENTION,
+    layer=_layer,
+    published=PublishedAttention,
     sizes=_SIZES,
     quick_sizes=tuple(s for s in _SIZES if s.name in ("XS-1/S-1/L1-1", "XS-3", "XS-4")),
 )
-
-OPERATORS = {ADDITIVE_ATTENTION.name: ADDITIVE_ATTENTION}

@@ -1,0 +1,77 @@
+"""What a launch needs to know about its tensors: strides, alignment, precision."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from swiftkernels.backends.torch_state import allow_tf32, fits_kernels
+
+
+class Layout(NamedTuple):
+    """Strides of tokens of which either the channels or the tokens are adjacent in memory."""
+
+    batch_strides: tuple[int, ...]
+    """Of the axes before tokens and channels."""
+    stride: int
+    """Of the tokens if `channels_last`, else of the channels; the other stride is 1."""
+    channels_last: bool
+    align: int
+    """A power of two up to 16 that divides all strides but that of 1."""
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """As the kernels take them."""
+        return (*self.batch_strides, self.stride)
+
+
+@functools.lru_cache(maxsize=1024)
+def layout(n_tokens: int, width: int, strides: tuple[int, ...]) -> Layout | None:
+    """The layout of tokens; None if neither tokens nor channels are adjacent.
+
+    Args:
+        n_tokens: tokens of a sequence.
+        width: channels.
+        strides: of the batch axes, of tokens, of channels.
+    """
+    *batch_strides, token_stride, channel_stride = strides
+    if channel_stride == 1 or width == 1:
+        stride, channels_last = token_stride, True
+    elif token_stride == 1 or n_tokens == 1:
+        stride, channels_last = channel_stride, False
+    else:
+        return None
+    align = math.gcd(16, *batch_strides, stride)
+    return Layout(tuple(batch_strides), stride, channels_last, align)
+
+
+def compact(t: Tensor) -> Tensor:
+    """A copy of t without gaps.
+
+    `contiguous()` is not enough: it returns a tensor unchanged if only axes of one element have odd
+    strides.
+    """
+    return t.new_empty(t.shape).copy_(t)
+
+
+def contiguous(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """The tensors, or contiguous copies."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def all_fit_kernels(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether all lie as kernels expect that are launched by address: see `fits_kernels`."""
+    for t in tensors:  # noqa: SIM110 - a generator takes twice as long
+        if t is not None and not fits_kernels(t):
+            return False
+    return True
+
+
+def precision(dtype: torch.dtype) -> str:
+    """`input_precision` of the matrix products on tensors of that type."""
+    return "tf32" if dtype == torch.float32 and allow_tf32() else "ieee"
