@@ -660,12 +660,14 @@ def backward(
         )  # fmt: skip
         if source is not None and needs.inputs and not read.project:
             dx = _input_gradient(dq, dk, x, weights)
-        if dx is not None and dx.stride() != x.stride():
-            # The operator promises the strides of the input where it is dense.
-            dx = torch.empty_like(x).copy_(dx)
         gradients: list[Tensor | None] = [dx]
         if source is None:
             gradients = [dq, dk] if needs.inputs else [None, None]
+        # The operator promises the strides of an input where it is dense.
+        gradients = [
+            g if g is None or g.stride() == t.stride() else torch.empty_like(t).copy_(g)
+            for g, t in zip(gradients, inputs, strict=True)
+        ]
         if dw_g_parts is None or moments is None:
             return [*gradients, *[None] * len(weights)]
         if operands is not None:
