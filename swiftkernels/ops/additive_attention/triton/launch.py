@@ -39,7 +39,7 @@ from swiftkernels.backends.triton.tensors import (
     layout,
     precision,
 )
-from swiftkernels.ops.additive_attention.triton import config
+from swiftkernels.ops.additive_attention.triton import config, pooling
 from swiftkernels.ops.additive_attention.triton.backward import (
     _finish_backward_kernel,
     _pool_backward_kernel,
@@ -459,6 +459,7 @@ class _BackwardLaunches:
                 "ALIGN": min(tokens.align, dx.align),
                 "SCALE": options.scale,
                 "POOLING": options.pooling,
+                "NORMALISES": options.pooling in pooling.NORMALISED,
                 "FUSE": self.fuses,
                 "BLOCK_J": cfg.block_j,
                 "BLOCK_C": power_of_two(in_dims) if self.fuses else 16,
