@@ -45,14 +45,17 @@ struct Fingerprint {
   }
 
  private:
-  /// The sum of all words, and the sum of these sums, which an exchange of words changes. A word is
-  /// first mixed with its own upper half: otherwise two changed signs would cancel.
+  /// The sum of a hash of each word and its place. The hash is not linear: with sums of the words
+  /// themselves, weighted or not, changes of many equal words (signs of a matrix of ones) cancel.
   struct Sums {
-    word_vec words{}, sums{};
+    word_vec sum{}, place{};
 
     INLINE_MEMBER void add(word_vec word) {
-      words += word ^ (word >> 15);
-      sums += words;
+      place += 0x9E3779B9u;
+      word ^= place;
+      word ^= word >> 16;
+      word *= 0x7FEB352Du;
+      sum += word ^ (word >> 15);
     }
     INLINE_MEMBER void add(const char* bytes, int64_t count) {
       constexpr int64_t STEP = sizeof(word_vec);
@@ -64,8 +67,7 @@ struct Fingerprint {
     }
     uint64_t hash() const {
       uint64_t hash = 0;
-      for (int i = 0; i < LANES; i++)
-        for (const uint32_t word : {words[i], sums[i]}) hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
+      for (int i = 0; i < LANES; i++) hash = (hash ^ sum[i]) * 0x9E3779B97F4A7C15u;
       return hash;
     }
   };
