@@ -1,4 +1,4 @@
-# To be sourced: `step TEXT COMMAND...` says what goes on, and how long it took.
+# To be sourced. `step TEXT COMMAND...` prints the text, runs the command, and prints its time.
 doing="" began=0
 
 took() {
