@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nox
 
-SUBSET = "every_variant or odd_sizes or queries or images"
+SUBSET = "variants or every_width or odd_sizes or images"
 """Tests in the interpreter that run every kernel and branch in a few minutes."""
 
 OLDEST = ("torch==2.10.0", "torchvision==0.25.0", "triton==3.6.0", "numpy<2.4")
@@ -41,9 +41,8 @@ def kernels(session: nox.Session, triton: str) -> None:
     # A build of torch may require another Triton; Triton up to 3.6 needs an older numpy.
     session.install("--no-deps", f"triton=={triton}", "numpy<2.4")
     session.run("pytest", "tests/benchmarks/test_cross_compile.py")
-    session.run(
-        "pytest", "tests/interpreter/test_kernels.py", "-k", SUBSET, env={"TRITON_INTERPRET": "1"}
-    )
+    files = ("tests/contract/test_values.py", "tests/interpreter/test_kernels.py")
+    session.run("pytest", *files, "-k", SUBSET, env={"TRITON_INTERPRET": "1"})
 
 
 @nox.session

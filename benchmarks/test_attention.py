@@ -1,9 +1,9 @@
 """The operator compared with eager PyTorch, torch.compile and its peers, on tokens of photographs.
 
 `pytest benchmarks/ --benchmark-only` verifies every layer against float64. It times each in turn
-with the eager layer for the printed table and results/attention.csv. pytest-benchmark then times
-the layer once more, for what it saves and compares (`--benchmark-json`, `--benchmark-autosave`); the
-first times are in extra_info. `--benchmark-disable` only verifies.
+with the eager layer, for the printed table and results/attention.csv. pytest-benchmark then times
+the layer once more, for what it saves and compares (`--benchmark-json`, `--benchmark-autosave`);
+the first times are in extra_info. `--benchmark-disable` only verifies.
 """
 
 from __future__ import annotations

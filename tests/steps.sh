@@ -1,8 +1,9 @@
-# To be sourced. `step TEXT COMMAND...` prints the text, runs the command, and prints its time.
-doing="" began=0
+# To be sourced. `step TEXT COMMAND...` prints the text, runs the command and prints its time. At the
+# end it prints the times of all steps again.
+doing="" began=0 report=""
 
 took() {
-  echo "$(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s"
+  printf '%d min %02d s' $(((SECONDS - $1) / 60)) $(((SECONDS - $1) % 60))
 }
 
 step() {
@@ -10,8 +11,14 @@ step() {
   shift
   echo "== $doing ..." >&2
   "$@"
-  echo "== done in $(took)" >&2
+  report+="$(took "$began")  $doing"$'\n'
+  echo "== done in $(took "$began")" >&2
   doing=""
 }
 
-trap '[ -z "$doing" ] || echo "== stopped after $(took): $doing" >&2' EXIT
+finish() {
+  [ -z "$doing" ] || report+="$(took "$began")  $doing: stopped"$'\n'
+  [ -z "$report" ] || printf '\n%s%s  in all\n' "$report" "$(took 0)" >&2
+}
+
+trap finish EXIT

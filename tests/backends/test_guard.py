@@ -126,8 +126,8 @@ def test_writes_by_numpy_are_noticed(n_tokens):
 @pytest.mark.parametrize("width", [49, 220, 1100])
 def test_vectors_are_watched_whole(width, dtype):
     for name in ("to_query.bias", "to_key.bias", "proj.bias", "final.bias", "w_g"):
+        layer, x = make_layer(width, dtype), tokens(9, width, dtype)
         for element in (0, 1, width // 2, width - 1):
-            layer, x = make_layer(width, dtype), tokens(9, width, dtype)
             with torch.no_grad():
                 layer(x), layer(x)
                 layer.get_parameter(name).data.view(-1)[element] = 100

@@ -19,8 +19,13 @@ from swiftkernels.ops.operator import Call, Operator
 from swiftkernels.testing.tolerance import EXACT, budget, relative_error
 from swiftkernels.utils.checks import DTYPES
 
-SIZE = (2, 10, 12, 16) if torch_state.interpreting() else (3, 42, 20, 12)
-"""Batch, tokens, width of the input, width of the output. The interpreter takes its time."""
+INTERPRETED = torch_state.interpreting()
+"""Whether Triton's interpreter runs the kernels: ten thousand times slower than they are."""
+
+SIZE = (2, 10, 12, 16) if INTERPRETED else (3, 42, 20, 12)
+"""Batch, tokens, width of the input, width of the output."""
+
+THREADS = (1,) if INTERPRETED else (1, 2, 3)
 
 DRAWS = 7
 """Random arguments that a median is taken over."""
@@ -93,7 +98,7 @@ def implementations(isas: bool = False) -> list[Implementation]:
             for backend in operator.backends:
                 implementation = Implementation(operator, backend, device)
                 # In the interpreter's process only what it interprets is new.
-                elsewhere = torch_state.interpreting() and backend != "triton"
+                elsewhere = INTERPRETED and backend != "triton"
                 if elsewhere or not any(map(implementation.takes, DTYPES)):
                     continue
                 runs = [isa for isa, runs in library.available().items() if runs]
@@ -160,6 +165,11 @@ def draw(
         return None
     dtype = implementation.widest if dtype is None else dtype
     return cast(cast(call, dtype), implementation.device)
+
+
+def some_variants(operator: Operator) -> tuple[str, ...]:
+    """The plain example and all variants; in the interpreter the former alone."""
+    return ("",) if INTERPRETED else ("", *operator.variants)
 
 
 def names(operator: Operator) -> tuple[str, ...]:

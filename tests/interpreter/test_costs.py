@@ -63,7 +63,7 @@ def test_other_operators_of_a_backward_are_three_products_of_weights(width):
 @pytest.mark.parametrize("images", [False, True])
 def test_a_backward_needs_no_more_than_the_input(width, images):
     """Kept besides the parameters: at most 1.05 x the bytes of x; the eager layer keeps 7.1 x."""
-    shape = (2, width, 28, 28) if images else (2, 784, width)
+    shape = (2, width, 14, 14) if images else (2, 196, width)
     x = torch.randn(shape, requires_grad=True)
     attention = layer(width)
     kept = saved_bytes(lambda: attention(x), attention.parameters())

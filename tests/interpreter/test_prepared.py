@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swiftkernels import AdditiveAttention
-from swiftkernels.ops.additive_attention.triton import launch
+from swiftkernels.ops.additive_attention.triton import config, launch
 
 
 class Compiled:
@@ -91,10 +91,20 @@ def images(width: int, seed: int = 0, channels_last: bool = False) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("width", "kind"),
-    [(24, "tokens"), (24, "images"), (24, "channels_last"), (80, "images"), (260, "images")],
+    ("kind", "limit"),
+    [
+        ("tokens", None),
+        ("images", None),
+        ("channels_last", None),
+        ("images", "MAX_FUSED_WIDTH"),
+        ("images", "MAX_PROJECTED_WIDTH"),
+    ],
 )
-def test_later_calls_launch_by_address(compiled, monkeypatch, width, kind):
+def test_later_calls_launch_by_address(compiled, monkeypatch, kind, limit):
+    """Also by the kernels of wider layers, which are for these what a limit of 16 makes them."""
+    width = 24
+    if limit is not None:
+        monkeypatch.setattr(config, limit, 16)
     layer = AdditiveAttention(width, width, 1, backend="triton")
 
     def make(seed: int) -> Tensor:

@@ -11,7 +11,7 @@ from swiftkernels.testing.cases import convert
 from swiftkernels.testing.tolerance import assert_exact
 from swiftkernels.testing.triton_trace import trace
 from tests.interpreter.instruments import count_launches
-from tests.ops.separable_attention.cases import Tensors, check, make_tensors, run
+from tests.ops.separable_attention.cases import Tensors, make_tensors, run
 
 FORWARD = ["_pool_forward_kernel", "_context_forward_kernel", "_output_forward_kernel"]
 BACKWARD = [
@@ -32,18 +32,18 @@ def check_exactly(tensors: Tensors, dout: Tensor | None = None) -> None:
     assert_exact(run("triton", tensors, dout), run("reference", tensors, dout))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(2, 35, 24), (2, 24, 3, 17)])
-def test_kernels_equal_the_definition(shape: tuple[int, ...], bias: bool) -> None:
-    check_exactly(make_tensors(shape, 20, bias=bias))
-
-
-@pytest.mark.parametrize("width", [1, 37, 48, 64, 96, 128, 192, 220, 256, 384, 512])
+@pytest.mark.parametrize(
+    "width",
+    [
+        *(1, 64, 128, 220, 384),
+        *(pytest.param(w, marks=pytest.mark.slow) for w in (37, 48, 96, 192, 256, 512)),
+    ],
+)
 def test_every_width_equals_the_definition(width: int) -> None:
     check_exactly(make_tensors((1, 18, width), width))
 
 
-@pytest.mark.parametrize("n_tokens", [1, 7, 49, 65, 300])
+@pytest.mark.parametrize("n_tokens", [1, 65, 300])
 def test_every_number_of_tokens_equals_the_definition(n_tokens: int) -> None:
     check_exactly(make_tensors((2, n_tokens, 16), 24))
 
@@ -51,40 +51,6 @@ def test_every_number_of_tokens_equals_the_definition(n_tokens: int) -> None:
 def test_many_sequences_equal_the_definition() -> None:
     """More than a tile of contexts has."""
     check_exactly(make_tensors((5, 8, 4, 9), 8))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(2, 49, 48), (1, 64, 2, 33)])
-def test_kernels_are_as_good_as_eager(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check("triton", make_tensors(shape, 40), dtype)
-
-
-def test_any_strides() -> None:
-    tensors = make_tensors((2, 24, 3, 17), 20)
-    x, *weights = tensors
-    assert x is not None
-    expected = run("reference", tensors)
-    gaps = torch.full((2, 24, 3, 34), float("nan"), dtype=torch.float64)
-    gaps[..., ::2] = x
-    for strided in (channels_last(x), gaps[..., ::2], x.mT.contiguous().mT):
-        assert_exact(run("triton", [strided, *weights]), expected)
-    dout = torch.ones((), dtype=torch.float64).expand(2, 20, 3, 17)
-    check_exactly(tensors, dout)
-
-
-def test_huge_scores_and_zero_tokens() -> None:
-    check("triton", make_tensors((2, 49, 16), 16, scale=1e4), torch.float32)
-    x, *weights = make_tensors((2, 49, 16), 16)
-    assert x is not None
-    found = run("triton", [torch.zeros_like(x), *weights])
-    assert all(t.isfinite().all() for t in found.values())
-
-
-@pytest.mark.parametrize("shape", [(0, 9, 16), (2, 0, 16), (0, 16, 4, 9)])
-def test_empty_inputs(shape: tuple[int, ...]) -> None:
-    found = run("triton", make_tensors(shape, 8))
-    assert found["output"].numel() == 0
-    assert not found["qkv_weight"].any()
 
 
 def test_launches() -> None:

@@ -1081,19 +1081,6 @@ def test_a_weight_of_another_class_is_noticed(name, training):
     torch.testing.assert_close(out.a, eager)
 
 
-def test_copies_of_a_layer_are_layers_of_their_own():
-    layer, x = make_layer(), random_tokens(2, 9, 16)
-    with torch.no_grad():
-        for _ in range(2):
-            layer(x)
-        other = copy.deepcopy(layer)
-        for p in other.parameters():
-            p.add_(0.1)
-        for _ in range(2):
-            assert_right(other, x, other(x))
-            assert_right(layer, x, layer(x))
-
-
 def test_layers_with_one_query_weight_are_told_apart():
     first, second = make_layer(), make_layer()
     nn.init.normal_(second.proj.weight)
@@ -1553,33 +1540,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("keep", ["nothing", "statistics", "rows"])
-@pytest.mark.parametrize(
-    "test",
-    ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"],
-)
-def test_opcheck(keep, test):
-    operator = torch.ops.swiftkernels.additive_self_attention.default
-    backward = torch.ops.swiftkernels.additive_self_attention_backward.default
-    masked = keep == "rows"
-    tensors = make_tensors(2, 5, 6, 4, 2, dtype=torch.float32)
-    if not masked:
-        tensors = [t.mT.contiguous().mT if t.dim() > 1 else t for t in tensors]
-    mask = make_mask(2, 5) if masked else None
-    arguments = [*tensors, mask, "l2", True, 0.5, 1e-12, "cpu", keep]
-    torch.library.opcheck(operator, arguments, test_utils=test)
-    if keep == "nothing":
-        return
-    out, *saved = operator(*arguments)
-    for needs in [(True, True), (True, False), (False, True)]:
-        torch.library.opcheck(
-            backward, (torch.randn_like(out), *arguments, saved, *needs), test_utils=test
-        )
-    for t in tensors:
-        t.requires_grad_()
-    torch.library.opcheck(operator, arguments, test_utils=test)
-
-
 @pytest.fixture
 def forward_calls(monkeypatch) -> list[str]:
     """Grows at each run of the operator's CPU forward by what it is asked to keep."""
@@ -1694,24 +1654,6 @@ def test_exported_programs_hold_plain_operators_only(strict):
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_the_gradient_of_the_gradient(recompute):
-    tensors = make_tensors(2, 9, 6, 5, dtype=torch.float32)
-    results = []
-    for t, backend in (
-        (convert(tensors, torch.float64), "reference"),
-        (tensors, "reference"),
-        (tensors, "cpu"),
-    ):
-        leaves = [leaf.detach().requires_grad_() for leaf in t]
-        out = additive_self_attention(*leaves, backend=backend, recompute=recompute)
-        grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
-        penalty = sum(g.square().sum() for g in grads)
-        results.append(torch.autograd.grad(penalty, leaves))
-    for ours, eager, exact, name in zip(*reversed(results), SELF_NAMES, strict=True):
-        assert_as_good_as_eager(ours, eager, exact, name=name)
-
-
-@pytest.mark.parametrize("recompute", [True, False])
 def test_checkpointing_recomputes_and_gives_the_same_gradients(forward_calls, recompute):
     layer, x = make_layer(recompute=recompute), random_tokens(2, 9, 16)
     plain = with_gradients(layer, layer, x)
@@ -1730,29 +1672,6 @@ def test_checkpointing_a_layer_that_was_never_called(shape):
         for call in (lambda f: f(x), lambda f: checkpoint(f, x, use_reentrant=False))
     ]
     assert torch.equal(*grads)
-
-
-def test_a_second_backward_over_a_kept_graph_gives_the_same():
-    leaves = [t.requires_grad_() for t in make_tensors(2, 40, 6, 5, dtype=torch.float32)]
-    out = additive_self_attention(*leaves, backend="cpu").sum()
-    first = torch.autograd.grad(out, leaves, retain_graph=True)
-    second = torch.autograd.grad(out, leaves)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize("wanted", [*SELF_NAMES, "all tokens", "all weights"])
-@pytest.mark.parametrize("n_tokens", [9, 300])
-def test_only_the_gradients_asked_for_are_given(n_tokens, wanted):
-    tensors = make_tensors(2, n_tokens, 6, 5, dtype=torch.float32)
-    everything = gradients(tensors, torch.ones(2, n_tokens, 5))
-    names = {"all tokens": SELF_NAMES[:1], "all weights": SELF_NAMES[1:]}.get(wanted, (wanted,))
-    leaves = [t.requires_grad_(n in names) for n, t in zip(SELF_NAMES, tensors, strict=True)]
-    additive_self_attention(*leaves, backend="cpu").sum().backward()
-    for name, leaf in zip(SELF_NAMES, leaves, strict=True):
-        if name in names:
-            assert torch.equal(leaf.grad, everything[name]), name
-        else:
-            assert leaf.grad is None, name
 
 
 @pytest.mark.parametrize(("recompute", "most"), [(True, 1.1), (False, 3.15)])

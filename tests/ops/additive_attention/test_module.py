@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from swiftkernels import AdditiveAttention, AttentionOutput, additive_self_attention
 from swiftkernels.ops.additive_attention import reference
@@ -196,64 +192,6 @@ def test_image_output_is_dense_with_adjacent_channels(memory_format):
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-def strided(shape: tuple[int, ...]) -> Tensor:
-    return make_tokens(*(2 * n for n in shape))[tuple(slice(1, None, 2) for _ in shape)]
-
-
-def expanded_batch(shape: tuple[int, ...]) -> Tensor:
-    return make_tokens(1, *shape[1:]).expand(shape)
-
-
-def expanded_tokens(shape: tuple[int, ...]) -> Tensor:
-    return make_tokens(shape[0], 1, shape[2]).expand(shape)
-
-
-def constant(shape: tuple[int, ...]) -> Tensor:
-    return make_tokens(1, 1, 1).expand(shape)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("arrange", [strided, expanded_batch, expanded_tokens, constant])
-def test_input_of_any_strides_is_read_right(arrange, backend):
-    attention = make_attention(backend=backend)
-    x = arrange((BATCH, 7, IN_DIMS))
-    assert not x.is_contiguous()
-    out, dense = attention(x), attention(x.contiguous())
-    assert out.is_contiguous()
-    assert relative_error(out, dense) <= EXACT
-    x = x.requires_grad_()
-    (grad,) = torch.autograd.grad(attention(x).square().sum(), x)
-    dense = x.detach().contiguous().requires_grad_()
-    (exact,) = torch.autograd.grad(definition(attention, dense).square().sum(), dense)
-    assert relative_error(grad, exact) <= EXACT
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("arrange", [strided, expanded_batch, expanded_tokens, constant])
-def test_output_gradient_of_any_strides_is_read_right(arrange, backend):
-    """A loss of .sum() hands back a gradient whose strides are all 0."""
-    attention = make_attention(backend=backend)
-    x = make_tokens().requires_grad_()
-    wanted = (x, *attention.parameters())
-    dout = arrange((BATCH, HEIGHT * WIDTH, TOKEN_DIM))
-    ours = torch.autograd.grad(attention(x), wanted, dout)
-    exact = torch.autograd.grad(definition(attention, x), wanted, dout.contiguous())
-    for grad, exact_grad in zip(ours, exact, strict=True):
-        assert relative_error(grad, exact_grad) <= EXACT
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_backward_of_a_plain_sum_fills_every_gradient(backend):
-    attention = make_attention(backend=backend)
-    x = make_tokens(BATCH, IN_DIMS, HEIGHT, WIDTH).requires_grad_()
-    attention(x).sum().backward()
-    assert x.grad.shape == x.shape
-    for name, p in attention.named_parameters():
-        assert p.grad.shape == p.shape, name
-        assert p.grad.isfinite().all(), name
-        assert p.grad.any(), name
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["auto", "channels_last"])
 def test_mask_may_have_the_shape_of_the_image(layout, backend):
@@ -326,71 +264,12 @@ def test_a_single_token_is_attended_like_many(pooling, backend):
         assert relative_error(grad, exact_grad) <= EXACT
 
 
-def assert_empty_call(attention: AdditiveAttention, x: Tensor, shape: tuple[int, ...]) -> None:
-    """An output without elements, an empty gradient of x, and zeros for the parameters."""
-    x.requires_grad_()
-    out = attention(x)
-    assert out.shape == shape
-    out.sum().backward()
-    assert x.grad.shape == x.shape
-    for name, p in attention.named_parameters():
-        if p.grad is not None:
-            assert not p.grad.any(), name
-    assert attention.final.weight.grad is not None
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_an_empty_batch_gives_empty_outputs_and_zero_gradients(pooling, backend):
-    attention = make_attention(pooling=pooling, backend=backend)
-    assert_empty_call(attention, make_tokens(0, 7, IN_DIMS), (0, 7, TOKEN_DIM))
-    attention.zero_grad()
-    assert_empty_call(attention, make_tokens(0, IN_DIMS, 3, 4), (0, TOKEN_DIM, 3, 4))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("pooling", ["sum", "linear"])
-def test_no_tokens_are_fine_where_nothing_is_normalised_over_them(pooling, backend):
-    attention = make_attention(pooling=pooling, backend=backend)
-    assert_empty_call(attention, make_tokens(2, 0, IN_DIMS), (2, 0, TOKEN_DIM))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pooling", ["l2", "softmax"])
 def test_no_tokens_are_refused_where_weights_are_normalised_over_them(pooling, backend):
     attention = make_attention(pooling=pooling, backend=backend)
     with pytest.raises(ValueError, match=r"needs at least one; got 0 tokens.*'sum' or 'linear'"):
         attention(make_tokens(2, 0, IN_DIMS))
-
-
-def through_pickle(attention: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(attention))
-
-
-def through_save(attention: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(attention, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-@pytest.mark.parametrize("copy_of", [copy.deepcopy, through_pickle, through_save])
-def test_copies_compute_the_same_and_share_nothing(copy_of):
-    attention = make_attention(pooling="softmax", qk_norm=False, layout="channels_last")
-    x = make_tokens()
-    out = attention(x)
-    out.sum().backward()  # a layer that has been used is copied as well
-    copied = copy_of(attention)
-    assert torch.equal(copied(x), out)
-    assert copied.extra_repr() == attention.extra_repr()
-    with torch.no_grad():
-        copied.w_g.add_(1)
-    assert torch.equal(attention(x), out)
-
-
-def test_moving_the_layer_to_another_type_moves_the_computation():
-    attention = make_attention().to(torch.bfloat16)
-    assert attention(make_tokens().to(torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_layer_equals_the_functional_form():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from types import ModuleType
 
 import pytest
@@ -13,7 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from swiftkernels.backends.cpu import library
 from swiftkernels.ops.separable_attention.layer import SeparableAttention
-from swiftkernels.ops.separable_attention.op import SEPARABLE_ATTENTION, separable_attention
+from swiftkernels.ops.separable_attention.op import separable_attention
 
 BACKENDS = ["reference", *([] if library.why_not() else ["cpu"])]
 
@@ -82,78 +80,6 @@ def test_parts_that_are_more_than_convolutions_are_called(shape: tuple[int, ...]
     hook.remove()
     weight_norm(attention.out_proj)
     torch.testing.assert_close(attention(x), expected)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_weights_that_change_are_noticed(backend: str) -> None:
-    attention = SeparableAttention(16, backend=backend).eval()
-    x = images(2, 9, 16, dtype=torch.float32)
-    with torch.no_grad():
-        for _ in range(3):
-            attention(x)
-            for parameter in attention.parameters():
-                parameter.add_(0.1)
-            fresh = copy.deepcopy(attention)
-            assert torch.equal(attention(x), fresh(x))
-            attention.out_proj.weight.data.numpy()[...] *= 2
-            assert torch.equal(attention(x), copy.deepcopy(attention)(x))
-
-
-def test_copies_and_pickles() -> None:
-    attention = SeparableAttention(16).eval()
-    x = images(2, 16, 4, 9, dtype=torch.float32)
-    with torch.no_grad():
-        expected = attention(x)
-        for other in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
-            assert torch.equal(other(x), expected)
-
-
-@pytest.mark.parametrize("shape", [(2, 9, 16), (2, 16, 4, 9)])
-def test_compiles_without_graph_breaks(shape: tuple[int, ...]) -> None:
-    attention = SeparableAttention(16)
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    x = images(*shape, dtype=torch.float32)
-    torch.testing.assert_close(compiled(x), attention(x))
-    compiled(x).square().sum().backward()
-    found = [p.grad.clone() for p in attention.parameters() if p.grad is not None]
-    attention.zero_grad()
-    attention(x).square().sum().backward()
-    for grad, parameter in zip(found, attention.parameters(), strict=True):
-        torch.testing.assert_close(grad, parameter.grad)
-
-
-@pytest.mark.skipif(bool(library.why_not()), reason="no compiled kernels")
-@pytest.mark.parametrize("image", [False, True])
-def test_operator_obeys_its_schema(image: bool) -> None:
-    call = SEPARABLE_ATTENTION.example(2, 9, 8, 8)._replace(backend="cpu", keep="statistics")
-    x = call.inputs[0]
-    inputs = (x.mT.unflatten(2, (3, 3)),) if image else (x,)
-    inputs[0].requires_grad_()
-    torch.library.opcheck(
-        SEPARABLE_ATTENTION.op, SEPARABLE_ATTENTION._flat(call._replace(inputs=inputs))
-    )
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_gradient_of_the_gradient(backend: str) -> None:
-    attention = SeparableAttention(16, backend=backend)
-    for shape in ((2, 9, 16), (2, 16, 4, 9)):
-        x = images(*shape, dtype=torch.float32).requires_grad_()
-        (grad,) = torch.autograd.grad(attention(x).square().sum(), x, create_graph=True)
-        (second,) = torch.autograd.grad(grad.square().sum(), x)
-        assert second.isfinite().all()
-        assert second.any()
-
-
-def test_autocast() -> None:
-    attention = SeparableAttention(16)
-    x = images(2, 16, 4, 9, dtype=torch.float32).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        out = attention(x)
-    assert out.dtype == torch.bfloat16
-    out.sum().backward()
-    assert attention.qkv_proj.weight.grad is not None
-    assert attention.qkv_proj.weight.grad.dtype == torch.float32
 
 
 def test_errors_say_what_to_do() -> None:

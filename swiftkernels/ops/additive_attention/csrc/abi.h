@@ -8,8 +8,6 @@
 
 namespace swiftkernels::additive {
 
-enum Pooling : int64_t { L2 = 0, SOFTMAX = 1, SUM = 2, LINEAR = 3 };
-
 /// How the output is computed (forms.h).
 enum FormCode : int64_t { PLAIN = 0, TRIANGULAR = 1, FOLDED = 2 };
 

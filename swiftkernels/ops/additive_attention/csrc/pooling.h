@@ -7,6 +7,12 @@
 
 namespace swiftkernels::additive {
 
+enum Pooling : int64_t { L2 = 0, SOFTMAX = 1, SUM = 2, LINEAR = 3 };
+
+/// The codes of the poolings; Python compares them with the order of its poolings.
+inline constexpr AbiEntry POOLINGS[] = {
+    {"L2", L2}, {"SOFTMAX", SOFTMAX}, {"SUM", SUM}, {"LINEAR", LINEAR}};
+
 /// The result of pooling a slice: three numbers, then the weighted sum of the rows.
 struct Partial {
   static constexpr int64_t HEADER = 16;

@@ -31,10 +31,13 @@ from swiftkernels.backends.triton.tiles import (
     to_operand,
     token_offsets,
 )
-from swiftkernels.ops.additive_attention.triton.stages import (
-    at_least_eps,
-    query_or_key_tile,
+from swiftkernels.ops.additive_attention.triton.pooling import (
+    residue_of,
+    score_gradients,
     token_weights,
+)
+from swiftkernels.ops.additive_attention.triton.stages import (
+    query_or_key_tile,
     unit_rows,
     unit_rows_backward,
     valid_tokens,
@@ -106,43 +109,6 @@ def _pool_backward_kernel(
     tl.store(grad_g_ptr + part * E + cols, grad_g, mask=cols < E)
 
 
-@triton.jit
-def _score_gradients(
-    grad_weights, weights, valid, G_dG, stat_ptr, EPS: tl.constexpr, POOLING: tl.constexpr
-):
-    """Gradients ds [R] of the scores, from those of the token weights, da = grad_weights [R].
-
-    G_dG [1] is G . dG = sum_n a_n da_n.
-    """
-    if POOLING == "softmax":
-        grad = weights * (grad_weights - G_dG)
-    elif POOLING == "l2":
-        norm = tl.load(stat_ptr + tl.arange(0, 1))
-        # Below eps the norm is a constant: no projection.
-        grad = (grad_weights - tl.where(norm >= EPS, weights * G_dG, 0.0)) / at_least_eps(norm, EPS)
-    elif POOLING == "sum":
-        grad = grad_weights * 0.0
-    else:
-        grad = grad_weights
-    return tl.where(valid, grad, 0.0)
-
-
-@triton.jit
-def _residue(grad_scores, weights, stat_ptr, EPS: tl.constexpr, POOLING: tl.constexpr):
-    """The share of some tokens in the rounding error c of the score gradients -> [1].
-
-    The exact score gradients, for l2 times the token weights, sum to zero over a batch element. The
-    computed ones sum to c, mostly the error of G . dG. grad_scores - c weights sums to zero again.
-    This matters where the tokens are almost equal.
-    """
-    if POOLING == "softmax":
-        residue = tl.sum(grad_scores[None, :], 1)
-    else:
-        residue = tl.sum((weights * grad_scores)[None, :], 1)
-        residue = tl.where(tl.load(stat_ptr + tl.arange(0, 1)) >= EPS, residue, 0.0)
-    return residue
-
-
 @triton.jit(
     do_not_specialize=[
         "n_tokens", "num_splits", "num_groups", "tiles_per_group", "stride_b", "stride",
@@ -163,7 +129,8 @@ def _rows_backward_kernel(
     n_tokens, num_splits, num_groups, tiles_per_group,
     stride_b, stride, dout_stride_b, dout_stride, dx_stride_b, dx_stride, operand_stride,
     C: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
-    SCALE: tl.constexpr, EPS: tl.constexpr, POOLING: tl.constexpr, QK_NORM: tl.constexpr,
+    SCALE: tl.constexpr, EPS: tl.constexpr, POOLING: tl.constexpr, NORMALISES: tl.constexpr,
+    QK_NORM: tl.constexpr,
     PROJECT: tl.constexpr, FUSE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     DOUT_CHANNELS_LAST: tl.constexpr, DOUT_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
@@ -187,7 +154,6 @@ def _rows_backward_kernel(
     grad_g = sum_partials(grad_g_ptr + batch * num_splits * E, cols, num_splits, E, BLOCK_S, ACC)
     G_dG = tl.sum((load_vector(g_ptr, cols, E, ACC) * grad_g)[None, :], 1)  # [1]
 
-    NORMALISES: tl.constexpr = POOLING == "softmax" or POOLING == "l2"
     sum_w_g = tl.zeros([BLOCK_E], ACC)
     residue = tl.zeros([1], ACC)
     if FUSE:
@@ -219,10 +185,10 @@ def _rows_backward_kernel(
         valid = valid_tokens(mask_ptr, rows, n_tokens)
         weights = token_weights(scores, valid, g_stat_ptr, EPS, POOLING)
         grad_weights = tl.sum(unit * grad_g[None, :], 1)
-        grad_scores = _score_gradients(grad_weights, weights, valid, G_dG, g_stat_ptr, EPS, POOLING)
+        grad_scores = score_gradients(grad_weights, weights, valid, G_dG, g_stat_ptr, EPS, POOLING)
         sum_w_g += tl.sum(unit * (grad_scores * SCALE)[:, None], 0)
         if NORMALISES:
-            residue += _residue(grad_scores, weights, g_stat_ptr, EPS, POOLING)
+            residue += residue_of(grad_scores, weights, g_stat_ptr, EPS, POOLING)
         if proj_bias_ptr is not None:
             unit += load_vector(proj_bias_ptr, cols, E, ACC)[None, :]
         z_operand = to_operand(unit, DTYPE)

@@ -19,11 +19,14 @@ from swiftkernels.backends.triton.tiles import (
     load_matrix,
     load_transposed,
     load_vector,
-    sum_partials,
     to_operand,
 )
+from swiftkernels.ops.additive_attention.triton.pooling import (
+    combine_splits,
+    first_statistic,
+    pool_tile,
+)
 from swiftkernels.ops.additive_attention.triton.stages import (
-    at_least_eps,
     query_or_key_tile,
     unit_rows,
     valid_tokens,
@@ -63,8 +66,6 @@ def _pool_forward_kernel(
         cols = tl.arange(0, BLOCK_E)
         w_g = load_vector(w_g_ptr, cols, E, ACC)
         pooled = tl.zeros([BLOCK_E], ACC)
-        # Statistics of the scores: softmax needs their maximum and the sum of the exponentials, l2
-        # the sum of the squares.
         running_max = tl.full([1], float("-inf"), ACC)
         running_sum = tl.zeros([1], ACC)
         for tile in range(tiles_per_split):
@@ -77,27 +78,13 @@ def _pool_forward_kernel(
             q_tile = unit_rows(q_tile, EPS, QK_NORM)
             scores = tl.sum(q_tile * w_g[None, :], 1) * SCALE
             valid = valid_tokens(mask_ptr, rows, n_tokens)
-            if POOLING == "softmax":
-                scores = tl.where(valid, scores, float("-inf"))
-                new_max = tl.maximum(running_max, tl.max(scores[None, :], 1))
-                # There may be no valid token yet: keep exp() away from inf - inf.
-                safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-                rescale = tl.exp(running_max - safe_max)
-                weights = tl.exp(scores - safe_max)
-                running_sum = running_sum * rescale + tl.sum(weights[None, :], 1)
-                pooled = pooled * rescale
-                running_max = new_max
-            elif POOLING == "sum":
-                weights = tl.where(valid, scores * 0.0 + 1.0, 0.0)
-            else:
-                weights = tl.where(valid, scores, 0.0)
-                if POOLING == "l2":
-                    running_sum += tl.sum((weights * weights)[None, :], 1)
-            pooled += tl.sum(q_tile * weights[:, None], 0)
+            pooled, running_max, running_sum = pool_tile(
+                q_tile, scores, valid, pooled, running_max, running_sum, POOLING
+            )
         part = batch * num_splits + split
         tl.store(pooled_ptr + part * E + cols, pooled, mask=cols < E)
         one = tl.arange(0, 1)
-        tl.store(stat_ptr + part * 2 + one, running_max if POOLING == "softmax" else running_sum)
+        tl.store(stat_ptr + part * 2 + one, first_statistic(running_max, running_sum, POOLING))
         tl.store(stat_ptr + part * 2 + 1 + one, running_sum)
     else:
         m_program = pid - num_pool_programs
@@ -113,53 +100,6 @@ def _pool_forward_kernel(
         mask = (out_rows < D)[:, None] & (out_cols < E)[None, :]
         offsets = out_rows[:, None] * E + out_cols[None, :]
         tl.store(m_ptr + offsets, to_operand(m_tile, m_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _combine_splits(
-    pooled_ptr, stat_ptr, num_splits,
-    E: tl.constexpr, EPS: tl.constexpr, POOLING: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """G and the two pooling statistics of a batch element, from its splits -> [BLOCK_E], [1], [1].
-
-    The statistics are maximum and sum of the exponentials for softmax, norm and sum of the squares
-    for l2.
-    """
-    first_stat = tl.full([1], float("-inf"), ACC)
-    running_sum = tl.zeros([1], ACC)
-    cols = tl.arange(0, BLOCK_E)
-    if POOLING == "softmax":
-        G = tl.zeros([BLOCK_E], ACC)
-        for s0 in range(0, num_splits, BLOCK_S):
-            splits = s0 + tl.arange(0, BLOCK_S)
-            exists = splits < num_splits
-            part_max = tl.load(stat_ptr + splits * 2, mask=exists, other=float("-inf"))
-            part_sum = tl.load(stat_ptr + splits * 2 + 1, mask=exists, other=0.0)
-            mask = exists[:, None] & (cols < E)[None, :]
-            part = tl.load(pooled_ptr + splits[:, None] * E + cols[None, :], mask=mask, other=0.0)
-            new_max = tl.maximum(first_stat, tl.max(part_max[None, :], 1))
-            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-            rescale = tl.exp(first_stat - safe_max)
-            part_scale = tl.exp(part_max - safe_max)
-            running_sum = running_sum * rescale + tl.sum((part_sum * part_scale)[None, :], 1)
-            G = G * rescale + tl.sum(part * part_scale[:, None], 0)
-            first_stat = new_max
-        # Without any valid token G is 0.
-        G = G / tl.where(running_sum > 0.0, running_sum, 1.0)
-        first_stat = tl.where(running_sum > 0.0, first_stat, 0.0)
-    else:
-        G = sum_partials(pooled_ptr, cols, num_splits, E, BLOCK_S, ACC)
-        if POOLING == "l2":
-            for s0 in range(0, num_splits, BLOCK_S):
-                splits = s0 + tl.arange(0, BLOCK_S)
-                squares = tl.load(stat_ptr + splits * 2, mask=splits < num_splits, other=0.0)
-                running_sum += tl.sum(squares[None, :], 1)
-            first_stat = tl.sqrt(running_sum)
-            G = G / at_least_eps(first_stat, EPS)
-        else:
-            first_stat = running_sum
-    return G, first_stat, running_sum
 
 
 @triton.jit(
@@ -189,7 +129,7 @@ def _output_forward_kernel(
     batch = (pid // num_tiles).to(tl.int64)
     tile = pid % num_tiles
     cols = tl.arange(0, BLOCK_E)
-    G, first_stat, second_stat = _combine_splits(
+    G, first_stat, second_stat = combine_splits(
         pooled_ptr + batch * num_splits * E, stat_ptr + batch * num_splits * 2, num_splits,
         E, EPS, POOLING, BLOCK_S, BLOCK_E, ACC,
     )  # fmt: skip

@@ -39,7 +39,7 @@ from swiftkernels.backends.triton.tensors import (
     layout,
     precision,
 )
-from swiftkernels.ops.additive_attention.triton import config
+from swiftkernels.ops.additive_attention.triton import config, pooling
 from swiftkernels.ops.additive_attention.triton.backward import (
     _finish_backward_kernel,
     _pool_backward_kernel,
@@ -459,6 +459,7 @@ class _BackwardLaunches:
                 "ALIGN": min(tokens.align, dx.align),
                 "SCALE": options.scale,
                 "POOLING": options.pooling,
+                "NORMALISES": options.pooling in pooling.NORMALISED,
                 "FUSE": self.fuses,
                 "BLOCK_J": cfg.block_j,
                 "BLOCK_C": power_of_two(in_dims) if self.fuses else 16,
@@ -660,12 +661,14 @@ def backward(
         )  # fmt: skip
         if source is not None and needs.inputs and not read.project:
             dx = _input_gradient(dq, dk, x, weights)
-        if dx is not None and dx.stride() != x.stride():
-            # The operator promises the strides of the input where it is dense.
-            dx = torch.empty_like(x).copy_(dx)
         gradients: list[Tensor | None] = [dx]
         if source is None:
             gradients = [dq, dk] if needs.inputs else [None, None]
+        # The operator promises the strides of an input where it is dense.
+        gradients = [
+            g if g is None or g.stride() == t.stride() else torch.empty_like(t).copy_(g)
+            for g, t in zip(gradients, inputs, strict=True)
+        ]
         if dw_g_parts is None or moments is None:
             return [*gradients, *[None] * len(weights)]
         if operands is not None:

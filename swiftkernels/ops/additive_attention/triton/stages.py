@@ -1,4 +1,4 @@
-"""Stages that forward and backward have in common: rows of q and k, their norms, token weights."""
+"""Stages that forward and backward have in common: rows of q and k, and their norms."""
 
 from __future__ import annotations
 
@@ -73,21 +73,3 @@ def valid_tokens(mask_ptr, rows, n_tokens):
     if mask_ptr is not None:
         valid = valid & (tl.load(mask_ptr + rows, mask=valid, other=0) != 0)
     return valid
-
-
-@triton.jit
-def token_weights(scores, valid, stat_ptr, EPS: tl.constexpr, POOLING: tl.constexpr):
-    """Token weights a from scores [R] and the two pooling statistics of the sequence -> [R]."""
-    one = tl.arange(0, 1)
-    if POOLING == "softmax":
-        highest = tl.load(stat_ptr + one)
-        total = tl.load(stat_ptr + 1 + one)
-        # A token that is not valid may score above the highest; its exponential must not overflow.
-        weights = tl.exp(tl.where(valid, scores - highest, 0.0)) / tl.where(total > 0.0, total, 1.0)
-    elif POOLING == "l2":
-        weights = scores / at_least_eps(tl.load(stat_ptr + one), EPS)
-    elif POOLING == "sum":
-        weights = scores * 0.0 + 1.0
-    else:
-        weights = scores
-    return tl.where(valid, weights, 0.0)
