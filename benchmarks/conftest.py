@@ -11,7 +11,7 @@ from swiftkernels.testing.timing import clock
 from swiftkernels.utils.files import write_csv
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
-"""The rows of results/attention.csv, one for every layer that was measured."""
+"""The rows of results/attention.csv, one for each measured layer."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # MDTA's convolutions would round float32 operands to TF32.
     torch.backends.cudnn.allow_tf32 = False
     config.stash[ROWS] = []
-    # Its own table shows other ratios: to the fastest layer, of times not measured in turn.
+    # pytest-benchmark's table shows other ratios: to the fastest layer, of times not taken in turn.
     config.option.benchmark_quiet = True
 
 

@@ -34,7 +34,7 @@ from swiftkernels.utils.progress import track
 DTYPES = ("float32", "bfloat16")
 
 LARGE_SIZES = (Size(65536, 64, "long"), Size(4096, 512, "wide"))
-"""Beyond SwiftFormer's images: many narrow tokens, and wide ones. Batch 1 only."""
+"""Inputs larger than in SwiftFormers: many narrow tokens, and wide tokens. Batch 1 only."""
 
 MEMORY_SHAPES = ((32, 3136, 48), (32, 784, 128), (1, 65536, 64))
 """Batch, tokens, width."""
@@ -44,11 +44,11 @@ COLUMNS = (
     "median_seconds", "min_seconds", "spread_seconds", "rounds", "ratio_to_eager", "error",
     "gradient_error", "note", "device", "clock", "torch", "onnxruntime", "openvino", "isa",
 )  # fmt: skip
-"""Of cpu.csv; `harness.COLUMNS` explains them."""
+"""The columns of cpu.csv; `harness.COLUMNS` explains them."""
 
 
 def run(settings: harness.Settings, out: Path) -> list[str]:
-    """Measure, write, print and draw; returns what was wrong, with engine and problem."""
+    """Measure, write, print and draw; returns the errors, with engine and problem."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / plots.CPU_CSV
     check_columns(path)
@@ -72,10 +72,10 @@ def report(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_columns(path: Path) -> None:
-    """Rows can only be appended to a file with the same columns.
+    """Check that rows can be appended to the file.
 
     Raises:
-        ValueError: the file has others.
+        ValueError: the file has other columns.
     """
     if path.exists():
         with path.open(newline="") as file:
@@ -97,7 +97,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of the CSV file.
 
     Raises:
-        ValueError: there are none, or the file has other columns.
+        ValueError: there are no rows, or the file has other columns.
     """
     check_columns(path)
     return plots.read(path, "benchmarks.cpu")
@@ -117,7 +117,7 @@ def measure_memory(settings: harness.Settings, quick: bool) -> list[Row]:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments, with `settings`; wrong ones end the program with a message."""
+    """The arguments, with `settings`; wrong arguments end the program with a message."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cpu",
         description=__doc__,
@@ -166,7 +166,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def default_engines(dtype: str, backward: bool) -> tuple[str, ...]:
-    """What is measured unless engines are named."""
+    """The engines that are measured by default."""
     if dtype != "float32":
         return OURS, "eager"
     if backward:

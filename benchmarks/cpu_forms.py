@@ -1,11 +1,11 @@
-"""Measures from how many tokens per channel the folded forms of the CPU kernels are faster.
+"""Measures from how many tokens per channel on the folded forms of the CPU kernels are faster.
 
     python -m benchmarks.cpu_forms
 
-compares the folded forward with the triangular one, and the folded backward, which needs no queries
-and keys, with the one that reads those kept by the forward: on one thread, at several widths and
-numbers of tokens. `cpu/packing.py` of additive attention explains the forms. The result for this
-instruction set goes into `cpu/forms.json`, by which the kernels are chosen.
+compares the folded forward with the triangular forward, and the folded backward, which needs no
+queries and keys, with the backward that reads those of the forward. It measures on one thread, at
+several widths and numbers of tokens. `cpu/packing.py` of additive attention explains the forms. The
+results for this instruction set are written to `cpu/forms.json`, which decides the form of a call.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from swiftkernels.utils.progress import Progress
 
 WIDTHS = (48, 64, 128, 256, 512)
 BACKWARD_WIDTHS = (96, 128, 256)
-"""At smaller widths the forward keeps no rows in any case."""
+"""Not smaller: there the forward never keeps rows."""
 
 RATIOS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Tokens per channel, in growing order."""
 
 
 def forced(call: Call, function: str, value: object) -> Call:
-    """The call while a function of `config` chooses `value` for all shapes."""
+    """The call with a function of `config` that returns `value` for all shapes."""
 
     def run() -> None:
         with mock.patch.object(config, function, return_value=value):

@@ -1,8 +1,8 @@
 """Peak memory of additive attention on a CPU: the growth of a process's resident set.
 
-Each case runs in a process of its own, `python -m benchmarks.memory` with the case as arguments. It
-makes the layer and its input and first runs a few tokens, so that libraries are loaded and thread
-pools exist. The result is the growth of the resident set (`benchmarks.resident`) during one call,
+Each case runs in its own process, `python -m benchmarks.memory` with the case as arguments. The
+process makes the layer and its input, and first runs a few tokens to load libraries and start
+threads. The result is the growth of the resident set (`benchmarks.resident`) during one call,
 without the bytes of the output and of the gradients.
 """
 
@@ -27,13 +27,13 @@ WARM_UP_TOKENS = 16
 
 
 def supports(engine: str) -> bool:
-    """Whether the engine's memory can be measured: what compilers allocate would count too."""
+    """Whether the engine's memory can be measured; that of compilers would count too."""
     return ENGINES[engine].build is Problem.call
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one process runs."""
+    """What a process runs."""
 
     engine: str
     dtype: str
@@ -56,7 +56,7 @@ def measure(case: Case, repeats: int = 3) -> dict[str, Any]:
         RuntimeError: the process failed.
     """
     found = [
-        int(resident.run_alone("benchmarks.memory", *astuple(case)).split()[-1])
+        int(resident.run_process("benchmarks.memory", *astuple(case)).split()[-1])
         for _ in range(repeats)
     ]
     itemsize: int = getattr(torch, case.dtype).itemsize

@@ -28,7 +28,7 @@ MIXERS: dict[str, Callable[[int], nn.Module] | None] = {
     **PEERS,
     "none": None,
 }
-"""A mixer of that width, [B, N, C] -> [B, N, C], by its name; none removes the branch."""
+"""Functions that make a mixer of a width, [B, N, C] -> [B, N, C]; "none" removes the branch."""
 
 
 class Block(nn.Module):
@@ -51,9 +51,9 @@ class Block(nn.Module):
 class Classifier(nn.Module):
     """4x4 patches, two blocks on the 7x7 tokens, the mean, and a head, [B, 1, 28, 28] -> [B, 10].
 
-    Before the mean, patches interact only in the mixers: overlapping convolutions such as those of
-    SwiftFormer would do part of their work. They would also encode the positions of the tokens; an
-    embedding does that here.
+    Before the mean, patches interact only in the mixers. Overlapping convolutions, as in
+    SwiftFormer, would do a part of their work. They would also encode the positions of the tokens;
+    here an embedding does that.
 
     Args:
         mixer: a key of `MIXERS`.
@@ -70,7 +70,7 @@ class Classifier(nn.Module):
             self.places = nn.Parameter(0.2 * torch.randn(1, (28 // PATCH) ** 2, WIDTH))
             self.blocks = nn.Sequential(*(Block(WIDTH) for _ in range(DEPTH)))
             self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 10))
-            # The mixers come last: drawing their weights must not move the others'.
+            # The mixers come last, so that the other weights do not depend on them.
             make = MIXERS[mixer]
             if make is not None:
                 for block in self.blocks:

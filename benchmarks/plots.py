@@ -70,7 +70,8 @@ def draw(folder: Path) -> list[Path]:
 def draw_cpu(folder: Path) -> list[Path]:
     """Draw a plot for every setting in cpu.csv in `folder` into it; returns their paths.
 
-    Only of the machine that was measured last: files of one name would replace one another.
+    Only the rows of the machine that was measured last are drawn, because the plots of another
+    machine would have the same names.
 
     Raises:
         ValueError: the CSV file is missing or has no rows, or no comparison with the operator.
@@ -79,7 +80,7 @@ def draw_cpu(folder: Path) -> list[Path]:
     rows = [row for row in rows if row["device"] == rows[-1]["device"]]
     found = speedups(rows)
     if not found:
-        raise ValueError(f"{folder / CPU_CSV} compares nothing with {OURS}.")
+        raise ValueError(f"{folder / CPU_CSV} has no comparison with {OURS}.")
     paths = []
     for setting in dict.fromkeys(s.setting for s in found):
         own = [s for s in found if s.setting == setting]
@@ -97,7 +98,7 @@ def draw_cpu(folder: Path) -> list[Path]:
 
 
 def _speedups_name(setting: Setting) -> str:
-    """The plain name for one thread, float32, forward; others say what they are."""
+    """The name of a plot; only settings other than one thread, float32, forward are in it."""
     path = Path(CPU_SPEEDUPS)
     parts = [path.stem]
     if setting.threads > 1:
@@ -129,7 +130,7 @@ def accuracy_latency(rows: Sequence[dict[str, str]]) -> Figure:
     panels[0].set_ylabel("test accuracy, %")
     bars = "Across: median and interquartile range; up: "
     bars += f"mean ± sd of {seeds} seeds" if seeds > 1 else "one seed, without a spread"
-    # What other test images would change, alike for all networks: one binomial standard deviation.
+    # The effect of other test images, the same for all networks: one binomial standard deviation.
     share = sum(float(row["accuracy_mean"]) for row in rows) / len(rows)
     sampling = 100 * math.sqrt(share * (1 - share) / int(rows[0]["test_images"]))
     add_title(figure, "Accuracy against latency: networks that differ only in the token mixer")
@@ -208,7 +209,7 @@ def _machine(row: dict[str, str]) -> str:
 
 
 def _hollow(mixer: str) -> bool:
-    """No mixer, and all poolings but the first: points of two poolings nearly coincide."""
+    """Whether a marker is hollow, because the points of two poolings nearly coincide."""
     return mixer == "none" or (mixer.startswith("additive") and mixer != "additive_l2")
 
 
@@ -311,7 +312,7 @@ def _label_ends(figure: Figure, axes: Axes, ends: dict[str, tuple[int, float]]) 
         ((to_points((x, y))[1] - base) * 72 / figure.dpi, mixer) for mixer, (x, y) in ends.items()
     )
     places = [want for want, _ in wanted]
-    for _ in range(100):  # neighbours that are too close share the push, until none are
+    for _ in range(100):  # move neighbours that are too close apart, until none are
         for i in range(len(places) - 1):
             push = max(0.0, step - (places[i + 1] - places[i])) / 2
             places[i] -= push

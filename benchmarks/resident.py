@@ -1,10 +1,10 @@
-"""How far the resident set of this process grows in a call. Linux with glibc only.
+"""The growth of the resident set of this process in a call. Linux with glibc only.
 
-Freed memory is given back to the system (malloc_trim), the kernel's high-water mark of the resident
-set is set back (5 to /proc/self/clear_refs), and its growth (VmHWM) over the call is the result.
-In `ENVIRONMENT`, with one malloc arena and a low threshold for mmap, malloc takes tensors from the
-system and gives them back at once, so that the mark shows what lived at the same time, not malloc's
-caches.
+First, freed memory is returned to the system (malloc_trim), and the kernel's high-water mark of the
+resident set is reset (5 to /proc/self/clear_refs). The result is the growth of the mark (VmHWM) in
+the call. `ENVIRONMENT` sets one malloc arena and a low threshold for mmap, so that malloc gets
+memory for tensors from the system and returns it at once. Then the mark shows the memory that was
+in use at the same time, not malloc's caches.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
 }
-"""To be set when the process starts."""
+"""Has to be set when the process starts."""
 
 Result = TypeVar("Result")
 
 
-def run_alone(module: str, *arguments: object) -> str:
-    """What `python -m module` prints, in a process with that environment.
+def run_process(module: str, *arguments: object) -> str:
+    """The output of `python -m module` in a new process with `ENVIRONMENT`.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the process failed.
     """
     command = [sys.executable, "-m", module, *map(str, arguments)]
     environment = {**os.environ, **ENVIRONMENT}
@@ -43,7 +43,7 @@ def run_alone(module: str, *arguments: object) -> str:
 
 
 def peak_growth(call: Callable[[], Result]) -> tuple[int, Result]:
-    """Bytes at the peak beyond those before the call, and what it returns."""
+    """Bytes by which the peak exceeds the size before the call, and the result of the call."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

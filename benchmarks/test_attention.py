@@ -1,9 +1,9 @@
-"""The operator next to eager PyTorch, torch.compile and its peers, on tokens of photographs.
+"""The operator compared with eager PyTorch, torch.compile and its peers, on tokens of photographs.
 
-`pytest benchmarks/ --benchmark-only` verifies every layer against float64 and times it in turn with
-the eager layer, for the printed table and results/attention.csv. Then it times the layer once more,
-alone, for what pytest-benchmark saves and compares (`--benchmark-json`, `--benchmark-autosave`);
-the times of the first are in extra_info. `--benchmark-disable` only verifies.
+`pytest benchmarks/ --benchmark-only` verifies every layer against float64. It times each in turn
+with the eager layer, for the printed table and results/attention.csv. pytest-benchmark then times
+the layer once more, for what it saves and compares (`--benchmark-json`, `--benchmark-autosave`);
+the first times are in extra_info. `--benchmark-disable` only verifies.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LAYERS = {name: name for name in PEERS} | {
     "eager": "eager",
     "compiled": "compile",
 }
-"""The engines, by their names in the tests."""
+"""The engines by their names in the tests."""
 
 
 class Case(NamedTuple):
@@ -92,7 +92,7 @@ def test_attention(
     if layer == "compiled" and device.type == "cpu" and not has_cpp_compiler():
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
 
-    torch.compiler.reset()  # old graphs would count towards the limit of recompilations
+    torch.compiler.reset()  # old graphs would count for the limit of recompilations
     tokens = size_tokens(case.size, case.batch, dtype, device)
     problem = Problem(case.size, case.batch, dtype, case.backward, device, tokens=tokens)
     engine = ENGINES[LAYERS[layer]]
@@ -109,7 +109,7 @@ def test_attention(
         timed = {name: dict(common) for name in ("eager", "this")}
         calls = {"eager": eager_call, "this": call}
         harness.time_calls(timed, calls, Stopwatch(device), seconds=0.5)
-        # Inductor's kernels do the FLOPs of the eager layer, but where a counter does not see them.
+        # A FLOP counter does not see Inductor's kernels, which need the FLOPs of the eager layer.
         flops = costs.flops(eager_call if layer == "compiled" else call)
         kept = costs.saved_bytes(lambda: call()[0], [problem.x, *module.parameters()])
         names = {"case": case.name, "layer": layer, "engine": LAYERS[layer]}

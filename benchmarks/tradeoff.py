@@ -37,7 +37,7 @@ BATCHES = (1, 32)
 SIDES = (7, 14, 28, 56, 112)
 """Sides of the square grids of tokens at which the bare mixers are timed."""
 LONGEST_CALL = 2.0
-"""Seconds: a mixer is dropped once a call at the next size could take longer."""
+"""Seconds. Larger sizes of a mixer are skipped once a call could take longer."""
 
 BATCH = 64
 LEARNING_RATE = 5e-3
@@ -108,7 +108,7 @@ def run(settings: Settings) -> None:
 
 
 def train_all(settings: Settings, dataset: Dataset) -> list[Trained]:
-    """Train every mixer with every seed; the seeds are the outer loop."""
+    """Train every mixer with the first seed, then with the next one."""
     jobs = [Job(m, seed) for seed in range(settings.seeds) for m in settings.mixers]
     one_by_one = settings.workers == 1
     training = (
@@ -133,7 +133,7 @@ def _train_in_turn(settings: Settings, dataset: Dataset, jobs: list[Job]) -> Ite
 
 
 def _train_in_workers(settings: Settings, jobs: list[Job]) -> Iterator[Trained]:
-    context = multiprocessing.get_context("spawn")  # fork does not go with torch's threads
+    context = multiprocessing.get_context("spawn")  # fork does not work with torch's threads
     lock = context.RLock()  # for the progress bars, which share the screen
     progress.share_lock(lock)
     executor = ProcessPoolExecutor(
@@ -174,7 +174,7 @@ def _train_in_worker(job: Job) -> Trained:
 def train(job: Job, settings: Settings, dataset: Dataset, position: int) -> Trained:
     """Train one network and evaluate it; `position` is the line of its progress bar.
 
-    Same seed, same order and flips of the images, whatever the mixer.
+    The order and the flips of the images depend only on the seed, not on the mixer.
     """
     device = torch.device(settings.device)
     images, labels = to_tensors(dataset.train, device)
@@ -357,7 +357,7 @@ def _mean_sd(shares: Sequence[float], form: str) -> str:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Settings:
-    """The settings that the command line asks for; wrong ones end the program with a message."""
+    """The settings from the command line; wrong arguments end the program with a message."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tradeoff",
         description=__doc__,

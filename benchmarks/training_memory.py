@@ -1,11 +1,11 @@
 """Peak memory of a training step of SwiftFormer-XS on a CPU: this library's model and timm's.
 
-`python -m benchmarks.training_memory` needs timm, which may lack torchvision, and writes
-training_memory.csv. Every model has timm's weights and runs in a process of its own. A step is
-forward, cross-entropy, backward and AdamW; a step on tiny images comes first, so that libraries are
-loaded, thread pools exist and the optimizer has its moments. The growth of the resident set
-(`benchmarks.resident`) over the step is what activations, gradients and temporary tensors need; the
-gradients' bytes are among them. The losses of all models must agree, or nothing is written.
+`python -m benchmarks.training_memory` needs timm (torchvision may be missing) and writes
+training_memory.csv. Every model has timm's weights and runs in its own process. A step is forward,
+cross-entropy, backward and AdamW. A step on tiny images comes first: it loads libraries, starts
+threads and makes the optimizer's moments. The growth of the resident set (`benchmarks.resident`) in
+the step is the memory for activations, gradients and temporary tensors. If the losses of the models
+differ, nothing is written.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from swiftkernels.utils.progress import track
 CSV = "training_memory.csv"
 CLASSES = 1000
 TOLERANCE = 1e-4
-"""Relative difference of the losses: rounding in another order."""
+"""Largest relative difference of the losses, which another order of roundings explains."""
 
 
 def _timm() -> nn.Module:
@@ -100,7 +100,7 @@ def measure_here(name: str, batch: int, side: int, threads: int) -> tuple[int, f
 
 
 def measure(name: str, batch: int, side: int, threads: int, repeats: int) -> dict[str, Any]:
-    """The model as a row; each repeat runs in a process of its own.
+    """The row of a model; each repeat runs in its own process.
 
     Raises:
         RuntimeError: a process failed.
@@ -108,7 +108,7 @@ def measure(name: str, batch: int, side: int, threads: int, repeats: int) -> dic
     sizes = ("--batch", batch, "--side", side, "--threads", threads)
     peaks, losses = [], []
     for _ in range(repeats):
-        printed = resident.run_alone("benchmarks.training_memory", "--one", name, *sizes)
+        printed = resident.run_process("benchmarks.training_memory", "--one", name, *sizes)
         peak, loss = printed.split()[-2:]
         peaks.append(int(peak))
         losses.append(float(loss))

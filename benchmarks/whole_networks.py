@@ -1,9 +1,9 @@
-"""Time of whole SwiftFormers on a CPU: timm's as it is, and after `swiftkernels.accelerate`.
+"""Time of complete SwiftFormers on a CPU: timm's model, and the same after `accelerate`.
 
-`python -m benchmarks.whole_networks` needs timm, which may lack torchvision, and writes
+`python -m benchmarks.whole_networks` needs timm (torchvision may be missing) and writes
 whole_networks.csv. Both models of a pair have the same weights; their outputs are compared before
-anything is timed. Calls are timed in turn. Attention is one block of each stage and 6 to 10 % of
-the multiply-adds, so the gain of a whole network is far below that of the operator.
+the timing. Calls are timed in turn. Attention is one block of each stage and 6 to 10 % of the
+multiply-adds, so a complete network gains far less than the operator.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ DIRECTIONS = ("forward", "training step")
 CLASSES = 1000
 SIDE = 224
 TOLERANCE = 1e-4
-"""Relative difference of the outputs: rounding in another order."""
+"""Largest relative difference of the outputs, which another order of roundings explains."""
 
 
 def pair(name: str) -> dict[str, nn.Module]:
-    """timm's SwiftFormer and its accelerated twin.
+    """timm's SwiftFormer, and the same model accelerated.
 
-    The layer scales, 1e-5 in a new model, would hide the attention's output: they are made large.
+    The layer scales are made large. Their initial value, 1e-5, would hide the attention's output.
     """
     from tests.stubs import import_timm
 
@@ -57,7 +57,7 @@ def pair(name: str) -> dict[str, nn.Module]:
 def calls(
     models: dict[str, nn.Module], images: Tensor, direction: str
 ) -> dict[str, Callable[[], Any]]:
-    """One call of each model in this direction: forward in evaluation, or a step of training."""
+    """One call of each model: a forward in eval mode, or a training step."""
     if direction == "forward":
         return {name: _forward(model.eval(), images) for name, model in models.items()}
     return {name: _step(model.train(), images) for name, model in models.items()}

@@ -1,9 +1,9 @@
 """Inputs of the attentions in a SwiftFormer: tokens of real photographs, stage by stage.
 
-The two photographs that come with scikit-learn pass the convolutions that a SwiftFormer has between
-its input and the attention of each stage. Their weights are random, and their BatchNorms have the
-statistics of the photographs. The network's blocks are skipped: the tokens keep the correlations of
-a photograph, and unit scale.
+The inputs are made from the two photographs in scikit-learn, by the convolutions that a SwiftFormer
+has between its input and the attention of each stage. The weights are random, and the BatchNorms
+have the statistics of the photographs. The network's blocks are skipped, so that the tokens keep
+the correlations of a photograph, and unit scale.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _layers(model: str) -> nn.Sequential:
 
 
 def _halve(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
-    # Momentum 1: one pass in training mode sets the statistics to those of its batch.
+    # With momentum 1, a pass in training mode sets the statistics to those of its batch.
     return (
         nn.Conv2d(inputs, outputs, 3, stride=2, padding=1),
         nn.BatchNorm2d(outputs, momentum=1.0),

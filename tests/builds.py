@@ -1,4 +1,4 @@
-"""Copies of the project to build, with little to compile, and processes that run in them."""
+"""Copies of the project for builds, with little to compile, and processes that run in them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ needs_compiler = pytest.mark.skipif(
     reason="needs a C++ compiler",
 )
 
-# Needs the OpenMP runtime, as the kernels do.
+# It needs the OpenMP runtime, as the kernels do.
 PARALLEL = """
 #ifdef _OPENMP
 #include <omp.h>
@@ -33,17 +33,17 @@ extern "C" __attribute__((visibility("default"))) int parallel_threads(void) {
 """
 
 
-def copy_project(target: Path, whole: bool = False) -> Path:
-    """Copy what a build reads; unless `whole`, with one small source in place of the kernels.
+def copy_project(target: Path, with_kernels: bool = False) -> Path:
+    """Copy the files for a build; by default with one small source instead of the kernels.
 
-    What describes the interface stays: the loader asks for it.
+    The loader needs the tables of the interface, so abi.cpp and features.cpp stay.
     """
     target.mkdir(exist_ok=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, target)
     made = shutil.ignore_patterns("__pycache__", "*.so", "*.tmp", "_build.json")
     shutil.copytree(ROOT / "swiftkernels", target / "swiftkernels", ignore=made)
-    if not whole:
+    if not with_kernels:
         for path in target.glob("swiftkernels/**/csrc/*.cpp"):
             if path.name not in ("features.cpp", "abi.cpp"):
                 path.unlink()
@@ -54,7 +54,7 @@ def copy_project(target: Path, whole: bool = False) -> Path:
 def run(
     cwd: Path, *arguments: str, status: int = 0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python in a folder, whose package comes before any installed one."""
+    """Run Python in a folder; it imports the package in this folder, not an installed one."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("SWIFTKERNELS_")}
     env |= {"PYTHONPATH": str(cwd), "OMP_NUM_THREADS": "2"} | environment
     done = subprocess.run(
@@ -70,12 +70,12 @@ def run(
 
 
 def build_in_place(project: Path, **environment: str) -> str:
-    """Compile the libraries into the source tree, as an editable install does; the log."""
+    """Compile the libraries in the source tree, as an editable install does; returns the log."""
     done = run(project, "setup.py", "build_ext", "--inplace", **environment)
     return done.stdout + done.stderr
 
 
 def libraries(folder: Path) -> dict[str, Path]:
-    """The libraries in a folder that has the package: name of the instruction set -> path."""
+    """The libraries in a folder with the package: instruction set -> path."""
     paths = (folder / LIBRARIES).glob("_kernels_*.so")
     return {path.stem.removeprefix("_kernels_"): path for path in paths}

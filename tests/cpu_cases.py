@@ -1,4 +1,4 @@
-"""What the tests of the CPU kernels share: libraries in their place, sizes, accuracy checks."""
+"""What the tests of the CPU kernels share: other libraries, sizes, checks of the accuracy."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from swiftkernels.testing.tolerance import assert_as_good_as_eager, budget, rela
 Tensors = list[Tensor | None]
 
 DRAWS = 7
-"""Gradients of the output that a median is taken over."""
+"""Random gradients of the output, over which a median error is taken."""
 
 BACKWARDS = ("rows", "recomputed rows", "folded")
-"""What a backward works from."""
+"""The kinds of backwards, by what they read."""
 
 FORMS = {"plain": PLAIN, "triangular": TRIANGULAR, "folded": FOLDED}
 
@@ -53,12 +53,12 @@ SIZES = (
     (2, 65, 3, 1, 2),
     (2, 9, 100, 6, 1),
 )
-"""Batch, tokens, C, D, heads: odd widths, and every division of the work."""
+"""Batch, tokens, C, D, heads: with odd widths, and every division of the work among threads."""
 
 
 @contextlib.contextmanager
 def kernels_in_use(handle: Any) -> Iterator[None]:
-    """The functions of another library in place of those that were chosen."""
+    """Use the functions of another library."""
 
     def forget() -> None:
         plan._known.clear()  # packed for the other library's vectors
@@ -71,19 +71,19 @@ def kernels_in_use(handle: Any) -> Iterator[None]:
 
 
 def form_in_use(form: int) -> contextlib.AbstractContextManager[object]:
-    """One form of the output for all sizes."""
+    """Use one form of the output for all sizes."""
     return mock.patch.object(config, "form", return_value=form)
 
 
 @contextlib.contextmanager
 def backward_in_use(kind: str) -> Iterator[bool]:
-    """One kind of backward for all sizes; yields what to pass as `recompute`."""
+    """Use one kind of backward for all sizes; yields the value for `recompute`."""
     with mock.patch.object(config, "folds_backward", return_value=kind == "folded"):
         yield kind != "rows"
 
 
 def options_of(case: int, batch: int, n_tokens: int) -> dict[str, Any]:
-    """Options of the n-th case: every pooling with and without norms and mask, over the cases."""
+    """The options of a case; together the cases have all poolings, with and without norms and mask."""
     return {
         "pooling": POOLINGS[case % 4],
         "qk_norm": case // 4 % 2 == 0 or case % 3 == 0,
@@ -92,14 +92,14 @@ def options_of(case: int, batch: int, n_tokens: int) -> dict[str, Any]:
 
 
 def tensors_of(case: int, dtype: torch.dtype) -> Tensors:
-    """Tensors of the n-th size, with biases in most."""
+    """The tensors of a size; most have biases."""
     return make_tensors(*SIZES[case], bias=case % 5 != 3, dtype=dtype)
 
 
 def attend(*tensors: Tensor | None, **options: Any) -> Tensor:
-    """Without gradients, by the CPU kernels unless another backend is named.
+    """The output without gradients, by the CPU kernels unless another backend is given.
 
-    The weights are parameters, which these kernels pack.
+    The weights are parameters, which the CPU kernels pack.
     """
     x, *weights = tensors
     parameters = [None if w is None else nn.Parameter(w, requires_grad=False) for w in weights]
@@ -116,7 +116,7 @@ def gradients(
 
 
 def assert_forms_accurate(tensors: Tensors, ulps: float = 4, **options: Any) -> None:
-    """Every form of the output is as good as eager's."""
+    """Every form of the output is as accurate as eager's."""
     exact = attend(*convert(tensors, torch.float64), **options, backend="reference")
     eager = attend(*tensors, **options, backend="reference")
     for name, form in FORMS.items():
@@ -128,15 +128,15 @@ def assert_forms_accurate(tensors: Tensors, ulps: float = 4, **options: Any) -> 
 def assert_accurate(
     tensors: Tensors, dout: Tensor | None = None, ulps: float = 4, **options: Any
 ) -> None:
-    """Every form of the output, and every kind of backward: as good as eager's.
+    """Every form of the output, and every kind of backward, is as accurate as eager's.
 
-    A single gradient of a few numbers may by chance be several times as exact by either. Where one
-    is beyond its bound, the median over several gradients of the output is what counts.
+    Either of them may by chance be several times as exact for a gradient of a few numbers. If a
+    gradient exceeds its bound, the median over several gradients of the output counts.
     """
     assert_forms_accurate(tensors, ulps, **options)
     for kind in BACKWARDS:
         if kind == "folded" and tensors[0].shape[1] < 7:
-            continue  # not for these: gradients that cancel to nothing would be left with noise
+            continue  # the folded form is not for these: gradients that cancel would be noise
         errors = _gradient_errors(tensors, dout, kind, **options)
         if not _within({name: [pair] for name, pair in errors.items()}, tensors[0].dtype, ulps):
             assert dout is None, f"{kind}: {errors}"
@@ -160,7 +160,7 @@ def _random_dout(tensors: Tensors, seed: int) -> Tensor:
 def _gradient_errors(
     tensors: Tensors, dout: Tensor | None, kind: str, **options: Any
 ) -> dict[str, tuple[float, float]]:
-    """Of the output and every gradient: the error of one kind of backward, and eager's."""
+    """Errors of one kind of backward, and of eager, for the output and every gradient."""
     exact = gradients(convert(tensors, torch.float64), dout, "reference", **options)
     eager = gradients(tensors, dout, "reference", **options)
     with backward_in_use(kind) as recompute:
@@ -173,7 +173,7 @@ def _gradient_errors(
 
 
 def _within(draws: dict[str, list[tuple[float, float]]], dtype: torch.dtype, ulps: float) -> bool:
-    """Whether the median errors are as good as eager's."""
+    """Whether the median errors are within the budget."""
     for pairs in draws.values():
         error, eager_error = map(statistics.median, zip(*pairs, strict=True))
         if not error <= budget(eager_error, dtype, ulps):
@@ -182,7 +182,7 @@ def _within(draws: dict[str, list[tuple[float, float]]], dtype: torch.dtype, ulp
 
 
 def assert_residual_accurate(tensors: Tensors, scale: Tensor) -> None:
-    """x + scale * attention(x) in every form is as good as eager's."""
+    """x + scale * attention(x) in every form is as accurate as eager's."""
     results = []
     for dtype in (torch.float64, tensors[0].dtype):
         t = convert(tensors, dtype)

@@ -21,9 +21,9 @@ using namespace swiftkernels::additive;
 EXPORT int64_t swiftkernels_lanes();
 EXPORT void swiftkernels_pack(const float*, int64_t, int64_t, int64_t, int64_t, float*);
 EXPORT uint64_t swiftkernels_fingerprint(const Fingerprint*, int64_t);
-EXPORT int swiftkernels_additive_forward(const Layer*, const Call*);
-EXPORT int swiftkernels_additive_forward_training(const RawLayer*, const Call*);
-EXPORT int swiftkernels_additive_backward(const RawLayer*, const BackwardCall*);
+EXPORT int swiftkernels_additive_forward(const PackedWeights*, const Call*);
+EXPORT int swiftkernels_additive_forward_training(const RawWeights*, const Call*);
+EXPORT int swiftkernels_additive_backward(const RawWeights*, const BackwardCall*);
 
 namespace {
 
@@ -87,12 +87,12 @@ int64_t call(int64_t function, const std::vector<std::vector<int64_t>>& argument
       return static_cast<int64_t>(
           swiftkernels_fingerprint(as<Fingerprint>(arguments[0]), *as<int64_t>(arguments[1])));
     case FORWARD:
-      return swiftkernels_additive_forward(as<Layer>(arguments[0]), as<Call>(arguments[1]));
+      return swiftkernels_additive_forward(as<PackedWeights>(arguments[0]), as<Call>(arguments[1]));
     case TRAINING:
-      return swiftkernels_additive_forward_training(as<RawLayer>(arguments[0]),
+      return swiftkernels_additive_forward_training(as<RawWeights>(arguments[0]),
                                                     as<Call>(arguments[1]));
     case BACKWARD:
-      return swiftkernels_additive_backward(as<RawLayer>(arguments[0]),
+      return swiftkernels_additive_backward(as<RawWeights>(arguments[0]),
                                             as<BackwardCall>(arguments[1]));
     default:
       std::exit(4);

@@ -1,4 +1,4 @@
-"""The CPU kernels in another process: built with sanitizers, or for another processor."""
+"""Runs the CPU kernels in another process: built with sanitizers, or for another processor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FUNCTIONS = (
     "forward_training",
     "backward",
 )
-"""Their numbers in cpu_driver.cpp."""
+"""The functions of a library, in the order of their numbers in cpu_driver.cpp."""
 
 OPERATOR = ROOT / "swiftkernels" / "ops" / "additive_attention" / "csrc"
 
@@ -34,7 +34,7 @@ FLAGS = ("-std=c++17", "-fopenmp", "-ffp-contract=fast", f"-I{ROOT / CSRC}")
 
 
 def compile_driver(target: Path, compiler: str, *flags: str) -> Path:
-    """The kernels' sources and tests/cpu_driver.cpp as a program."""
+    """Compile the sources of the kernels and tests/cpu_driver.cpp to a program."""
     driver = ROOT / "tests" / "cpu_driver.cpp"
     sources = map(str, (*KERNELS, driver))
     command = [compiler, *FLAGS, f"-I{OPERATOR}", *flags, *sources, "-o", str(target)]
@@ -44,15 +44,15 @@ def compile_driver(target: Path, compiler: str, *flags: str) -> Path:
 
 
 class RemoteKernels:
-    """Takes the place of the loaded library: what it is asked, tests/cpu_driver.cpp answers.
+    """Replaces the loaded library: passes its calls to a process of tests/cpu_driver.cpp.
 
-    The tensors whose addresses occur in the arguments go there and come back.
+    It copies the tensors at the addresses in the arguments to the process, and back.
     """
 
     def __init__(self, command: Sequence[str], **environment: str) -> None:
         self.command, self.environment = command, {"OMP_WAIT_POLICY": "passive"} | environment
         self.process = self._start()
-        gc.freeze()  # all that is there: `_buffers` looks through what comes later
+        gc.freeze()  # the present objects: `_buffers` searches only later ones
         self.lanes = self._call("lanes")
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -73,8 +73,8 @@ class RemoteKernels:
     def swiftkernels_pack(self, *arguments: int) -> None:
         self._call("pack", struct.pack("6q", *arguments))
 
-    def swiftkernels_fingerprint(self, fingerprint: bytes, everything: int) -> int:
-        return self._call("fingerprint", fingerprint, struct.pack("q", everything)) % 2**64
+    def swiftkernels_fingerprint(self, fingerprint: bytes, all_bytes: int) -> int:
+        return self._call("fingerprint", fingerprint, struct.pack("q", all_bytes)) % 2**64
 
     def swiftkernels_additive_forward(self, layer: bytes, call: bytes) -> int:
         return self._call("forward", layer, call)
@@ -105,11 +105,11 @@ class RemoteKernels:
         except (BrokenPipeError, struct.error):
             with contextlib.suppress(BrokenPipeError):
                 stdin.close()
-            said = self.process.stderr.read() if self.process.stderr else b""
+            printed = self.process.stderr.read() if self.process.stderr else b""
             status = self.process.wait()
             self.process = self._start()
             raise AssertionError(
-                f"{name} ended the process with status {status}: {said.decode()}"
+                f"{name} ended the process with status {status}: {printed.decode()}"
             ) from None
         for address, nbytes in buffers:
             ctypes.memmove(address, stdout.read(nbytes), nbytes)
@@ -117,12 +117,12 @@ class RemoteKernels:
 
 
 def _buffers(words: set[int]) -> list[tuple[int, int]]:
-    """Address and bytes of the storages that some of the words point into."""
+    """Address and bytes of the storages that contain an address among the words."""
     words = {w for w in words if w > 2**16}
     found = {}
     for t in gc.get_objects():
-        kind: Any = type(t)
-        if kind in (Tensor, torch.nn.Parameter) and t.device.type == "cpu":
+        class_: Any = type(t)
+        if class_ in (Tensor, torch.nn.Parameter) and t.device.type == "cpu":
             storage = t.untyped_storage()
             begin, nbytes = storage.data_ptr(), storage.nbytes()
             if nbytes and any(begin <= w < begin + nbytes for w in words):

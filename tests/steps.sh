@@ -1,5 +1,5 @@
-# To be sourced: `step TEXT COMMAND...` says what goes on and how long it took, and once more at the
-# end for all steps.
+# To be sourced. `step TEXT COMMAND...` prints the text, runs the command and prints its time. At the
+# end it prints the times of all steps again.
 doing="" began=0 report=""
 
 took() {

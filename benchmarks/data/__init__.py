@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 SUBSET = Path(__file__).with_name("fashion_mnist_12k.npz")
 SHA256 = "d5b91c929ef64cdf3fac6a13820932f698037ef77030a9584f3d6499a1ccee00"
-"""`checksum` of the subset's arrays, so it does not depend on who compressed them."""
+"""`checksum` of the subset's arrays, which does not depend on the compression."""
 
 IDX_FILES = (
     "train-images-idx3-ubyte.gz",
@@ -79,7 +79,7 @@ def load_full(folder: Path) -> Dataset:
     if missing:
         raise ValueError(
             f"the data folder must hold {', '.join(IDX_FILES)}; {folder} "
-            f"{'lacks ' + ', '.join(missing) if folder.is_dir() else 'is no folder'}. "
+            f"{'lacks ' + ', '.join(missing) if folder.is_dir() else 'is not a folder'}. "
             "Give the folder with Fashion-MNIST's four files, on Debian and Ubuntu "
             "/usr/share/datasets/fashion-mnist from the package dataset-fashion-mnist."
         )

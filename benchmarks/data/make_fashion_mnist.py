@@ -1,6 +1,6 @@
-"""Makes fashion_mnist_12k.npz: each class's first 1,000 training and 200 test images.
+"""Makes fashion_mnist_12k.npz: the first 1,000 training and 200 test images of each class.
 
-Usage, with the folder that holds the four idx files:
+Usage, with the folder of the four idx files:
 
     python -m benchmarks.data.make_fashion_mnist /usr/share/datasets/fashion-mnist
 """

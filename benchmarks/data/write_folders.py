@@ -1,7 +1,7 @@
-"""The bundled images as folders train/CLASS/*.png and val/CLASS/*.png.
+"""Writes the bundled images to folders train/CLASS/*.png and val/CLASS/*.png.
 
-`python -m benchmarks.data.write_folders FOLDER` gives `python -m swiftkernels.training` something
-to try.
+`python -m benchmarks.data.write_folders FOLDER` makes data to try `python -m swiftkernels.training`
+with.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What can be proved of the GPU kernels without a GPU, and measured with one."""
+"""Evidence about the GPU kernels that needs no GPU."""

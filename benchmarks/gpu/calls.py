@@ -30,5 +30,5 @@ def forward(
     width = tensors[1].shape[0]
     options = Options(pooling, True, width**-0.5, 1e-12)
     out, saved = forward_by(launch, tensors, mask, options)
-    # The output serves as its gradient: another tensor would be one more operator.
+    # The output is also used as its gradient: to make another tensor would be one more operator.
     return functools.partial(backward_by, launch, out, tensors, mask, saved, options)

@@ -1,10 +1,10 @@
-"""Cross-compile every Triton kernel, and read what the binaries use. No GPU is needed.
+"""Cross-compile every Triton kernel, and read what the binaries use. Needs neither GPU nor driver.
 
-`python -m benchmarks.gpu.cross_compile` records what additive attention would launch for each width
-and dtype, compiles it for each architecture with Triton's own ptxas and LLVM, and writes the
+`python -m benchmarks.gpu.cross_compile` records the launches of additive attention for each width
+and dtype, and compiles them for each architecture with Triton's own ptxas and LLVM. It writes the
 results to docs/results/gpu_kernels.json: registers, spills, shared memory, tensor-core
 instructions, the widest loads and stores. A second run compiles only what has changed. From that
-file it writes the tables of docs/gpu_kernels.md. No driver is needed either.
+file it writes the tables of docs/gpu_kernels.md.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from swiftkernels.utils.files import write_text
 from swiftkernels.utils.progress import Progress, track
 
 Facts = dict[str, Any]
-"""What one compiled kernel uses; the keys are explained at `facts`."""
+"""What a compiled kernel uses; `facts` explains the keys."""
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -92,7 +92,7 @@ ARCHITECTURES = {
 """In the order in which they are compiled."""
 
 UNSUPPORTED = ("sm_75",)
-"""Compiled only to explain why; on such GPUs the library uses other backends."""
+"""Compiled only to show why they are unsupported; there the library uses other backends."""
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -100,13 +100,13 @@ WIDTHS = (48, 56, 64, 96, 112, 128, 168, 192, 220, 224, 320, 384, 512)
 """Of the public SwiftFormers and of the usual transformers; 220 is no multiple of 8."""
 
 ODD_WIDTHS = (37, 40)
-"""For sm_80 only: the cost of an odd width, and a similar even width."""
+"""For sm_80 only, to show the cost of an odd width: one, and a similar even width."""
 
 UNSUPPORTED_WIDTHS = (48, 128)
 
 
 class Launch(NamedTuple):
-    """One launch as `launch.py` asked for it."""
+    """A launch with its arguments."""
 
     kernel: JITFunction
     arguments: dict[str, Any]
@@ -119,7 +119,7 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Inside, every launch becomes an entry of this list instead of running."""
+    """Inside, launches are appended to this list instead of run."""
     launches: list[Launch] = []
     run = JITFunction.run
 
@@ -146,8 +146,9 @@ def launches_of(
 ) -> list[Launch]:
     """The launches of a forward and a backward with all gradients, C = E = D = width.
 
-    `class_` is the GPU's, see `config.architecture`. Tokens [2, 64, width], contiguous or, with
-    `images`, a transposed [2, width, 64]. Neither number enters the kernels.
+    `class_` is the class of the GPU: see `config.architecture`. The tokens are [2, 64, width],
+    contiguous or, with `images`, a transposed [2, width, 64]. The kernels do not depend on the 2
+    and the 64.
     """
 
     tensors = make_tensors(2, 64, width, width, dtype=dtype)
@@ -157,7 +158,7 @@ def launches_of(
         tensors[0] = x.transpose(1, 2).contiguous().transpose(1, 2)
     mask = make_mask(2, 64) if masked else None
     on_class = mock.patch.object(config, "architecture", return_value=class_)
-    launch.forget_launches()  # their key is the device, which is always the CPU here
+    launch.forget_launches()  # their key has the device, which is always the CPU here
     with on_class, recorded_launches() as launches:
         calls.forward(tensors, mask, pooling)()
     return launches
@@ -193,7 +194,7 @@ def compile_launch(recorded: Launch, architecture: Architecture) -> Any:
 
 
 def digest(recorded: Launch) -> str:
-    """A hash of what decides the result: sources, constants, dtypes, alignments, Triton."""
+    """A hash of what the result depends on: sources, constants, dtypes, alignments, Triton."""
     text = [triton.__version__, *_sources(recorded.kernel)]
     for name, value in sorted(recorded.arguments.items()):
         if isinstance(value, Tensor):
@@ -397,7 +398,7 @@ KNOWN = (
         "spills",
         ("rows_backward",),
         ("sm_80", "sm_86", "sm_89"),
-        "a few registers too many; two stages cure it and make 220 (masked) and 224 spill",
+        "a few registers too many; two stages avoid it, but make 220 (masked) and 224 spill",
         ("fp16", "bf16"),
         (168,),
     ),

@@ -1,4 +1,4 @@
-"""Counts what PyTorch's own operators read and write, one kernel each, without running them.
+"""Counts what PyTorch's operators read and write, one kernel each, without running them.
 
 Meta tensors have no data, so any size takes milliseconds:
 
@@ -40,7 +40,7 @@ _MATMULS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv")
 
 
 class Operator(NamedTuple):
-    """One kernel of PyTorch's."""
+    """A kernel of PyTorch."""
 
     name: str
     read: int

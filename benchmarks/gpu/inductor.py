@@ -7,7 +7,7 @@ count of the buffers that each kernel reads and writes.
     python -m benchmarks.gpu.inductor '[[8, 3136, 48, "float16", false]]'
 
 takes cases [batch, tokens, width, dtype, backward] and prints one JSON object per case. It patches
-much of PyTorch and must not see Triton's interpreter: `count` runs it in a process of its own. A
+much of PyTorch and must not see Triton's interpreter, so `count` runs it in a new process. A
 forward and its backward are compiled as one graph. The graph need not write and read again what a
 backward keeps of a forward, so the counts are underestimates.
 """
@@ -126,7 +126,7 @@ def _traced(case: Case) -> tuple[torch.fx.GraphModule, list[Tensor]]:
 
 
 class _CodeIsWritten(BaseException):
-    """No error, and no `Exception`: Inductor would wrap it in one of its own."""
+    """Stops Inductor. It is not an `Exception`, which Inductor would wrap."""
 
 
 @contextlib.contextmanager

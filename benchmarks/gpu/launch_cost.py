@@ -5,8 +5,8 @@
 Triton gets a driver of a simulated H100: kernels are compiled as usual, and the launcher, which
 would pass a kernel to the GPU, does nothing. The result is the time of Python, PyTorch and Triton
 on this machine's CPU, with tensors in its memory. The GEMMs on the layer's weights do run, but the
-layer is so narrow that they take almost no time. Not included: the query of CUDA's current device
-and stream, the launcher itself, and CUDA's allocator.
+layer is so narrow that they take almost no time. The query of CUDA's current device and stream, the
+launcher, and CUDA's allocator are not included.
 
 For comparison: a module that does nothing, `nn.Linear`, an autograd function with the same inputs
 and gradients that computes nothing, and the same kernels launched by Triton's own lookup. All are
@@ -41,7 +41,7 @@ from swiftkernels.utils.files import write_csv
 WIDTH = 16
 SHAPES = {"tokens": (1, 49, WIDTH), "image": (1, WIDTH, 7, 7)}
 CALLS = 50
-"""In one turn."""
+"""Calls in a turn."""
 
 LOOKING_UP = "the same by Triton's lookup"
 
@@ -106,7 +106,7 @@ class _Nothing(torch.autograd.Function):
 
 
 Calls = dict[tuple[str, str], Callable[[], object]]
-"""By what is called, and the direction."""
+"""The calls by name and direction."""
 
 
 def measure(seconds: float) -> list[Cost]:
@@ -144,7 +144,7 @@ def _microseconds(turn: float) -> float:
 
 
 def _calls(x: Tensor) -> Calls:
-    """The calls for x; all kernels are compiled."""
+    """The calls for x, with all kernels compiled."""
     linear = nn.Linear(WIDTH, WIDTH, dtype=x.dtype)
     identity = nn.Identity()
     leaf = x.clone().requires_grad_()
@@ -163,7 +163,7 @@ def _calls(x: Tensor) -> Calls:
 
     calls: Calls = {("nn.Identity", "forward"): lambda: identity(x)}
     for what in ("AdditiveAttention", LOOKING_UP):
-        layer = make_layer()  # each keeps plans of its own
+        layer = make_layer()  # each has its own plans
         calls[what, "forward"] = functools.partial(layer, x)
         calls[what, "forward+backward"] = functools.partial(step, layer, tuple(layer.parameters()))
     if x.dim() == 3:

@@ -47,7 +47,7 @@ CASE = ("batch", "tokens", "width")
 MARGINS = Margins(left=0.95, top=0.75, bottom=2.1)
 
 FORWARD_COLOUR = "#000000"
-"""Of bars; those of the backward are vermilion."""
+"""Colour of bars; those of the backward are vermilion."""
 
 
 def draw_traffic(folder: Path) -> Path:

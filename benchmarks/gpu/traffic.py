@@ -2,13 +2,13 @@
 
     python -m benchmarks.gpu.traffic
 
-Counted are a forward, and a forward with its backward, of: the Triton kernels, traced lane by lane
-in Triton's interpreter (`swiftkernels.testing.triton_trace`), with PyTorch's GEMMs around them;
-eager PyTorch (`eager`); the code that Inductor writes for a GPU (`inductor`); and eager layers of
-other attentions. They are compared with the minimum: in the forward and in the backward every input
-is read once and every output is written once. Writes gpu_traffic.csv and, kernel by kernel,
-gpu_launches.csv, draws gpu_traffic.png and writes the page docs/gpu_evidence.md. New rows replace
-older ones of the same case.
+It counts a forward, and a forward with its backward, of: the Triton kernels, traced lane by lane in
+Triton's interpreter (`swiftkernels.testing.triton_trace`), with PyTorch's GEMMs around them; eager
+PyTorch (`eager`); the code that Inductor writes for a GPU (`inductor`); and eager layers of other
+attentions. They are compared with the minimum: in the forward and in the backward every input is
+read once and every output is written once. The command writes gpu_traffic.csv and, kernel by
+kernel, gpu_launches.csv, draws gpu_traffic.png, and writes the page docs/gpu_evidence.md. New rows
+replace older rows of the same case.
 
 Where the kernels' bytes are affine in the batch (up to `MAX_AFFINE_WIDTH`), long inputs are counted
 at two small batches and extrapolated; `counted_batches` says so.
@@ -134,7 +134,7 @@ def count_ours(shape: Shape, dtype: torch.dtype) -> tuple[Part, Part]:
 
 
 def extrapolate(one: Part, two: Part, batch: int) -> Part:
-    """The part at a batch, from those at batches 1 and 2, if all of it is affine in the batch.
+    """The part at a batch, from those at batches 1 and 2; all counts must be affine in the batch.
 
     Raises:
         ValueError: the two differ in what they launch.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from swiftkernels.ops.operator import Operator
 
 FOLDERS = tuple(folder.name for folder in pkgutil.iter_modules(__path__) if folder.ispkg)
-"""Of the operators."""
+"""The folders of the operators."""
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def find(name: str) -> Operator:
     """The operator of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no operator of that name.
 
     Example:
         >>> find("separable_attention").inputs

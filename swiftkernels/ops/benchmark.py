@@ -1,4 +1,4 @@
-"""What a benchmark has to know of an operator: its layer, the published form, and its sizes.
+"""What a benchmark has to know about an operator: its layer, the published form, and its sizes.
 
 The folder of each operator has `benchmark.py` with a `BENCHMARK`.
 """
@@ -23,7 +23,7 @@ class Size(NamedTuple):
     """C"""
     name: str = ""
     stage: Any = None
-    """Where a network has this size; None if that is not known."""
+    """The stage of a network with this size; None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Benchmark:
 
     operator: Operator
     layer: Callable[[int, Any], nn.Module]
-    """The layer from its width C and a backend, with weights drawn from torch's generator."""
+    """Makes the layer from its width C and a backend, with weights from torch's generator."""
     published: Callable[[Any], nn.Module]
-    """The layer as its authors publish it, with the weights of one by `layer`. It needs only
-    operators of PyTorch that export to ONNX."""
+    """Makes the layer as its authors publish it, with the weights of a layer by `layer`. It uses
+    only operators of PyTorch that export to ONNX."""
     sizes: tuple[Size, ...]
     """The sizes at which networks use the operator."""
     quick_sizes: tuple[Size, ...]

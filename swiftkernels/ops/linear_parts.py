@@ -1,8 +1,8 @@
-"""The linear layers of an attention: which are read by the kernels, and which are called.
+"""The linear layers of an attention: the kernels read the weights of some, others are called.
 
-The kernels read weight and bias of a linear layer. That is the same as calling it only if a call
-does nothing else. A part with a forward of its own (an adapter, a quantised layer), with hooks, or
-with a weight that is no plain tensor is called instead.
+To read the weight and the bias of a linear layer is the same as to call it only if a call does
+nothing else. A part with a forward of its own (an adapter, a quantised layer), with hooks, or with
+a weight that is not a plain tensor is called instead.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _PLAIN_BIASES = (Parameter, type(None))
 
 
 def plain_parameters(parts: Iterable[Any], kind: type[nn.Module] = Linear) -> list[dict[str, Any]]:
-    """The parameters of parts that are all `nn.Linear` with nothing attached: the usual case, fast.
+    """The parameters of parts that are all plain `nn.Linear`: a fast check for the usual case.
 
-    Empty if one is not, which does not say that it has to be called: `why_called` does. `kind` is
-    the class of the parts, `nn.Linear` or `nn.Conv2d`.
+    If one part is not, the list is empty; `why_called` decides whether it has to be called. `kind`
+    is the class of the parts, `nn.Linear` or `nn.Conv2d`.
     """
     found: list[dict[str, Any]] = []
     if kind.forward is not _FORWARDS[kind] or torch_state.has_global_hooks():
@@ -52,10 +52,10 @@ def plain_parameters(parts: Iterable[Any], kind: type[nn.Module] = Linear) -> li
 
 
 def why_called(part: Any) -> str:
-    """Why a part has to be called; empty if reading its weight and bias is the same.
+    """Why a part has to be called; empty if its weight and bias may be read instead.
 
-    Parametrized linear layers are read: their weight is computed when it is read, and nothing else
-    happens in a call. The weight itself is judged by `why_weights_are_called`.
+    Those of parametrized linear layers may be read: a read computes the weight, and a call does
+    nothing else. `why_weights_are_called` checks the weight itself.
     """
     kind = type(part)
     if getattr(kind, "forward", None) is not _LINEAR_FORWARD or kind.__call__ is not _MODULE_CALL:
@@ -87,7 +87,7 @@ def why_weights_are_called(weight: object, bias: object) -> str:
 
 
 def called(module: nn.Module, names: Sequence[str]) -> dict[str, str]:
-    """Those parts of a module that have to be called, and why. Computes nothing."""
+    """The parts of a module that have to be called, and why; computes no weights."""
     found = {}
     for name in names:
         part: Any = module._modules[name]
@@ -100,5 +100,5 @@ def called(module: nn.Module, names: Sequence[str]) -> dict[str, str]:
 
 
 def listed(called: Mapping[str, str]) -> str:
-    """Which parts are called and why, in words."""
+    """A sentence about the parts that are called, and why."""
     return "; ".join(f"{name} is called, because {why}" for name, why in called.items())

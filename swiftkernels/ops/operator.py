@@ -1,9 +1,9 @@
-"""What every operator needs from PyTorch, built from a specification by names.
+"""Operators in PyTorch, each built from a specification by names.
 
-An `Operator` is made of the names of its inputs, a named tuple of weights, a named tuple of
-options, its definition in PyTorch, and its backends. From these follow its schema in
-`torch.library`, the fakes for torch.compile, autograd, gradients of gradients (through the
-definition) and the formulas of the FLOP counter. No other code knows the order of the arguments.
+The specification of an `Operator` has the names of its inputs, a named tuple of weights, a named
+tuple of options, its definition in PyTorch, and its backends. From these follow its schema in
+`torch.library`, the fakes for torch.compile, autograd, second derivatives (through the definition)
+and the formulas of the FLOP counter. No other code knows the order of the arguments.
 
 A backend is a module with
 
@@ -12,11 +12,11 @@ A backend is a module with
     forward(inputs, weights, mask, options, keep) -> (out, Saved)
     backward(dout, inputs, weights, mask, saved, options, needs) -> gradients
 
-in which nothing is differentiable. `keep` says how much a forward keeps for the backward:
-"nothing" (no backward follows), "statistics" (a few numbers per token) or "rows" (rows of the width
-of the operator too); a backend without a choice ignores it. Gradients come in the order of the
-inputs, then of the weights; None where `needs` does not ask or there is no bias. A backend with a
-faster way of inference also has
+None of these functions is differentiable. `keep` says how much a forward keeps for the backward:
+"nothing" (no backward follows), "statistics" (a few numbers per token) or "rows" (also rows of the
+operator's width); a backend without a choice ignores it. The gradients are in the order of the
+inputs, then of the weights; None where `needs` is False or there is no bias. A backend with a
+faster path for inference also has
 
     inference_plan(x, weights, mask, options, residual_scale, plans) -> Plan | None
 
@@ -48,10 +48,10 @@ class Needs(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """Where the kernels of a backend are, and what they can take."""
+    """The module of a backend, and the inputs that it takes."""
 
     module: str
-    """Imported at the first use: importing Triton takes longer than the rest of the package."""
+    """Imported at the first use, because to import Triton takes longer than the rest."""
     why_not: Callable[[Tensor, int], str]
     """Why it cannot take an input at the operator's width, as continuation of "backend='...' ...";
     empty if it can."""
@@ -84,16 +84,17 @@ class Operator:
         options: a named tuple of str, bool and float.
         reference: the definition, `(*inputs, weights, mask, options) -> out`.
         backends: by name, in the order in which backend="auto" tries them.
-        eager: which of the backends, or "reference", computes an input where no kernels run.
+        eager: the backend, or "reference", for an input that no kernels take.
         flops: multiply-adds of the definition per token, from the weights' shapes by name.
         function: the public function, "module:name", with the signature
             `(*inputs, *weights, *, backend, **options)`, and `mask` if the operator takes one.
         example: `(batch, n_tokens, in_dims, token_dim) -> Call`: random arguments from torch's
             generator, for tests and benchmarks.
-        variants: by name, the arguments of an example changed to what else the operator takes:
-            other options, a mask, an image; None where `call.backend` does not take that.
+        variants: by name, functions that change the arguments of an example to others that the
+            operator takes: other options, a mask, an image; None where `call.backend` does not
+            take them.
         layer: the module with the operator's weights as parameters, "module:name"; empty if there
-            is none. Takes its width as first argument, and backend, device and dtype.
+            is none. It takes its width as first argument, and backend, device and dtype.
         output: shape and strides of the output for an input and `token_dim`.
 
     Attributes:
@@ -145,7 +146,7 @@ class Operator:
         self.op.register_autograd(self._differentiate, setup_context=self._setup_context)
 
     def __call__(self, call: Call) -> Tensor:
-        """The output, differentiable; `call.keep` is for a backward, if one can follow."""
+        """The output, differentiable; `call.keep` counts only if a backward can follow."""
         tensors = call.tensors()
         needs_grad = needs_gradient(*tensors)
         if not needs_grad:
@@ -157,13 +158,13 @@ class Operator:
         return self._dispatch(call, tensors)[0]
 
     def differentiable(self, call: Call) -> Tensor:
-        """The output in eager mode, followed by autograd."""
+        """The output in eager mode, recorded by autograd."""
         return _Function.apply(self, *call[2:], *call.inputs, *call.weights)
 
     def _dispatch(
         self, call: Call, tensors: Sequence[Tensor | None]
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """Output and saved tensors, past PyTorch's dispatcher where nothing listens there."""
+        """Output and saved tensors; skips PyTorch's dispatcher where nothing listens there."""
         if torch_state.is_plain(*tensors):
             return self._forward(call)
         torch_state.register_flops(self._flop_formulas())
@@ -186,9 +187,9 @@ class Operator:
         checks.check_option("backend", backend, ("auto", *self.backends, "reference"))
         if reason := self.why_not(backend, x, width):
             raise ValueError(
-                f"{reason}. Use backend='auto', which takes the best that can take the input."
+                f"{reason}. Use backend='auto', which chooses the best that can take the input."
             )
-        # torch.func and forward-mode AD differentiate the definition: the kernels have no rules.
+        # torch.func and forward-mode AD need the definition: the kernels have no rules for them.
         return "reference" if torch_state.transforming() else backend
 
     def why_not(self, backend: str, x: Tensor, width: int) -> str:
@@ -202,7 +203,7 @@ class Operator:
         return f"backend={backend!r} {reason}" if reason else ""
 
     def _automatic_backend(self, x: Tensor, width: int) -> str:
-        # Exported programs run elsewhere: they get plain operators.
+        # Exported programs run elsewhere, so they get PyTorch's operators.
         if torch_state.transforming() or torch_state.being_exported():
             return "reference"
         for name, backend in self.backends.items():
@@ -265,7 +266,7 @@ class Operator:
         found = self._backward(
             dout, self._parse(arguments), saved, Needs(needs_inputs, needs_weights)
         )
-        # An operator cannot return None in a list: an empty tensor stands for it.
+        # A list that an operator returns cannot contain None: an empty tensor replaces it.
         return [dout.new_empty(0) if g is None else g for g in found]
 
     def _backward(
@@ -286,7 +287,7 @@ class Operator:
         return gradients
 
     def _fake_backward(self, dout: Tensor, *args: Any) -> list[Tensor]:
-        """The gradients: of the strides of the inputs; contiguous for weights."""
+        """Gradients of inputs with their strides, and contiguous gradients of weights."""
         *arguments, _, needs_inputs, needs_weights = args
         call = self._parse(arguments)
         return [
@@ -300,19 +301,19 @@ class Operator:
     def _save(
         self, ctx: Any, call: Call, tensors: Sequence[Tensor | None], saved: Sequence[Tensor]
     ) -> None:
-        """Keep for the backward what it needs."""
+        """Save what the backward needs."""
         ctx.save_for_backward(*tensors, call.mask, *saved)
         ctx.rest = call[3:]
         ctx.needs = [t is not None and t.requires_grad for t in tensors]
         ctx.set_materialize_grads(False)
 
     def gradients(self, ctx: Any, dout: Tensor) -> list[Tensor | None]:
-        """Gradients of inputs and weights from what `save` kept; None where not needed."""
+        """Gradients of inputs and weights from what `_save` saved; None where not needed."""
         found = ctx.saved_tensors
         tensors, (mask, *saved) = found[: self._count], found[self._count :]
         call = self._bundle(tensors, mask, *ctx.rest)
         if torch.is_grad_enabled() or torch_state.in_batched_backward():
-            # create_graph=True, or many gradients at once: these go through the definition.
+            # create_graph=True, or batched gradients: by the definition.
             return self._definition_gradients(call, ctx.needs, dout)
         count = len(self.inputs)
         needs = Needs(any(ctx.needs[:count]), any(ctx.needs[count:]))
@@ -328,8 +329,8 @@ class Operator:
     ) -> list[Tensor | None]:
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            # Aliases: the tensors may be one (tied weights) or depend on each other (x on weights
-            # of an earlier call), and each gets its own share only.
+            # Aliases give each tensor its own share. Otherwise tied weights, or an x that depends
+            # on the weights by an earlier call, would get the sum.
             tensors = [
                 t.view_as(t) if need and t is not None else t
                 for t, need in zip(call.tensors(), needs, strict=True)
@@ -345,7 +346,7 @@ class Operator:
         return [next(found) if need else None for need in needs]
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-        """For autograd under torch.compile; in eager mode `_Function` does it."""
+        """Save under torch.compile; in eager mode `_Function` saves."""
         self._save(ctx, self._parse(inputs), inputs[: self._count], output[1:])
 
     def _differentiate(self, ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -360,7 +361,7 @@ class Operator:
         }
 
     def _flops(self, *shapes: Any, **_: Any) -> int:
-        """Of the definition's matrix products."""
+        """FLOPs of the definition's matrix products."""
         names = (*self.inputs, *self.weights._fields)
         by_name = dict(zip(names, shapes[: self._count], strict=True))
         x = by_name[self.inputs[0]]
@@ -373,7 +374,7 @@ class Operator:
 
 
 class _Function(torch.autograd.Function):
-    """Eager autograd. In ctx style: a `setup_context` costs 20 to 30 microseconds more a call."""
+    """Eager autograd, in ctx style: a `setup_context` costs 20 to 30 microseconds more per call."""
 
     @staticmethod
     def forward(
@@ -399,7 +400,7 @@ class _Function(torch.autograd.Function):
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd follows a call on these."""
+    """Whether autograd records a call on these."""
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
@@ -409,7 +410,7 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 def _schema(bundle: type) -> list[str]:
     """The fields of a named tuple as arguments in a schema."""
-    return [f"{_SCHEMA_TYPES[_kind(hint)]} {name}" for name, hint in _hints(bundle).items()]
+    return [f"{_SCHEMA_TYPES[_schema_key(hint)]} {name}" for name, hint in _hints(bundle).items()]
 
 
 def _hints(bundle: Any) -> dict[str, Any]:
@@ -417,8 +418,8 @@ def _hints(bundle: Any) -> dict[str, Any]:
     return {name: hints[name] for name in bundle._fields}
 
 
-def _kind(hint: Any) -> Any:
-    """Tensor | None as it is, a Literal as the type of its values."""
+def _schema_key(hint: Any) -> Any:
+    """The key of a type in `_SCHEMA_TYPES`; of a Literal, the type of its values."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return Tensor | None

@@ -1,8 +1,8 @@
-"""Plans: what is decided once for a kind of call, and used for all calls of that kind.
+"""Plans: the decisions that calls with the same shapes, types and options share.
 
-Checking the arguments, choosing a backend and packing the weights take longer than the kernels do
-for a small image. A plan is the result of these decisions: guards and code. A layer keeps its plans
-by `call_key`. A plan whose guards fail returns None, and the caller makes a new one.
+To check the arguments, choose a backend and pack the weights takes longer than the kernels need for
+a small image. A plan is the result of these decisions: guards and code. A layer keeps its plans by
+`call_key`. If the guards of a plan fail, it returns None, and the caller makes a new plan.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MAX_PLANS = 64
 
 
 class Plan(Protocol):
-    """Guards and code for a kind of call."""
+    """Guards and code for calls with the same key."""
 
     @property
     def lasting(self) -> bool:
-        """Whether the next call of that kind may use it."""
+        """Whether later calls with the same key may use it."""
 
     def __call__(
         self, x: Tensor, weights: Any, mask: Tensor | None, residual_scale: Tensor | None
@@ -36,7 +36,7 @@ class Plan(Protocol):
 
 
 class Plans:
-    """The plans of one set of weights, and what is packed of these for inference."""
+    """The plans for one set of weights, and these weights packed for inference."""
 
     __slots__ = ("_slots", "by_key")
 
@@ -45,14 +45,14 @@ class Plans:
         self._slots: dict[Hashable, cache.Slot] = {}
 
     def keep(self, key: Hashable, plan: Plan) -> None:
-        """Keep a plan for the next calls of that kind."""
+        """Keep a plan for later calls with the same key."""
         if plan.lasting:
             if len(self.by_key) >= MAX_PLANS:
                 self.by_key.clear()
             self.by_key[key] = plan
 
     def slot(self, key: Hashable) -> cache.Slot:
-        """Where the weights are kept packed in one way."""
+        """The slot of the weights packed in the way of that key."""
         found = self._slots.get(key)
         if found is None:
             if len(self._slots) >= MAX_PLANS:  # options that change at every call
@@ -64,7 +64,7 @@ class Plans:
 def run(make: Callable[[], Plan], *arguments: Any) -> tuple[Tensor, Plan]:
     """The output by a new plan, and the plan.
 
-    The kernels may refuse what was packed: the weights were written since, or their numbers need
+    The kernels may refuse packed weights: the weights were written meanwhile, or their values need
     another form. Then the next plan differs.
     """
     while True:
@@ -81,7 +81,7 @@ def call_key(
     scale: Tensor | None,
     *options: Hashable,
 ) -> Hashable | None:
-    """What plans depend on; None: a plan for this call fits no other.
+    """The key of the plan for a call; None if no other call can use that plan.
 
     Args:
         x: the input.
@@ -112,20 +112,20 @@ def call_key(
 
 
 class KeepsPlans:
-    """A layer's plans, which copies, pickles and state dicts leave out."""
+    """Keeps a layer's plans, which copies, pickles and state dicts do not contain."""
 
     def _plans(self) -> Plans:
-        """What was decided and packed for the calls so far."""
+        """The plans and packed weights of the calls so far."""
         plans: Plans | None = self.__dict__.get("_plan_cache")
         if plans is None:
             plans = self.__dict__["_plan_cache"] = Plans()
         return plans
 
     def invalidate(self) -> None:
-        """Forget what is packed of the weights, at once; the next call packs them anew.
+        """Drop the packed weights and the plans; the next call makes new ones.
 
-        Needed only after writes that PyTorch does not count and a sample may miss: see
-        `swiftkernels.weights_changed`, which tells all layers.
+        This is needed only after writes that PyTorch does not count and a sample of the bytes may
+        miss. `swiftkernels.weights_changed` does it for all layers.
 
         Example:
             >>> attention = AdditiveAttention(64)
@@ -135,7 +135,7 @@ class KeepsPlans:
         self.__dict__.pop("_plan_cache", None)
 
     def __getstate__(self) -> Any:
-        """Without plans: they are of this process, and of these addresses."""
+        """The state without plans, which are valid for this process and these addresses only."""
         inherited = getattr(super(), "__getstate__", None)  # Python 3.10 has none
         state = self.__dict__ if inherited is None else inherited()
         if isinstance(state, dict) and "_plan_cache" in state:
@@ -147,14 +147,14 @@ class KeepsPlans:
 
 
 class OperatorPlan:
-    """Calls an operator: for training, and where no kernel is started directly.
+    """Calls an operator: for training, and where a backend has no plan for inference.
 
     Args:
-        operator, options, backend: what is called.
+        operator, options, backend: what to call.
         keep: what a forward keeps, if a backward can follow.
         trains: whether a gradient is known to be needed, in eager mode.
         dtype: to cast the weights to, under autocast.
-        places: where the weights must be; None: the plan is used only once.
+        places: of the weights, as a guard; None if the plan is used only once.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class OperatorPlan:
     def __call__(
         self, x: Tensor, weights: Any, mask: Tensor | None, residual_scale: Tensor | None
     ) -> Tensor | None:
-        assert residual_scale is None, "only inference plans of a backend add x"
+        assert residual_scale is None, "only a backend's plan for inference adds x"
         if self.places is not None and self.places != cache.places(cache.present(weights)):
             return None
         if self.dtype is not None:
@@ -186,13 +186,13 @@ class OperatorPlan:
 
 
 class ViewingPlan:
-    """Another plan on tokens, for inputs in another order of axes, or to be cast, or added.
+    """Views x as tokens for another plan; it may also cast x, and add x to the output.
 
     Args:
         plan: for the tokens.
         channels_first: the order of the axes of x.
         dtype: to cast x to, under autocast.
-        adds: whether to add x here; else the other plan does, if there is a residual_scale.
+        adds: whether to apply the residual_scale and add x here; else the other plan does it.
     """
 
     def __init__(
@@ -215,21 +215,21 @@ class ViewingPlan:
 
 
 _known: dict[tuple[int, int], tuple[list[weakref.ref[Any]], Plans]] = {}
-"""By the addresses of the first and the last matrix: layers may have one of them in common."""
+"""By the addresses of the first and the last matrix, as layers may share one of them."""
 
 
 def plans_of(matrices: Sequence[Tensor]) -> Plans:
-    """The plans of weights that a function gets; kept while the memory of all matrices lives.
+    """The plans for weights that are passed to a function, kept as long as their memory exists.
 
-    They are known by their storages, of which PyTorch keeps one object each: weak references to the
-    tensors themselves would forbid `torch.utils.swap_tensors`.
+    They are found by weak references to the storages, of which PyTorch keeps one object each.
+    References to the tensors would prevent `torch.utils.swap_tensors`.
     """
     place = matrices[0].data_ptr(), matrices[-1].data_ptr()
     storages = [m.untyped_storage() for m in matrices]
     known = _known.get(place)
     if known is not None and all(r() is s for r, s in zip(known[0], storages, strict=True)):
         return known[1]
-    plans, everything = Plans(), _known  # a local: at exit the module's may be gone
+    plans, everything = Plans(), _known  # a local, because at exit the global may be gone
 
     def forget(_: object) -> None:
         if place in everything and everything[place][1] is plans:

@@ -3,8 +3,8 @@
 from typing import Literal
 
 Pooling = Literal["l2", "softmax", "sum", "linear"]
-"""How the scores become the weights of the tokens."""
+"""How the token weights are computed from the scores."""
 Backend = Literal["auto", "triton", "cpu", "aten", "reference"]
-"""What computes an operator; "auto" chooses."""
+"""The backend of an operator; "auto" chooses one."""
 Layout = Literal["auto", "channels_last", "channels_first"]
-"""Order of the axes of x; "auto" decides by their number."""
+"""Order of the axes of x; "auto" chooses by their number."""

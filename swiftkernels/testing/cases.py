@@ -1,7 +1,7 @@
 """Inputs for the additive attention operators, and gradients by name.
 
-For tests, benchmarks and code outside this library. All tensors come from seeded generators: one
-seed gives the same numbers in every dtype, up to rounding.
+They are for tests, benchmarks and code outside this library. All tensors come from seeded
+generators: one seed gives the same numbers in every dtype, up to rounding.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def make_tensors(
         return (values * std).to(dtype)
 
     def bias_of(n: int) -> Tensor | None:
-        values = normal(n, std=0.2)  # drawn in any case: the other tensors do not depend on `bias`
+        values = normal(n, std=0.2)  # always drawn, so that other tensors do not depend on `bias`
         return values if bias else None
 
     return [
@@ -153,7 +153,7 @@ def forward_backward(
 def cancelling_tensors(
     layer: str, spread: float, batch: int, n_tokens: int, width: int, seed: int = 0
 ) -> Tensors:
-    """float32 tokens around a mean that a bias subtracts: that of "query", "key" or "both"."""
+    """float32 tensors in which the bias of "query", "key" or "both" cancels the mean of x."""
     tensors = make_tensors(batch, n_tokens, width, width, seed=seed)
     generator = torch.Generator().manual_seed(seed + 100)
     mean = torch.randn(width, generator=generator, dtype=torch.float64)
@@ -175,8 +175,8 @@ def assert_gradients_survive_cancellation(
 ) -> None:
     """The median error of output and gradients over several draws is as good as eager's.
 
-    The tokens of one draw are almost equal, and so are their rounding errors: these do not average
-    out, and either implementation may be several times as exact as the other by chance.
+    The tokens of a draw are almost equal, and so are their rounding errors. These do not average
+    out, so either implementation may by chance be several times as exact as the other.
     """
     run = functools.partial(forward_backward, names=SELF_NAMES)
     errors: dict[str, list[tuple[float, float]]] = {}

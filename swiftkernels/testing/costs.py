@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor] = ()) -> int:
     """Bytes that autograd keeps for the backward after `forward`, without those of `exclude`.
 
-    Every storage counts once and in full: a saved view keeps all of it alive. Pass the parameters
-    and the input as `exclude`, which stay alive anyway.
+    Every storage counts once and in full, because a saved view keeps all of it in memory. Pass the
+    parameters and the input as `exclude`: they stay in memory anyway.
     """
     ignored = {t.untyped_storage().data_ptr() for t in exclude}
-    # Keeps the storages alive until the end: another could get the address of a freed one.
+    # Storages are kept until the end: another could get the address of a freed one.
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 def flops(call: Callable[[], object]) -> int:
     """Floating-point operations of the matrix products and convolutions in `call`, 2 per MAC."""
-    # PyTorch counts the products of a fused attention on CUDA only; unfused, everywhere.
+    # PyTorch counts the products of a fused attention on CUDA only, those of the parts everywhere.
     formulas = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
     with (
         sdpa_kernel(SDPBackend.MATH),
@@ -59,7 +59,7 @@ def flops(call: Callable[[], object]) -> int:
 def _convolution_backward_flops(
     dout_shape: torch.Size, x_shape: torch.Size, weight_shape: torch.Size, *rest: Any, **_: Any
 ) -> int:
-    """As many for each gradient as in the forward; PyTorch's own formula ignores the groups."""
+    """The FLOPs of the forward for each gradient; PyTorch's own formula ignores the groups."""
     needs = rest[-1]  # gradients of x, weight, bias
     positions = dout_shape[0] * math.prod(dout_shape[2:])
     return 2 * positions * math.prod(weight_shape) * sum(needs[:2])

@@ -2,7 +2,7 @@
 
 A problem is one input of an operator with a dtype, a device and a direction. An engine is a layer
 and a way to run it: this library's kernels, eager PyTorch, compilers, runtimes, and other
-attentions (peers). A further engine or peer is one more entry of `ENGINES`.
+attentions (peers). A new engine or peer is a new entry of `ENGINES`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from swiftkernels.testing.tolerance import budget, relative_errors, type_bound
 OURS = "swiftkernels"
 
 OPSET = 20
-"""Of ONNX models."""
+"""The opset of ONNX models."""
 
 LONGEST_CALL = 3.0
 """Seconds; engines that take longer for one call are not measured."""
@@ -39,7 +39,7 @@ SLOW_FLOPS = 2e10
 """Floating-point operations a second of a slow CPU core, to estimate self-attention's time."""
 
 EXACT_SCORES = 1 << 24
-"""Self-attention's N x N scores that are computed in float64 at once, at most."""
+"""Most N x N scores of self-attention that are computed in float64 at a time."""
 
 Call = Callable[[], list[Tensor]]
 """Returns the output and, with a backward, the gradients of x and all parameters."""
@@ -49,7 +49,7 @@ Make = Callable[["Problem"], nn.Module]
 
 
 class Problem:
-    """One input and direction of an operator: what every engine gets, and the exact results.
+    """One input and direction of an operator, the same for all engines, and the exact results.
 
     Args:
         size: N and C of the input.
@@ -58,8 +58,8 @@ class Problem:
         backward: whether gradients are computed too.
         device: of input and weights.
         tokens: the input [B, N, C]; by default random.
-        benchmark: of the operator.
-        backend: of the operator, in the engine swiftkernels.
+        benchmark: the operator as it is measured.
+        backend: of the operator, in the engine "swiftkernels".
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Problem:
         )
         x = (drawn if tokens is None else tokens).to(device, dtype).clone()
         with torch.enable_grad():
-            # The clone of a leaf, as inside a network: autograd accumulates nothing in it.
+            # The clone of a leaf, as inside a network: autograd accumulates no gradient in it.
             self.x = x.requires_grad_(backward).clone()
         self.dout = dout.to(device, dtype)
         self._exact: dict[Make, list[Tensor]] = {}
@@ -109,7 +109,7 @@ class Problem:
         # Intel's GPUs may lack float64.
         device = torch.device("cpu") if self.device.type == "xpu" else self.device
         module = self.module(make).to(device, torch.float64)
-        # In chunks of the batch: self-attention would not fit in memory otherwise.
+        # In chunks of the batch, because self-attention would not fit in memory.
         chunk = max(1, EXACT_SCORES // max(1, self.size.tokens) ** 2)
         parts = []
         for x, dout in zip(self.x.split(chunk), self.dout.split(chunk), strict=True):
@@ -157,7 +157,7 @@ class Engine:
     build: Callable[[Problem, nn.Module], Call] = Problem.call
     """How to run the layer; it may compile."""
     fused: bool = False
-    """A kernel of this library, judged by `budget`; others are judged by `type_bound`."""
+    """Whether it is a kernel of this library, judged by `budget`; others by `type_bound`."""
     backward: bool = True
     half: bool = True
     """Whether it runs dtypes other than float32."""
@@ -174,7 +174,7 @@ class Engine:
         return [name for name in self.requires if importlib.util.find_spec(name) is None]
 
     def too_slow(self, problem: Problem) -> bool:
-        """Whether a call on a CPU could take more than `LONGEST_CALL`, before it is tried."""
+        """Whether a call on a CPU could take more than `LONGEST_CALL`, by an estimate."""
         if not self.quadratic or problem.device.type != "cpu":
             return False
         flops = 4 * problem.batch * problem.size.tokens**2 * problem.size.width
@@ -223,7 +223,7 @@ def _compile(problem: Problem, module: nn.Module, **options: Any) -> Call:
 
 
 def _compile_max(problem: Problem, module: nn.Module) -> Call:
-    import torch._inductor.config  # takes seconds: not in processes that measure memory
+    import torch._inductor.config  # here, because it takes seconds and memory
 
     # As mode="max-autotune-no-cudagraphs": torch.compile accepts either a mode or options.
     options: dict[str, Any] = {
@@ -259,7 +259,7 @@ def _onnxruntime(problem: Problem, _: nn.Module) -> Call:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
-    # Its threads wait in a loop during a run, but not while the next engine is measured.
+    # Its threads may wait in a loop during a run, but not while the next engine is measured.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(
         _onnx(problem), options, providers=["CPUExecutionProvider"]
@@ -321,7 +321,7 @@ ENGINES = {
     **{name: Engine(_peer(make), quadratic=name == "mhsa") for name, make in PEERS.items()},
     "separable_fused": Engine(_separable("auto"), _separable("reference"), fused=True),
 }  # fmt: skip
-"""By the names that commands and CSV files have for them."""
+"""The engines by their names in commands and CSV files."""
 
 COMPARED_PEERS = ("mhsa", "separable", "separable_fused", "xca", "linear")
 """The peers that commands compare with by default."""

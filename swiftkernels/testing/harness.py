@@ -1,7 +1,7 @@
 """The benchmark harness: build, verify and time engines on one problem.
 
-Every engine is verified against float64 before it is timed; one that is wrong is not timed. The
-engines of one problem are timed in turn.
+Every engine is verified against float64 before it is timed; an engine with a wrong result is not
+timed. The engines of one problem are timed in turn.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from swiftkernels.testing.tolerance import relative_errors
 from swiftkernels.utils.progress import Progress
 
 COLUMNS = (
-    "started",  # of the comparison: rows that were measured in turn have it in common
+    "started",  # time of the comparison: rows that were measured in turn have the same
     "shape",  # stages of networks with this size
     "tokens",
     "width",
@@ -37,7 +37,7 @@ COLUMNS = (
     "dtype",
     "direction",
     "engine",
-    "backend",  # of ours
+    "backend",  # of this library's engine
     "median_seconds",  # as called
     "min_seconds",
     "spread_seconds",  # interquartile range
@@ -48,8 +48,8 @@ COLUMNS = (
     "graph_rounds",
     "ratio_to_eager",
     "peak_bytes",  # on GPUs: beyond what was allocated before, with outputs and gradients
-    "least_bytes",  # inputs, outputs, weights and their gradients, each once
-    "gigabytes_per_second",  # least_bytes in the graph's time or, without a graph, as called
+    "least_bytes",  # of inputs, outputs, weights and their gradients, each counted once
+    "gigabytes_per_second",  # least_bytes / time in the graph or, without a graph, as called
     "error",  # of the output, relative, against float64
     "gradient_error",  # the largest of all gradients
     "note",  # why there is no time, or no graph
@@ -58,11 +58,11 @@ COLUMNS = (
     "torch",
     "onnxruntime",
     "openvino",
-    "isa",  # of our CPU kernels
+    "isa",  # of this library's CPU kernels
 )
 
 WRONG, FAILED, ABSENT = "wrong", "failed", "absent"
-"""How notes begin on engines without a time. The first two are errors."""
+"""First words of the notes on engines without a time. The first two are errors."""
 NO_GRAPH = "no graph: "
 
 Row = dict[str, Any]
@@ -95,7 +95,7 @@ def measure(
     backend: str = "auto",
     tokens: Callable[[Size, int, torch.dtype], Tensor | None] = lambda *_: None,
 ) -> Iterator[list[Row]]:
-    """Compare the engines on one problem after the other, and show the progress.
+    """Compare the engines on one problem after another, and show the progress.
 
     Args:
         settings: what to measure.
@@ -156,7 +156,7 @@ def compare(
     Returns:
         A row with `COLUMNS` for each engine.
     """
-    torch.compiler.reset()  # old graphs would count towards the limit of recompilations
+    torch.compiler.reset()  # old graphs would count for the limit of recompilations
     gc.collect()
     common = common_columns(problem)
     rows = {name: common | {"engine": name} for name in engines}
@@ -181,7 +181,7 @@ def compare(
 
 
 def common_columns(problem: Problem) -> Row:
-    """A row with what all engines of one problem have in common; the other columns are ""."""
+    """A row with the columns that all engines of a problem share; the others are ""."""
     on_cpu = problem.device.type == "cpu"
     return dict.fromkeys(COLUMNS, "") | {
         "started": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
@@ -218,7 +218,7 @@ def _try_build(problem: Problem, name: str, row: Row, watch: Stopwatch) -> Call 
         row["note"] = check(problem, engine, call(), row)
         if not row["note"] and (took := watch(call)) > LONGEST_CALL:
             row["note"] = f"{ABSENT}: a call takes {took:.1f} s"
-    except Exception as error:  # a compiler that fails, or too little memory: a finding
+    except Exception as error:  # a compiler that fails, or too little memory, is a result
         row["note"] = f"{FAILED if engine.fused else ABSENT}: {first_line(error)}"
     return None if row["note"] else call
 
@@ -255,7 +255,7 @@ def time_calls(
 
 
 def check(problem: Problem, engine: Engine, results: Sequence[Tensor], row: Row) -> str:
-    """Write an engine's errors into the row; returns what is wrong, "" if nothing is."""
+    """Write an engine's errors into the row; returns the largest violation, or ""."""
     names = ["output"]
     if problem.backward:
         parameters = dict(problem.module(engine.layer).named_parameters())
@@ -288,7 +288,7 @@ def first_line(error: Exception) -> str:
 
 
 def version(package: str) -> str:
-    """Of an installed package; "" if it is not."""
+    """The version of a package; "" if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -124,7 +124,7 @@ def observe(observer: Observer) -> Iterator[None]:
     def call(self: Any, *args: Any, **options: Any) -> Any:
         signature = inspect.signature(self.fn)
         own = {name: value for name, value in options.items() if name in signature.parameters}
-        # The interpreter and the observer call PyTorch themselves: hide that from dispatch modes.
+        # Dispatch modes must not see the calls of PyTorch by the interpreter and the observer.
         with _disable_current_modes(), _patch_language_once():
             arguments = signature.bind(*args, **own).arguments
             try:
@@ -149,9 +149,9 @@ def observe(observer: Observer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _patch_language_once() -> Iterator[None]:
-    """Within one launch, let the interpreter replace `triton.language` once for every module.
+    """Within a launch, let the interpreter replace `triton.language` once for every module.
 
-    By default it does so at every call of a helper function, which takes a third of its time.
+    By default it does that at every call of a function, which takes a third of its time.
     """
     patch = interpreter._patch_lang
     patched: set[int] = set()
@@ -159,7 +159,7 @@ def _patch_language_once() -> Iterator[None]:
     def patch_once(function: Any) -> Any:
         module = id(function.__globals__)
         if module in patched:
-            return None  # the scope of a helper's call is never used
+            return None  # the scope of a function's call is never used
         patched.add(module)
         return patch(function)
 
@@ -186,7 +186,7 @@ def map_tensors(argument: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def kernel_frames() -> list[traceback.FrameSummary]:
-    """The current lines of the running kernel and of the helpers it called, outermost first."""
+    """The current lines of the running kernel and of the functions it called, outermost first."""
     frames = []
     frame = sys._getframe()
     while frame and frame.f_code.co_filename != interpreter.__file__:

@@ -33,9 +33,9 @@ class Margins(NamedTuple):
 
 
 VERMILION = "#D55E00"
-"""For the operator."""
+"""Colour of the operator."""
 INK = "#333333"
-"""Of text."""
+"""Colour of text."""
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish; the yellow is darker, so that
 # it can be read as text.
@@ -54,15 +54,15 @@ STYLES = {
     "linear": Style("linear", "#CC79A7", "p"),
     "fastformer": Style("Fastformer", "#B8860B", "d"),
 }
-"""Of engines, in the order of legends."""
+"""The styles of engines, in the order of legends."""
 OTHER = Style("", "#7F7F7F", ".")
-"""Of engines without an entry in `STYLES`."""
+"""The style of engines without an entry in `STYLES`."""
 
 
 def speedups_figure(found: Sequence[Speedup], title: str, caption: str) -> Figure:
     """The operator's speed-up over every engine by shape.
 
-    A row of panels for each setting, in it a panel for each batch size.
+    Each setting has a row of panels, with a panel for each batch size.
     """
     found = [s for s in found if s.engine not in COMBINED]
     settings = list(dict.fromkeys(s.setting for s in found))

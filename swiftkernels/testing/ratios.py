@@ -13,11 +13,11 @@ COMBINED = {
     "best compile": ("compile", "compile-max"),
     "best runtime": ("onnxruntime", "openvino"),
 }
-"""The least time of several engines, shape by shape."""
+"""Names for the fastest of several engines, shape by shape."""
 
 
 class Setting(NamedTuple):
-    """What the shapes of one table have in common."""
+    """What all shapes of a table share."""
 
     device: str
     threads: int
@@ -65,7 +65,7 @@ def speedups(rows: Iterable[Mapping[str, Any]], prefix: str = "") -> list[Speedu
     Args:
         rows: by `compare`, or the same as strings from a CSV file. Only times from one comparison
             (equal `started`) are divided by each other. If a shape was measured several times, the
-            last counts. Skipped: rows without times, comparisons without the operator.
+            last counts. Rows without times and comparisons without the operator are skipped.
         prefix: "graph_" for the times in CUDA graphs.
 
     Example:

@@ -1,10 +1,10 @@
 """Time of calls: one clock for each kind of device, and calls measured in turn.
 
-* On a GPU, a time is that between two events. As called: the device is idle before, so that the
-  time in which the host launches the kernels counts. Queued: the call waits behind other work, so
-  that only the device's time counts. The caches are flushed before every sample.
-* On a CPU with one thread it is the process time, which other programs disturb least. With several
-  threads, of which the process time would be the sum, it is wall time.
+* On a GPU, a time is measured between two events. As called: the device is idle before, so the time
+  in which the host launches the kernels counts. Queued: the call waits behind other work, so only
+  the device's time counts. The caches are flushed before every sample.
+* On a CPU with one thread, the clock is the process time, which other programs disturb least. With
+  several threads it is wall time, because the process time would be the sum over the threads.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ COPY_BYTES = {"cuda": 256 << 20, "xpu": 256 << 20, "cpu": 64 << 20}
 """Size of the tensor that `copy_rate` copies."""
 
 REST = 0.02
-"""Seconds of sleep before a call with several CPU threads. OpenMP's threads wait for further work
-in a loop for about half of that, and would take the cores from the next call."""
+"""Seconds of sleep before a call with several CPU threads. After a call, OpenMP's threads wait for
+work in a loop for about half of that time, and would take the cores from the next call."""
 
 Call = Callable[[], Any]
 
@@ -90,7 +90,7 @@ class Stopwatch:
         if self.device.type == "cpu":
             if torch.get_num_threads() > 1:
                 time.sleep(REST)
-                call()  # not measured: it wakes the threads of this call
+                call()  # wakes the threads; not measured
             now = clock(self.device)
             began = now()
             call()
@@ -112,10 +112,10 @@ def interleave(
     seconds: float = 0.5,
     min_rounds: int = 9,
 ) -> dict[str, Timing]:
-    """Measure the calls in turn, so that all meet the same clock rate, caches and other programs.
+    """Measure the calls in turn, so that clock rate, caches and other programs affect all alike.
 
-    A round is one call of each, in an order shuffled anew; the first round is not counted. Rounds
-    go on for `seconds` of wall time, and there are at least `min_rounds` of them.
+    A round calls each once, in a new random order; the first round is not counted. There are rounds
+    for `seconds` of wall time, and at least `min_rounds`.
 
     Example:
         >>> calls = {"sum": torch.ones(9).sum, "max": torch.ones(9).max}

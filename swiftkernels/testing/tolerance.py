@@ -1,8 +1,8 @@
-"""How wrong a result may be.
+"""How large the error of a result may be.
 
-The rule: the error of a result may be twice that of the eager definition in the same dtype on the
-same device, plus a few ulp. Both errors are against the definition in float64, computed from the
-same rounded inputs.
+The rule: the error may be twice that of the eager definition in the same dtype on the same device,
+plus a few ulp. Both errors are against the definition in float64, computed from the same rounded
+inputs.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 ULPS = 4
-"""Units in the last place that `budget` grants on top of twice the eager error."""
+"""Units in the last place that `budget` adds to twice the eager error."""
 
 EXACT = 1e-12
 """Relative error between two float64 computations of one formula in different orders."""
 
 ROUNDINGS = 16
-"""More roundings in a row than any layer in the benchmarks makes; see `type_bound`."""
+"""More successive roundings than any layer in the benchmarks has; see `type_bound`."""
 
 
 def relative_error(a: Tensor, exact: Tensor) -> float:
@@ -56,7 +56,7 @@ def budget(eager_error: float, dtype: torch.dtype, ulps: float = ULPS) -> float:
 
 
 def type_bound(dtype: torch.dtype, length: int) -> float:
-    """The relative error that the dtype itself explains, for code without an eager twin.
+    """The largest relative error that the dtype explains, for code without an eager equivalent.
 
     Allows `ROUNDINGS` roundings to the dtype, and sums of up to `length` terms accumulated in
     float32 or better, in which rounding errors grow with the square root of the length.

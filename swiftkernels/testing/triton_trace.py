@@ -1,4 +1,4 @@
-"""Counts and checks what Triton kernels do to memory, lane by lane, without a GPU.
+"""Counts and checks the memory accesses of Triton kernels, lane by lane, without a GPU.
 
     TRITON_INTERPRET=1 python ...
 
@@ -11,22 +11,23 @@ Counted, for every launch:
 * requested bytes: of all unmasked lanes of loads and of stores. The multiprocessors request these;
 * distinct bytes: of the 32-byte sectors that are accessed at least once. These have to cross the
   boundary of the kernel, if caches keep everything within a launch. Tensors are assumed to start at
-  multiples of 512 bytes, where PyTorch's CUDA allocator places them;
-* operations of dot products, 2 per multiply-add, padding of the tiles included.
+  multiples of 512 bytes, as PyTorch's CUDA allocator places them;
+* operations of dot products, 2 per multiply-add, with the padding of the tiles.
 
 Checked, for every lane:
 
-* it accesses an element of a tensor that the launch was given;
+* it accesses an element of a tensor argument;
 * no other program writes what its program reads or writes, unless all use atomics;
-* no other lane of its program, which may be another thread, stores to the same address;
-* a tensor that is written is written to its last element.
+* no other lane of its program, which may be another thread, stores to the same address.
 
-Every tensor is in a buffer of its own between poisoned guards, even if tensors were adjacent. Lanes
-out of bounds are masked, so that a wrong kernel does no damage.
+If a tensor is written, every element of it has to be written.
+
+Every tensor is in its own buffer between poisoned guards, even if tensors were adjacent. Lanes out
+of bounds are masked, so that a wrong kernel does no damage.
 
 The interpreter cannot show reads that race with stores of the same program, limits of shared
-memory, or rounding to tf32. A kernel is reported as a race if its last program, chosen by an atomic
-counter, reduces what the others wrote.
+memory, or rounding to tf32. If the last program, chosen by an atomic counter, reduces what the
+others wrote, that is reported as a race.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ SECTOR = 32
 """Bytes of one memory transaction."""
 
 PLACEMENT = 512
-"""Multiple of bytes at which PyTorch's CUDA allocator places a tensor."""
+"""PyTorch's CUDA allocator places tensors at multiples of so many bytes."""
 
 LARGEST_GUARD = 1 << 20
 POISON = 0xFF
-"""Of every byte: NaN in all float types, -1 in the integers."""
+"""The value of every byte of the guards: NaN in all float types, -1 in integers."""
 
 _NOBODY, _SEVERAL = -1, -2
 _CONFLICTS = {
@@ -86,7 +87,7 @@ class Finding:
     """Index of the first wrong element, in elements from the argument's first one."""
     detail: str
     place: str
-    """Source lines of the kernel and of the helpers it called; "" for errors of a launch."""
+    """Source lines of the kernel and of the functions it called; "" for errors of a launch."""
     count: int
     """Wrong lanes, in all programs."""
 
@@ -130,9 +131,10 @@ def trace(check: bool = True, complete: bool = True) -> Iterator[list[Launch]]:
     """Record the launches inside this context, in order.
 
     Args:
-        check: raise at the end if there are findings; else they are only in `Launch.findings`.
-        complete: a launch that stores to a tensor must store to every element of it. False for
-            kernels that change only a part on purpose.
+        check: raise at the end if there are findings; otherwise they are only in
+            `Launch.findings`.
+        complete: a launch that stores to a tensor must store to every element of it. Pass False
+            for kernels that change only a part on purpose.
 
     Raises:
         MemoryFaultError: there are findings; with kernel, line, argument and offset.
@@ -153,7 +155,7 @@ def trace(check: bool = True, complete: bool = True) -> Iterator[list[Launch]]:
         try:
             yield recorder.launches
         except Exception as error:
-            # Often a consequence of the findings, which are more useful.
+            # It is often a consequence of the findings, which are more useful.
             if check:
                 _raise_findings(recorder.launches, error)
             raise
@@ -229,7 +231,7 @@ class _Argument:
     tensor: Tensor
     start: int = field(init=False)
     used: np.ndarray = field(init=False)
-    """Which of the bytes from `start` to `end` are elements of it."""
+    """Which of the bytes from `start` to `end` belong to elements of the tensor."""
 
     def __post_init__(self) -> None:
         t = self.tensor
@@ -267,7 +269,7 @@ class _Region:
         self.start = min(a.start for a in arguments)
         length = max(a.end for a in arguments) - self.start
         self.granule = min(a.tensor.element_size() for a in arguments)
-        """Bytes of the smallest element: the unit in which accesses are compared."""
+        """Bytes of the smallest element; accesses are compared in this unit."""
         used = np.zeros(length, bool)
         for a in arguments:
             used[a.start - self.start : a.end - self.start] |= a.used
@@ -285,7 +287,7 @@ class _Region:
 
         granules = len(self.used)
         self.users = {kind: np.full(granules, _NOBODY, np.int32) for kind in _CONFLICTS}
-        """By kind of access: the program that accessed a granule so, or `_SEVERAL`."""
+        """By kind of access: the program that accessed a granule, or `_SEVERAL`."""
         self._last_lane = np.empty(granules, np.int32)
         self._first_sector = self.low // SECTOR
         sectors = (self.high - 1) // SECTOR - self._first_sector + 1 if length else 0
@@ -307,13 +309,13 @@ class _Region:
         )
 
     def write_back(self) -> None:
-        """Copy what the kernel wrote to the tensors."""
+        """Copy the results of the kernel to the tensors."""
         if self.written.any():
             self._storage_bytes()[self._used_bytes] = self._inside[self._used_bytes]
 
     @property
     def is_one_tensor(self) -> bool:
-        """Whether all arguments are the same bytes; else some may be inputs only."""
+        """Whether all arguments are the same bytes; otherwise some may be only inputs."""
         return len({(a.start, a.end) for a in self.arguments}) == 1
 
     @property
@@ -340,7 +342,7 @@ class _Region:
             self.sectors[name][touched] = True
 
     def conflicts(self, kind: str, granules: np.ndarray, program: int) -> np.ndarray:
-        """Which granules another program accesses so that the order of the two matters."""
+        """Which granules another program accesses, so that the order of the programs matters."""
         found = np.zeros(granules.shape, bool)
         for other in _CONFLICTS[kind]:
             users = self.users[other][granules]
@@ -502,7 +504,7 @@ class _Running:
 
 
 def _move_apart(arguments: dict[str, Any]) -> tuple[list[_Region], dict[str, Any]]:
-    """Regions for all tensors, and the arguments with their tensors replaced by those there."""
+    """Regions for all tensors, and the arguments with tensors in these regions."""
     found: list[_Argument] = []
 
     def collect(name: str, t: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ def test_a_wheel_with_libraries_is_for_one_platform_and_every_python(project):
 
 
 def test_the_sdist_has_every_source(tmp_path):
-    project = copy_project(tmp_path / "project", whole=True)
+    project = copy_project(tmp_path / "project", with_kernels=True)
     run(project, "setup.py", "-q", "sdist")
     (sdist,) = (project / "dist").glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

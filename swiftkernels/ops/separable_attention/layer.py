@@ -18,13 +18,13 @@ from swiftkernels.utils import checks
 class SeparableAttention(KeepsPlans, nn.Module):
     """Separable self-attention (arXiv 2206.02680), a drop-in for the layer of MobileViTv2.
 
-    Takes the constructor arguments, parameter names and state dicts of timm's
-    ``LinearSelfAttention``, loads those of transformers' ``MobileViTV2LinearSelfAttention``, and
-    gives their outputs.
+    It has the constructor arguments, parameter names and state dicts of timm's
+    ``LinearSelfAttention``, also loads the state dicts of transformers'
+    ``MobileViTV2LinearSelfAttention``, and computes the same outputs.
 
     Args:
         embed_dim: channels C of input and output.
-        attn_drop: dropout of the token weights in training; above 0, training does not run fused.
+        attn_drop: dropout of the token weights in training; above 0, training is not fused.
         proj_drop: dropout of the output in training.
         bias: whether the two 1x1 convolutions have biases.
         backend: "auto", "triton", "cpu" or "reference". Only "auto" chooses; the others never fall
@@ -33,7 +33,7 @@ class SeparableAttention(KeepsPlans, nn.Module):
 
     The kernels read the weights of `qkv_proj` and `out_proj`. If one of them is more than a 1x1
     convolution (an adapter, a quantised layer, one with hooks or parametrizations), both are called
-    and the layer does not run fused.
+    and the layer is not fused.
 
     Shapes:
         x [B, N, C] (tokens) or [B, C, P, N] (the P pixels of N patches); the output is the same.
@@ -89,7 +89,7 @@ class SeparableAttention(KeepsPlans, nn.Module):
         return out
 
     def _plain_weights(self) -> Weights | None:
-        """The weights, if both convolutions are just that, with parameters."""
+        """The weights, if both parts are plain convolutions with parameters."""
         modules = self._modules
         parts: Any = (modules["qkv_proj"], modules["out_proj"])
         found = linear_parts.plain_parameters(parts, nn.Conv2d)
@@ -106,10 +106,10 @@ class SeparableAttention(KeepsPlans, nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("qkv_proj", "out_proj"):
-            for kind in ("weight", "bias"):  # as transformers has them
-                theirs = f"{prefix}{name}.convolution.{kind}"
+            for parameter in ("weight", "bias"):
+                theirs = f"{prefix}{name}.convolution.{parameter}"  # the name in transformers
                 if theirs in state_dict:
-                    state_dict.setdefault(f"{prefix}{name}.{kind}", state_dict.pop(theirs))
+                    state_dict.setdefault(f"{prefix}{name}.{parameter}", state_dict.pop(theirs))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""How the tokens of separable attention lie in memory."""
+"""The sequences of separable attention, and their strides."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Sequences(NamedTuple):
-    """batch x groups sequences of tokens, each of which is pooled on its own."""
+    """batch x groups sequences of tokens; each is pooled separately."""
 
     batch: int
     groups: int
@@ -30,7 +30,7 @@ def sequences_of(t: Tensor) -> Sequences:
 
 
 def output_like(x: Tensor, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and strides of an output of that width; of an image in the memory format of x."""
+    """Shape and strides of an output of that width; an image has the memory format of x."""
     if x.dim() == 3:
         batch, tokens, _ = x.shape
         return (batch, tokens, width), (tokens * width, width, 1)

@@ -1,8 +1,7 @@
 """Separable attention in plain PyTorch: the definition every backend is tested against.
 
-Shapes: B batch, N tokens, C channels, D output channels. MobileViTv2 feeds [B, C, P, N], the P
-pixels of N patches of an image: each of the P is pooled separately, like another sequence of the
-batch.
+Shapes: B batch, N tokens, C channels, D output channels. MobileViTv2 passes [B, C, P, N], the P
+pixels of N patches of an image. The pixels at each of the P places are a sequence of N tokens.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from swiftkernels.ops.separable_attention.weights import Options, Weights
 def mix(rows: Tensor, dropout: Callable[[Tensor], Tensor] = lambda a: a) -> Tensor:
     """relu(value) * context from score, key and value, [..., N, 1 + 2 C] -> [..., N, C].
 
-    context = sum_n a_n key_n with a the softmax of the scores over the tokens, to which `dropout`
-    is applied.
+    context = sum_n a_n key_n, where a is the softmax of the scores over the tokens. `dropout` is
+    applied to a.
     """
     width = rows.shape[-1] // 2
     score, key, value = rows.split([1, width, width], dim=-1)
@@ -32,7 +31,7 @@ def separable_attention(
 ) -> Tensor:
     """Section 3.2 of arXiv 2206.02680; [B, N, C] -> [B, N, D] or [B, C, P, N] -> [B, D, P, N].
 
-    The layer `qkv` makes score, key and value of every token, `proj` the output of their mix.
+    The layer `qkv` computes score, key and value of every token. `proj` is applied to their `mix`.
     """
     qkv, qkv_bias, proj, proj_bias = weights
     if x.dim() == 3:

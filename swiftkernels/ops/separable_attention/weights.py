@@ -1,4 +1,4 @@
-"""The weights of separable attention, as they travel from a module to the kernels."""
+"""The weights of separable attention, as modules pass them to the kernels."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Other attentions with linear or quadratic cost, [B, N, C] -> [B, N, C], to measure against.
 
-Each is written from its paper's formulas, with a bias in every linear layer as additive attention
-has. All are unfused but "separable_fused", the operator of this package.
+Each is written from the formulas of its paper, with a bias in every linear layer, as additive
+attention has. Only "separable_fused", the operator of this package, is fused.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ PEERS: dict[str, Callable[[int], nn.Module]] = {
     "linear": LinearAttention,
     "fastformer": Fastformer,
 }
-"""Makes a peer of that width, by its name."""
+"""Functions that make a peer of a given width, by its name."""
 
 __all__ = [
     "MDTA",

@@ -10,8 +10,8 @@ from swiftkernels.testing.peers.heads import choose_heads
 class Fastformer(nn.Module):
     """Two poolings, of queries and of keys, [B, N, C] -> [B, N, C] (arXiv 2108.09084).
 
-    Softmax over the tokens, one score per head and token, seen from all channels as in the authors'
-    code. The query is the value too. Scores have no bias: the softmax would cancel it.
+    Softmax over the tokens, with one score per head and token, computed from all channels as in the
+    authors' code. The query is also the value. Scores have no bias: the softmax would cancel it.
     """
 
     def __init__(self, dim: int, num_heads: int | None = None) -> None:

@@ -1,10 +1,10 @@
-"""How many heads a peer of a given width has."""
+"""The number of heads of a peer."""
 
 from __future__ import annotations
 
 
 def choose_heads(dim: int, num_heads: int | None) -> int:
-    """`num_heads`, or by default as many as divide `dim` with heads at least 32 wide.
+    """`num_heads`; by default the largest divisor of `dim` with heads at least 32 wide.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`.

@@ -11,7 +11,7 @@ from swiftkernels.testing.peers.heads import choose_heads
 class LinearAttention(nn.Module):
     """phi(q) (phi(k)^T v) / (phi(q) . sum phi(k)), [B, N, C] -> [B, N, C] (arXiv 2006.16236).
 
-    phi = elu + 1 stands for the softmax, so that the d x d product k^T v comes first: linear in N.
+    phi = elu + 1 replaces the softmax. So the d x d product k^T v comes first: linear in N.
     """
 
     def __init__(self, dim: int, num_heads: int | None = None, eps: float = 1e-6) -> None:

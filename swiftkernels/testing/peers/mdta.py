@@ -12,10 +12,10 @@ from swiftkernels.testing.peers.heads import choose_heads
 
 
 class MDTA(nn.Module):
-    """XCA behind a depthwise 3x3 convolution, [B, N, C] -> [B, N, C] (arXiv 2111.09881).
+    """XCA after a depthwise 3x3 convolution, [B, N, C] -> [B, N, C] (arXiv 2111.09881).
 
-    The convolution needs the tokens' grid (H, W), N = H * W: by default a square. Restormer's own
-    networks leave the biases out.
+    The convolution needs the grid (H, W) of the tokens, N = H * W: by default a square. Restormer's
+    networks have no biases.
     """
 
     def __init__(self, dim: int, num_heads: int | None = None) -> None:
@@ -30,7 +30,7 @@ class MDTA(nn.Module):
         """Attend.
 
         Raises:
-            ValueError: N is not H * W, or no square where no grid is given.
+            ValueError: N is not H * W, or not a square if no grid is given.
         """
         grid = _check_grid(x.shape[1], grid)
         image = x.transpose(1, 2).unflatten(2, grid)  # [B, C, H, W]
@@ -47,7 +47,7 @@ def _check_grid(n_tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
         side = math.isqrt(n_tokens)
         if side * side != n_tokens:
             raise ValueError(
-                f"MDTA needs the grid of its tokens; {n_tokens} tokens are no square. "
+                f"MDTA needs the grid of its tokens; {n_tokens} tokens are not a square. "
                 "Pass grid=(H, W)."
             )
         return side, side

@@ -1,4 +1,4 @@
-// Exported: what the loader asks a library before it runs any kernel of it.
+// Exported functions that the loader calls before any kernel.
 #include <cstring>
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -11,13 +11,13 @@ namespace swiftkernels {
 namespace {
 
 #if defined(__x86_64__) || defined(__i386__)
-/// x86-64-v3. Registers that the operating system does not save count as missing.
+/// x86-64-v3. False if the operating system does not save the registers.
 bool has_avx2() {
   unsigned eax, ebx, ecx = 0, edx, extended = 0;
   __get_cpuid(1, &eax, &ebx, &ecx, &edx);
   __get_cpuid(0x80000001u, &eax, &ebx, &extended, &edx);
-  // __builtin_cpu_supports of older compilers does not know these three. Without LZCNT the
-  // processor would run another instruction in its place.
+  // __builtin_cpu_supports of older compilers does not know these three. A processor without LZCNT
+  // would run another instruction instead.
   const bool f16c = ecx & (1u << 29), movbe = ecx & (1u << 22), lzcnt = extended & (1u << 5);
   return f16c && movbe && lzcnt && __builtin_cpu_supports("avx2") &&
          __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
@@ -34,8 +34,8 @@ bool has_avx512() {
 
 }  // namespace
 
-/// Whether the processor runs the library for an instruction set of isas.json. Asked of a library
-/// that every processor runs.
+/// Whether the processor can run the library for an instruction set of isas.json. Python calls the
+/// function of a library that every processor can run.
 EXPORT int swiftkernels_processor_runs(const char* isa) {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_cpu_init();
@@ -45,8 +45,8 @@ EXPORT int swiftkernels_processor_runs(const char* isa) {
   return std::strcmp(isa, "portable") == 0 || std::strcmp(isa, "neon") == 0;
 }
 
-/// The part of the interface that is no operator's. `revision` is raised with every change that the
-/// other numbers do not show.
+/// The numbers that belong to no operator. `revision` is raised with every change of the interface
+/// that the other numbers do not show.
 EXPORT const AbiEntry* swiftkernels_cpu_abi() {
   static constexpr AbiEntry entries[] = {{"revision", 4},
                                          {"FLOAT32", FLOAT32},

@@ -1,9 +1,10 @@
 // Matrix products on tiles of rows: rows times a packed matrix, and the Gram matrix of two tiles.
 //
 // A packed matrix B [K, columns] is a sequence of panels. A panel holds a group of a few vectors of
-// columns, [K, width] in one block of memory, which a kernel reads from start to end; columns are
-// padded with zeros to whole vectors. A group has as many vectors as keep, with a block of rows,
-// all sums in registers. A is not packed: kernels read it by broadcasting one float at a time.
+// columns, [K, width] in one block of memory, which a kernel reads from start to end. Columns are
+// padded with zeros to full vectors. A group has as many vectors as fit: the sums of a block of
+// rows with the group stay in registers. A is not packed: kernels broadcast one float of it at a
+// time.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +27,7 @@ class Panels {
  public:
   explicit Panels(int64_t columns) {
     vectors_ = padded(columns) / LANES;
-    if (MAX_VECTORS == 3)  // groups of two load least; an odd vector makes a group of three
+    if (MAX_VECTORS == 3)  // groups of two need the fewest loads; an odd vector makes one of three
       count_ = std::max<int64_t>(1, vectors_ / 2);
     else
       count_ = (vectors_ + MAX_VECTORS - 1) / MAX_VECTORS;
@@ -67,8 +68,8 @@ ONE_COPY inline void pack_panel(const float* b, int64_t K, int64_t k_stride, int
       out[k * width + j] = j < valid ? b[k * k_stride + j * j_stride] : 0.f;
 }
 
-/// A matrix B [K, columns] to multiply with: packed in advance, or packed panel by panel while it
-/// is used, which is faster where few rows use it.
+/// A matrix B [K, columns] to multiply with. It is packed in advance or, which is faster for few
+/// rows, panel by panel during the product.
 struct Matrix {
   int64_t K, columns;
   const float* panels;  // or null:
@@ -109,11 +110,14 @@ struct Matrix {
   }
 };
 
-/// Products that are summed one after another. Longer sums are sums of such chains: in one chain,
-/// the rounding errors of wide layers would grow beyond those of PyTorch's products.
+/// Rows from which on it pays to pack a matrix in advance.
+constexpr int64_t PACK_FROM = 512;
+
+/// Most products that are summed one after another. Longer sums are sums of such chains: in one
+/// chain, the rounding errors of wide layers would exceed those of PyTorch's products.
 constexpr int64_t MAX_CHAIN = 64;
 
-/// The length of the chains of a sum of K products; they are about equally long.
+/// The length of the chains of a sum of K products; all have about the same length.
 inline int64_t chain_length(int64_t K) {
   const int64_t chains = std::max<int64_t>(1, (K + MAX_CHAIN - 1) / MAX_CHAIN);
   return (K + chains - 1) / chains;
@@ -271,8 +275,8 @@ INLINE void run_panel(const Block& block, int vectors, int64_t rows) {
 /// are multiplied.
 inline int64_t cached_rows(int64_t K) { return std::max<int64_t>(48, 49152 / K); }
 
-/// c [rows, columns] = initial + bias + a [rows, K] b. `c_padded`: rows of c may be written up to
-/// whole vectors. `scratch` is for a panel of b, and may be null if b is packed.
+/// c [rows, columns] = initial + bias + a [rows, K] b. `c_padded`: rows of c may be overwritten up
+/// to full vectors. `scratch` is for a panel of b, and may be null if b is packed.
 inline void gemm(Tile a, int64_t rows, const Matrix& b, const float* bias, Tile c, float* scratch,
                  Tile initial = {nullptr, 0}, bool c_padded = true) {
   const Panels groups(b.columns);
@@ -322,8 +326,8 @@ inline void gemm_to_panels(Tile a, int64_t rows, const Matrix& b, float* c, int6
   }
 }
 
-/// sums[r] = the sum of the lanes of vector_of(r). LANES rows at a time take a fraction of the
-/// shuffles of one row at a time.
+/// sums[r] = the sum of the lanes of vector_of(r). LANES rows at a time need far fewer shuffles
+/// than one row at a time.
 template <class VectorOf>
 INLINE void sum_each_row(int64_t rows, float* sums, VectorOf vector_of) {
   for (int64_t r = 0; r < rows; r += LANES) {
@@ -430,8 +434,8 @@ inline void pack_columns(Tile a, int64_t a_columns, int64_t rows, int block_colu
   }
 }
 
-/// Larger tiles (256 KB) are packed before their columns are multiplied: their rows lie too far
-/// apart for the cache.
+/// Tiles of more floats (256 KB) are packed before their columns are multiplied: their rows are too
+/// far apart for the cache.
 constexpr int64_t LARGE_TILE = 65536;
 
 INLINE void gram_panel(const GramBlock& block, int vectors, int64_t a_columns, bool packed) {
@@ -439,7 +443,8 @@ INLINE void gram_panel(const GramBlock& block, int vectors, int64_t a_columns, b
 }
 
 /// c [a_columns, b_columns] = a^T b, or c += a^T b if `add`, for tiles a and b of `rows` rows. Rows
-/// of b and c are whole vectors. `scratch` holds as much as a, if a is larger than LARGE_TILE.
+/// of b and c are padded to full vectors. `scratch` has the size of a, if a is larger than
+/// LARGE_TILE.
 inline void gram(Tile a, int64_t a_columns, Tile b, int64_t b_columns, int64_t rows, Tile c,
                  bool add, float* scratch) {
   const Panels groups(b_columns);

@@ -51,7 +51,7 @@ struct Float16 {
   static float load(Float16 x) {
     const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7FFFu;
     if (rest >= 0x7C00) return from_bits(sign | 0x7F800000u | (rest & 0x3FFu) << 13);
-    // The exponents differ by 112; a product does that for subnormal numbers as well.
+    // The exponents differ by 112. The product is right for subnormal numbers too.
     const float magnitude = from_bits(rest << 13) * 0x1p112f;
     return from_bits(sign | to_bits(magnitude));
   }
@@ -63,7 +63,7 @@ struct Float16 {
     } else if (magnitude >= 0x477FF000u) {
       rest = 0x7C00;  // rounds to infinity
     } else if (magnitude < 0x38800000u) {
-      // Subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the last bits.
+      // Subnormal: adding 0.5 puts the rounded multiple of 2^-24 into the last bits.
       rest = to_bits(from_bits(magnitude) + 0.5f) - 0x3F000000u;
     } else {
       rest = (magnitude - 0x38000000u + 0xFFF + (magnitude >> 13 & 1)) >> 13;

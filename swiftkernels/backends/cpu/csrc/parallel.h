@@ -18,7 +18,7 @@ inline const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = tru
 constexpr bool forked = false;
 #endif
 
-/// Threads to use. OpenMP's pool does not survive a fork: a child process works alone.
+/// Threads to use: one in a child process, because OpenMP's pool does not survive a fork.
 inline int usable_threads(int64_t wanted) { return forked ? 1 : static_cast<int>(wanted); }
 
 /// Call work(i, thread) for i in [0, count); each thread takes a contiguous share.

@@ -1,4 +1,4 @@
-// Operations on rows of whole vectors.
+// Operations on rows that are padded to full vectors.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,20 @@ inline void copy_rows(Tile from, int64_t rows, int64_t width, float* to) {
   for (int64_t r = 0; r < rows; r++) std::copy(from.row(r), from.row(r) + width, to + r * width);
 }
 
-/// rows_sum += sum_n factors[n] rows[n], four vectors of columns at a time in registers.
+/// to = exp(scores - highest) * factor, where no score is above `highest`; others count as equal.
+ONE_COPY inline void exponentials(const float* scores, int64_t n, float highest, float factor,
+                                  float* to) {
+  alignas(64) float lanes[LANES];
+  for (int64_t i = 0; i < n; i += LANES) {
+    const int64_t count = std::min<int64_t>(LANES, n - i);
+    for (int64_t j = 0; j < LANES; j++)
+      lanes[j] = std::min(0.f, scores[i + std::min(j, count - 1)] - highest);
+    store(lanes, exp_of_negative(load(lanes)) * broadcast(factor));
+    std::memcpy(to + i, lanes, count * sizeof(float));
+  }
+}
+
+/// rows_sum += sum_n factors[n] rows[n], with the sums of four vectors of columns in registers.
 inline void add_weighted_rows(const float* factors, Tile rows, int64_t n, int64_t width,
                               float* rows_sum) {
   int64_t j = 0;

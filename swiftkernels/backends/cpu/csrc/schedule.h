@@ -1,5 +1,5 @@
 // How threads share the tokens of a batch, for kernels with two passes over the tokens of a batch
-// element: a first pass whose sums the second pass needs.
+// element. The second pass needs sums of the first.
 #pragma once
 
 #include <algorithm>
@@ -9,14 +9,14 @@
 
 namespace swiftkernels {
 
-/// Batch elements of up to so many tokens may be processed whole, several in one block.
+/// Most tokens of batch elements that may be grouped: a block has one or more of them.
 constexpr int64_t SHORT_SEQUENCE = 256;
 
-/// Sums over tokens are formed slice by slice, and slices are summed in order: results depend
+/// Tokens are summed slice by slice, and the sums of slices are added in order. So results depend
 /// neither on blocks nor on threads.
 constexpr int64_t MAX_SLICE = 64;
 
-/// Tokens in a slice; there are at least two slices, so that two threads can share a short
+/// Tokens in a slice. There are at least two slices, so that two threads can share a short
 /// sequence.
 inline int64_t slice_rows(int64_t tokens) { return std::min(MAX_SLICE, (tokens + 1) / 2); }
 
@@ -24,31 +24,31 @@ inline int64_t slices_of(int64_t tokens) {
   return (tokens + slice_rows(tokens) - 1) / slice_rows(tokens);
 }
 
-/// Rows of a block of about `floats` floats: whole slices, at least one and at most three.
+/// Rows of a block of about `floats` floats: complete slices, at least one and at most three.
 ///
-/// The exact size hardly matters: on an Intel Xeon with AVX-512 and 2 MB of second-level cache, one
-/// thread, half or double of all sizes in the kernels changed the geometric mean of the times at five
-/// shapes of 48 to 224 channels by less than 1 %.
+/// The exact size hardly matters. With all sizes in the kernels halved or doubled, the geometric
+/// mean of the times at five shapes of 48 to 224 channels changed by less than 1 %, on one thread
+/// of an Intel Xeon with AVX-512 and 2 MB of second-level cache.
 inline int64_t block_rows(int64_t floats, int64_t floats_per_row) {
   const int64_t slices = floats / floats_per_row / MAX_SLICE;
   return std::min<int64_t>(3, std::max<int64_t>(1, slices)) * MAX_SLICE;
 }
 
-/// Tokens [first, first + rows) of each of `count` batch elements, and who works on them.
+/// Tokens [first, first + rows) of each of `count` batch elements, and the thread for them.
 struct TokenBlock {
   int64_t element, count;
   int64_t first, rows;
   int64_t index;  // of the block in its batch element
   int thread;
-  int state;  // the index of what belongs to the batch elements at work
+  int state;  // the index of the state of these batch elements
 
   int64_t all_rows() const { return count * rows; }
-  /// The part that belongs to the i-th of the batch elements.
+  /// The part of the i-th batch element.
   TokenBlock of(int64_t i) const { return {element + i, 1, first, rows, index, thread, state}; }
 };
 
-/// The threads [thread, thread + threads) that work on a batch element. `thread` is also the index
-/// of what belongs to the element.
+/// The threads [thread, thread + threads) for a batch element. `thread` is also the index of its
+/// state.
 struct Team {
   int64_t element;
   int thread, threads;
@@ -56,9 +56,9 @@ struct Team {
 
 /// Which work a thread takes.
 enum class Division {
-  GROUPED,   // blocks of whole short batch elements, both passes while they are in the cache
-  SEPARATE,  // a batch element, block by block
-  SHARED,    // blocks of the one batch element that all threads work on
+  GROUPED,   // groups of short batch elements, both passes while they are in the cache
+  SEPARATE,  // one batch element, block by block
+  SHARED,    // some blocks of a batch element that all threads share
 };
 
 struct Schedule {
@@ -70,18 +70,18 @@ struct Schedule {
   int64_t blocks;     // in the batch if grouped, else in each batch element
   bool even = false;  // blocks of almost equal size, not all but the last of `rows` tokens
 
-  /// Blocks of whole batch elements with up to `max_rows` tokens together.
+  /// Blocks of complete batch elements, with up to `max_rows` tokens in each block.
   static Schedule grouped(int64_t batch, int64_t tokens, int64_t max_rows, int threads) {
     const int64_t most =
         std::max<int64_t>(1, std::min(SHORT_SEQUENCE, max_rows) / std::max<int64_t>(1, tokens));
-    // As many blocks as keep all threads busy to the end.
+    // A number of blocks that keeps all threads busy to the end.
     const int64_t rounds = (batch + most * threads - 1) / (most * threads);
     const int64_t elements = (batch + rounds * threads - 1) / (rounds * threads);
     const int64_t blocks = (batch + elements - 1) / elements;
     return {Division::GROUPED, threads, batch, tokens, elements, elements * tokens, blocks};
   }
 
-  /// Blocks of whole slices with up to `max_rows` tokens of a batch element.
+  /// Blocks of complete slices of a batch element, with up to `max_rows` tokens.
   static Schedule tiled(int64_t batch, int64_t tokens, int64_t max_rows, int threads) {
     const Division division = division_of(batch, threads);
     const int64_t sharing = division == Division::SHARED ? threads : 1;
@@ -96,13 +96,13 @@ struct Schedule {
     return {division_of(batch, threads), threads, batch, tokens, 1, rows, blocks, true};
   }
 
-  /// Whether there are enough batch elements to give threads whole ones.
+  /// Whether there are enough batch elements to give each thread its own.
   static bool separates(int64_t batch, int threads) {
     return batch >= threads && (batch % threads == 0 || batch >= 4 * threads);
   }
 
   bool is_grouped() const { return division == Division::GROUPED; }
-  /// Batch elements, or groups of them, that are at work at the same time.
+  /// Batch elements, or groups of them, that are processed at the same time.
   int states() const { return division == Division::SHARED ? 1 : threads; }
 
   /// Call the kernel's `both_passes(TokenBlock)` for groups of batch elements, or for every batch

@@ -1,6 +1,7 @@
-// Scratch memory of one call.
+// Scratch memory of a call.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 
@@ -8,7 +9,7 @@
 
 namespace swiftkernels {
 
-/// Memory of one call, aligned to cache lines. False as a bool if there was not enough.
+/// Memory of a call, aligned to cache lines. As a bool, false if there was not enough memory.
 class Scratch {
  public:
   explicit Scratch(int64_t floats) {
@@ -27,8 +28,8 @@ class Scratch {
   std::unique_ptr<float, Free> memory_;
 };
 
-/// Hands out blocks of scratch, each aligned to a cache line. Without memory it hands out null and
-/// counts, so that one function both measures and lays out.
+/// Divides scratch into blocks, each aligned to a cache line. Without memory the blocks are null
+/// and only counted, so that one function can both measure and lay out.
 class Arena {
  public:
   explicit Arena(float* begin = nullptr) : begin_(begin) {}
@@ -37,22 +38,32 @@ class Arena {
     used_ += round_up(floats, 16);
     return block;
   }
-  /// A tile with rows of whole vectors. Strides of a power of two would map a column of the tile to
-  /// few sets of the cache.
+  /// A tile with rows of full vectors. Its stride is no power of two, which would map a column of
+  /// the tile to few sets of the cache.
   INLINE_MEMBER Tile tile(int64_t rows, int64_t width) {
     const int64_t stride = padded(width) + (padded(width) % 64 == 0 ? 16 : 0);
     return {take(rows * stride), stride};
   }
-  /// A tile with rows of whole vectors and nothing between them.
+  /// A tile with rows of full vectors and no gaps between them.
   INLINE_MEMBER Tile matrix(int64_t rows, int64_t width) {
     return {take(rows * padded(width)), padded(width)};
   }
-  /// Floats handed out so far.
+  /// Floats in the blocks so far.
   int64_t used() const { return used_; }
 
  private:
   float* begin_;
   int64_t used_ = 0;
 };
+
+/// A copy of rows, or zeros if `from` is null, padded with zeros to full vectors.
+inline float* copy_padded_rows(const float* from, int64_t rows, int64_t width, Arena& arena) {
+  float* to = arena.take(rows * padded(width));
+  if (!to) return nullptr;
+  std::fill(to, to + rows * padded(width), 0.f);
+  for (int64_t r = 0; r < rows && from; r++)
+    std::copy(from + r * width, from + (r + 1) * width, to + r * padded(width));
+  return to;
+}
 
 }  // namespace swiftkernels

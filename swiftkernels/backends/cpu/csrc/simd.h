@@ -1,5 +1,5 @@
-// Vectors of floats by the compiler's own vector extensions: one source for every instruction set.
-// What differs between instruction sets stands at the top.
+// Vectors of floats by the compiler's vector extensions: one source for all instruction sets. The
+// differences between instruction sets are at the top.
 #pragma once
 
 #include <cmath>
@@ -9,9 +9,9 @@
 
 namespace swiftkernels {
 
-// LANES: floats in a vector. A matrix product keeps the sums of a block of BLOCK_ROWS[v] rows times
-// v vectors of columns, v <= MAX_VECTORS, in registers, next to v vectors of columns and one row.
-// SWIFTKERNELS_LANES=16 compiles the blocks of AVX-512 for a processor without it, in tests.
+// LANES: floats in a vector. A matrix product keeps in registers the sums of a block of
+// BLOCK_ROWS[v] rows times v vectors of columns, v <= MAX_VECTORS, next to v vectors of columns and
+// one row. With SWIFTKERNELS_LANES=16, tests compile the blocks of AVX-512 for other processors.
 #if defined(__AVX512F__) || SWIFTKERNELS_LANES == 16
 constexpr int LANES = 16, MAX_VECTORS = 4;
 constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 14, 12, 8, 7};  // of 32 registers
@@ -28,8 +28,8 @@ constexpr int MAX_VECTORS = 3;
 constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 12, 6, 4};  // of 16 registers
 #endif
 
-// A function that sums single floats is compiled once. The compiler decides for every inlined copy
-// which products and sums it fuses, so results would depend on the caller.
+// For functions that sum single floats: in every inlined copy the compiler may fuse other products
+// and sums, so results would depend on the caller.
 #define ONE_COPY __attribute__((noinline))
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
@@ -115,7 +115,7 @@ INLINE vec sums_of(vec (&vectors)[LANES]) {
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
-/// The length of a row of n floats, padded to whole vectors.
+/// The length of a row of n floats, padded to full vectors.
 constexpr int64_t padded(int64_t n) { return round_up(n, LANES); }
 
 /// Rows in memory, `stride` floats apart.

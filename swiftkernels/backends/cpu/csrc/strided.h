@@ -1,4 +1,4 @@
-// Tokens in memory, of any strides and element type, to and from tiles of float32 rows.
+// Loads tokens of any strides and element type to tiles of float32 rows, and stores such tiles.
 #pragma once
 
 #include <algorithm>
@@ -23,28 +23,28 @@ INLINE Tokens tokens_of(void* data, const int64_t (&strides)[3], int64_t type) {
 /// element outside of them.
 template <class Block, class Single>
 INLINE void for_each_block(int64_t rows, int64_t width, Block block, Single single) {
-  const int64_t whole_rows = rows / LANES * LANES, whole_width = width / LANES * LANES;
-  for (int64_t r = 0; r < whole_rows; r += LANES) {
-    for (int64_t c = 0; c < whole_width; c += LANES) block(r, c);
-    for (int64_t c = whole_width; c < width; c++)
+  const int64_t full_rows = rows / LANES * LANES, full_width = width / LANES * LANES;
+  for (int64_t r = 0; r < full_rows; r += LANES) {
+    for (int64_t c = 0; c < full_width; c += LANES) block(r, c);
+    for (int64_t c = full_width; c < width; c++)
       for (int64_t i = r; i < r + LANES; i++) single(i, c);
   }
   for (int64_t c = 0; c < width; c++)
-    for (int64_t r = whole_rows; r < rows; r++) single(r, c);
+    for (int64_t r = full_rows; r < rows; r++) single(r, c);
 }
 
 template <class T>
 inline void load_rows(const T* in, int64_t token_stride, int64_t channel_stride, int64_t rows,
                       int64_t width, Tile tile) {
-  const int64_t whole = width / LANES * LANES;
+  const int64_t full = width / LANES * LANES;
   auto single = [&](int64_t r, int64_t c) {
     tile.row(r)[c] = T::load(in[r * token_stride + c * channel_stride]);
   };
   if (channel_stride == 1) {
     for (int64_t r = 0; r < rows; r++) {
-      for (int64_t c = 0; c < whole; c += LANES)
+      for (int64_t c = 0; c < full; c += LANES)
         store(tile.row(r) + c, load_vector(in + r * token_stride + c));
-      for (int64_t c = whole; c < width; c++) single(r, c);
+      for (int64_t c = full; c < width; c++) single(r, c);
     }
   } else if (token_stride == 1) {  // channels first
     auto block = [&](int64_t r, int64_t c) {
@@ -58,7 +58,7 @@ inline void load_rows(const T* in, int64_t token_stride, int64_t channel_stride,
     for (int64_t r = 0; r < rows; r++)
       for (int64_t c = 0; c < width; c++) single(r, c);
   }
-  if (whole == width) return;
+  if (full == width) return;
   for (int64_t r = 0; r < rows; r++)
     for (int64_t c = width; c < padded(width); c++) tile.row(r)[c] = 0.f;
 }
@@ -66,15 +66,15 @@ inline void load_rows(const T* in, int64_t token_stride, int64_t channel_stride,
 template <class T>
 inline void store_rows(Tile tile, int64_t rows, int64_t width, T* out, int64_t token_stride,
                        int64_t channel_stride) {
-  const int64_t whole = width / LANES * LANES;
+  const int64_t full = width / LANES * LANES;
   auto single = [&](int64_t r, int64_t c) {
     out[r * token_stride + c * channel_stride] = T::make(tile.row(r)[c]);
   };
   if (channel_stride == 1) {
     for (int64_t r = 0; r < rows; r++) {
-      for (int64_t c = 0; c < whole; c += LANES)
+      for (int64_t c = 0; c < full; c += LANES)
         store_vector(out + r * token_stride + c, load(tile.row(r) + c));
-      for (int64_t c = whole; c < width; c++) single(r, c);
+      for (int64_t c = full; c < width; c++) single(r, c);
     }
   } else if (token_stride == 1) {
     auto block = [&](int64_t r, int64_t c) {
@@ -127,12 +127,11 @@ inline Tile rows_of(const Tokens& t, int64_t element, int64_t first) {
           t.token_stride};
 }
 
-/// Wider rows are copied even if they need no conversion: a copy reads them faster than products
-/// do.
+/// Wider rows are copied even if they need no conversion: a copy reads them faster than products.
 constexpr int64_t MAX_IN_PLACE_WIDTH = 96;
 
 /// Tokens [first, first + rows) of `count` batch elements, one element after the other, as float32
-/// rows of whole vectors: in place if they are such rows, else copied to `scratch`.
+/// rows of full vectors: in place if they are such rows, else copied to `scratch`.
 inline Tile tile_of(const Tokens& t, int64_t element, int64_t count, int64_t first, int64_t rows,
                     int64_t width, Tile scratch) {
   const bool joined = count == 1 || t.batch_stride == rows * t.token_stride;

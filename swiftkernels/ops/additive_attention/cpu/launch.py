@@ -28,8 +28,8 @@ library.register_interface(
     "additive",
     {
         "revision": 4,
-        "sizeof(Layer)": packing.LAYER.size + shared.FINGERPRINT.size,
-        "sizeof(RawLayer)": packing.RAW_LAYER.size,
+        "sizeof(PackedWeights)": packing.PACKED_WEIGHTS.size + shared.FINGERPRINT.size,
+        "sizeof(RawWeights)": packing.RAW_WEIGHTS.size,
         "sizeof(Call)": _CALL.size,
         "sizeof(BackwardCall)": _BACKWARD_CALL.size,
         "sizeof(Fingerprint)": shared.FINGERPRINT.size,
@@ -99,7 +99,7 @@ def forward(
     out = x.new_empty_strided(*output_like(x, weights.token_dim))
     saved = saved_like(inputs, weights, keep)
     if out.numel() > 0:
-        fields, _alive = packing.raw_layer(weights, options)
+        fields, _alive = packing.raw_weights(weights, options)
         data, batch, n_tokens, strides = _read(x)
         *_, out_strides = _read(out)
         call = call_fields(
@@ -156,7 +156,7 @@ def backward(
         saved.unit_rows.to(x.dtype).contiguous(),
     )
     folded = saved.unit_rows.numel() == 0 and config.folds_backward(batch, n_tokens, width)
-    fields, ready = packing.raw_layer(weights, options)
+    fields, ready = packing.raw_weights(weights, options)
     d_input = torch.empty_like(inputs[0]) if needs.inputs else None
     written, dx_fields = d_input, (0, 0, 0, 0)
     if d_input is not None:

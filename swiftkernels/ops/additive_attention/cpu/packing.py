@@ -25,15 +25,15 @@ from swiftkernels.ops.additive_attention.weights import Options, Weights
 PLAIN, TRIANGULAR, FOLDED = range(3)
 """The forms, as `FormCode` in csrc/abi.h."""
 
-# `struct Layer` without the `Fingerprint` at its end, and `struct RawLayer`, in csrc/abi.h.
-LAYER = struct.Struct("5q2d12Pd7P")
-RAW_LAYER = struct.Struct("5q2d9P")
+# In csrc/abi.h: `struct PackedWeights` without its `Fingerprint`, and `struct RawWeights`.
+PACKED_WEIGHTS = struct.Struct("5q2d12Pd7P")
+RAW_WEIGHTS = struct.Struct("5q2d9P")
 
 
-def raw_layer(weights: Weights, options: Options) -> tuple[bytes, list[Tensor | None]]:
-    """`struct RawLayer`, and the tensors that must stay alive while it is used."""
+def raw_weights(weights: Weights, options: Options) -> tuple[bytes, list[Tensor | None]]:
+    """`struct RawWeights`, and the tensors that must stay alive while it is used."""
     ready = float32(weights)
-    return RAW_LAYER.pack(*_sizes(weights, options), *addresses(ready)), ready
+    return RAW_WEIGHTS.pack(*_sizes(weights, options), *addresses(ready)), ready
 
 
 def _sizes(weights: Weights, options: Options) -> list[float]:
@@ -54,7 +54,7 @@ def rounded(weights: Weights, dtype: torch.dtype) -> Weights:
 def pack(
     packer: Packer, weights: Weights, scale: Tensor | None, options: Options, form: int
 ) -> bytes:
-    """`struct Layer` without its fingerprint; fields that the form does not read are null.
+    """`struct PackedWeights` without its fingerprint; fields that the form does not read are null.
 
     Products of weights are computed in float64.
 
@@ -85,8 +85,8 @@ def pack(
             packer.matrix(w.proj_weight.t()), packer.vector(w.proj_bias, width),
             packer.matrix(w.final_weight.t()), packer.vector(w.final_bias, w.token_dim),
         ]  # fmt: skip
-        return LAYER.pack(*fields, *plain, *[0] * 3, 0.0, *[0] * 7)
-    return LAYER.pack(*fields, *[0] * 5, *_folded_fields(packer, w, options, form))
+        return PACKED_WEIGHTS.pack(*fields, *plain, *[0] * 3, 0.0, *[0] * 7)
+    return PACKED_WEIGHTS.pack(*fields, *[0] * 5, *_folded_fields(packer, w, options, form))
 
 
 def _folded_fields(packer: Packer, weights: Weights, options: Options, form: int) -> list[float]:

@@ -1,4 +1,4 @@
-// Exported: the numbers that the Python side has to agree with.
+// Exported numbers that Python has to agree with.
 #include "abi.h"
 
 #include <vector>
@@ -8,12 +8,12 @@
 
 namespace swiftkernels::additive {
 
-/// `revision` is raised with every change that the other numbers do not show.
+/// `revision` is raised with every change of the interface that the other numbers do not show.
 EXPORT const AbiEntry* swiftkernels_additive_abi() {
   static const std::vector<AbiEntry> entries = [] {
     std::vector<AbiEntry> all = {{"revision", 4},
-                                 {"sizeof(Layer)", sizeof(Layer)},
-                                 {"sizeof(RawLayer)", sizeof(RawLayer)},
+                                 {"sizeof(PackedWeights)", sizeof(PackedWeights)},
+                                 {"sizeof(RawWeights)", sizeof(RawWeights)},
                                  {"sizeof(Call)", sizeof(Call)},
                                  {"sizeof(BackwardCall)", sizeof(BackwardCall)},
                                  {"sizeof(Fingerprint)", sizeof(Fingerprint)},

@@ -1,5 +1,5 @@
-// What Python passes: the packed weights, and the tensors of one call. Python packs these structs
-// with the struct module: every field is eight bytes, in this order.
+// The arguments from Python: the weights, and the tensors of a call. Python writes these structs
+// with the struct module: every field has eight bytes, in this order.
 #pragma once
 
 #include "exports.h"
@@ -11,9 +11,9 @@ namespace swiftkernels::additive {
 /// How the output is computed (forms.h).
 enum FormCode : int64_t { PLAIN = 0, TRIANGULAR = 1, FOLDED = 2 };
 
-/// The packed weights of a layer. Matrices are in panels (gemm.h), vectors are padded with zeros to
-/// whole vectors. Null: not needed by the form in use; biases are never null.
-struct Layer {
+/// The packed weights of a layer. Matrices are panels (gemm.h), vectors are padded with zeros to
+/// full vectors. Fields that the form does not need are null; biases are never null.
+struct PackedWeights {
   int64_t in_dims;    // C
   int64_t width;      // E
   int64_t token_dim;  // D
@@ -47,8 +47,8 @@ struct Layer {
   Fingerprint fingerprint;
 };
 
-/// A layer in training: its weights in memory, contiguous float32; null: no bias.
-struct RawLayer {
+/// The weights of a layer in training, contiguous float32. A bias may be null.
+struct RawWeights {
   int64_t in_dims, width, token_dim;
   int64_t pooling;
   int64_t qk_norm;
@@ -64,8 +64,8 @@ struct RawLayer {
 /// What a forward saves for the backward.
 struct Saved {
   float* global_query;  // [B, E]
-  float* statistics;    // a, 1/|q|, 1/|k| [3, B, N], then 1/|s| [B]; null: nothing is saved
-  void* unit_rows;      // qn and kn [2, B, N, E] in the type of x; null: not saved
+  float* statistics;    // a, 1/|q|, 1/|k| [3, B, N], then 1/|s| [B]; null if nothing is saved
+  void* unit_rows;      // qn and kn [2, B, N, E] in the type of x; null if they are not saved
 };
 
 struct Call {
@@ -78,22 +78,22 @@ struct Call {
   int64_t x_strides[3];
   void* out;
   int64_t out_strides[3];
-  const uint8_t* mask;  // null: all tokens take part
+  const uint8_t* mask;  // null if all tokens take part
   int64_t mask_strides[2];
   Saved saved;
 };
 
-/// Gradients of the weights, contiguous float32, shaped as in `RawLayer`; null: not asked for.
+/// Gradients of the weights, contiguous float32, shaped as in `RawWeights`; null if not needed.
 struct Gradients {
   float *dwq, *dbq, *dwk, *dbk, *dw_g, *dwp, *dbp, *dwf, *dbf;
 };
 
 struct BackwardCall {
   int64_t batch, tokens;
-  int64_t grouped;  // whole batch elements at a time, else blocks of tokens
+  int64_t grouped;  // groups of complete batch elements, else blocks of tokens
   int64_t threads;
   int64_t type;
-  int64_t direct;  // sum dWp and dWf themselves (grouped only), not the moments U and V
+  int64_t direct;  // sum dWp and dWf, not the moments U and V; only if grouped
   int64_t folded;  // without queries and keys (folded_backward.cpp)
   int64_t needs_tokens, needs_weights;
   void* x;

@@ -1,7 +1,8 @@
-// The backward. q and k are those of the forward, saved or computed again. The gradients of the
-// scores need that of G, a sum over all tokens: there are two passes, as in the forward.
+// The backward. q and k of the forward were saved, or are computed again. The gradients of the
+// scores need that of G, which is a sum over all tokens. So there are two passes, as in the
+// forward.
 //
-// With dy = dout Wf and dt = dy Wp, the gradients of y = t Wp^T + bp + qn and of t = G * kn:
+// dy = dout Wf and dt = dy Wp are the gradients of y = t Wp^T + bp + qn and of t = G * kn. Then
 //
 //     dG  = sum_n dt_n * kn_n
 //     dkn = dt * G                       dk = rk (dkn - kn (kn . dkn))
@@ -9,8 +10,8 @@
 //     dx  = dq Wq + dk Wk                dWq = dq^T x, dWk = dk^T x
 //     U   = dout^T t, V = dout^T qn      of which dWp = Wf^T U and dWf = U Wp^T + V + dbf bp^T
 //
-// The moments U and V cost two products of E x E matrices at the end. For few tokens, dWp = dy^T t
-// and dWf = dout^T y themselves are summed ("direct"), which costs one more product per token.
+// The moments U and V cost two products of E x E matrices at the end. For few tokens, the kernel
+// sums dWp = dy^T t and dWf = dout^T y instead ("direct"), which costs one more product per token.
 #include <array>
 #include <numeric>
 #include <vector>
@@ -21,27 +22,27 @@
 namespace swiftkernels::additive {
 namespace {
 
-/// Floats in the tiles of a block (0.8 MB), and of a group of short batch elements (4 MB). More
-/// than in the forward, as every block is added to the sums of the weight gradients.
+/// Floats in the tiles of a block (0.8 MB), and of a group of short batch elements (4 MB). They are
+/// larger than in the forward, because every block is added to the sums of the weight gradients.
 constexpr int64_t BLOCK_FLOATS = 200000, GROUP_FLOATS = 1000000;
 
-/// Blocks whose sums are added one after another. Longer sums are sums of such chains: one chain
-/// would lose more digits than PyTorch does.
+/// Most blocks that are added one after another. Longer sums are sums of such chains: a single
+/// chain would lose more digits than PyTorch does.
 constexpr int64_t MAX_BLOCK_CHAIN = 24;
 
-/// The sums that the first pass makes (KEYS), and the second (QUERIES).
-enum Side { KEYS = 0, QUERIES = 1 };
+/// The sums of the first pass (KEYS), or of the second (QUERIES).
+enum Pass { KEYS = 0, QUERIES = 1 };
 
-/// Sums over tokens, in rows of whole vectors.
+/// Sums over tokens, in rows of full vectors.
 struct Sums {
   Tile dWq, dWk;  // [E, C]
   Tile U, V;      // [D, E]; direct: dWp [E, E] and dWf [D, E]
   Tile dWp;       // [E, E] from U, in the end
   float *dbq, *dbk, *dw_g, *dbf, *dbp;
-  int* blocks;  // added so far, of either side; matrices are undefined before the first
+  int* blocks;  // added so far, by pass; matrices are undefined before the first block
 
-  /// The matrices are the memory of `gradients` where their rows need no padding.
-  static Sums lay_out(const RawLayer& layer, bool direct, const Gradients& gradients,
+  /// Matrices are in the memory of `gradients` where their rows need no padding.
+  static Sums lay_out(const RawWeights& layer, bool direct, const Gradients& gradients,
                       Arena& arena) {
     const int64_t C = layer.in_dims, E = layer.width, D = layer.token_dim;
     auto matrix = [&](int64_t rows, int64_t width, float* gradient) {
@@ -72,16 +73,16 @@ struct Workspace {
   float* columns;  // of a large tile
 };
 
-/// What belongs to the batch elements at work.
+/// What some batch elements need in both passes.
 struct State {
   float* dG;        // [elements, padded(E)]
-  float* partials;  // of dG, one for each slice of one batch element
-  float* residues;  // one for each block of one batch element
+  float* partials;  // of dG, one for each slice of a batch element
+  float* residues;  // one for each block of a batch element
 };
 
 class Backward {
  public:
-  Backward(const RawLayer& layer, const TrainWeights& weights, const BackwardCall& call)
+  Backward(const RawWeights& layer, const TrainWeights& weights, const BackwardCall& call)
       : layer_(layer),
         weights_(weights),
         call_(call),
@@ -101,7 +102,7 @@ class Backward {
 
   Status run() {
     const int threads = schedule_.threads, states = schedule_.states();
-    // A thread with many blocks sums them in two levels: chains, and the sum of its chains.
+    // A thread with many blocks sums them in two levels: a chain, and the sum of its chains.
     const int64_t blocks = schedule_.blocks * (schedule_.is_grouped() ? 1 : call_.batch);
     const int levels = blocks > MAX_BLOCK_CHAIN * threads ? 2 : 1;
     const int sums = call_.needs_weights ? levels * threads : 0;
@@ -111,7 +112,7 @@ class Backward {
       for (Workspace& w : workspaces_) w = make_workspace(arena);
       for (State& s : states_) s = make_state(arena);
       for (int i = 0; i < sums; i++) {
-        // The last level of the first thread becomes the gradients.
+        // The last level of the first thread ends as the gradients.
         const bool last = i == (levels - 1) * threads;
         sums_[i] = Sums::lay_out(layer_, call_.direct, last ? call_.gradients : Gradients{}, arena);
         sums_[i].blocks = counts[i].data();
@@ -124,12 +125,12 @@ class Backward {
     Arena arena(scratch.data());
     lay_out(arena);
     for (const Sums& s : sums_)
-      for (Side side : {KEYS, QUERIES}) clear_vectors(s, side);
+      for (Pass pass : {KEYS, QUERIES}) clear_vectors(s, pass);
     totals_ = sums_.data() + (sums > threads ? threads : 0);
     schedule_.run(*this);
     if (!call_.needs_weights) return DONE;
     for (int i = 0; i < threads; i++)
-      for (Side side : {KEYS, QUERIES}) flush(i, side);
+      for (Pass pass : {KEYS, QUERIES}) flush(i, pass);
     add_up();
     parallel_for(threads, threads, [&](int64_t i, int thread) {
       finish(totals_[0], workspaces_[thread], D_ * i / threads, D_ * (i + 1) / threads,
@@ -147,7 +148,7 @@ class Backward {
     unit_keys(w, b);
     if (N_ > SHORT_SEQUENCE) {
       gemm(w.dout, b.rows, weights_.product_rows, nullptr, w.dt, w.panel);
-    } else {  // as in a group: results must not depend on how threads share the tokens
+    } else {  // as in a group, so that results do not depend on how threads share the tokens
       gemm(w.dout, b.rows, weights_.final_rows, nullptr, w.y, w.panel);
       gemm(w.y, b.rows, weights_.proj_rows, nullptr, w.dt, w.panel);
     }
@@ -235,7 +236,7 @@ class Backward {
     w.k = arena.tile(rows, E_);
     w.dt = arena.tile(rows, E_);
     w.dx = arena.tile(rows, C_);
-    // One pass after the other needs one side's rows at a time.
+    // Without groups, a pass needs the rows of either queries or keys.
     w.q = schedule_.is_grouped() ? arena.tile(rows, E_) : w.k;
     w.dy = schedule_.is_grouped() ? arena.tile(rows, E_) : w.dt;
     if (call_.direct || (!schedule_.is_grouped() && N_ <= SHORT_SEQUENCE))
@@ -258,10 +259,10 @@ class Backward {
     return s;
   }
 
-  /// The matrices and vectors of a side.
+  /// Call `matrix` and `vector` with the sums of a pass.
   template <class Matrix, class Vector>
-  void for_each(Side side, Matrix matrix, Vector vector) const {
-    if (side == KEYS) {
+  void for_each(Pass pass, Matrix matrix, Vector vector) const {
+    if (pass == KEYS) {
       matrix(&Sums::dWk, E_, C_);
       matrix(&Sums::U, call_.direct ? E_ : D_, E_);
       vector(&Sums::dbk, E_);
@@ -274,20 +275,20 @@ class Backward {
     }
   }
 
-  void clear_vectors(const Sums& s, Side side) const {
+  void clear_vectors(const Sums& s, Pass pass) const {
     for_each(
-        side, [](Tile Sums::*, int64_t, int64_t) {},
+        pass, [](Tile Sums::*, int64_t, int64_t) {},
         [&](float* Sums::* vector, int64_t width) {
           std::fill(s.*vector, s.*vector + padded(width), 0.f);
         });
   }
 
-  /// to += from; then from is empty.
-  void move(const Sums& from, const Sums& to, Side side, int threads = 1) const {
-    if (from.blocks[side] == 0) return;
-    const bool fresh = to.blocks[side] == 0;
+  /// to += from; then clear `from`.
+  void move(const Sums& from, const Sums& to, Pass pass, int threads = 1) const {
+    if (from.blocks[pass] == 0) return;
+    const bool fresh = to.blocks[pass] == 0;
     for_each(
-        side,
+        pass,
         [&](Tile Sums::* matrix, int64_t rows, int64_t width) {
           parallel_for(rows, threads, [&](int64_t r, int) {
             const float* row = (from.*matrix).row(r);
@@ -298,24 +299,24 @@ class Backward {
           });
         },
         [&](float* Sums::* vector, int64_t width) { add(from.*vector, width, to.*vector); });
-    clear_vectors(from, side);
-    to.blocks[side] += from.blocks[side];
-    from.blocks[side] = 0;
+    clear_vectors(from, pass);
+    to.blocks[pass] += from.blocks[pass];
+    from.blocks[pass] = 0;
   }
 
   /// Add a thread's chain of blocks to the sum of its chains, if it has two levels.
-  void flush(int thread, Side side) const {
-    if (totals_ != sums_.data()) move(sums_[thread], totals_[thread], side);
+  void flush(int thread, Pass pass) const {
+    if (totals_ != sums_.data()) move(sums_[thread], totals_[thread], pass);
   }
 
-  /// Add the sums of all threads, in order, to those of the first.
+  /// Add the sums of all threads to those of the first, in order.
   void add_up() const {
-    for (Side side : {KEYS, QUERIES}) {
+    for (Pass pass : {KEYS, QUERIES}) {
       for (int i = 1; i < schedule_.threads; i++)
-        move(totals_[i], totals_[0], side, schedule_.threads);
-      if (totals_[0].blocks[side] > 0) continue;
+        move(totals_[i], totals_[0], pass, schedule_.threads);
+      if (totals_[0].blocks[pass] > 0) continue;
       for_each(
-          side,
+          pass,
           [&](Tile Sums::* matrix, int64_t rows, int64_t) {
             std::fill((totals_[0].*matrix).data, (totals_[0].*matrix).row(rows), 0.f);
           },
@@ -371,7 +372,7 @@ class Backward {
     unit_rows_again(w, b, unit_k_, weights_.plain.key, weights_.key_bias, saved_.key_norms, w.k);
   }
 
-  /// The unit rows of q or k, as in the forward: saved, or computed again from x.
+  /// The normalised rows of q or k: saved by the forward, or computed again from x.
   void unit_rows_again(const Workspace& w, const TokenBlock& b, const Tokens& saved,
                        const Matrix& matrix, const float* bias, const float* norms,
                        Tile unit) const {
@@ -384,7 +385,7 @@ class Backward {
     if (layer_.qk_norm) scale_rows(unit, b.all_rows(), E_, norms + b.element * N_ + b.first);
   }
 
-  /// Rows of kn and dt become those of t and dk; a slice of them, whose part of dG is summed.
+  /// Overwrite the rows kn and dt of a slice with t and dk; dG = the share of the slice in dG.
   ONE_COPY void key_rows(const Workspace& w, int64_t row, int64_t rows, int64_t element,
                          int64_t first, float* dG) const {
     load_G(element, w.G);
@@ -392,14 +393,14 @@ class Backward {
     for (int64_t r = row; r < row + rows; r++) {
       float* k = w.k.row(r);
       float* dt = w.dt.row(r);
-      vec along{};
+      vec k_dk{};
       for (int64_t j = 0; j < padded(E_); j += LANES) {
         const vec product = load(dt + j) * load(k + j);
         store(dG + j, load(dG + j) + product);
-        along += product * load(w.G + j);
+        k_dk += product * load(w.G + j);
       }
       const float norm = saved_.key_norms[element * N_ + first + r - row];
-      const vec projection = broadcast(has_projection(norm) ? sum(along) : 0.f);
+      const vec projection = broadcast(has_projection(norm) ? sum(k_dk) : 0.f);
       const vec factor = broadcast(norm);
       for (int64_t j = 0; j < padded(E_); j += LANES) {
         const vec G = load(w.G + j), unit = load(k + j);
@@ -409,14 +410,14 @@ class Backward {
     }
   }
 
-  /// Rows of dy become those of dq; the gradients of their scores are left in `factors`. Returns
+  /// Overwrite the rows dy with dq, and store the gradients of their scores in `factors`. Returns
   /// the sum of the residues.
   ONE_COPY float query_rows(const Workspace& w, int64_t row, int64_t rows, int64_t element,
                             int64_t first, const float* dG) const {
     load_G(element, w.G);
-    vec G_dG{};
-    for (int64_t j = 0; j < padded(E_); j += LANES) G_dG += load(w.G + j) * load(dG + j);
-    const float along_G = sum(G_dG), normaliser = saved_.normalisers[element];
+    vec G_dG_lanes{};
+    for (int64_t j = 0; j < padded(E_); j += LANES) G_dG_lanes += load(w.G + j) * load(dG + j);
+    const float G_dG = sum(G_dG_lanes), normaliser = saved_.normalisers[element];
     const Mask mask = mask_of(call_, element);
     float residues = 0.f;
     for (int64_t r = row; r < row + rows; r++) {
@@ -432,12 +433,12 @@ class Backward {
       }
       const float weight = saved_.token_weights[element * N_ + n], d_weight = sum(dG_sum);
       const float d_score =
-          score_gradient(layer_, mask.keeps(n), weight, d_weight, along_G, normaliser);
+          score_gradient(layer_, mask.keeps(n), weight, d_weight, G_dG, normaliser);
       w.factors[r] = d_score;
       residues += residue(layer_, weight, d_score, normaliser);
       const float norm = saved_.query_norms[element * N_ + n];
-      const float along = sum(dy_sum) + weight * d_weight + d_score * sum(w_g_sum);
-      const vec projection = broadcast(has_projection(norm) ? along : 0.f);
+      const float q_dq = sum(dy_sum) + weight * d_weight + d_score * sum(w_g_sum);
+      const vec projection = broadcast(has_projection(norm) ? q_dq : 0.f);
       const vec factor = broadcast(norm), by_dG = broadcast(weight), by_w_g = broadcast(d_score);
       for (int64_t j = 0; j < padded(E_); j += LANES) {
         const vec d_unit = load(dy + j) + by_dG * load(dG + j) + by_w_g * load(weights_.w_g + j);
@@ -447,13 +448,14 @@ class Backward {
     return residues;
   }
 
-  /// Subtract from dw_g the part of it that comes from the residues of a batch element.
+  /// Subtract the share of the residues of a batch element from dw_g.
   void remove_residues(const Workspace& w, const Sums& s, int64_t element, float residues) const {
     load_G(element, w.G);
     add_scaled(w.G, -residues, E_, s.dw_g);
   }
 
-  /// Whether a unit row has a gradient along the row: where it was divided by its norm, not by eps.
+  /// Whether the gradient of a row has a projection: if the row was divided by its norm, not by
+  /// eps.
   bool has_projection(float inverse_norm) const { return layer_.qk_norm && inverse_norm < limit_; }
 
   void load_G(int64_t element, float* G) const {
@@ -488,7 +490,7 @@ class Backward {
     if (++s.blocks[QUERIES] >= MAX_BLOCK_CHAIN) flush(b.thread, QUERIES);
   }
 
-  const RawLayer& layer_;
+  const RawWeights& layer_;
   const TrainWeights& weights_;
   const BackwardCall& call_;
   const int64_t C_, E_, D_, N_, slice_;
@@ -498,14 +500,13 @@ class Backward {
   const float limit_;
   std::vector<Workspace> workspaces_;
   std::vector<State> states_;
-  std::vector<Sums>
-      sums_;            // of the threads; in two levels, first all chains, then all sums of them
-  const Sums* totals_;  // the last level
+  std::vector<Sums> sums_;  // of the threads: the chains, then the sums of chains, if two levels
+  const Sums* totals_;      // the last level
 };
 
 }  // namespace
 
-EXPORT int swiftkernels_additive_backward(const RawLayer* layer, const BackwardCall* call) {
+EXPORT int swiftkernels_additive_backward(const RawWeights* layer, const BackwardCall* call) {
   if (call->folded && !biases_cancel(*layer, *call)) return folded_backward(*layer, *call);
   TrainWeights weights(*layer, usable_threads(call->threads));
   if (!call->saved.unit_rows) {

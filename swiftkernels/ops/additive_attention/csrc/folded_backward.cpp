@@ -1,9 +1,10 @@
-// Queries and keys are linear in x. So are, but for a few factors for each token, their gradients;
-// and all that the weights' gradients need are sums over outer products of dout and x. With
+// Queries and keys are linear in x. Apart from a few factors per token, their gradients are linear
+// in x and dout too. The gradients of the weights need only sums over outer products of dout and x.
+// With
 //
 //     M = Wf Wp    C = Wf Wq    A = Wq^T Wq    B = Wk^T Wk    F = M diag(G) Wk (by batch element)
 //
-// and pq = C^T dout, pk = F^T dout, the gradients of x are (biases left out here)
+// and pq = C^T dout, pk = F^T dout, the gradients of x are (without biases)
 //
 //     dx    = rq pq + rk pk + rq a Wq^T dG + rq ds Wq^T w_g - alpha rq^2 A x - beta rk^2 B x
 //     alpha = qn . dqn = rq x . pq + a (qn . dG) + ds (qn . w_g)
@@ -23,13 +24,14 @@
 //     dw_g = Wq xs
 //     dWf  = U Wp^T + V, dWp = Wf^T U    with U = sum_b Zk Wk^T diag(G), V = Zq Wq^T
 //
-// Where the biases cancel most of Wq x or Wk x, sums of x lose the remaining digits of q or k. Then
-// x is replaced by x - x0, with x0 the mean of some tokens,
+// Where the biases cancel most of Wq x or Wk x, sums of x lose the remaining digits of q or k.
+// There x is replaced by x - x0, where x0 is the mean of some tokens,
 //
 //     q = Wq (x - x0) + (Wq x0 + bq)
 //
-// so that the bias, now in parentheses, is as small as q. All of the above holds for x - x0 and
-// this bias, but dWq then lacks dbq x0^T, which is added at the end. The same holds for the keys.
+// so that the new bias, in parentheses, is as small as q. All formulas above hold for x - x0 and
+// the new bias, except that dWq lacks dbq x0^T, which is added at the end. The same holds for the
+// keys.
 //
 // This takes 7 products of N E^2 (a symmetric one counts half), where the other backward takes 8,
 // or 10 if it computes q and k again, and 3 E^3 more for each batch element.
@@ -45,12 +47,12 @@ namespace {
 /// Floats in the tiles (0.8 MB).
 constexpr int64_t TILE_FLOATS = 200000;
 
-/// The least tokens in a block. Every block has sums of its own, which are added in order: results
-/// depend on the blocks, not on how threads share them.
+/// Fewest tokens in a block. Every block has its own sums, which are added in order. So results
+/// depend on the blocks, but not on how threads share them.
 constexpr int64_t MIN_BLOCK = 512;
 
-/// c [a_columns, b_columns] = a^T b, or c += a^T b (`more`), for many rows. One chain sums at most
-/// MAX_CHAIN of them, and no more than lie close together in memory.
+/// c [a_columns, b_columns] = a^T b, or c += a^T b (`more`), for many rows. A chain sums at most
+/// MAX_CHAIN rows, and only rows that are close together in memory.
 void gram_of_weights(Tile a, int64_t a_columns, Tile b, int64_t b_columns, int64_t rows, Tile c,
                      bool more = false) {
   const int64_t step = std::max<int64_t>(1, std::min(MAX_CHAIN, LARGE_TILE / a.stride));
@@ -61,7 +63,7 @@ void gram_of_weights(Tile a, int64_t a_columns, Tile b, int64_t b_columns, int64
 /// The factors of x in xq, xk, xs and xa, and the residue: floats that are summed over tokens.
 enum Number { XQ = 0, XK = 1, XS = 2, XA = 3, RESIDUE = 4, NUMBERS = 5 };
 
-/// Sums over tokens. Rows are whole vectors.
+/// Sums over tokens, in rows of full vectors.
 struct Sums {
   Tile Zq, Zk;               // [D, C]
   Tile Sq, Sk;               // [C, C], upper triangles
@@ -88,7 +90,7 @@ struct Totals {
   float *dbq, *dbk;  // [E]
 };
 
-/// What belongs to the batch element at work.
+/// What a batch element needs in both passes.
 struct State {
   Sums tokens;     // Zk, zk, xa and numbers
   float *G, *dG;   // [E]
@@ -118,13 +120,13 @@ float norm2_of(const float* bias, int64_t width) {
   return total;
 }
 
-/// x0, and the biases that go with it.
+/// x0, and the biases for x - x0.
 class Origin {
  public:
-  const float* token = nullptr;  // null: x0 = 0, the biases cancel nothing
+  const float* token = nullptr;  // null if x0 = 0, because the biases cancel nothing
   float *query_bias, *key_bias;  // Wq x0 + bq, Wk x0 + bk
 
-  Origin(const RawLayer& layer, const BackwardCall& call)
+  Origin(const RawWeights& layer, const BackwardCall& call)
       : memory_(4 * round_up(padded(std::max(layer.in_dims, layer.width)), 16)) {
     if (!memory_) return;
     const int64_t C = layer.in_dims, E = layer.width;
@@ -166,10 +168,10 @@ class Origin {
   const Scratch memory_;
 };
 
-/// The first pass leads to dG, the second needs it.
+/// The first pass computes dG, the second needs it.
 class FoldedBackward {
  public:
-  FoldedBackward(const RawLayer& layer, const TrainWeights& weights, const BackwardCall& call,
+  FoldedBackward(const RawWeights& layer, const TrainWeights& weights, const BackwardCall& call,
                  const Origin& origin)
       : layer_(layer),
         weights_(weights),
@@ -247,10 +249,10 @@ class FoldedBackward {
     total.tokens.numbers[XS] -= residue * state.tokens.numbers[XA];
   }
 
-  void both_passes(const TokenBlock&) const {}  // sequences are long
+  void both_passes(const TokenBlock&) const {}  // never called: sequences are long
 
  private:
-  /// Threads that share a batch element need sums for each of its blocks, which are added in order.
+  /// Whether threads share a batch element. Then each of its blocks has sums, added in order.
   bool is_shared() const { return schedule_.division == Division::SHARED; }
   const Sums& sums_of(const TokenBlock& b) const { return sums_[is_shared() ? b.index : b.thread]; }
 
@@ -296,7 +298,7 @@ class FoldedBackward {
     }
   }
 
-  /// What depends on the weights alone.
+  /// Compute what depends on the weights only.
   void prepare() {
     copy_weight(layer_.wq, wq_);
     copy_weight(layer_.wk, wk_);
@@ -316,7 +318,7 @@ class FoldedBackward {
         output_bias_[d] += layer_.wf[d * E_ + j] * origin_.query_bias[j];
   }
 
-  /// Scratch for a matrix [D, E] or [E, C]: the memory of a tile of tokens, not in use meanwhile.
+  /// Scratch for a matrix [D, E] or [E, C]: the memory of a tile that is not in use meanwhile.
   Tile matrix_scratch(const Workspace& w) const { return {w.pq.data, padded(std::max(C_, E_))}; }
 
   Tile final_rows() const { return {const_cast<float*>(layer_.wf), E_}; }
@@ -420,7 +422,7 @@ class FoldedBackward {
     add(block.dbf, D_, total.tokens.dbf);
   }
 
-  /// What follows from Zk: dG, F, and the element's terms of U, dWk and dbk.
+  /// From Zk: dG, F, and the terms of the batch element in U, dWk and dbk.
   void make_element_matrices(const Workspace& w, State& state, const Totals& total) const {
     const Tile Zk = state.tokens.Zk;
     const float *zk = state.tokens.zk, *G = state.G;
@@ -471,12 +473,12 @@ class FoldedBackward {
       combine(w, state, b.element, first, rows);
       for (int which = 0; which < 4 && call_.needs_weights; which++)
         add_rows(w.factors[which], w.x, rows, C_, w.vectors, sums[which]);
-      for (int side : {XQ, XK}) {
-        scale(w.x, w.factors[side], rows, C_, w.scaled);
+      for (int which : {XQ, XK}) {
+        scale(w.x, w.factors[which], rows, C_, w.scaled);
         if (call_.needs_weights)
-          gram_upper(w.scaled, w.x, C_, rows, side == XQ ? s.Sq : s.Sk, more);
+          gram_upper(w.scaled, w.x, C_, rows, which == XQ ? s.Sq : s.Sk, more);
         if (call_.needs_tokens)
-          gemm(w.scaled, rows, side == XQ ? query_square_ : key_square_, nullptr, w.pq, nullptr,
+          gemm(w.scaled, rows, which == XQ ? query_square_ : key_square_, nullptr, w.pq, nullptr,
                w.pq);
       }
       if (call_.needs_tokens) store_tile(w.pq, rows, C_, dx_, b.element, first);
@@ -612,14 +614,14 @@ class FoldedBackward {
       add_scaled(weights_.proj_bias, s.dbf[d], E_, matrix.row(d));
     }
     copy_rows(matrix, D_, E_, g.dwf);
-    float* dbp = total.dbk;  // not needed any more
+    float* dbp = total.dbk;  // no longer needed
     std::fill(dbp, dbp + padded(E_), 0.f);
     add_weight_rows(s.dbf, layer_.wf, E_, D_, E_, w.vectors, dbp);
     copy_rows({dbp, 0}, 1, E_, g.dbp);
     copy_rows({s.dbf, 0}, 1, D_, g.dbf);
   }
 
-  const RawLayer& layer_;
+  const RawWeights& layer_;
   const TrainWeights& weights_;
   const BackwardCall& call_;
   const Origin& origin_;
@@ -651,7 +653,7 @@ float largest(const float* numbers, int64_t count) {
 
 }  // namespace
 
-bool biases_cancel(const RawLayer& layer, const BackwardCall& call) {
+bool biases_cancel(const RawWeights& layer, const BackwardCall& call) {
   if (!layer.qk_norm) return false;
   const int64_t tokens = call.batch * call.tokens;
   const Statistics saved(call.saved, call.batch, call.tokens);
@@ -659,7 +661,7 @@ bool biases_cancel(const RawLayer& layer, const BackwardCall& call) {
   return norm2_of(layer.bq, layer.width) * q * q > 4 || norm2_of(layer.bk, layer.width) * k * k > 4;
 }
 
-Status folded_backward(const RawLayer& layer, const BackwardCall& call) {
+Status folded_backward(const RawWeights& layer, const BackwardCall& call) {
   const Origin origin(layer, call);
   if (!origin) return OUT_OF_MEMORY;
   TrainWeights weights(layer, usable_threads(call.threads));

@@ -1,4 +1,4 @@
-// The backward for long sequences, without their queries and keys.
+// The backward for long sequences, which does not compute queries and keys.
 #pragma once
 
 #include "rows.h"
@@ -7,12 +7,12 @@
 
 namespace swiftkernels::additive {
 
-/// Whether the bias cancels most of some row of q or k. What is linear in x then loses more digits
-/// than the rows themselves do. Without norms this does not matter: a few short rows are a small
-/// part of every sum, and the folded backward handles biases that cancel most of all rows.
-bool biases_cancel(const RawLayer& layer, const BackwardCall& call);
+/// Whether the bias cancels most of a row of q or k. Then sums that are linear in x lose more
+/// digits than the row. Without norms a few such rows do not matter, because they are a small part
+/// of every sum; and the folded backward can handle biases that cancel most of all rows.
+bool biases_cancel(const RawWeights& layer, const BackwardCall& call);
 
-/// Gradients from x, dout and the statistics of the forward alone.
-Status folded_backward(const RawLayer& layer, const BackwardCall& call);
+/// Gradients from x, dout and the statistics of the forward.
+Status folded_backward(const RawWeights& layer, const BackwardCall& call);
 
 }  // namespace swiftkernels::additive

@@ -1,24 +1,24 @@
-// The three forms of the forward. They differ in what is computed from x, and in the last products;
-// the output of a token with the unit rows qn = rq q and kn = rk k is
+// The three forms of the forward. They differ in what they compute from x, and in the last
+// products. The output of a token with the normalised rows qn = rq q and kn = rk k is
 //
 //     plain       out = ((G * kn) Wp^T + bp + qn) Wf^T + bf
 //     triangular  out = rk (G * k) M^T + rq (C x + c0) + c
 //     folded      out = rk (A x + a) + rq (C x + c0) + c      A = M diag(G) Wk, a = M diag(G) bk
 //
-// with M = Wf Wp, C = Wf Wq, c0 = Wf bq and c = Wf bp + bf, which depend on weights only.
+// with M = Wf Wp, C = Wf Wq, c0 = Wf bq and c = Wf bp + bf, which depend on the weights only.
 //
-// The forward calls of a form, with a thread's workspace w and the state s of the batch elements,
+// The functions of a form, with the workspace w of a thread and the state s of batch elements:
 //
 //     lay_out(w, arena, rows), lay_out(s, arena, elements)
-//         to take its scratch,
+//         take the scratch,
 //     score(w, s, block)
-//         for the scores of a block of tokens w.x, and what they need,
+//         computes the scores of a block of tokens w.x, and the norms,
 //     pooled(w), pooled_norms(s)
-//         for the rows that are pooled, and their inverse norms unless they are unit rows,
+//         are the rows to pool, and their inverse norms unless they are normalised,
 //     global_query(w, s, element, count, normalisers)
-//         for G, from the sums of these rows, and
+//         computes G from the sums of these rows, and
 //     output(w, s, block)
-//         for the output; if grouped, right after `score` for the same block.
+//         computes the output; if grouped, right after `score` for the same block.
 #pragma once
 
 #include <atomic>
@@ -28,9 +28,9 @@
 
 namespace swiftkernels::additive {
 
-/// What batch elements need between the two passes, one element after another.
+/// What batch elements need in both passes, one element after another.
 struct State {
-  float* scores;       // [elements, N]; token weights in the end. Null: not needed after pooling
+  float* scores;       // [elements, N], later token weights; null if not needed after pooling
   float* query_norms;  // inverse ones [elements, N]
   float* key_norms;    // [elements, N] or null
   float* partials;     // one for each slice
@@ -44,18 +44,18 @@ struct Workspace {
   Tile x, q, t, operand, out, fold;
   float *scores, *key_norms;  // one float for each row
   float* vectors;             // one vector for each row
-  float* mean;                // of some tokens, and one of them
+  float* mean;                // of some tokens, and scratch for one of them
   float* panel;               // of a matrix that is not packed
 };
 
 /// Squares of norms to 1 / max(norm, eps), as torch.nn.functional.normalize divides.
-inline void invert_norms(const Layer& layer, float* norms2, int64_t rows) {
+inline void invert_norms(const PackedWeights& layer, float* norms2, int64_t rows) {
   const float eps = static_cast<float>(layer.eps);
   for (int64_t r = 0; r < rows; r++) norms2[r] = 1.f / std::max(std::sqrt(norms2[r]), eps);
 }
 
 /// inverse_norms[r] = 1 / |row r|, or 1 if the layer has no norms.
-inline void inverse_norms_of(const Layer& layer, Tile tile, int64_t rows, int64_t width,
+inline void inverse_norms_of(const PackedWeights& layer, Tile tile, int64_t rows, int64_t width,
                              float* inverse_norms) {
   if (!layer.qk_norm) return std::fill(inverse_norms, inverse_norms + rows, 1.f);
   sum_each_row(rows, inverse_norms, [&](int64_t r) {
@@ -70,8 +70,8 @@ inline void inverse_norms_of(const Layer& layer, Tile tile, int64_t rows, int64_
 }
 
 /// scores[r] = scale * inverse_norms[r] * (row r . w + bias)
-inline void score_rows(const Layer& layer, Tile tile, int64_t rows, int64_t width, const float* w,
-                       float bias, const float* inverse_norms, float* scores) {
+inline void score_rows(const PackedWeights& layer, Tile tile, int64_t rows, int64_t width,
+                       const float* w, float bias, const float* inverse_norms, float* scores) {
   sum_each_row(rows, scores, [&](int64_t r) {
     vec score{};
     for (int64_t j = 0; j < padded(width); j += LANES) score += load(tile.row(r) + j) * load(w + j);
@@ -81,13 +81,13 @@ inline void score_rows(const Layer& layer, Tile tile, int64_t rows, int64_t widt
   for (int64_t r = 0; r < rows; r++) scores[r] = scale * inverse_norms[r] * (scores[r] + bias);
 }
 
-/// What the forms share.
+/// Base of the forms.
 class Form {
  public:
-  /// Folded alone: every batch element has an output matrix of its own.
+  /// Whether every batch element has its own output matrix.
   static constexpr bool FOLDS = false;
 
-  Form(const Layer& layer, const PlainMatrices& matrices, const Call& call, bool grouped,
+  Form(const PackedWeights& layer, const PlainMatrices& matrices, const Call& call, bool grouped,
        int64_t pooled_width, int64_t operand_width)
       : pooled_width(pooled_width),
         operand_width(operand_width),
@@ -126,7 +126,7 @@ class Form {
     return Partial{s.partials + i * partial_floats};
   }
 
-  /// out = operand times matrix + bias, plus the input rows if the call asks for them.
+  /// out = operand times matrix + bias, plus the input rows if the call has a residual.
   void store_output(const Workspace& w, Tile operand, Tile input, const Matrix& matrix,
                     const float* bias, const TokenBlock& b) const {
     const Tile residual = call_.residual ? input : Tile{nullptr, 0};
@@ -143,7 +143,7 @@ class Form {
       store_tile(tile.from(i * b.rows), b.rows, width, to, b.element + i, b.first);
   }
 
-  const Layer& layer_;
+  const PackedWeights& layer_;
   const PlainMatrices& matrices_;
   const Call& call_;
   const int64_t C_, E_, D_, N_;
@@ -151,16 +151,16 @@ class Form {
   const Tokens out_;
 };
 
-/// q and k as they are. The form of training, which saves unit rows, and of weights not packed.
+/// Computes q and k. The form of training, which may save normalised rows, and of raw weights.
 class Plain : public Form {
  public:
-  Plain(const Layer& layer, const PlainMatrices& matrices, const Call& call, bool grouped)
+  Plain(const PackedWeights& layer, const PlainMatrices& matrices, const Call& call, bool grouped)
       : Form(layer, matrices, call, grouped, layer.width, layer.width),
         unit_k_(unit_rows(call.saved, 1, call.batch, N_, E_, call.type)) {
-    // Unit queries wait for the second pass where there is memory for them anyway: with what is
-    // saved, or in the rows of the output. Otherwise they are computed again.
-    waiting_q_ = unit_rows(call.saved, 0, call.batch, N_, E_, call.type);
-    if (!waiting_q_.data && !grouped && D_ >= E_ && has_plain_rows(out_)) waiting_q_ = out_;
+    // Normalised queries are kept for the second pass where there is memory for them: where they
+    // are saved, or in the rows of the output. Elsewhere they are computed again.
+    kept_q_ = unit_rows(call.saved, 0, call.batch, N_, E_, call.type);
+    if (!kept_q_.data && !grouped && D_ >= E_ && has_plain_rows(out_)) kept_q_ = out_;
   }
 
   using Form::lay_out;
@@ -179,7 +179,7 @@ class Plain : public Form {
     score_rows(layer_, w.q, rows, E_, layer_.w_g, 0.f, query_norms,
                s.scores ? s.scores + b.first : w.scores);
     if (layer_.qk_norm) scale_rows(w.q, rows, E_, query_norms);
-    if (waiting_q_.data) store_elements(w.q, E_, waiting_q_, b);
+    if (kept_q_.data) store_elements(w.q, E_, kept_q_, b);
   }
 
   Tile pooled(const Workspace& w) const { return w.q; }
@@ -217,21 +217,21 @@ class Plain : public Form {
 
  private:
   void queries_again(const Workspace& w, const State& s, const TokenBlock& b) const {
-    if (waiting_q_.data) return load_tile(waiting_q_, b.element, b.first, b.rows, E_, w.q);
+    if (kept_q_.data) return load_tile(kept_q_, b.element, b.first, b.rows, E_, w.q);
     gemm(w.x, b.rows, matrices_.query, layer_.query_bias, w.q, w.panel);
     scale_rows(w.q, b.rows, E_, s.query_norms + b.first);
   }
 
   const Tokens unit_k_;
-  Tokens waiting_q_;
+  Tokens kept_q_;
 };
 
-/// Norms, scores and sums straight from x, without rows of q; weights are packed. What is linear in
-/// x loses digits where a bias cancels most of q or k: that is noticed, and `status` reports it.
+/// Computes norms, scores and sums from x, without rows of q; weights are packed. Sums that are
+/// linear in x lose digits where a bias cancels most of q or k; `status` reports that.
 class FromTokens : public Form {
  public:
-  FromTokens(const Layer& layer, const PlainMatrices& matrices, const Call& call, bool grouped,
-             int64_t operand_width)
+  FromTokens(const PackedWeights& layer, const PlainMatrices& matrices, const Call& call,
+             bool grouped, int64_t operand_width)
       : Form(layer, matrices, call, grouped, layer.in_dims, operand_width),
         query_bias_norm2_(norm2(layer.query_bias, E_)),
         key_bias_norm2_(norm2(layer.key_bias, E_)) {}
@@ -270,7 +270,7 @@ class FromTokens : public Form {
         const vec q = load(G.row(i) + j) + broadcast(factors) * load(layer_.query_bias + j);
         store(G.row(i) + j, q * broadcast(normalisers[i]));
       }
-      // The sum of queries may be short even where all of them are long.
+      // The sum of queries may be short even if all queries are long.
       if (layer_.pooling == SUM) check(norm2(G.row(i), E_), factors * factors * query_bias_norm2_);
     }
   }
@@ -291,16 +291,16 @@ class FromTokens : public Form {
   const float query_bias_norm2_, key_bias_norm2_;
 
  private:
-  /// Tokens of a batch element in the mean that is checked.
+  /// Tokens of a batch element in the mean that `check_mean_query` uses.
   static constexpr int64_t SAMPLE = 16;
 
-  /// Notice that a bias cancels most of a vector, from the squares of their norms.
+  /// Record a cancellation if a bias cancels most of a vector, from the squares of their norms.
   void check(float norm2, float bias_norm2) const {
     if (bias_norm2 > 4 * norm2) cancellation_.store(true, std::memory_order_relaxed);
   }
 
-  /// Without norms there are no lengths of rows to check. Sums of x lose digits where the bias
-  /// cancels most of the mean query; the mean of some tokens shows that. `q` is scratch.
+  /// The check without norms. Sums of x lose digits where the bias cancels most of the mean query;
+  /// the mean of some tokens shows that. `q` is scratch.
   void check_mean_query(const Workspace& w, float* q, int64_t element) const {
     if (layer_.qk_norm || query_bias_norm2_ == 0.f) return;
     mean_of_some(call_, element, 1, SAMPLE, C_, w.mean + padded(C_), w.mean);
@@ -311,10 +311,11 @@ class FromTokens : public Form {
   mutable std::atomic<bool> cancellation_{false};
 };
 
-/// Rows of k, and one product with [M; C; c0] for [t | rq x | rq].
+/// Computes k, and one product of [t | rq x | rq] with [M; C; c0].
 class Triangular : public FromTokens {
  public:
-  Triangular(const Layer& layer, const PlainMatrices& matrices, const Call& call, bool grouped)
+  Triangular(const PackedWeights& layer, const PlainMatrices& matrices, const Call& call,
+             bool grouped)
       : FromTokens(layer, matrices, call, grouped,
                    layer.width + layer.in_dims + (layer.qk_norm ? 1 : 0)) {}
 
@@ -345,13 +346,13 @@ class Triangular : public FromTokens {
   }
 };
 
-/// No rows of k either: one product with [A; a; C; c0] for [rk x | rk | rq x | rq], where A and a
-/// are made for every batch element. Without norms, one product of x with A + C.
+/// Computes neither q nor k: one product of [rk x | rk | rq x | rq] with [A; a; C; c0], where A and
+/// a are computed for every batch element. Without norms, one product of x with A + C.
 class Folded : public FromTokens {
  public:
   static constexpr bool FOLDS = true;
 
-  Folded(const Layer& layer, const PlainMatrices& matrices, const Call& call, bool grouped)
+  Folded(const PackedWeights& layer, const PlainMatrices& matrices, const Call& call, bool grouped)
       : FromTokens(layer, matrices, call, grouped,
                    layer.qk_norm ? 2 * layer.in_dims + 2 : layer.in_dims) {}
 
@@ -410,7 +411,7 @@ class Folded : public FromTokens {
  private:
   static constexpr int64_t FOLD_ROWS = 64;
 
-  /// `x`: the tokens of the block; `first`: where their norms begin.
+  /// `x`: the tokens of the block; `first`: the index of their first norm.
   void output_of_one(const Workspace& w, const State& s, Tile x, int64_t first,
                      const TokenBlock& b) const {
     const Matrix folded = Matrix::packed(s.folded, operand_width, D_);

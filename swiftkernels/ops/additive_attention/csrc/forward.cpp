@@ -1,5 +1,5 @@
-// The forward. A block of tokens passes all stages while it is in the cache; of what has the size
-// of the tokens, only the output is written, and what the backward needs.
+// The forward. A block of tokens passes all stages while it is in the cache. The only results of
+// the size of the tokens are the output and what the backward needs.
 #include "forms.h"
 
 namespace swiftkernels::additive {
@@ -8,16 +8,11 @@ namespace {
 /// Floats in the tiles of a block (160 KB), and of a group of short batch elements (480 KB).
 constexpr int64_t BLOCK_FLOATS = 40000, GROUP_FLOATS = 120000;
 
-/// From so many tokens a thread on, all bytes of the weights are compared in every call. It takes
-/// less than 3 % of the time: 0.1 to 0.4 ns for a word of the weights, 0.02 ns for a product with
-/// it.
-constexpr int64_t COMPARE_ALL_FROM = 512;
-
 template <class F>
 class Forward {
  public:
-  /// `matrices`: those of `layer`, or in training the same matrices, perhaps not packed.
-  Forward(const Layer& layer, const PlainMatrices& matrices, const Call& call)
+  /// `matrices`: of `layer`; in training they may be not packed.
+  Forward(const PackedWeights& layer, const PlainMatrices& matrices, const Call& call)
       : layer_(layer),
         call_(call),
         N_(call.tokens),
@@ -83,7 +78,7 @@ class Forward {
   Workspace make_workspace(Arena& arena) const {
     Workspace w{};
     form_.lay_out(w, arena, schedule_.rows);
-    // Parts of a row are written in whole vectors from any column on, up to two vectors further.
+    // Parts of a row begin at any column and are written in full vectors, up to two beyond the end.
     w.operand = arena.tile(schedule_.rows, form_.operand_width + 2 * LANES);
     return w;
   }
@@ -99,7 +94,8 @@ class Forward {
     return make_workspace(arena);
   }
 
-  /// The i-th state, for batch elements from `element` on. What is saved lies where the call says.
+  /// The i-th state, for batch elements from `element` on. Results to save are in the call's
+  /// memory.
   State state(int i, int64_t element) const {
     Arena arena(states_ + i * state_floats_);
     State s = make_state(arena);
@@ -152,13 +148,13 @@ class Forward {
       std::copy(G, G + E, call_.saved.global_query + (element + i) * E);
       Statistics(call_.saved, call_.batch, N_).normalisers[element + i] = normalisers[i];
       float* weights = s.scores + i * N_;
-      raw_weights(layer_, weights, N_, mask_of(call_, element + i),
-                  Partial{s.partials + i * form_.partial_floats}.highest(), weights);
+      unnormalised_weights(layer_, weights, N_, mask_of(call_, element + i),
+                           Partial{s.partials + i * form_.partial_floats}.highest(), weights);
       for (int64_t n = 0; n < N_; n++) weights[n] *= normalisers[i];
     }
   }
 
-  const Layer& layer_;
+  const PackedWeights& layer_;
   const Call& call_;
   const int64_t N_;
   const Tokens x_;
@@ -170,10 +166,10 @@ class Forward {
 
 }  // namespace
 
-/// In inference, with packed weights.
-EXPORT int swiftkernels_additive_forward(const Layer* layer, const Call* call) {
-  const bool all = call->batch * call->tokens >= COMPARE_ALL_FROM * usable_threads(call->threads);
-  if (!layer->fingerprint.matches(all)) return STALE;
+/// The forward in inference, with packed weights.
+EXPORT int swiftkernels_additive_forward(const PackedWeights* layer, const Call* call) {
+  if (!layer->fingerprint.matches(call->batch * call->tokens, usable_threads(call->threads)))
+    return STALE;
   const int64_t C = layer->in_dims, E = layer->width, D = layer->token_dim;
   const PlainMatrices matrices{Matrix::packed(layer->query, C, E), Matrix::packed(layer->key, C, E),
                                Matrix::packed(layer->proj, E, E),
@@ -188,13 +184,13 @@ EXPORT int swiftkernels_additive_forward(const Layer* layer, const Call* call) {
   }
 }
 
-/// In training, with the weights as they are, always in the plain form.
-EXPORT int swiftkernels_additive_forward_training(const RawLayer* raw, const Call* call) {
+/// The forward in training, in the plain form, with weights that are not packed.
+EXPORT int swiftkernels_additive_forward_training(const RawWeights* raw, const Call* call) {
   TrainWeights weights(*raw, usable_threads(call->threads));
   PlainMatrices& plain = weights.plain;
   for (Matrix* matrix : {&plain.query, &plain.key, &plain.proj, &plain.final}) weights.use(*matrix);
   if (!weights.prepare(call->batch * call->tokens)) return OUT_OF_MEMORY;
-  Layer layer{};
+  PackedWeights layer{};
   layer.in_dims = raw->in_dims, layer.width = raw->width, layer.token_dim = raw->token_dim;
   layer.pooling = raw->pooling, layer.qk_norm = raw->qk_norm;
   layer.scale = raw->scale, layer.eps = raw->eps;

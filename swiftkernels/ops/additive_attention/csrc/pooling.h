@@ -1,4 +1,4 @@
-// Pooling: scores to token weights to the global query, slice by slice; and its gradient.
+// Pooling, slice by slice: from scores to token weights to the global query; and its gradient.
 #pragma once
 
 #include "abi.h"
@@ -9,11 +9,11 @@ namespace swiftkernels::additive {
 
 enum Pooling : int64_t { L2 = 0, SOFTMAX = 1, SUM = 2, LINEAR = 3 };
 
-/// What Python compares with the order of its poolings.
+/// The codes of the poolings; Python compares them with the order of its poolings.
 inline constexpr AbiEntry POOLINGS[] = {
     {"L2", L2}, {"SOFTMAX", SOFTMAX}, {"SUM", SUM}, {"LINEAR", LINEAR}};
 
-/// The pooled rows of a slice: three numbers, then the weighted sum of the rows.
+/// The result of pooling a slice: three numbers, then the weighted sum of the rows.
 struct Partial {
   static constexpr int64_t HEADER = 16;
   float* data;
@@ -24,35 +24,28 @@ struct Partial {
   static int64_t floats(int64_t width) { return HEADER + round_up(width, 16); }
 };
 
-/// Token weights before their normalisation, from scores; of softmax exp(s - highest).
-ONE_COPY inline void raw_weights(const Layer& layer, const float* scores, int64_t n, Mask mask,
-                                 float highest, float* weights) {
-  if (layer.pooling == SOFTMAX) {
-    alignas(64) float lanes[LANES];
-    for (int64_t i = 0; i < n; i += LANES) {
-      const int64_t count = std::min<int64_t>(LANES, n - i);
-      for (int64_t j = 0; j < LANES; j++)
-        lanes[j] = std::min(0.f, scores[i + std::min(j, count - 1)] - highest);
-      store(lanes, exp_of_negative(load(lanes)));
-      std::memcpy(weights + i, lanes, count * sizeof(float));
-    }
-  } else {
+/// Token weights from scores, without the normalisation; for softmax exp(s - highest).
+ONE_COPY inline void unnormalised_weights(const PackedWeights& layer, const float* scores,
+                                          int64_t n, Mask mask, float highest, float* weights) {
+  if (layer.pooling == SOFTMAX)
+    exponentials(scores, n, highest, 1.f, weights);
+  else
     for (int64_t i = 0; i < n; i++) weights[i] = layer.pooling == SUM ? 1.f : scores[i];
-  }
   if (mask.data)
     for (int64_t i = 0; i < n; i++)
       if (!mask.keeps(i)) weights[i] = 0.f;
 }
 
-/// Pool up to MAX_SLICE rows. The factor of a row is its weight, times inverse_norms[i] if not
-/// null.
-ONE_COPY inline void pool_slice(const Layer& layer, const float* scores, const float* inverse_norms,
-                                Tile rows, int64_t n, int64_t width, Mask mask, Partial partial) {
+/// Pool up to MAX_SLICE rows. The factor of row i is its weight, times inverse_norms[i] if that is
+/// not null.
+ONE_COPY inline void pool_slice(const PackedWeights& layer, const float* scores,
+                                const float* inverse_norms, Tile rows, int64_t n, int64_t width,
+                                Mask mask, Partial partial) {
   float weights[MAX_SLICE];
   float highest = -INFINITY;
   for (int64_t i = 0; i < n; i++)
     if (mask.keeps(i)) highest = std::max(highest, scores[i]);
-  raw_weights(layer, scores, n, mask, highest, weights);
+  unnormalised_weights(layer, scores, n, mask, highest, weights);
   float normaliser = 0, factor_sum = 0;
   for (int64_t i = 0; i < n; i++) {
     normaliser += layer.pooling == L2 ? weights[i] * weights[i] : weights[i];
@@ -66,9 +59,10 @@ ONE_COPY inline void pool_slice(const Layer& layer, const float* scores, const f
   add_weighted_rows(weights, rows, n, width, partial.rows());
 }
 
-/// Sum the partials of a batch element, in order, into the first. Returns the factor that
-/// normalises weights relative to the highest score of all.
-ONE_COPY inline float combine(const Layer& layer, float* partials, int64_t count, int64_t width) {
+/// Add the partials of a batch element, in order, to the first. Returns the factor that normalises
+/// weights relative to the highest score of all.
+ONE_COPY inline float combine(const PackedWeights& layer, float* partials, int64_t count,
+                              int64_t width) {
   const int64_t floats = Partial::floats(width);
   const Partial total{partials};
   float highest = total.highest();
@@ -76,16 +70,16 @@ ONE_COPY inline float combine(const Layer& layer, float* partials, int64_t count
     highest = std::max(highest, Partial{partials + i * floats}.highest());
   for (int64_t i = 0; i < count; i++) {
     const Partial partial{partials + i * floats};
-    float scale = 1.f;
+    float rescale = 1.f;
     // A slice of masked tokens adds nothing, and -inf - -inf is NaN.
     if (layer.pooling == SOFTMAX)
-      scale = partial.highest() == -INFINITY ? 0.f : std::exp(partial.highest() - highest);
+      rescale = partial.highest() == -INFINITY ? 0.f : std::exp(partial.highest() - highest);
     const float keep = i == 0 ? 0.f : 1.f;
-    total.normaliser() = keep * total.normaliser() + scale * partial.normaliser();
-    total.factor_sum() = keep * total.factor_sum() + scale * partial.factor_sum();
+    total.normaliser() = keep * total.normaliser() + rescale * partial.normaliser();
+    total.factor_sum() = keep * total.factor_sum() + rescale * partial.factor_sum();
     for (int64_t j = 0; j < padded(width); j += LANES) {
       const vec sum_before = i == 0 ? vec{} : load(total.rows() + j);
-      store(total.rows() + j, sum_before + broadcast(scale) * load(partial.rows() + j));
+      store(total.rows() + j, sum_before + broadcast(rescale) * load(partial.rows() + j));
     }
   }
   total.highest() = highest;
@@ -95,17 +89,17 @@ ONE_COPY inline float combine(const Layer& layer, float* partials, int64_t count
   return 1.f;
 }
 
-/// Inverse norms from this on are those of eps, not of the row.
-inline float inverse_eps(const RawLayer& layer) { return 1.f / static_cast<float>(layer.eps); }
+/// The inverse norm of rows that were divided by eps, and the largest one.
+inline float inverse_eps(const RawWeights& layer) { return 1.f / static_cast<float>(layer.eps); }
 
-/// Whether the norm of the scores of a batch element depends on the scores: below eps it does not.
-inline bool has_score_norm(const RawLayer& layer, float normaliser) {
+/// Whether the divisor of l2 is the norm of the scores; below eps it is a constant.
+inline bool has_score_norm(const RawWeights& layer, float normaliser) {
   return layer.pooling == L2 && normaliser < inverse_eps(layer);
 }
 
 /// The gradient of a token's score, times the scale. `d_weight` is the gradient of its weight a,
 /// `G_dG` = G . dG = sum a da, `normaliser` the inverse norm of the scores of the batch element.
-inline float score_gradient(const RawLayer& layer, bool kept, float weight, float d_weight,
+inline float score_gradient(const RawWeights& layer, bool kept, float weight, float d_weight,
                             float G_dG, float normaliser) {
   float gradient = 0.f;
   if (layer.pooling == SOFTMAX)
@@ -115,11 +109,11 @@ inline float score_gradient(const RawLayer& layer, bool kept, float weight, floa
   return gradient * static_cast<float>(layer.scale);
 }
 
-/// The exact score gradients sum to zero over the tokens of a batch element: softmax's, as weights
-/// sum to one; l2's weighted ones, as weights have norm one. This is a token's term of that sum.
-/// The sum c is the rounding error, mostly that of G . dG, and large where all tokens are almost
-/// the same; d_score - c weight is right.
-inline float residue(const RawLayer& layer, float weight, float d_score, float normaliser) {
+/// A token's term of the rounding error c. The exact score gradients, for l2 times the weights, sum
+/// to zero over a batch element, because the weights sum to one (softmax) or have norm one (l2).
+/// The computed ones sum to c, mostly the error of G . dG; d_score - c weight sums to zero again.
+/// This matters where the tokens are almost equal.
+inline float residue(const RawWeights& layer, float weight, float d_score, float normaliser) {
   if (layer.pooling == SOFTMAX) return d_score;
   return has_score_norm(layer, normaliser) ? weight * d_score : 0.f;
 }

@@ -1,4 +1,4 @@
-// Further operations on rows of whole vectors.
+// More operations on rows that are padded to full vectors.
 #pragma once
 
 #include "abi.h"
@@ -31,14 +31,14 @@ inline void scale_rows(Tile tile, int64_t rows, int64_t width, const float* fact
   }
 }
 
-/// to = from * factor, in whole vectors: up to LANES - 1 floats beyond `width` are overwritten.
+/// to = from * factor, in full vectors: up to LANES - 1 floats beyond `width` are overwritten.
 INLINE void copy_scaled(const float* from, float factor, int64_t width, float* to) {
   const vec by = broadcast(factor);
   for (int64_t j = 0; j < padded(width); j += LANES) store(to + j, load(from + j) * by);
 }
 
-/// total += sum_r factors[r] tile[r]. For accuracy 16 rows at a time are summed, then these sums,
-/// then the tile is added. `scratch` holds two rows.
+/// total += sum_r factors[r] tile[r]. For accuracy, 16 rows at a time are summed, then these sums
+/// are added, then their sum is added to the total. `scratch` holds two rows.
 inline void add_rows(const float* factors, Tile tile, int64_t rows, int64_t width, float* scratch,
                      float* total) {
   constexpr int64_t CHAIN = 16;
@@ -53,7 +53,7 @@ inline void add_rows(const float* factors, Tile tile, int64_t rows, int64_t widt
 }
 
 /// to += sum_r factors[r] rows[r] for rows of a weight, without padding and `stride` apart. For
-/// accuracy MAX_CHAIN rows at a time are summed first. `scratch` holds a row.
+/// accuracy, MAX_CHAIN rows at a time are summed first. `scratch` holds a row.
 inline void add_weight_rows(const float* factors, const float* rows, int64_t stride, int64_t count,
                             int64_t width, float* scratch, float* to) {
   for (int64_t r = 0; r < count; r += MAX_CHAIN) {
@@ -64,8 +64,8 @@ inline void add_weight_rows(const float* factors, const float* rows, int64_t str
   }
 }
 
-/// The mean of up to `count` tokens, evenly spread over some batch elements, without masked ones.
-/// `row` is scratch for one token.
+/// The mean of up to `count` tokens that are spread evenly over some batch elements; masked tokens
+/// are skipped. `row` is scratch for one token.
 template <class AnyCall>
 inline void mean_of_some(const AnyCall& call, int64_t element, int64_t elements, int64_t count,
                          int64_t width, float* row, float* mean) {

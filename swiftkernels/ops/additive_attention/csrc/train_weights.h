@@ -1,4 +1,4 @@
-// The weights of a layer in training. They change with every step: they are packed for one call.
+// The weights of a layer in training. They change with every step, so they are packed for one call.
 #pragma once
 
 #include "abi.h"
@@ -23,7 +23,7 @@ class TrainWeights {
   Matrix product_rows;           // Wf Wp [D, E]: from dout to dt
   const float *query_bias, *key_bias, *w_g, *proj_bias, *final_bias;
 
-  TrainWeights(const RawLayer& raw, int threads) : raw_(raw), threads_(threads) {
+  TrainWeights(const RawWeights& raw, int threads) : raw_(raw), threads_(threads) {
     const int64_t C = raw.in_dims, E = raw.width, D = raw.token_dim;
     plain = {Matrix::transposed(raw.wq, C, E), Matrix::transposed(raw.wk, C, E),
              Matrix::transposed(raw.wp, E, E), Matrix::transposed(raw.wf, E, D)};
@@ -34,12 +34,12 @@ class TrainWeights {
     product_rows = Matrix::rows(nullptr, D, E);
   }
 
-  /// Name a matrix that will be needed.
+  /// Declare that a matrix will be needed.
   void use(Matrix& matrix) { matrices_[count_++] = &matrix; }
 
   /// Prepare the vectors and the matrices in use for so many tokens. False: out of memory.
   bool prepare(int64_t tokens) {
-    const bool pack = tokens >= MIN_TOKENS;
+    const bool pack = tokens >= PACK_FROM;
     Arena size;
     lay_out(size, pack);
     memory_ = Scratch(size.used());
@@ -50,16 +50,13 @@ class TrainWeights {
   }
 
  private:
-  /// For fewer tokens, the product that uses a matrix packs it panel by panel.
-  static constexpr int64_t MIN_TOKENS = 512;
-
   void lay_out(Arena& arena, bool pack) {
     const int64_t E = raw_.width, D = raw_.token_dim;
-    query_bias = vector(raw_.bq, E, arena);
-    key_bias = vector(raw_.bk, E, arena);
-    w_g = vector(raw_.w_g, E, arena);
-    proj_bias = vector(raw_.bp, E, arena);
-    final_bias = vector(raw_.bf, D, arena);
+    query_bias = copy_padded_rows(raw_.bq, 1, E, arena);
+    key_bias = copy_padded_rows(raw_.bk, 1, E, arena);
+    w_g = copy_padded_rows(raw_.w_g, 1, E, arena);
+    proj_bias = copy_padded_rows(raw_.bp, 1, E, arena);
+    final_bias = copy_padded_rows(raw_.bf, 1, D, arena);
     float* panels[MAX_MATRICES];
     for (int i = 0; i < count_; i++) {
       if (matrices_[i] == &product_rows) {
@@ -76,16 +73,8 @@ class TrainWeights {
       parallel_for(count_, threads_, [&](int64_t i, int) { matrices_[i]->pack(panels[i]); });
   }
 
-  static const float* vector(const float* from, int64_t width, Arena& arena) {
-    float* to = arena.take(padded(width));
-    if (!to) return nullptr;
-    std::fill(to, to + padded(width), 0.f);
-    if (from) std::copy(from, from + width, to);
-    return to;
-  }
-
   static constexpr int MAX_MATRICES = 8;
-  const RawLayer& raw_;
+  const RawWeights& raw_;
   const int threads_;
   Scratch memory_{0};
   Matrix* matrices_[MAX_MATRICES];

@@ -1,8 +1,7 @@
 """Poolings: from scores to token weights to the global query, and the gradient of the scores.
 
-What is known of a sequence after the forward is two statistics: for softmax the maximum of the
-scores and the sum of their exponentials, for l2 the norm of the scores and the sum of their
-squares.
+The forward computes two statistics of a sequence: for softmax the maximum of the scores and the sum
+of their exponentials, for l2 the norm of the scores and the sum of their squares.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from swiftkernels.backends.triton.tiles import sum_partials
 from swiftkernels.ops.additive_attention.triton.stages import at_least_eps
 
 NORMALISED = ("l2", "softmax")
-"""Poolings whose token weights are normalised: their score gradients have a rounding error that is
-subtracted, see `residue_of`."""
+"""Poolings with normalised token weights. The rounding error of their score gradients is subtracted:
+see `residue_of`."""
 
 
 @triton.jit

@@ -1,9 +1,9 @@
-// Exported: the numbers that the Python side has to agree with.
+// Exported numbers that Python has to agree with.
 #include "abi.h"
 
 namespace swiftkernels::separable {
 
-/// `revision` is raised with every change that the other numbers do not show.
+/// `revision` is raised with every change of the interface that the other numbers do not show.
 EXPORT const AbiEntry* swiftkernels_separable_abi() {
   static constexpr AbiEntry entries[] = {{"revision", 1},
                                          {"sizeof(PackedWeights)", sizeof(PackedWeights)},

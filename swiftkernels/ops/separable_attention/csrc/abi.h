@@ -1,5 +1,5 @@
-// What Python passes: the packed weights, and the tensors of one call. Python packs these structs
-// with the struct module: every field is eight bytes, in this order.
+// The arguments from Python: the weights, and the tensors of a call. Python writes these structs
+// with the struct module: every field has eight bytes, in this order.
 #pragma once
 
 #include "exports.h"
@@ -8,7 +8,7 @@
 
 namespace swiftkernels::separable {
 
-/// The packed weights of a layer. Vectors and rows are padded with zeros to whole vectors; panels
+/// The packed weights of a layer. Vectors and rows are padded with zeros to full vectors; panels
 /// are those of gemm.h.
 struct PackedWeights {
   int64_t width;            // C
@@ -23,7 +23,7 @@ struct PackedWeights {
   Fingerprint fingerprint;
 };
 
-/// A layer in training: its weights in memory, contiguous float32; null: no bias.
+/// The weights of a layer in training, contiguous float32. A bias may be null.
 struct RawWeights {
   int64_t width, out_width;
   const float* qkv;       // [1 + 2 C, C]: the row of the scores, Wk, Wv
@@ -55,7 +55,7 @@ struct Call {
   Saved saved;
 };
 
-/// Gradients, contiguous float32, shaped as in `RawWeights`; null: not asked for.
+/// Gradients, contiguous float32, shaped as in `RawWeights`; null if not needed.
 struct Gradients {
   float *qkv, *qkv_bias, *proj, *proj_bias;
 };
@@ -64,7 +64,7 @@ struct BackwardCall {
   int64_t batch, groups, tokens;
   int64_t threads;
   int64_t type;
-  Sequences x, dout, dx;  // dx: null data where not asked for
+  Sequences x, dout, dx;  // dx: null data if not needed
   Saved saved;
   int64_t needs_weights;
   Gradients gradients;

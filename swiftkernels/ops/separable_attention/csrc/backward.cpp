@@ -9,8 +9,8 @@
 //     dWk = dcontext^T p, dbk = sum dcontext             over the sequences
 //     dWv = dv^T x, dbv = sum_n dv_n, dWp = dout^T u, dbp = sum_n dout_n
 //
-// dp comes from all tokens of a sequence, so there are two passes: the first does all products of
-// matrices, the second what hangs on dp.
+// dp depends on all tokens of a sequence, so there are two passes: the first computes all products
+// of matrices, the second everything that depends on dp.
 #include <vector>
 
 #include "stages.h"
@@ -18,15 +18,15 @@
 namespace swiftkernels::separable {
 namespace {
 
-/// Floats in the tiles of a block (800 KB), and of a group of short sequences (4 MB): large, as
-/// every tile is added to the sums of the weight gradients.
+/// Floats in the tiles of a block (800 KB), and of a group of short sequences (4 MB). They are
+/// large, because every tile is added to the sums of the weight gradients.
 constexpr int64_t BLOCK_FLOATS = 200000, GROUP_FLOATS = 1000000;
 
-/// Tiles that are summed before they are added to the sum of all: one long chain of additions would
-/// lose more digits than PyTorch does.
+/// Most tiles that are added one after another. Longer sums are sums of such chains: a single chain
+/// would lose more digits than PyTorch does.
 constexpr int64_t CHAIN = 24;
 
-/// Sums over tokens, rows of whole vectors, in one block of memory.
+/// Sums over tokens, in rows of full vectors and one block of memory.
 struct Sums {
   Tile dWv, dWp;
   float *dquery, *dbv, *dbp;
@@ -46,8 +46,8 @@ struct Sums {
   float* memory() const { return dWv.data; }
 };
 
-/// The sums of a thread: those of a few tiles, and those of all tiles before, in other memory if
-/// there are more than a few.
+/// The sums of a thread: of the last few tiles, and of all tiles before. Both are the same memory
+/// if there are only a few tiles.
 struct ThreadSums {
   Sums few, all;
   int64_t tiles = 0;
@@ -60,7 +60,7 @@ struct ThreadSums {
   }
 };
 
-/// to[j] += sum_r rows[r, j]; a few rows are summed first, for accuracy.
+/// to[j] += sum_r rows[r, j]. For accuracy, a few rows at a time are summed first.
 inline void add_rows(Tile rows, int64_t count, int64_t width, float* to) {
   constexpr int64_t FEW = 16;
   for (int64_t j = 0; j < padded(width); j += LANES) {
@@ -74,7 +74,7 @@ inline void add_rows(Tile rows, int64_t count, int64_t width, float* to) {
   }
 }
 
-/// to = from, padded with zeros to whole vectors.
+/// to = from, padded with zeros to full vectors.
 inline void copy_padded(const float* from, int64_t width, float* to) {
   std::fill(to + width, to + padded(width), 0.f);
   std::copy(from, from + width, to);
@@ -91,7 +91,7 @@ struct Workspace {
   float *row, *sums;  // of C numbers
 };
 
-/// What some sequences need between the passes.
+/// What some sequences need in both passes.
 struct State {
   float* partials;  // of dcontext, one for each slice of each sequence
   float* dpooled;   // [sequences, C]
@@ -135,8 +135,7 @@ class Backward {
     schedule_.run(*this);
     if (!call_.needs_weights) return DONE;
     for (ThreadSums& s : sums_) s.flush();
-    for (int i = 1; i < threads; i++)
-      add(sums_[i].all.memory(), sum_floats, sums_[0].all.memory());
+    for (int i = 1; i < threads; i++) add(sums_[i].all.memory(), sum_floats, sums_[0].all.memory());
     write_gradients(sums_[0].all);
     return DONE;
   }
@@ -197,7 +196,7 @@ class Backward {
     return s;
   }
 
-  /// What all threads share: for the gradients of the keys.
+  /// Memory that all threads share, for the gradients of the keys.
   void make_shared(Arena& arena) {
     dcontexts_ = arena.matrix(schedule_.batch, C_);
     if (!call_.needs_weights) return;
@@ -223,8 +222,8 @@ class Backward {
     return make_state(arena);
   }
 
-  /// All products of matrices: sums for the gradients of weights, dv Wv in dx, and the part of
-  /// dcontext of every slice.
+  /// All products of matrices: sums for the gradients of weights, dv Wv in dx, and the share of
+  /// every slice in dcontext.
   void products(const Workspace& w, const State& s, const TokenBlock& b) {
     const int64_t rows = b.all_rows(), slice = slice_rows(N_);
     const Tile dout = load_block(call_, call_.dout, b, D_, w.dout);
@@ -247,8 +246,8 @@ class Backward {
     if (call_.dx.data) gemm(w.du, rows, w_.value_rows, nullptr, w.dx, w.panel);
   }
 
-  /// Rows of values and du become those of u and dv; a slice of them, whose part of dcontext is
-  /// summed. `w.row` holds the context.
+  /// Overwrite the rows values and du of a slice with u and dv; dcontext = the share of the slice
+  /// in dcontext. `w.row` holds the context.
   ONE_COPY void gate_rows(const Workspace& w, int64_t row, int64_t rows, float* dcontext) const {
     std::fill(dcontext, dcontext + padded(C_), 0.f);
     for (int64_t r = row; r < row + rows; r++) {
@@ -264,7 +263,7 @@ class Backward {
     }
   }
 
-  /// dcontext and dp of a sequence, the i-th at work.
+  /// dcontext and dp of a sequence, the i-th of the block.
   ONE_COPY void context_gradient(const Workspace& w, const State& s, int64_t i,
                                  int64_t sequence) const {
     float *dcontext = dcontexts_.row(sequence), *dpooled = s.dpooled + i * padded(C_);
@@ -281,14 +280,14 @@ class Backward {
       copy_padded(call_.saved.pooled + sequence * C_, C_, pooled_.row(sequence));
   }
 
-  /// What reaches x by the pooling, on top of dx; writes dx.
+  /// Add the gradient of x by the pooling to dx, and store dx.
   void pooling_gradient(const Workspace& w, const State& s, const TokenBlock& b) const {
     const int64_t slice = slice_rows(N_);
     score_rows(w_, w.x, b.all_rows(), w.scores);
     for (int64_t i = 0; i < b.count; i++) {
       const int64_t sequence = b.element + i, row = i * b.rows;
       const float* softmax = call_.saved.softmax + 2 * sequence;
-      exponentials(w.scores + row, b.rows, softmax[0], 1.f / softmax[1]);
+      exponentials(w.scores + row, b.rows, softmax[0], 1.f / softmax[1], w.scores + row);
       copy_padded(call_.saved.pooled + sequence * C_, C_, w.row);
       for (int64_t n = 0; n < b.rows; n += slice)
         pooling_rows(w, row + n, std::min(slice, b.rows - n), s.dpooled + i * padded(C_),
@@ -297,16 +296,16 @@ class Backward {
     if (call_.dx.data) store_block(call_, w.dx, call_.dx, b, C_);
   }
 
-  /// The same for a slice of rows, and their part of dquery. `w.scores` has the weights of the
-  /// tokens, `w.row` the pooled token.
+  /// The same for the rows of a slice; adds their share to dquery. `w.scores` has the token
+  /// weights, `w.row` the pooled token.
   ONE_COPY void pooling_rows(const Workspace& w, int64_t row, int64_t rows, const float* dpooled,
                              float* dquery) const {
     std::fill(w.sums, w.sums + padded(C_), 0.f);
     for (int64_t r = row; r < row + rows; r++) {
-      vec along{};
+      vec x_dp{};  // dp . (x_n - p)
       for (int64_t j = 0; j < padded(C_); j += LANES)
-        along += load(dpooled + j) * (load(w.x.row(r) + j) - load(w.row + j));
-      const vec weight = broadcast(w.scores[r]), d_score = weight * broadcast(sum(along));
+        x_dp += load(dpooled + j) * (load(w.x.row(r) + j) - load(w.row + j));
+      const vec weight = broadcast(w.scores[r]), d_score = weight * broadcast(sum(x_dp));
       for (int64_t j = 0; j < padded(C_) && call_.needs_weights; j += LANES)
         store(w.sums + j, load(w.sums + j) + d_score * (load(w.x.row(r) + j) - load(w.row + j)));
       for (int64_t j = 0; j < padded(C_) && call_.dx.data; j += LANES)

@@ -1,6 +1,6 @@
-// The forward: a pass over the tokens that pools them, then one that makes the output. A block of
-// tokens passes all stages while it is in the cache; of what has the size of the tokens, only the
-// output is written.
+// The forward. A first pass over the tokens pools them, a second computes the output. A block of
+// tokens passes all stages while it is in the cache; the only result of the size of the tokens is
+// the output.
 #include "stages.h"
 
 namespace swiftkernels::separable {
@@ -9,17 +9,13 @@ namespace {
 /// Floats in the tiles of a block (160 KB), and of a group of short sequences (800 KB).
 constexpr int64_t BLOCK_FLOATS = 40000, GROUP_FLOATS = 200000;
 
-/// From so many tokens a thread on, all bytes of the weights are compared in every call, as in
-/// additive attention.
-constexpr int64_t COMPARE_ALL_FROM = 512;
-
 /// What a thread needs for a block.
 struct Workspace {
   Tile x, values, out;
   float *scores, *panel;
 };
 
-/// What some sequences need between the passes.
+/// What some sequences need in both passes.
 struct State {
   float* partials;  // one for each slice of each sequence
   float* contexts;  // [sequences, C]
@@ -147,11 +143,10 @@ class Forward {
 
 }  // namespace
 
-/// In inference, with packed weights.
+/// The forward in inference, with packed weights.
 EXPORT int swiftkernels_separable_forward(const PackedWeights* packed, const Call* call) {
   const int64_t tokens = call->batch * call->groups * call->tokens;
-  const bool all = tokens >= COMPARE_ALL_FROM * usable_threads(call->threads);
-  if (!packed->fingerprint.matches(all)) return STALE;
+  if (!packed->fingerprint.matches(tokens, usable_threads(call->threads))) return STALE;
   const int64_t C = packed->width, D = packed->out_width;
   Weights weights{};
   weights.width = C, weights.out_width = D;
@@ -164,7 +159,7 @@ EXPORT int swiftkernels_separable_forward(const PackedWeights* packed, const Cal
   return Forward(weights, *call).run();
 }
 
-/// With the weights in memory; saves what a backward needs unless `call->saved` is null.
+/// The forward with weights that are not packed. Saves for a backward unless `call->saved` is null.
 EXPORT int swiftkernels_separable_forward_training(const RawWeights* raw, const Call* call) {
   TrainWeights train(*raw, false, call->batch * call->groups * call->tokens,
                      usable_threads(call->threads));

@@ -1,5 +1,4 @@
-// The stages of separable attention on tiles of tokens, for the forward and for what the backward
-// recomputes.
+// The stages of separable attention on tiles of tokens. The backward computes some of them again.
 #pragma once
 
 #include "abi.h"
@@ -20,13 +19,14 @@ struct Weights {
   const float *key_bias, *value_bias, *proj_bias;
 };
 
-/// The weights of a layer in training, which change with every step: they are packed for one call.
+/// The weights of a layer in training. They change with every step, so they are packed for one
+/// call.
 class TrainWeights {
  public:
   Weights weights;
 
   TrainWeights(const RawWeights& raw, bool backward, int64_t tokens, int threads)
-      : raw_(raw), backward_(backward), pack_(tokens >= MIN_TOKENS), threads_(threads) {
+      : raw_(raw), backward_(backward), pack_(tokens >= PACK_FROM), threads_(threads) {
     const int64_t C = raw.width, D = raw.out_width;
     const float *key = raw.qkv + C, *value = key + C * C;
     weights.width = C, weights.out_width = D;
@@ -49,18 +49,15 @@ class TrainWeights {
   }
 
  private:
-  /// For fewer tokens, the product that uses a matrix packs it panel by panel.
-  static constexpr int64_t MIN_TOKENS = 512;
-
   void lay_out(Arena& arena) {
     const int64_t C = raw_.width, D = raw_.out_width;
     const float* bias = raw_.qkv_bias;
-    weights.query = padded_rows(raw_.qkv, 1, C, arena);
-    weights.key_bias = padded_rows(bias ? bias + 1 : nullptr, 1, C, arena);
-    weights.value_bias = padded_rows(bias ? bias + 1 + C : nullptr, 1, C, arena);
-    weights.proj_bias = padded_rows(raw_.proj_bias, 1, D, arena);
+    weights.query = copy_padded_rows(raw_.qkv, 1, C, arena);
+    weights.key_bias = copy_padded_rows(bias ? bias + 1 : nullptr, 1, C, arena);
+    weights.value_bias = copy_padded_rows(bias ? bias + 1 + C : nullptr, 1, C, arena);
+    weights.proj_bias = copy_padded_rows(raw_.proj_bias, 1, D, arena);
     if (padded(C) != C) {
-      float* key = padded_rows(raw_.qkv + C, C, C, arena);
+      float* key = copy_padded_rows(raw_.qkv + C, C, C, arena);
       if (key) weights.key = {key, padded(C)};
     }
     if (!pack_) return;
@@ -75,24 +72,14 @@ class TrainWeights {
       parallel_for(count, threads_, [&](int64_t i, int) { matrices[i]->pack(panels[i]); });
   }
 
-  /// A copy of rows, or zeros, padded with zeros.
-  static float* padded_rows(const float* from, int64_t rows, int64_t width, Arena& arena) {
-    float* to = arena.take(rows * padded(width));
-    if (!to) return nullptr;
-    std::fill(to, to + rows * padded(width), 0.f);
-    for (int64_t r = 0; r < rows && from; r++)
-      std::copy(from + r * width, from + (r + 1) * width, to + r * padded(width));
-    return to;
-  }
-
   const RawWeights& raw_;
   const bool backward_, pack_;
   const int threads_;
   Scratch memory_{0};
 };
 
-/// Groups of whole short sequences while their rows take up to `group_floats` floats, or blocks of
-/// one sequence after the other that take up to `block_floats`.
+/// Groups of short sequences whose rows take up to `group_floats` floats, or blocks of one sequence
+/// that take up to `block_floats`.
 template <class AnyCall>
 inline Schedule schedule_of(const AnyCall& call, int64_t floats_per_row, int64_t group_floats,
                             int64_t block_floats) {
@@ -105,14 +92,13 @@ inline Schedule schedule_of(const AnyCall& call, int64_t floats_per_row, int64_t
 
 /// One sequence, as tokens of a batch of one.
 inline Tokens sequence_of(const Sequences& t, int64_t sequence, int64_t groups, int64_t type) {
-  const int64_t offset =
-      sequence / groups * t.batch_stride + sequence % groups * t.group_stride;
+  const int64_t offset = sequence / groups * t.batch_stride + sequence % groups * t.group_stride;
   return {static_cast<char*>(t.data) + offset * (type == FLOAT32 ? 4 : 2), 0, t.token_stride,
           t.channel_stride, static_cast<int32_t>(type)};
 }
 
-/// The tokens of a block, whose batch elements are sequences, as float32 rows of whole vectors, one
-/// sequence after the other: in place if they are such rows, else copied to `scratch`.
+/// The tokens of a block of sequences, one sequence after the other, as float32 rows of full
+/// vectors: in place if they are such rows, else copied to `scratch`.
 template <class AnyCall>
 inline Tile load_block(const AnyCall& call, const Sequences& t, const TokenBlock& b, int64_t width,
                        Tile scratch) {
@@ -133,7 +119,7 @@ inline void store_block(const AnyCall& call, Tile tile, const Sequences& t, cons
                sequence_of(t, b.element + i, call.groups, call.type), 0, b.first);
 }
 
-/// What pooling a slice leaves: two numbers, then sum_n exp(score_n - highest) x_n.
+/// The result of pooling a slice: two numbers, then sum_n exp(score_n - highest) x_n.
 struct Partial {
   static constexpr int64_t HEADER = 16;
   float* data;
@@ -153,24 +139,12 @@ ONE_COPY inline void score_rows(const Weights& w, Tile tile, int64_t rows, float
   });
 }
 
-/// scores[r] = exp(scores[r] - highest) * factor
-ONE_COPY inline void exponentials(float* scores, int64_t rows, float highest, float factor) {
-  alignas(64) float lanes[LANES];
-  for (int64_t r = 0; r < rows; r += LANES) {
-    const int64_t count = std::min<int64_t>(LANES, rows - r);
-    for (int64_t i = 0; i < LANES; i++)
-      lanes[i] = std::min(0.f, scores[r + std::min(i, count - 1)] - highest);
-    store(lanes, exp_of_negative(load(lanes)) * broadcast(factor));
-    std::memcpy(scores + r, lanes, count * sizeof(float));
-  }
-}
-
 /// Pool up to MAX_SLICE rows; their scores are overwritten.
 ONE_COPY inline void pool_slice(const Weights& w, float* scores, Tile tile, int64_t rows,
                                 Partial partial) {
   float highest = -INFINITY, total = 0.f;
   for (int64_t r = 0; r < rows; r++) highest = std::max(highest, scores[r]);
-  exponentials(scores, rows, highest, 1.f);
+  exponentials(scores, rows, highest, 1.f, scores);
   for (int64_t r = 0; r < rows; r++) total += scores[r];
   partial.highest() = highest;
   partial.total() = total;
@@ -178,7 +152,7 @@ ONE_COPY inline void pool_slice(const Weights& w, float* scores, Tile tile, int6
   add_weighted_rows(scores, tile, rows, w.width, partial.rows());
 }
 
-/// Add up the partials of a sequence, in their order, into the first, whose rows become their mean.
+/// Add the partials of a sequence, in order, to the first; then its rows are the weighted mean.
 ONE_COPY inline void combine(float* partials, int64_t count, int64_t width) {
   const int64_t floats = Partial::floats(width);
   const Partial first{partials};
@@ -220,7 +194,7 @@ INLINE vec relu(vec v) {
   return reinterpret_cast<vec>(reinterpret_cast<int_vec>(v) & ~negative);
 }
 
-/// c = relu(bias + a b) * initial, whole vectors
+/// c = relu(bias + a b) * initial, in full vectors
 struct StoreReluTimes {
   template <int R, int V>
   static void run(const Block& block) {
@@ -235,7 +209,7 @@ struct StoreReluTimes {
   }
 };
 
-/// out = relu(x Wv^T + bv) * context for some sequences of `tokens` rows in x, one after the other,
+/// out = relu(x Wv^T + bv) * context, for sequences of `tokens` rows in x, one after the other,
 /// each with its own context.
 inline void gated_values(const Weights& w, Tile x, int64_t sequences, int64_t tokens,
                          const float* contexts, Tile out, float* panel) {
