@@ -13,7 +13,7 @@ from swiftkernels.backends.triton.tiles import sum_partials
 from swiftkernels.ops.additive_attention.triton.stages import at_least_eps
 
 NORMALISED = ("l2", "softmax")
-"""Poolings with normalised token weights. The rounding error of their score gradients is subtracted:
+"""Poolings with normalised weights. A rounding error is subtracted from their score gradients:
 see `residue_of`."""
 
 
