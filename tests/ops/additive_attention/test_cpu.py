@@ -208,20 +208,6 @@ def test_all_counts_of_tokens_and_batch_elements(batch, n_tokens):
     assert_accurate(tensors, pooling=POOLINGS[case % 4], mask=make_mask(batch, n_tokens))
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize(("batch", "n_tokens", "pooling"), [(0, 5, "l2"), (2, 0, "sum")])
-def test_empty_input_gives_empty_output_and_zero_gradients(batch, n_tokens, pooling, recompute):
-    tensors = make_tensors(batch, n_tokens, 6, 5, dtype=torch.float32)
-    assert attend(*tensors, pooling=pooling).shape == (batch, n_tokens, 5)
-    result = gradients(tensors, pooling=pooling, recompute=recompute)
-    for name, t in zip(SELF_NAMES, tensors, strict=True):
-        assert torch.equal(result[name], torch.zeros_like(t)), name
-    layer = make_layer(6, 5, pooling=pooling)
-    with torch.no_grad():
-        for _ in range(2):
-            assert layer(tensors[0]).shape == (batch, n_tokens, 5)
-
-
 @poolings
 @dtypes
 def test_batch_elements_with_all_tokens_masked_are_as_good_as_eager(isa, pooling, dtype):
