@@ -142,7 +142,7 @@ def through_save(module: nn.Module) -> nn.Module:
 
 
 @every_layer
-@pytest.mark.parametrize("copy_of", [copy.deepcopy, through_pickle, through_save])
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, through_pickle, through_save][::STEP])
 def test_copies_compute_the_same_and_share_nothing(layer: Layer, copy_of: Any) -> None:
     module, inputs = layer.build(), layer.inputs()
     expected = outputs(module, inputs)
@@ -177,7 +177,7 @@ WRITES: dict[str, Callable[[nn.Parameter], Any]] = {
 
 
 @every_layer
-@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("write", list(WRITES)[:: 2 if INTERPRETED else 1])
 def test_written_weights_are_noticed(layer: Layer, write: str) -> None:
     module, inputs = layer.build(), layer.inputs()
     before = outputs(module, inputs)

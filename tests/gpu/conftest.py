@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from swiftkernels.backends import devices
-from swiftkernels.ops import operator
+from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
 
-NO_GPU = "needs a GPU that runs the Triton kernels (swiftkernels doctor tells more)"
+NO_GPU = "needs a GPU that runs the Triton kernels (see swiftkernels doctor)"
 
 
 def usable_gpus() -> list[torch.device]:
     """The GPUs on which backend="triton" may be asked for."""
-    return [d for d in devices.gpus() if not operator.why_not("triton", _probe(d), 16)]
+    return [d for d in devices.gpus() if not SELF_ATTENTION.why_not("triton", _probe(d), 16)]
 
 
 def _probe(device: torch.device) -> torch.Tensor:

@@ -34,7 +34,7 @@ def test_the_same_input_gives_the_same_bits(gpu, dtype, width):
 
 
 @dtypes
-def test_an_item_does_not_depend_on_its_batch(gpu, dtype):
+def test_a_batch_element_does_not_depend_on_the_others(gpu, dtype):
     layer = make_layer(48, dtype, gpu)
     x = random_images(48, dtype, gpu)
     with torch.no_grad():
@@ -95,7 +95,7 @@ BLOCK = 1 << 10
 WIDTH = 64
 
 
-@pytest.mark.parametrize("long", [True, False], ids=["one long item", "many items"])
+@pytest.mark.parametrize("long", [True, False], ids=["one long", "many"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_more_elements_than_an_int32_can_count(cuda, long, backward):
     copies = ELEMENTS // (BLOCK * WIDTH) + 3

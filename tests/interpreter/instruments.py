@@ -23,7 +23,7 @@ def _nearest_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def round_bfloat16_to_nearest() -> None:
-    """The interpreter truncates to bfloat16 and computes with its bits: mend, and forbid."""
+    """The interpreter truncates to bfloat16 and computes with its bits: fix and forbid."""
     cast, binary = _Builder.cast_impl, _Builder.binary_op
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:

@@ -201,30 +201,16 @@ def test_scale_and_eps_are_honoured(pooling, options):
 
 @pytest.mark.parametrize("n_tokens", [1, 7, 31, 32, 33, 49, 65, 256, 257, 700])
 @pytest.mark.parametrize("batch", [1, 2, 5, 33])
-def test_all_counts_of_tokens_and_items(batch, n_tokens):
+def test_all_counts_of_tokens_and_batch_elements(batch, n_tokens):
     case = batch + n_tokens
     torch.set_num_threads(1 + case % 3 // 2)
     tensors = make_tensors(batch, n_tokens, 6, 9, dtype=torch.float32)
     assert_accurate(tensors, pooling=POOLINGS[case % 4], mask=make_mask(batch, n_tokens))
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize(("batch", "n_tokens", "pooling"), [(0, 5, "l2"), (2, 0, "sum")])
-def test_empty_input_gives_empty_output_and_zero_gradients(batch, n_tokens, pooling, recompute):
-    tensors = make_tensors(batch, n_tokens, 6, 5, dtype=torch.float32)
-    assert attend(*tensors, pooling=pooling).shape == (batch, n_tokens, 5)
-    result = gradients(tensors, pooling=pooling, recompute=recompute)
-    for name, t in zip(SELF_NAMES, tensors, strict=True):
-        assert torch.equal(result[name], torch.zeros_like(t)), name
-    layer = make_layer(6, 5, pooling=pooling)
-    with torch.no_grad():
-        for _ in range(2):
-            assert layer(tensors[0]).shape == (batch, n_tokens, 5)
-
-
 @poolings
 @dtypes
-def test_items_with_all_tokens_masked_are_as_good_as_eager(isa, pooling, dtype):
+def test_batch_elements_with_all_tokens_masked_are_as_good_as_eager(isa, pooling, dtype):
     tensors = make_tensors(3, 70, 12, 10, dtype=dtype)
     mask = make_mask(3, 70)
     mask[1] = False
@@ -235,7 +221,7 @@ def test_items_with_all_tokens_masked_are_as_good_as_eager(isa, pooling, dtype):
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_items_with_all_tokens_masked_give_no_nan_in_float16(recompute):
+def test_batch_elements_with_all_tokens_masked_give_no_nan_in_float16(recompute):
     tensors = make_tensors(2, 40, 12, 10, dtype=torch.float16)
     mask = make_mask(2, 40)
     mask[1] = False
@@ -284,7 +270,7 @@ def test_zero_rows_give_no_nan_in_float16(pooling):
 @pytest.mark.parametrize("eps", [1e-12, 1e-6, 1e-3, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_below_eps_have_the_gradient_of_a_constant_norm(isa, dtype, eps):
-    """Rows of q and k from zero to just below eps, in items of their own; some above as well."""
+    """Rows of q and k from zero to just below eps; some above as well."""
     tensors = make_tensors(2, 6, 5, 4)
     shrink = torch.tensor([0, 1e-3, 0.1, 0.2, 0.3, 10], dtype=torch.float64).unsqueeze(1) * eps
     tensors[0], tensors[2], tensors[4] = tensors[0] * shrink, None, None
@@ -440,7 +426,7 @@ def test_wide_layers_are_as_accurate_as_eager(width):
 
 @forms
 @pytest.mark.parametrize("n_tokens", [9, 300])
-def test_an_item_does_not_depend_on_its_batch(isa, form, n_tokens):
+def test_a_batch_element_does_not_depend_on_the_others(isa, form, n_tokens):
     """Not even on NaN beside it."""
     x, *layer = make_tensors(4, n_tokens, 6, 5, dtype=torch.float32)
     with form_in_use(form):
@@ -458,7 +444,7 @@ def test_an_item_does_not_depend_on_its_batch(isa, form, n_tokens):
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 @poolings
 def test_what_is_no_number_is_not_hidden(isa, pooling, number):
-    """One bad token spoils its item, as in eager mode."""
+    """One bad token spoils its batch element, as in eager mode."""
     x, *layer = make_tensors(2, 40, 6, 5, dtype=torch.float32)
     x[0, 35, 2] = number
     eager = attend(x, *layer, pooling=pooling, backend="reference")
@@ -494,16 +480,16 @@ def spread_out(t: Tensor, dim: int, step: int) -> Tensor:
 
 LAYOUTS = {
     "channels first": lambda t: t.mT.contiguous().mT,
-    "items between tokens": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "batch elements between tokens": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
     "everything reversed": lambda t: t.permute(2, 1, 0).contiguous().permute(2, 1, 0),
     "gaps between tokens": lambda t: spread_out(t, 1, 3),
     "gaps between channels": lambda t: spread_out(t, 2, 2),
     "part of wider tokens": lambda t: torch.cat([t, t], 2)[..., : t.shape[2]],
-    "part of longer items": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "part of longer batch elements": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
     "odd offset": lambda t: torch.cat([t.new_zeros(3), t.flatten()])[3:].view(t.shape),
 }
 EXPANDED = {
-    "one item": lambda t: t[:1].expand(t.shape),
+    "one batch element": lambda t: t[:1].expand(t.shape),
     "one token": lambda t: t[:, :1].expand(t.shape),
     "one channel": lambda t: t[..., :1].expand(t.shape),
     "one number": lambda t: t[:1, :1, :1].expand(t.shape),
@@ -622,13 +608,13 @@ def test_images_of_any_strides(residual):
 
 
 DIVISIONS = {
-    "whole items": (30, 49, 24, 20),
-    "items": (30, 260, 24, 20),
+    "whole batch elements": (30, 49, 24, 20),
+    "batch elements": (30, 260, 24, 20),
     "tokens": (1, 700, 24, 20),
-    "tokens of several items": (2, 300, 24, 20),
+    "tokens of several batch elements": (2, 300, 24, 20),
     "few tokens": (2, 7, 24, 20),
     "chunks of tokens": (1, 1700, 24, 20),
-    "items of chunks": (4, 1100, 8, 9),
+    "chunks of batch elements": (4, 1100, 8, 9),
 }
 """Batch, tokens, C, D where threads share the work in that way, whatever their number here."""
 
@@ -681,8 +667,8 @@ def test_threads_share_a_batch_element_unless_its_matrices_outweigh_it():
 
 
 @pytest.mark.parametrize(("batch", "n_tokens"), [(2, 200), (4, 49), (3, 100)])
-def test_few_items_for_many_threads(isa, batch, n_tokens):
-    """Here the number of threads decides between whole items and tiles."""
+def test_few_batch_elements_for_many_threads(isa, batch, n_tokens):
+    """Here the number of threads decides between whole batch elements and tiles."""
     tensors = make_tensors(batch, n_tokens, 24, 20, dtype=torch.float32)
     exact = gradients(convert(tensors, torch.float64), None, "reference")
     eager = gradients(tensors, None, "reference")
@@ -1081,7 +1067,7 @@ def test_a_weight_of_another_class_is_noticed(name, training):
     torch.testing.assert_close(out.a, eager)
 
 
-def test_layers_with_one_query_weight_are_told_apart():
+def test_layers_with_one_query_weight_are_distinguished():
     first, second = make_layer(), make_layer()
     nn.init.normal_(second.proj.weight)
     second.to_query.weight = first.to_query.weight
@@ -1243,7 +1229,7 @@ ODD_INPUTS = {
     "meta": lambda: torch.empty(2, 9, 16, device="meta"),
     "mkldnn": lambda: random_tokens(2, 16, 3, 3).to_mkldnn(),
     "sparse": lambda: random_tokens(2, 9, 16).to_sparse(),
-    "no items": lambda: random_tokens(0, 9, 16),
+    "no batch elements": lambda: random_tokens(0, 9, 16),
     "no tokens": lambda: random_tokens(2, 0, 16),
     "no tensor": lambda: [[0.0] * 16],
     "none": lambda: None,
@@ -1342,8 +1328,8 @@ def test_transforms_are_seen_after_a_planned_call(backend, reused):
         for _ in range(2):
             layer(x)
         reused.clear()
-        by_item = torch.vmap(lambda item: layer(item.unsqueeze(0)).squeeze(0))(x)
-        torch.testing.assert_close(by_item, by_definition(layer, x))
+        by_element = torch.vmap(lambda t: layer(t.unsqueeze(0)).squeeze(0))(x)
+        torch.testing.assert_close(by_element, by_definition(layer, x))
         tangent = torch.func.jvp(layer, (x,), (x.cos(),))[1]
         with forward_ad.dual_level(), torch.enable_grad():
             dual = layer(forward_ad.make_dual(x, x.cos()))

@@ -282,3 +282,11 @@ def test_layer_equals_the_functional_form():
         mask=mask, pooling="linear", backend="aten",
     )  # fmt: skip
     assert torch.equal(attention(x, mask), out)
+
+
+@pytest.mark.parametrize("backend", ["aten", "auto", "reference"])
+def test_returned_weights_are_float32_under_autocast(backend):
+    attention = make_attention(backend=backend).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, weights, G = attention(make_tokens().float(), return_weights=True)
+    assert (output.dtype, weights.dtype, G.dtype) == (torch.bfloat16, torch.float32, torch.float32)

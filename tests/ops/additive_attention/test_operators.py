@@ -78,12 +78,12 @@ def run(form: Form, tensors: Tensors, backend: str, dout: Tensor | None = None, 
 
 
 @forms
-@pytest.mark.parametrize("items_per_chunk", [0, 1, 2, 4])
-def test_chunks_of_the_batch_add_up(monkeypatch, form, items_per_chunk):
+@pytest.mark.parametrize("elements_per_chunk", [0, 1, 2, 4])
+def test_chunks_of_the_batch_add_up(monkeypatch, form, elements_per_chunk):
     tensors = form.make(5, 6, 4, 3, 2)
     mask = make_mask(5, 6)
     exact = run(form, tensors, "reference", mask=mask)
-    monkeypatch.setattr(eager, "CHUNK_BYTES", items_per_chunk * 2 * 6 * 6 * 8)
+    monkeypatch.setattr(eager, "CHUNK_BYTES", elements_per_chunk * 2 * 6 * 6 * 8)
     assert_exact(run(form, tensors, "aten", mask=mask), exact)
 
 
@@ -91,7 +91,7 @@ def test_chunks_of_the_batch_add_up(monkeypatch, form, items_per_chunk):
 @pytest.mark.parametrize("eps", [1e-12, 1e-8, 1e-6, 1e-3, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_rows_below_eps_have_the_gradient_of_a_constant_norm(form, dtype, eps):
-    """Rows of q and k from zero to just below eps, in items of their own; some above as well."""
+    """Rows of q and k from zero to just below eps; some above as well."""
     tensors = form.make(2, 6, 5, 4)
     shrink = torch.tensor([0, 1e-3, 0.1, 0.2, 0.3, 10], dtype=torch.float64).unsqueeze(1) * eps
     if form.names[0] == "x":

@@ -150,7 +150,7 @@ def test_masking_equals_dropping_the_tokens_and_adding_their_rows(pooling, qk_no
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_an_item_with_all_tokens_masked_gets_a_zero_global_query(pooling):
+def test_a_batch_element_with_all_tokens_masked_gets_a_zero_global_query(pooling):
     tensors = make_query_key_tensors(2, 5, 6, 4)
     q, _, _, _, bp, wf, bf = tensors
     mask = torch.tensor([[False] * 5, [True] * 5])
@@ -167,7 +167,7 @@ def test_an_item_with_all_tokens_masked_gets_a_zero_global_query(pooling):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_softmax_of_an_all_masked_item_gives_zeros_and_finite_gradients(dtype):
+def test_softmax_of_an_all_masked_batch_element_gives_zeros_and_finite_gradients(dtype):
     """Without a NaN on the way, which anomaly detection would stop at."""
     scores = torch.randn(2, 5, dtype=dtype, requires_grad=True)
     mask = torch.tensor([[False] * 5, [True, False, True, True, False]])
@@ -220,7 +220,7 @@ def test_scores_below_eps_are_divided_by_eps_alone():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_sum_pooling_gives_the_scoring_vector_a_gradient_of_zero(masked):
-    """Zero and not None, as with the published layers: optimisers and DDP tell the two apart."""
+    """Zero and not None, as with the published layers: optimisers and DDP distinguish the two."""
     result = forward_backward(
         lambda *t: on_queries(t, make_mask(2, 5) if masked else None, options_for(4, "sum")),
         make_query_key_tensors(2, 5, 6, 4),
