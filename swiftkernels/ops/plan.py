@@ -55,6 +55,8 @@ class Plans:
         """The slot of the weights packed in the way of that key."""
         found = self._slots.get(key)
         if found is None:
+            if len(self._slots) >= MAX_PLANS:  # options that change at every call
+                self._slots.clear()
             found = self._slots[key] = cache.Slot()
         return found
 
@@ -94,6 +96,7 @@ def call_key(
         or torch_state.any_autocast()
         or x.layout is not torch.strided
         or x.is_neg()
+        or x._is_zerotensor()
     ):
         return None
     needs_grad = torch.is_grad_enabled() and needs_gradient(x, *weights)

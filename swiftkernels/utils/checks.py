@@ -67,6 +67,8 @@ def check_floating(name: str, t: Tensor) -> None:
             f"{name} must be float64, float32, float16 or bfloat16; got {t.dtype}. "
             f"Convert it first: {name}.to(torch.float32)."
         )
+    if t.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got {t.layout}. Convert it: .to_dense().")
 
 
 def check_tokens(name: str, x: Tensor, width: int, width_name: str) -> None:

@@ -244,6 +244,7 @@ def test_two_runs_are_equal(implementation: Implementation, dtype: torch.dtype) 
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has one thread")
 @every_implementation
 @pytest.mark.parametrize("size", [SIZE, (1, 300, 24, 16)], ids=ids)
 def test_threads(implementation: Implementation, size: tuple[int, int, int, int]) -> None:

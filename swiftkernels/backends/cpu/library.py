@@ -159,6 +159,20 @@ def _constant_why_not() -> str:
     return why_not()
 
 
+def address(name: str, t: torch.Tensor) -> int:
+    """Where a tensor with elements begins.
+
+    Raises:
+        ValueError: it has no memory.
+    """
+    found = t.data_ptr()
+    if not found:
+        raise ValueError(
+            f"{name} must have memory; its storage was freed. Restore its values before the call."
+        )
+    return found
+
+
 def check(status: int) -> None:
     """Raise if a kernel returned an error."""
     if status != DONE:

@@ -122,7 +122,10 @@ class AttentionForward(KeepsPlans, nn.Module):
         key = None
         if weights is not None and not return_weights:
             key = call_key(x, weights, mask, residual_scale, options, self.layout)
-            plan = None if key is None else self._plans().by_key.get(key)
+            try:
+                plan = None if key is None else self._plans().by_key.get(key)
+            except TypeError:  # an option cannot be hashed: the checks of a new plan name it
+                key = plan = None
             if plan is not None:
                 out = plan(x, weights, mask, residual_scale)
                 if out is not None:
@@ -260,6 +263,7 @@ class AttentionForward(KeepsPlans, nn.Module):
             TypeError, ValueError: x is not a tensor, or not of the layer's width.
         """
         checks.check_tensor("x", x)
+        checks.check_option("layout", self.layout, LAYOUTS)
         if x.dim() < 3:
             raise ValueError(
                 f"x must be [B, N, {self.in_dims}] or [B, {self.in_dims}, *spatial]; got shape "

@@ -91,6 +91,8 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x and of the four weights; None where not needed or without bias."""
     (x,) = inputs
+    # Hooks of saved tensors may have changed strides and types.
+    saved = Saved(*[t.float().contiguous() for t in saved])
     dx = torch.empty_like(x) if needs.inputs else None
     gradients = [
         None
@@ -123,7 +125,7 @@ def _sizes(x: Tensor) -> tuple[int, ...]:
 
 def _sequences(t: Tensor) -> tuple[int, ...]:
     """`struct Sequences`."""
-    return t.data_ptr(), *sequences_of(t).strides
+    return library.address("x", t), *sequences_of(t).strides
 
 
 def _raw_weights(weights: Weights) -> tuple[bytes, list[Tensor | None]]:
@@ -196,8 +198,8 @@ class PackedPlan:
         if self._empty:
             return out
         call = _CALL.pack(
-            *self._sizes, torch.get_num_threads(), self._type, x.data_ptr(), *self._x_strides,
-            out.data_ptr(), *self._out_strides, *_NOT_SAVED,
+            *self._sizes, torch.get_num_threads(), self._type, library.address("x", x),
+            *self._x_strides, out.data_ptr(), *self._out_strides, *_NOT_SAVED,
         )  # fmt: skip
         status = kernels().swiftkernels_separable_forward(packed.fields, call)
         if status == STALE:

@@ -69,11 +69,10 @@ class SeparableAttention(KeepsPlans, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend; shapes as in the class, errors as in `separable_attention`."""
-        weights = self._plain_weights()
-        drops = self.training and self.attn_drop.p > 0
-        out = self._call_parts(x) if drops or weights is None else self._attend(x, weights)
-        if not self.training and type(self.out_drop) is nn.Dropout:
-            return out  # to call a module would take as long as a small layer
+        weights = self._plain_weights() if _does_nothing(self.attn_drop) else None
+        out = self._call_parts(x) if weights is None else self._attend(x, weights)
+        if _does_nothing(self.out_drop):
+            return out  # a call of a module takes as long as a small layer
         dropped: Tensor = self.out_drop(out)
         return dropped
 
@@ -92,9 +91,9 @@ class SeparableAttention(KeepsPlans, nn.Module):
     def _plain_weights(self) -> Weights | None:
         """The weights, if both parts are plain convolutions with parameters."""
         modules = self._modules
-        parts = (modules["qkv_proj"], modules["out_proj"])
+        parts: Any = (modules["qkv_proj"], modules["out_proj"])
         found = linear_parts.plain_parameters(parts, nn.Conv2d)
-        if not found:
+        if not found or not all(map(_is_pointwise, parts)):
             return None
         qkv, out = found
         return Weights(qkv["weight"], qkv["bias"], out["weight"], out["bias"])
@@ -115,3 +114,16 @@ class SeparableAttention(KeepsPlans, nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, backend={self.backend!r}"
+
+
+def _does_nothing(dropout: Any) -> bool:
+    """Whether a call of a dropout would return its input and run nothing else."""
+    idle = type(dropout) is nn.Dropout and not (dropout.training and dropout.p > 0)
+    return idle and linear_parts.is_untouched(dropout)
+
+
+def _is_pointwise(convolution: nn.Conv2d) -> bool:
+    """Whether a 2-D convolution is a linear layer of every pixel."""
+    c = convolution
+    sizes = (c.kernel_size, c.stride, c.padding, c.groups)
+    return sizes == ((1, 1), (1, 1), (0, 0), 1)

@@ -51,14 +51,17 @@ struct Fingerprint {
   }
 
  private:
-  /// The sum of all words, and the sum of the partial sums, which detects exchanged words. Each
-  /// word is first mixed with its upper half: otherwise two changed signs would cancel.
+  /// The sum of a hash of each word and its place. The hash is not linear: with sums of the words
+  /// themselves, weighted or not, changes of many equal words (signs of a matrix of ones) cancel.
   struct Sums {
-    word_vec words{}, sums{};
+    word_vec sum{}, place{};
 
     INLINE_MEMBER void add(word_vec word) {
-      words += word ^ (word >> 15);
-      sums += words;
+      place += 0x9E3779B9u;
+      word ^= place;
+      word ^= word >> 16;
+      word *= 0x7FEB352Du;
+      sum += word ^ (word >> 15);
     }
     INLINE_MEMBER void add(const char* bytes, int64_t count) {
       constexpr int64_t STEP = sizeof(word_vec);
@@ -70,8 +73,7 @@ struct Fingerprint {
     }
     uint64_t hash() const {
       uint64_t hash = 0;
-      for (int i = 0; i < LANES; i++)
-        for (const uint32_t word : {words[i], sums[i]}) hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
+      for (int i = 0; i < LANES; i++) hash = (hash ^ sum[i]) * 0x9E3779B97F4A7C15u;
       return hash;
     }
   };

@@ -124,7 +124,7 @@ def call_fields(
     """`struct Call`; strides are of batch, token and channel."""
     return _CALL.pack(
         batch, n_tokens, form, torch.get_num_threads(), TYPES[x.dtype], adds_input,
-        x.data_ptr(), *x_strides, out.data_ptr(), *out_strides,
+        library.address("x", x), *x_strides, out.data_ptr(), *out_strides,
         *((0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())),
         *((0, 0, 0) if saved is None else [t.data_ptr() for t in saved]),
     )  # fmt: skip
@@ -149,6 +149,12 @@ def backward(
     )
     # For few tokens in the batch, the products of E x E matrices after the moments cost too much.
     direct = grouped and batch * n_tokens < 2 * width
+    # Hooks of saved tensors may have changed strides and types.
+    saved = Saved(
+        saved.global_query.float().contiguous(),
+        saved.statistics.float().contiguous(),
+        saved.unit_rows.to(x.dtype).contiguous(),
+    )
     folded = saved.unit_rows.numel() == 0 and config.folds_backward(batch, n_tokens, width)
     fields, ready = packing.raw_weights(weights, options)
     d_input = torch.empty_like(inputs[0]) if needs.inputs else None
@@ -162,9 +168,11 @@ def backward(
     call = _BACKWARD_CALL.pack(
         batch, n_tokens, grouped, threads, TYPES[x.dtype], direct, folded, needs.inputs,
         needs.weights,
-        x.data_ptr(), *strides, dout.data_ptr(), *dout_strides, *dx_fields,
+        library.address("x", x), *strides, library.address("the gradient", dout), *dout_strides,
+        *dx_fields,
         *((0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())),
-        *[t.data_ptr() for t in saved],
+        library.address("a saved tensor", saved.global_query), saved.statistics.data_ptr(),
+        saved.unit_rows.data_ptr(),
         *[0 if g is None else g.data_ptr() for g in gradients],
     )  # fmt: skip
     library.check(kernels().swiftkernels_additive_backward(fields, call))

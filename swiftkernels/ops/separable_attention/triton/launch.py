@@ -342,7 +342,9 @@ def backward(
         launches.sum_query(dquery_parts, dquery)
         sizes = [key.width**2, key.width * key.out_width, key.width, key.out_width]
         dwv, dwp, dbv, dbp = sums.split(sizes)
-        dproj = dwp.view(key.width, key.out_width).t().reshape(proj.shape)
+        # A copy: the operator promises contiguous gradients of weights, not views.
+        dproj = proj.new_empty(proj.shape)
+        dproj.view(key.out_width, key.width).copy_(dwp.view(key.width, key.out_width).t())
         dwk = (dcontext.t() @ pooled).to(x.dtype)
         dqkv = torch.cat((dquery, dwk, dwv.view(dwk.shape))).view(qkv.shape)
         dqkv_bias = None
