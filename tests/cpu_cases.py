@@ -83,7 +83,7 @@ def backward_in_use(kind: str) -> Iterator[bool]:
 
 
 def options_of(case: int, batch: int, n_tokens: int) -> dict[str, Any]:
-    """The options of a case; all cases have every pooling, with and without norms and mask."""
+    """The options of a case; the cases have all poolings, with and without norms and mask."""
     return {
         "pooling": POOLINGS[case % 4],
         "qk_norm": case // 4 % 2 == 0 or case % 3 == 0,

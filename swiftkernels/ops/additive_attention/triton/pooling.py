@@ -13,8 +13,8 @@ from swiftkernels.backends.triton.tiles import sum_partials
 from swiftkernels.ops.additive_attention.triton.stages import at_least_eps
 
 NORMALISED = ("l2", "softmax")
-"""Poolings with normalised token weights, whose score gradients have a rounding error that is
-subtracted: see `residue_of`."""
+"""Poolings with normalised weights. A rounding error is subtracted from their score gradients:
+see `residue_of`."""
 
 
 @triton.jit
