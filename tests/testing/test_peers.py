@@ -179,7 +179,7 @@ def test_mdta_takes_an_oblong_grid() -> None:
 
 def test_mdta_refuses_tokens_that_fit_no_grid() -> None:
     peer = make_peer("mdta", 8)
-    with pytest.raises(ValueError, match="35 tokens are no square"):
+    with pytest.raises(ValueError, match="35 tokens are not a square"):
         peer(tokens(1, 35, 8))
     with pytest.raises(ValueError, match=r"N = 35; got \(6, 6\)"):
         peer(tokens(1, 35, 8), grid=(6, 6))
