@@ -129,10 +129,8 @@ def is_plain(*tensors: Tensor | None) -> bool:
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
         return False
     for t in tensors:  # called at every call: a generator takes twice as long as a loop
-        # Only the dispatcher negates tensors that are negated lazily, and fills those of zeros.
-        if t is not None and (
-            type(t) not in _PLAIN or t.is_meta or t.is_neg() or t._is_zerotensor()
-        ):
+        # Only the dispatcher negates tensors that are negated lazily.
+        if t is not None and (type(t) not in _PLAIN or t.is_meta or t.is_neg()):
             return False
     return True
 

@@ -173,6 +173,11 @@ def address(name: str, t: torch.Tensor) -> int:
     return found
 
 
+def dense(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """t contiguous and in that type; itself, if it is."""
+    return t if t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous()
+
+
 def check(status: int) -> None:
     """Raise if a kernel returned an error."""
     if status != DONE:

@@ -92,7 +92,7 @@ def backward(
     """Gradients of x and of the four weights; None where not needed or without bias."""
     (x,) = inputs
     # Hooks of saved tensors may have changed strides and types.
-    saved = Saved(*[t.float().contiguous() for t in saved])
+    saved = Saved(*[library.dense(t, torch.float32) for t in saved])
     dx = torch.empty_like(x) if needs.inputs else None
     gradients = [
         None

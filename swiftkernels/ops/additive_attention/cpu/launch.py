@@ -151,9 +151,9 @@ def backward(
     direct = grouped and batch * n_tokens < 2 * width
     # Hooks of saved tensors may have changed strides and types.
     saved = Saved(
-        saved.global_query.float().contiguous(),
-        saved.statistics.float().contiguous(),
-        saved.unit_rows.to(x.dtype).contiguous(),
+        library.dense(saved.global_query, torch.float32),
+        library.dense(saved.statistics, torch.float32),
+        library.dense(saved.unit_rows, x.dtype),
     )
     folded = saved.unit_rows.numel() == 0 and config.folds_backward(batch, n_tokens, width)
     fields, ready = packing.raw_weights(weights, options)
