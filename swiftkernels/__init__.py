@@ -1,7 +1,6 @@
 """Fused kernels for efficient attention in vision networks, forward and backward."""
 
 import importlib
-import types
 import typing
 
 from swiftkernels.backends.cache import weights_changed
@@ -14,12 +13,12 @@ from swiftkernels.ops.additive_attention.api import (
     additive_self_attention,
 )
 from swiftkernels.ops.additive_attention.layer import AdditiveAttention
-from swiftkernels.ops.separable_attention.layer import SeparableAttention
-from swiftkernels.ops.separable_attention.op import separable_attention
 from swiftkernels.tools.doctor import doctor
 
 if typing.TYPE_CHECKING:
     from swiftkernels.integrations import export as export
+    from swiftkernels.ops.separable_attention.layer import SeparableAttention
+    from swiftkernels.ops.separable_attention.op import separable_attention
 
 __version__ = "0.2.0"
 
@@ -38,8 +37,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> types.ModuleType:
-    # `from swiftkernels import export` works, but `import swiftkernels` does not load it.
+# Imported at their first use: registering an operator takes a quarter of `import swiftkernels`.
+_MODULES = {
+    "SeparableAttention": "swiftkernels.ops.separable_attention.layer",
+    "separable_attention": "swiftkernels.ops.separable_attention.op",
+}
+
+
+def __getattr__(name: str) -> typing.Any:
     if name == "export":
         return importlib.import_module("swiftkernels.integrations.export")
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
