@@ -25,6 +25,15 @@ if importlib.util.find_spec("torchvision"):
     import_torchvision()
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Neither an earlier test nor a cache on disk has compiled anything."""
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session")
 def timm() -> ModuleType:
     return import_timm()

@@ -125,14 +125,18 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether a call on these may skip PyTorch's dispatcher, because nothing listens there."""
+    """Whether a call on these may skip PyTorch's dispatcher, because nothing listens there.
+
+    Pass the input, or the gradient of the output, first. It may be zeros without memory, which
+    autograd makes and only the dispatcher reads; the others are not tested for that.
+    """
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
         return False
     for t in tensors:  # called at every call: a generator takes twice as long as a loop
         # Only the dispatcher negates tensors that are negated lazily.
         if t is not None and (type(t) not in _PLAIN or t.is_meta or t.is_neg()):
             return False
-    return True
+    return tensors[0] is None or not tensors[0]._is_zerotensor()
 
 
 def nothing_listens() -> bool:

@@ -165,7 +165,7 @@ class Operator:
         self, call: Call, tensors: Sequence[Tensor | None]
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """Output and saved tensors; skips PyTorch's dispatcher where nothing listens there."""
-        if torch_state.is_plain(*tensors) and not call.inputs[0]._is_zerotensor():
+        if torch_state.is_plain(*tensors):
             return self._forward(call)
         torch_state.register_flops(self._flop_formulas())
         out, *saved = self.op(*self._flat(call))
@@ -317,7 +317,7 @@ class Operator:
             return self._definition_gradients(call, ctx.needs, dout)
         count = len(self.inputs)
         needs = Needs(any(ctx.needs[:count]), any(ctx.needs[count:]))
-        if torch_state.is_plain(dout, *tensors) and not dout._is_zerotensor():
+        if torch_state.is_plain(dout, *tensors):
             gradients = self._backward(dout, call, saved, needs)
         else:
             torch_state.register_flops(self._flop_formulas())

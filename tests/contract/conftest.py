@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from swiftkernels.backends import torch_state
 from tests.contract.cases import Implementation
@@ -34,12 +33,3 @@ def _in_use(request: pytest.FixtureRequest) -> Iterator[None]:
             yield
     else:
         yield
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    """Nothing is compiled by an earlier test or in a cache on disk."""
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
-    torch._dynamo.reset()

@@ -321,7 +321,6 @@ def _make_plan(
         and not needs_grad
         and torch_state.nothing_listens()
         and torch_state.is_plain(x, residual_scale, *weights)
-        and not x._is_zerotensor()
     )
     if infers and backend == "cpu" and as_image:
         # Neither x nor an output with the strides of x may have gaps between rows of pixels.

@@ -141,7 +141,6 @@ def _make_plan(x: Tensor, weights: Weights, backend: str, plans: Plans | None) -
         and not needs_grad
         and torch_state.nothing_listens()
         and torch_state.is_plain(x, *weights)
-        and not x._is_zerotensor()
     )
     if infers:
         matrices = (weights.qkv_weight, weights.proj_weight)

@@ -1518,15 +1518,6 @@ def test_a_residual_scale_that_does_not_fit_is_refused(token_dim, scale, error, 
 
 
 @pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    """Neither an earlier test nor a cache on disk has compiled anything."""
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
 def forward_calls(monkeypatch) -> list[str]:
     """Grows at each run of the operator's CPU forward by what it is asked to keep."""
     calls: list[str] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -283,15 +283,6 @@ def test_the_fake_for_triton_matches_its_launches(form):
 
 
 # torch.compile, torch.export, torch.jit.
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    """Neither an earlier test nor a cache on disk has compiled anything."""
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
-    torch._dynamo.reset()
 
 
 def make_layer(backend: str, **options: Any) -> AdditiveAttention:
