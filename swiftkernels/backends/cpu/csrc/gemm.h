@@ -9,8 +9,6 @@
 
 #include <algorithm>
 #include <array>
-#include <type_traits>
-#include <utility>
 
 #include "simd.h"
 
@@ -117,158 +115,78 @@ constexpr int64_t PACK_FROM = 512;
 /// chain, the rounding errors of wide layers would exceed those of PyTorch's products.
 constexpr int64_t MAX_CHAIN = 64;
 
-/// The length of the chains of a sum of K products; all have about the same length.
+/// The length of the chains of a sum of K products, a multiple of the kernel's step. All chains have
+/// about the same length.
 inline int64_t chain_length(int64_t K) {
   const int64_t chains = std::max<int64_t>(1, (K + MAX_CHAIN - 1) / MAX_CHAIN);
-  return (K + chains - 1) / chains;
+  return round_up((K + chains - 1) / chains, 4);
 }
 
-/// The operands of a block kernel; pointers are to its first row and column.
+/// The operands of a block of rows and a group of columns; pointers are to its first row and column.
 struct Block {
   const float* a;
   int64_t a_stride;
   const float* b;
   int64_t K, chain;
-  const float* bias;     // [width] or null
-  const float* initial;  // added to the product, [rows, width] or null
-  int64_t initial_stride;
-  float* c;
-  int64_t c_stride;
-  int64_t columns;  // that may be written: the last vector may be partly padding
-};
+  const float* bias;  // [width] or null
+  Tile initial;       // added to the product, [rows, width], or without data
+  Tile c;
+  int64_t columns;  // of c that may be written: the last vector may be partly padding
+  // The K numbers of a row of a are `runs` times `run_length` adjacent ones, `run_stride` apart.
+  int64_t runs = 1, run_stride = 0;
 
-/// sums += the products [begin, end) of a block of R rows and V vectors, in registers.
-template <int R, int V>
-INLINE void multiply(const Block& block, int64_t begin, int64_t end, vec (&sums)[R][V]) {
-  const float* __restrict a = block.a;
-  const float* __restrict b = block.b + begin * V * LANES;
-  const int64_t a_stride = block.a_stride;
-#pragma GCC unroll 2
-  for (int64_t k = begin; k < end; k++, b += V * LANES) {
-    vec columns[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) columns[v] = load(b + v * LANES);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      const vec row = broadcast(a[r * a_stride + k]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) sums[r][v] += row * columns[v];
-    }
-  }
-}
-
-/// Call use(sums) with the block of bias + a b.
-template <int R, int V, class Use>
-INLINE void product(const Block& block, Use use) {
-  vec sums[R][V];
-#pragma GCC unroll 4
-  for (int v = 0; v < V; v++) {
-    const vec bias = block.bias ? load(block.bias + v * LANES) : vec{};
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) sums[r][v] = bias;
-  }
-  multiply<R, V>(block, 0, std::min(block.K, block.chain), sums);
-  if (block.K <= block.chain) return use(sums);  // straight from the registers
-  vec totals[R][V];
-  std::memcpy(totals, sums, sizeof(sums));
-  for (int64_t k = block.chain; k < block.K; k += block.chain) {
-    vec chain[R][V] = {};
-    multiply<R, V>(block, k, std::min(block.K, k + block.chain), chain);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) totals[r][v] += chain[r][v];
-  }
-  use(totals);
-}
-
-/// c = initial + bias + a b
-struct Store {
-  template <int R, int V>
-  static void run(const Block& block) {
-    product<R, V>(block, [&](vec(&sums)[R][V]) INLINE_LAMBDA {
-      if (block.initial) {
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-          for (int v = 0; v < V; v++)
-            sums[r][v] += load(block.initial + r * block.initial_stride + v * LANES);
-      }
-      if (block.columns >= V * LANES) {
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-          for (int v = 0; v < V; v++) store(block.c + r * block.c_stride + v * LANES, sums[r][v]);
-      } else {
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-          alignas(64) float row[V * LANES];
-#pragma GCC unroll 4
-          for (int v = 0; v < V; v++) store(row + v * LANES, sums[r][v]);
-          std::memcpy(block.c + r * block.c_stride, row, block.columns * sizeof(float));
-        }
-      }
-    });
-  }
-};
-
-/// c[row, :] += (bias + a b)^2, added up to one vector per row
-struct SumSquares {
-  template <int R, int V>
-  static void run(const Block& block) {
-    product<R, V>(block, [&](vec(&sums)[R][V]) INLINE_LAMBDA {
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r++) {
-        vec squares = load(block.c + r * block.c_stride);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) squares += sums[r][v] * sums[r][v];
-        store(block.c + r * block.c_stride, squares);
-      }
-    });
+  /// Continue with the rows from r on.
+  void advance(int64_t r) {
+    a += r * a_stride;
+    c = c.from(r);
+    if (initial.data) initial = initial.from(r);
   }
 };
 
 using BlockKernel = void (*)(const Block&);
 
-template <class Epilogue, int V, int... R>
-constexpr auto kernels_of(std::integer_sequence<int, R...>) {
-  return std::array<BlockKernel, sizeof...(R)>{&Epilogue::template run<R + 1, V>...};
+/// Kernels by vectors - 1 and rows - 1 (gemm.cpp): for adjacent numbers of a, and for runs of them.
+using BlockKernels = std::array<std::array<BlockKernel, MAX_BLOCK_ROWS>, MAX_VECTORS>;
+extern const BlockKernels block_kernels, run_kernels;
+
+/// c = initial + bias + a b for a block of `rows` rows, at most BLOCK_ROWS[vectors].
+inline void multiply_block(const Block& block, int vectors, int64_t rows) {
+  const BlockKernel kernel =
+      (block.runs > 1 ? run_kernels : block_kernels)[vectors - 1][rows - 1];
+  if (block.columns >= vectors * LANES) return kernel(block);
+  alignas(64) float memory[MAX_BLOCK_FLOATS];
+  Block whole = block;
+  whole.c = {memory, vectors * LANES};
+  kernel(whole);
+  for (int64_t r = 0; r < rows; r++)
+    std::memcpy(block.c.row(r), whole.c.row(r), block.columns * sizeof(float));
 }
 
-/// Run the kernel over all `rows`, in blocks of almost equal height. A short last block would have
+/// Call use(first, height) for blocks of rows, of almost equal height: a short last block would have
 /// too few independent sums to keep the multipliers busy.
-template <class Epilogue, int V>
-inline void run_rows(Block block, int64_t rows) {
-  static constexpr auto kernels =
-      kernels_of<Epilogue, V>(std::make_integer_sequence<int, BLOCK_ROWS[V]>{});
-  const int64_t count = (rows + BLOCK_ROWS[V] - 1) / BLOCK_ROWS[V];
-  for (int64_t i = 0; i < count; i++) {
-    const int64_t height = rows / count + (i < rows % count);
-    kernels[height - 1](block);
-    block.a += height * block.a_stride;
-    block.c += height * block.c_stride;
-    if (block.initial) block.initial += height * block.initial_stride;
-  }
-}
-
-/// Call use(std::integral_constant<int, vectors>), for `vectors` up to MAX_VECTORS.
 template <class Use>
-INLINE void with_constant_width(int vectors, Use use) {
-  switch (vectors) {
-    case 1:
-      return use(std::integral_constant<int, 1>{});
-    case 2:
-      return use(std::integral_constant<int, 2>{});
-    case 3:
-      return use(std::integral_constant<int, 3>{});
-    default:
-      return use(std::integral_constant<int, MAX_VECTORS>{});
+INLINE void for_row_blocks(int64_t rows, int64_t highest, Use use) {
+  const int64_t count = (rows + highest - 1) / highest;
+  const int64_t base = rows / std::max<int64_t>(1, count), higher = rows - base * count;
+  for (int64_t i = 0, first = 0; i < count; i++) {
+    const int64_t height = base + (i < higher);
+    use(first, height);
+    first += height;
   }
 }
 
-template <class Epilogue>
-INLINE void run_panel(const Block& block, int vectors, int64_t rows) {
-  with_constant_width(vectors, [&](auto width) { run_rows<Epilogue, width>(block, rows); });
+/// For `multiply_panel`: nothing else is done with c.
+inline void as_it_is(Tile, int64_t, int64_t) {}
+
+/// c = initial + bias + a b for a group of columns. Then `finish(c, first, rows)` is called for each
+/// block of rows while it is in the first-level cache.
+template <class Finish>
+INLINE void multiply_panel(Block block, int vectors, int64_t rows, Finish finish) {
+  for_row_blocks(rows, BLOCK_ROWS[vectors], [&](int64_t first, int64_t height) {
+    multiply_block(block, vectors, height);
+    finish(block.c, first, height);
+    block.advance(height);
+  });
 }
 
 /// Rows of a that stay in the second-level cache (192 KB, at least 48 rows) while all panels of b
@@ -278,7 +196,7 @@ inline int64_t cached_rows(int64_t K) { return std::max<int64_t>(48, 49152 / K);
 /// c [rows, columns] = initial + bias + a [rows, K] b. `c_padded`: rows of c may be overwritten up
 /// to full vectors. `scratch` is for a panel of b, and may be null if b is packed.
 inline void gemm(Tile a, int64_t rows, const Matrix& b, const float* bias, Tile c, float* scratch,
-                 Tile initial = {nullptr, 0}, bool c_padded = true) {
+                 Tile initial = {}, bool c_padded = true) {
   const Panels groups(b.columns);
   const int64_t writable = c_padded ? padded(b.columns) : b.columns;
   const int64_t parts = b.panels ? (rows + cached_rows(b.K) - 1) / cached_rows(b.K) : 1;
@@ -293,12 +211,10 @@ inline void gemm(Tile a, int64_t rows, const Matrix& b, const float* bias, Tile 
                         b.K,
                         chain_length(b.K),
                         bias ? bias + column : nullptr,
-                        initial.data ? initial.row(first) + column : nullptr,
-                        initial.stride,
-                        c.row(first) + column,
-                        c.stride,
+                        initial.data ? Tile{initial.row(first) + column, initial.stride} : Tile{},
+                        {c.row(first) + column, c.stride},
                         writable - column};
-      run_panel<Store>(block, group.vectors, end - first);
+      multiply_panel(block, group.vectors, end - first, as_it_is);
     }
   }
 }
@@ -317,12 +233,10 @@ inline void gemm_to_panels(Tile a, int64_t rows, const Matrix& b, float* c, int6
                       b.K,
                       chain_length(b.K),
                       nullptr,
-                      initial ? initial + offset : nullptr,
-                      width,
-                      c + offset,
-                      width,
+                      initial ? Tile{const_cast<float*>(initial) + offset, width} : Tile{},
+                      {c + offset, width},
                       width};
-    run_panel<Store>(block, group.vectors, rows);
+    multiply_panel(block, group.vectors, rows, as_it_is);
   }
 }
 
@@ -351,18 +265,30 @@ inline void triangular_norms2(Tile a, int64_t rows, const float* panels, int64_t
     const Panel group = groups[i];
     const int64_t first = std::min(group.column, K);
     const float* panel = panels + K * group.column + first * group.vectors * LANES;
-    const Block block{a.data + first,
+    Block block{a.data + first,
                       a.stride,
                       panel,
                       K - first,
                       chain_length(K - first),
                       bias + group.column,
-                      nullptr,
-                      0,
-                      scratch,
-                      LANES,
-                      LANES};
-    run_panel<SumSquares>(block, group.vectors, rows);
+                      {},
+                      {},
+                      group.vectors * LANES};
+    alignas(64) float memory[MAX_BLOCK_FLOATS];
+    const Tile sums{memory, group.vectors * LANES};
+    for_row_blocks(rows, BLOCK_ROWS[group.vectors], [&](int64_t begin, int64_t height) {
+      block.c = sums;
+      multiply_block(block, group.vectors, height);
+      block.advance(height);
+      for (int64_t r = 0; r < height; r++) {
+        vec squares = load(scratch + (begin + r) * LANES);
+        for (int v = 0; v < group.vectors; v++) {
+          const vec value = load(sums.row(r) + v * LANES);
+          squares += value * value;
+        }
+        store(scratch + (begin + r) * LANES, squares);
+      }
+    });
   }
   sum_each_row(rows, norms2, [&](int64_t r) { return load(scratch + r * LANES); });
 }
@@ -379,67 +305,30 @@ struct GramBlock {
   bool add;  // to c
 };
 
-/// R columns of a times V vectors of columns of b, summed over the rows in registers.
-template <int R, int V>
-void gram_block(const GramBlock& block) {
-  vec sums[R][V] = {};
-  const float* a = block.a;
-  const float* b = block.b;
-  for (int64_t n = 0; n < block.rows; n++, a += block.a_stride, b += block.b_stride) {
-    vec columns[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) columns[v] = load(b + v * LANES);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      const vec row = broadcast(a[r]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) sums[r][v] += row * columns[v];
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) {
-      float* c = block.c + r * block.c_stride + v * LANES;
-      store(c, block.add ? load(c) + sums[r][v] : sums[r][v]);
-    }
-}
+/// Kernels by vectors - 1 and columns of a - 1 (gemm.cpp).
+using GramKernel = void (*)(const GramBlock&);
+extern const std::array<std::array<GramKernel, MAX_BLOCK_ROWS>, MAX_VECTORS> gram_kernels;
 
-template <int V, int... R>
-constexpr auto gram_kernels(std::integer_sequence<int, R...>) {
-  return std::array<void (*)(const GramBlock&), sizeof...(R)>{&gram_block<R + 1, V>...};
-}
-
-template <int V>
-inline void gram_rows(GramBlock block, int64_t a_columns, bool packed) {
-  static constexpr auto kernels = gram_kernels<V>(std::make_integer_sequence<int, BLOCK_ROWS[V]>{});
-  const int64_t count = (a_columns + BLOCK_ROWS[V] - 1) / BLOCK_ROWS[V];
-  for (int64_t i = 0; i < count; i++) {
-    const int64_t height = a_columns / count + (i < a_columns % count);
-    if (packed) block.a_stride = height;
-    kernels[height - 1](block);
-    block.a += packed ? height * block.rows : height;
-    block.c += height * block.c_stride;
-  }
-}
-
-/// Copy the columns of a as `gram_rows` reads them: block by block.
+/// Copy the columns of a as `gram_panel` reads them: block by block.
 inline void pack_columns(Tile a, int64_t a_columns, int64_t rows, int block_columns, float* to) {
-  const int64_t count = (a_columns + block_columns - 1) / block_columns;
-  for (int64_t i = 0, first = 0; i < count; i++) {
-    const int64_t height = a_columns / count + (i < a_columns % count);
+  for_row_blocks(a_columns, block_columns, [&](int64_t first, int64_t height) {
     for (int64_t n = 0; n < rows; n++)
       for (int64_t r = 0; r < height; r++) *to++ = a.row(n)[first + r];
-    first += height;
-  }
+  });
 }
 
 /// Tiles of more floats (256 KB) are packed before their columns are multiplied: their rows are too
 /// far apart for the cache.
 constexpr int64_t LARGE_TILE = 65536;
 
-INLINE void gram_panel(const GramBlock& block, int vectors, int64_t a_columns, bool packed) {
-  with_constant_width(vectors, [&](auto width) { gram_rows<width>(block, a_columns, packed); });
+/// `packed`: by `pack_columns`.
+inline void gram_panel(GramBlock block, int vectors, int64_t a_columns, bool packed) {
+  for_row_blocks(a_columns, BLOCK_ROWS[vectors], [&](int64_t, int64_t height) {
+    if (packed) block.a_stride = height;
+    gram_kernels[vectors - 1][height - 1](block);
+    block.a += packed ? height * block.rows : height;
+    block.c += height * block.c_stride;
+  });
 }
 
 /// c [a_columns, b_columns] = a^T b, or c += a^T b if `add`, for tiles a and b of `rows` rows. Rows

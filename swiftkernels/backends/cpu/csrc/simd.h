@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 namespace swiftkernels {
@@ -14,7 +15,7 @@ namespace swiftkernels {
 // one row. With SWIFTKERNELS_LANES=16, tests compile the blocks of AVX-512 for other processors.
 #if defined(__AVX512F__) || SWIFTKERNELS_LANES == 16
 constexpr int LANES = 16, MAX_VECTORS = 4;
-constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 14, 12, 8, 7};  // of 32 registers
+constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 14, 12, 8, 6};  // of 32 registers
 #elif defined(__aarch64__)
 constexpr int LANES = 4, MAX_VECTORS = 4;
 constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 14, 10, 8, 6};  // of 32 registers
@@ -27,6 +28,9 @@ constexpr int LANES = 4;
 constexpr int MAX_VECTORS = 3;
 constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 12, 6, 4};  // of 16 registers
 #endif
+
+constexpr int MAX_BLOCK_ROWS = BLOCK_ROWS[1];
+constexpr int MAX_BLOCK_FLOATS = 32 * LANES;  // more than any block has
 
 // For functions that sum single floats: in every inlined copy the compiler may fuse other products
 // and sums, so results would depend on the caller.
@@ -42,10 +46,37 @@ typedef int32_t int_vec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t word_vec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t unaligned_words __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
 
+template <class Use, int... I>
+INLINE void unrolled(std::integer_sequence<int, I...>, Use use) {
+  (use(std::integral_constant<int, I>{}), ...);
+}
+/// use(0), ..., use(N - 1) with constants. Unlike a loop, which gcc unrolls too late to see that, it
+/// lets arrays stay in registers.
+template <int N, class Use>
+INLINE void unrolled(Use use) {
+  unrolled(std::make_integer_sequence<int, N>{}, use);
+}
+
 INLINE vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
 INLINE void store(float* p, vec v) { *reinterpret_cast<unaligned_vec*>(p) = v; }
 INLINE word_vec load_words(const char* p) { return *reinterpret_cast<const unaligned_words*>(p); }
 INLINE vec broadcast(float x) { return x - vec{}; }
+
+/// sum + a b, computed in the register of `sum`: gcc would move sums between registers.
+INLINE vec multiply_add(vec sum, vec a, vec b) {
+#if defined(__AVX512F__)
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+#elif defined(__FMA__) && SWIFTKERNELS_LANES != 16
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  return sum;
+#elif defined(__aarch64__) && SWIFTKERNELS_LANES != 16
+  asm("fmla %0.4s, %1.4s, %2.4s" : "+w"(sum) : "w"(a), "w"(b));
+  return sum;
+#else
+  return sum + a * b;
+#endif
+}
 
 INLINE float sum(vec v) {
   alignas(sizeof(vec)) float lanes[LANES];
@@ -120,8 +151,8 @@ constexpr int64_t padded(int64_t n) { return round_up(n, LANES); }
 
 /// Rows in memory, `stride` floats apart.
 struct Tile {
-  float* data;
-  int64_t stride;
+  float* data = nullptr;
+  int64_t stride = 0;
   float* row(int64_t r) const { return data + r * stride; }
   /// The rows from r on.
   Tile from(int64_t r) const { return {row(r), stride}; }

@@ -194,21 +194,6 @@ INLINE vec relu(vec v) {
   return reinterpret_cast<vec>(reinterpret_cast<int_vec>(v) & ~negative);
 }
 
-/// c = relu(bias + a b) * initial, in full vectors
-struct StoreReluTimes {
-  template <int R, int V>
-  static void run(const Block& block) {
-    product<R, V>(block, [&](vec(&sums)[R][V]) INLINE_LAMBDA {
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++)
-          store(block.c + r * block.c_stride + v * LANES,
-                relu(sums[r][v]) * load(block.initial + v * LANES));
-    });
-  }
-};
-
 /// out = relu(x Wv^T + bv) * context, for sequences of `tokens` rows in x, one after the other,
 /// each with its own context.
 inline void gated_values(const Weights& w, Tile x, int64_t sequences, int64_t tokens,
@@ -218,18 +203,22 @@ inline void gated_values(const Weights& w, Tile x, int64_t sequences, int64_t to
     const Panel group = groups[i];
     const float* b = w.value.panel(group, panel);
     for (int64_t s = 0; s < sequences; s++) {
+      const float* context = contexts + s * padded(w.width) + group.column;
+      const int64_t width = group.vectors * LANES;
       const Block block{x.row(s * tokens),
                         x.stride,
                         b,
                         w.width,
                         chain_length(w.width),
                         w.value_bias + group.column,
-                        contexts + s * padded(w.width) + group.column,
-                        0,
-                        out.row(s * tokens) + group.column,
-                        out.stride,
-                        group.vectors * LANES};
-      run_panel<StoreReluTimes>(block, group.vectors, tokens);
+                        {},
+                        {out.row(s * tokens) + group.column, out.stride},
+                        width};
+      multiply_panel(block, group.vectors, tokens, [&](Tile c, int64_t, int64_t rows) {
+        for (int64_t r = 0; r < rows; r++)
+          for (int64_t j = 0; j < width; j += LANES)
+            store(c.row(r) + j, relu(load(c.row(r) + j)) * load(context + j));
+      });
     }
   }
 }
