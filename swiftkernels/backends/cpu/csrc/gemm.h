@@ -175,16 +175,13 @@ INLINE void for_row_blocks(int64_t rows, int64_t highest, Use use) {
   }
 }
 
-/// For `multiply_panel`: nothing else is done with c.
-inline void as_it_is(Tile, int64_t, int64_t) {}
-
-/// c = initial + bias + a b for a group of columns. Then `finish(c, first, rows)` is called for each
+/// c = initial + bias + a b for a group of columns. Then `finish(part, rows)` is called for each
 /// block of rows while it is in the first-level cache.
 template <class Finish>
 INLINE void multiply_panel(Block block, int vectors, int64_t rows, Finish finish) {
-  for_row_blocks(rows, BLOCK_ROWS[vectors], [&](int64_t first, int64_t height) {
+  for_row_blocks(rows, BLOCK_ROWS[vectors], [&](int64_t, int64_t height) {
     multiply_block(block, vectors, height);
-    finish(block.c, first, height);
+    finish(block.c, height);
     block.advance(height);
   });
 }
@@ -193,10 +190,24 @@ INLINE void multiply_panel(Block block, int vectors, int64_t rows, Finish finish
 /// are multiplied.
 inline int64_t cached_rows(int64_t K) { return std::max<int64_t>(48, 49152 / K); }
 
-/// c [rows, columns] = initial + bias + a [rows, K] b. `c_padded`: rows of c may be overwritten up
+/// The left operand of a product: rows of K numbers, `stride` apart. The K numbers are `runs` times
+/// equally many adjacent ones, `run_stride` apart.
+struct Rows {
+  const float* data;
+  int64_t stride;
+  int64_t runs = 1, run_stride = 0;
+
+  Rows(Tile tile) : data(tile.data), stride(tile.stride) {}
+  Rows(const float* data, int64_t stride, int64_t runs, int64_t run_stride)
+      : data(data), stride(stride), runs(runs), run_stride(run_stride) {}
+};
+
+/// c [rows, columns] = initial + bias + a [rows, K] b. Then `finish(part, rows, width)` is called for
+/// parts of c while they are in the first-level cache. `c_padded`: rows of c may be overwritten up
 /// to full vectors. `scratch` is for a panel of b, and may be null if b is packed.
-inline void gemm(Tile a, int64_t rows, const Matrix& b, const float* bias, Tile c, float* scratch,
-                 Tile initial = {}, bool c_padded = true) {
+template <class Finish>
+INLINE void gemm_and(const Rows& a, int64_t rows, const Matrix& b, const float* bias, Tile c,
+                     float* scratch, Tile initial, bool c_padded, Finish finish) {
   const Panels groups(b.columns);
   const int64_t writable = c_padded ? padded(b.columns) : b.columns;
   const int64_t parts = b.panels ? (rows + cached_rows(b.K) - 1) / cached_rows(b.K) : 1;
@@ -204,8 +215,8 @@ inline void gemm(Tile a, int64_t rows, const Matrix& b, const float* bias, Tile 
     const int64_t first = rows * part / parts, end = rows * (part + 1) / parts;
     for (int64_t i = 0; i < groups.count(); i++) {
       const Panel group = groups[i];
-      const int64_t column = group.column;
-      const Block block{a.row(first),
+      const int64_t column = group.column, width = group.vectors * LANES;
+      const Block block{a.data + first * a.stride,
                         a.stride,
                         b.panel(group, scratch),
                         b.K,
@@ -213,10 +224,19 @@ inline void gemm(Tile a, int64_t rows, const Matrix& b, const float* bias, Tile 
                         bias ? bias + column : nullptr,
                         initial.data ? Tile{initial.row(first) + column, initial.stride} : Tile{},
                         {c.row(first) + column, c.stride},
-                        writable - column};
-      multiply_panel(block, group.vectors, end - first, as_it_is);
+                        writable - column,
+                        a.runs,
+                        a.run_stride};
+      multiply_panel(block, group.vectors, end - first,
+                     [&](Tile part, int64_t height) INLINE_LAMBDA { finish(part, height, width); });
     }
   }
+}
+
+/// The same without `finish`.
+inline void gemm(Tile a, int64_t rows, const Matrix& b, const float* bias, Tile c, float* scratch,
+                 Tile initial = {}, bool c_padded = true) {
+  gemm_and(a, rows, b, bias, c, scratch, initial, c_padded, [](Tile, int64_t, int64_t) {});
 }
 
 /// The same with c and `initial` packed: rows from `first` on of panels of `panel_rows` rows.
@@ -236,7 +256,7 @@ inline void gemm_to_panels(Tile a, int64_t rows, const Matrix& b, float* c, int6
                       initial ? Tile{const_cast<float*>(initial) + offset, width} : Tile{},
                       {c + offset, width},
                       width};
-    multiply_panel(block, group.vectors, rows, as_it_is);
+    multiply_panel(block, group.vectors, rows, [](Tile, int64_t) {});
   }
 }
 

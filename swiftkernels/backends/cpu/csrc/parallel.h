@@ -21,6 +21,19 @@ constexpr bool forked = false;
 /// Threads to use: one in a child process, because OpenMP's pool does not survive a fork.
 inline int usable_threads(int64_t wanted) { return forked ? 1 : static_cast<int>(wanted); }
 
+/// Call work(thread) on up to `threads` threads at once.
+template <class Work>
+inline void parallel_region(int threads, Work work) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    work(omp_get_thread_num());
+    return;
+  }
+#endif
+  work(0);
+}
+
 /// Call work(i, thread) for i in [0, count); each thread takes a contiguous share.
 template <class Work>
 inline void parallel_for(int64_t count, int threads, Work work) {

@@ -15,6 +15,19 @@ struct Tokens {
   int32_t type;
 };
 
+/// [B, H, W, width] of any strides, in elements.
+struct Images {
+  void* data;
+  int64_t batch_stride, row_stride, column_stride, channel_stride;
+
+  /// The pixels of a row as tokens.
+  Tokens row(int64_t image, int64_t y, int64_t type) const {
+    const int64_t offset = image * batch_stride + y * row_stride;
+    char* begin = static_cast<char*>(data) + offset * (type == FLOAT32 ? 4 : 2);
+    return {begin, 0, column_stride, channel_stride, static_cast<int32_t>(type)};
+  }
+};
+
 INLINE Tokens tokens_of(void* data, const int64_t (&strides)[3], int64_t type) {
   return {data, strides[0], strides[1], strides[2], static_cast<int32_t>(type)};
 }

@@ -1,6 +1,7 @@
 // The forward. A block of tokens passes all stages while it is in the cache. The only results of
 // the size of the tokens are the output and what the backward needs.
 #include "forms.h"
+#include "passes.h"
 
 namespace swiftkernels::additive {
 namespace {
@@ -11,29 +12,35 @@ constexpr int64_t BLOCK_FLOATS = 40000, GROUP_FLOATS = 120000;
 template <class F>
 class Forward {
  public:
-  /// `matrices`: of `layer`; in training they may be not packed.
-  Forward(const PackedWeights& layer, const PlainMatrices& matrices, const Call& call)
+  /// `matrices`: of `layer`; in training they may be not packed. `groups`: whether short batch
+  /// elements may pass both passes in groups.
+  Forward(const PackedWeights& layer, const PlainMatrices& matrices, const Call& call,
+          bool groups = true)
       : layer_(layer),
         call_(call),
         N_(call.tokens),
         x_(tokens_of(call.x, call.x_strides, call.type)),
-        schedule_(schedule()),
-        form_(layer, matrices, call, schedule_.is_grouped()) {}
-
-  Status run() {
+        schedule_(schedule(groups)),
+        form_(layer, matrices, call, schedule_.is_grouped()) {
     Arena workspace_size, state_size;
     make_workspace(workspace_size);
     make_state(state_size);
     workspace_floats_ = workspace_size.used(), state_floats_ = state_size.used();
+  }
+
+  Status run() {
     const int threads = schedule_.threads, states = schedule_.states();
     const Scratch scratch(threads * workspace_floats_ + states * state_floats_);
     if (!scratch) return OUT_OF_MEMORY;
-    workspaces_ = scratch.data();
-    states_ = workspaces_ + threads * workspace_floats_;
-    if constexpr (F::FOLDS)
-      for (int i = 0; i < states; i++) form_.initialise(state(i, 0));
+    use(scratch.data(), workspace_floats_, scratch.data() + threads * workspace_floats_);
     schedule_.run(*this);
     return form_.status();
+  }
+
+  void use(float* workspaces, int64_t stride, float* states) {
+    workspaces_ = workspaces, workspace_stride_ = stride, states_ = states;
+    if constexpr (F::FOLDS)
+      for (int i = 0; i < schedule_.states(); i++) form_.initialise(state(i, 0));
   }
 
   void begin(const Team&) const {}
@@ -43,13 +50,25 @@ class Forward {
   }
 
   void between(const Team& team) const {
-    const State s = state(team.thread, team.element);
-    finish(workspace(team.thread), s, team.element, 1);
+    finish(workspace(team.thread), state(team.thread, team.element), team.element, 1);
     if constexpr (F::FOLDS)
-      parallel_for(team.threads, team.threads, [&](int64_t i, int thread) {
-        form_.fold(workspace(team.thread + thread), s, s.G, i, team.threads);
-      });
+      parallel_for(team.threads, team.threads,
+                   [&](int64_t i, int thread) { fold(team, i, team.thread + thread); });
   }
+
+  /// Part `part` of as many as the team has threads.
+  void fold(const Team& team, int64_t part, int thread) const {
+    const State s = state(team.thread, team.element);
+    if constexpr (F::FOLDS) form_.fold(workspace(thread), s, s.G, part, team.threads);
+  }
+
+  /// Sums of blocks become G.
+  void finish_all(int thread) const { finish(workspace(thread), state(0, 0), 0, 1); }
+
+  const Schedule& blocks() const { return schedule_; }
+  int64_t workspace_floats() const { return workspace_floats_; }
+  int64_t state_floats() const { return state_floats_; }
+  Status status() const { return form_.status(); }
 
   void second_pass(const TokenBlock& b) const {
     form_.output(with_tokens(b), state(b.state, b.element), b);
@@ -67,10 +86,10 @@ class Forward {
   }
 
  private:
-  Schedule schedule() const {
+  Schedule schedule(bool groups) const {
     const int threads = usable_threads(call_.threads);
     const int64_t floats_per_row = 3 * (layer_.in_dims + layer_.width);
-    if (N_ <= SHORT_SEQUENCE && Schedule::separates(call_.batch, threads))
+    if (groups && N_ <= SHORT_SEQUENCE && Schedule::separates(call_.batch, threads))
       return Schedule::grouped(call_.batch, N_, GROUP_FLOATS / floats_per_row, threads);
     return Schedule::tiled(call_.batch, N_, block_rows(BLOCK_FLOATS, floats_per_row), threads);
   }
@@ -90,7 +109,7 @@ class Forward {
   }
 
   Workspace workspace(int thread) const {
-    Arena arena(workspaces_ + thread * workspace_floats_);
+    Arena arena(workspaces_ + thread * workspace_stride_);
     return make_workspace(arena);
   }
 
@@ -161,19 +180,68 @@ class Forward {
   const Schedule schedule_;
   const F form_;
   float *workspaces_, *states_;
-  int64_t workspace_floats_, state_floats_;
+  int64_t workspace_floats_, workspace_stride_, state_floats_;
+};
+
+PlainMatrices packed_matrices(const PackedWeights& layer) {
+  const int64_t C = layer.in_dims, E = layer.width, D = layer.token_dim;
+  return {Matrix::packed(layer.query, C, E), Matrix::packed(layer.key, C, E),
+          Matrix::packed(layer.proj, E, E), Matrix::packed(layer.final, E, D)};
+}
+
+template <class F>
+class PassesOf final : public Passes {
+ public:
+  PassesOf(const PackedWeights& layer, const Call& call)
+      : matrices_(packed_matrices(layer)),
+        forward_(layer, matrices_, call, false),
+        team_{0, 0, usable_threads(call.threads)} {}
+
+  int64_t workspace_floats() const override { return forward_.workspace_floats(); }
+  int64_t state_floats() const override { return forward_.state_floats(); }
+  void use(float* workspaces, int64_t stride, float* state) override {
+    forward_.use(workspaces, stride, state);
+  }
+  int64_t blocks() const override { return forward_.blocks().blocks; }
+  int64_t parts() const override { return F::FOLDS ? team_.threads : 0; }
+  int64_t first_token(int64_t i) const override {
+    return std::min(forward_.blocks().tokens, i * forward_.blocks().rows);
+  }
+  void score(int64_t i, int thread) const override { forward_.first_pass(block(i, thread)); }
+  void combine(int thread) const override { forward_.finish_all(thread); }
+  void fold(int64_t part, int thread) const override { forward_.fold(team_, part, thread); }
+  void output(int64_t i, int thread) const override { forward_.second_pass(block(i, thread)); }
+  Status status() const override { return forward_.status(); }
+
+ private:
+  TokenBlock block(int64_t i, int thread) const {
+    const int64_t first = first_token(i);
+    return {0, 1, first, first_token(i + 1) - first, i, thread, 0};
+  }
+
+  const PlainMatrices matrices_;
+  Forward<F> forward_;
+  const Team team_;
 };
 
 }  // namespace
+
+std::unique_ptr<Passes> passes_of(const PackedWeights& layer, const Call& call) {
+  switch (call.form) {
+    case PLAIN:
+      return std::make_unique<PassesOf<Plain>>(layer, call);
+    case TRIANGULAR:
+      return std::make_unique<PassesOf<Triangular>>(layer, call);
+    default:
+      return std::make_unique<PassesOf<Folded>>(layer, call);
+  }
+}
 
 /// The forward in inference, with packed weights.
 EXPORT int swiftkernels_additive_forward(const PackedWeights* layer, const Call* call) {
   if (!layer->fingerprint.matches(call->batch * call->tokens, usable_threads(call->threads)))
     return STALE;
-  const int64_t C = layer->in_dims, E = layer->width, D = layer->token_dim;
-  const PlainMatrices matrices{Matrix::packed(layer->query, C, E), Matrix::packed(layer->key, C, E),
-                               Matrix::packed(layer->proj, E, E),
-                               Matrix::packed(layer->final, E, D)};
+  const PlainMatrices matrices = packed_matrices(*layer);
   switch (call->form) {
     case PLAIN:
       return Forward<Plain>(*layer, matrices, *call).run();

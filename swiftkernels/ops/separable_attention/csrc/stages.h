@@ -2,6 +2,7 @@
 #pragma once
 
 #include "abi.h"
+#include "activation.h"
 #include "gemm.h"
 #include "row_ops.h"
 #include "schedule.h"
@@ -188,12 +189,6 @@ ONE_COPY inline void context_of(const Weights& w, const float* pooled, float* co
   for (int64_t j = w.width; j < padded(w.width); j++) context[j] = 0.f;
 }
 
-/// max(v, 0); NaN stays NaN.
-INLINE vec relu(vec v) {
-  const int_vec negative = reinterpret_cast<int_vec>(v < 0.f);
-  return reinterpret_cast<vec>(reinterpret_cast<int_vec>(v) & ~negative);
-}
-
 /// out = relu(x Wv^T + bv) * context, for sequences of `tokens` rows in x, one after the other,
 /// each with its own context.
 inline void gated_values(const Weights& w, Tile x, int64_t sequences, int64_t tokens,
@@ -214,7 +209,7 @@ inline void gated_values(const Weights& w, Tile x, int64_t sequences, int64_t to
                         {},
                         {out.row(s * tokens) + group.column, out.stride},
                         width};
-      multiply_panel(block, group.vectors, tokens, [&](Tile c, int64_t, int64_t rows) {
+      multiply_panel(block, group.vectors, tokens, [&](Tile c, int64_t rows) {
         for (int64_t r = 0; r < rows; r++)
           for (int64_t j = 0; j < width; j += LANES)
             store(c.row(r) + j, relu(load(c.row(r) + j)) * load(context + j));

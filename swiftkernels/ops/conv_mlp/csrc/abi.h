@@ -1,0 +1,38 @@
+// The arguments from Python: the weights, and the tensors of a call. Python writes these structs
+// with the struct module: every field has eight bytes, in this order.
+#pragma once
+
+#include "activation.h"
+#include "exports.h"
+#include "fingerprint.h"
+#include "strided.h"
+
+namespace swiftkernels::conv_mlp {
+
+/// The packed weights. Vectors and rows are padded with zeros to full vectors; panels are those of
+/// gemm.h. The hidden channels are divided into blocks, whose weights lie in the order in which they
+/// are read.
+struct PackedWeights {
+  int64_t in_dims;     // C
+  int64_t hidden;      // H
+  int64_t out_dims;    // D
+  int64_t kernel;      // k of the depthwise convolution; 0 without
+  int64_t activation;  // Activation
+  int64_t residual;    // out = x + ...; D = C
+  int64_t block;       // hidden channels in a block, a multiple of LANES; the last may be smaller
+  const float* depthwise;       // [k, k, C]
+  const float* depthwise_bias;  // [C]
+  const float* matrices;        // for each block: panels of W1^T [C, block] and of W2^T [block, D]
+  const float* first_bias;      // [H]
+  const float* second_bias;     // [D]
+  Fingerprint fingerprint;
+};
+
+struct Call {
+  int64_t batch, height, width;
+  int64_t threads;
+  int64_t type;
+  Images x, out;
+};
+
+}  // namespace swiftkernels::conv_mlp
