@@ -95,6 +95,7 @@ def test_all_names_what_is_there():
         if not name.startswith("_") and not inspect.ismodule(value)
     }
     assert public | set(swiftkernels._MODULES) == set(swiftkernels.__all__)
+    assert set(swiftkernels.__all__) <= set(dir(swiftkernels))
 
 
 @pytest.mark.parametrize("name", swiftkernels.__all__)

@@ -37,15 +37,18 @@ def allow_tf32() -> bool:
     return bool(torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32")
 
 
-def fits_kernels(t: Tensor) -> bool:
-    """Whether t fits kernels that were compiled for aligned tensors of ordinary size.
+def fits_kernels(*tensors: Tensor | None) -> bool:
+    """Whether tensors fit kernels that were compiled for aligned tensors of ordinary size.
 
     Triton compiles different kernels for addresses that are multiples of 16 and for others and, on
     AMD's GPUs, for tensors within the reach of 32-bit offsets and for larger ones.
     """
-    if t.data_ptr() % 16:
-        return False
-    return _ANY_SIZE or t.untyped_storage().nbytes() < 2**31
+    for t in tensors:  # a generator takes twice as long
+        if t is not None and (
+            t.data_ptr() % 16 or not (_ANY_SIZE or t.untyped_storage().nbytes() < 2**31)
+        ):
+            return False
+    return True
 
 
 _ANY_SIZE = torch.version.hip is None

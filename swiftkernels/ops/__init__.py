@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from swiftkernels.ops.benchmark import Benchmark
     from swiftkernels.ops.operator import Operator
 
-FOLDERS = tuple(folder.name for folder in pkgutil.iter_modules(__path__) if folder.ispkg)
-"""The folders of the operators."""
+
+def _folders() -> list[str]:
+    """The folders of the operators."""
+    return [folder.name for folder in pkgutil.iter_modules(__path__) if folder.ispkg]
 
 
 @functools.cache
@@ -27,7 +29,7 @@ def operators() -> dict[str, Operator]:
         >>> sorted(operators())
         ['additive_attention', 'additive_self_attention', 'separable_attention']
     """
-    modules = (importlib.import_module(f"swiftkernels.ops.{folder}.op") for folder in FOLDERS)
+    modules = (importlib.import_module(f"swiftkernels.ops.{folder}.op") for folder in _folders())
     return {operator.name: operator for module in modules for operator in module.OPERATORS}
 
 
@@ -36,7 +38,7 @@ def benchmarks() -> dict[str, Benchmark]:
     """What the benchmarks measure, by the names of the folders."""
     modules = {
         folder: importlib.import_module(f"swiftkernels.ops.{folder}.benchmark")
-        for folder in FOLDERS
+        for folder in _folders()
     }
     return {folder: module.BENCHMARK for folder, module in modules.items()}
 

@@ -159,7 +159,8 @@ class Operator:
 
     def differentiable(self, call: Call) -> Tensor:
         """The output in eager mode, recorded by autograd."""
-        return _Function.apply(self, *call[2:], *call.inputs, *call.weights)
+        # autograd finds tensors only among the arguments.
+        return _Function.apply(self, call, *call.inputs, *call.weights)
 
     def _dispatch(
         self, call: Call, tensors: Sequence[Tensor | None]
@@ -380,13 +381,9 @@ class _Function(torch.autograd.Function):
     def forward(
         ctx: Any,
         operator: Operator,
-        mask: Tensor | None,
-        options: Any,
-        backend: str,
-        keep: str,
+        call: Call,
         *tensors: Tensor | None,
     ) -> Tensor:
-        call = operator._bundle(tensors, mask, options, backend, keep)
         out, saved = operator._dispatch(call, tensors)
         ctx.operator = operator
         operator._save(ctx, call, tensors, saved)
@@ -395,8 +392,8 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
         if dout is None:
-            return (None,) * (5 + len(ctx.needs))
-        return (*[None] * 5, *ctx.operator.gradients(ctx, dout))
+            return (None,) * (2 + len(ctx.needs))
+        return (None, None, *ctx.operator.gradients(ctx, dout))
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import platform
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -189,6 +188,8 @@ def check(status: int) -> None:
 
 def remedy() -> str:
     """The command that builds the libraries here."""
+    import shlex  # here, because only this message needs it
+
     editable = (DIRECTORY.parents[2] / "setup.py").exists()
     # Only an editable installation knows the path of its sources.
     sources = f"-e {shlex.quote(str(DIRECTORY.parents[2]))}" if editable else "--force-reinstall ."

@@ -55,7 +55,8 @@ class KernelLaunch:
         if not self._grid[0]:
             return
         if self._start is not None:
-            addresses = [p.data_ptr() if isinstance(p, Tensor) else p for p in pointers]
+            # To test for Tensor would take twice as long.
+            addresses = [p if p is None or isinstance(p, int) else p.data_ptr() for p in pointers]
             self._start(*addresses, *self._rest)
             return
         compiled = self._kernel[self._grid](*pointers, *self._numbers, **self._constants)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from swiftkernels.backends.torch_state import allow_tf32, fits_kernels
+from swiftkernels.backends.torch_state import allow_tf32
 
 
 class Layout(NamedTuple):
@@ -62,14 +62,6 @@ def compact(t: Tensor) -> Tensor:
 def contiguous(tensors: Sequence[Tensor | None]) -> list[Any]:
     """The tensors, or contiguous copies."""
     return [None if t is None else t.contiguous() for t in tensors]
-
-
-def all_fit_kernels(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether all lie as kernels expect that are launched by address: see `fits_kernels`."""
-    for t in tensors:  # noqa: SIM110 - a generator takes twice as long
-        if t is not None and not fits_kernels(t):
-            return False
-    return True
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -312,8 +312,8 @@ def _make_plan(
     options = _check(x, weights, mask, residual_scale, request, channels_first)
     width = weights.final_weight.shape[1]
     dtype = autocast_dtype(x)
-    given = x if dtype is None else x.to(dtype)
-    backend = SELF_ATTENTION.choose_backend(request.backend, given, width)
+    tokens = to_tokens(x if dtype is None else x.to(dtype), channels_first)
+    backend = SELF_ATTENTION.choose_backend(request.backend, tokens, width)
     needs_grad = needs_gradient(x, residual_scale, *weights)
     as_image = backend in IMAGES and channels_first and x.dim() == 4
     infers = (
@@ -332,14 +332,14 @@ def _make_plan(
     as_is = dtype is None and not adds and (as_image or (x.dim() == 3 and not channels_first))
     plan: Plan | None = None
     if infers:
-        tokens = given if as_is else to_tokens(given, channels_first)
         scale = None if adds else residual_scale
         found = _plans_of(weights) if plans is None else plans
-        plan = _inference_plan(backend, tokens, weights, mask, options, scale, found)
+        given = x if as_is else tokens
+        plan = _inference_plan(backend, given, weights, mask, options, scale, found)
     if plan is None:
         keep = "statistics"
         if needs_grad and backend == "cpu":
-            keep = _keep(x, width, request.recompute, channels_first)
+            keep = _keep(tokens, width, request.recompute)
         places = None if plans is None else cache.places(cache.present(weights))
         trains = places is not None and needs_grad
         plan = OperatorPlan(SELF_ATTENTION, options, backend, keep, trains, dtype, places)
@@ -356,10 +356,10 @@ def _plans_of(weights: Weights) -> Plans:
     return planning.plans_of((w.query_weight, w.key_weight, w.proj_weight, w.final_weight))
 
 
-def _keep(x: Tensor, width: int, recompute: bool | None, channels_first: bool) -> str:
+def _keep(tokens: Tensor, width: int, recompute: bool | None) -> str:
     """What the CPU kernels keep for a backward."""
     if recompute is None:
-        recompute = not cpu_config.keeps_rows(x.shape[0], _n_tokens(x, channels_first), width)
+        recompute = not cpu_config.keeps_rows(tokens.shape[0], tokens.shape[1], width)
     return "statistics" if recompute else "rows"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from swiftkernels.backends import torch_state
 from swiftkernels.backends.cpu import library
 from swiftkernels.backends.layouts import as_image, as_tokens
-from swiftkernels.ops.additive_attention import eager, reference
+from swiftkernels.ops.additive_attention import reference
 from swiftkernels.ops.additive_attention.triton import config
 from swiftkernels.ops.additive_attention.weights import Options, OutputWeights, Weights
 from swiftkernels.ops.operator import Backend, Call, Operator
@@ -34,15 +34,15 @@ def why_not_cpu(x: Tensor, width: int) -> str:
     return library.why_not_for(x)
 
 
-def _eager(x: Tensor, width: int) -> str:
-    """The backend for inputs that no kernels take.
+def _eager(tokens: Tensor, width: int) -> str:
+    """The backend for tokens [B, N, C] that no kernels take.
 
     Measured on a CPU: "aten" is faster where the eager layer is limited by memory, that is for many
     narrow tokens. Elsewhere the larger products of the eager layer are faster.
     """
-    enough = (2 if torch.is_grad_enabled() else 5) * eager.CHUNK_BYTES
-    n_tokens = x.shape[1] if x.dim() == 3 else x.shape[2:].numel()
-    pays = n_tokens >= 8 * width and x.numel() * x.element_size() >= enough
+    chunk: int = SELF_ATTENTION.implementation("aten").CHUNK_BYTES
+    enough = (2 if torch.is_grad_enabled() else 5) * chunk
+    pays = tokens.shape[1] >= 8 * width and tokens.nbytes >= enough
     return "aten" if pays else "reference"
 
 

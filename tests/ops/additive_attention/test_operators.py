@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -350,6 +351,22 @@ def test_auto_takes_the_aten_backend_for_long_inputs_without_kernels(monkeypatch
     assert torch.equal(layer(x), out)
     layer.backend = "reference"
     assert_as_good_as_eager(out, layer(x), copy.deepcopy(layer).double()(x.double()))
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        ("channels_last", (1, -1, 2, 8)),
+        ("channels_first", (1, 8, -1)),
+        ("channels_first", (1, 8, 2, -1)),
+    ],
+)
+def test_auto_counts_the_tokens_of_every_layout(monkeypatch, layout, shape):
+    monkeypatch.setattr(library, "_constant_why_not", lambda: "needs the compiled kernels")
+    layer = AdditiveAttention(8, 8, 1, layout=layout)
+    with mock.patch.object(eager, "forward", wraps=eager.forward) as forward:
+        layer(long_input().view(shape))
+    forward.assert_called_once()
 
 
 @pytest.mark.usefixtures("fresh_compiler")

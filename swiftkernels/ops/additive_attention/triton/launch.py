@@ -33,7 +33,6 @@ from swiftkernels.backends.triton.sizes import (
 )
 from swiftkernels.backends.triton.tensors import (
     Layout,
-    all_fit_kernels,
     compact,
     contiguous,
     layout,
@@ -181,7 +180,7 @@ def forward(
         q = read.q
         pointers = _pointers(read, weights, mask)
         launches = _forward_launches(
-            _launch_key(read, weights, options, pointers, all_fit_kernels(pointers))
+            _launch_key(read, weights, options, pointers, fits_kernels(*pointers))
         )
         out = like.new_empty_strided(*output_like(like, weights.token_dim))
         saved = saved_like(inputs, weights, keep)
@@ -339,7 +338,8 @@ class InferencePlan:
             mask is None
             and weights.width <= config.MAX_PROJECTED_WIDTH
             and _tokens(x).data is x
-            and all(w is None or (w.is_contiguous() and fits_kernels(w)) for w in weights)
+            and fits_kernels(*weights)
+            and all(w is None or w.is_contiguous() for w in weights)
         )
         if by_address:
             read = _read((x,), weights)
@@ -527,10 +527,10 @@ class _BackwardLaunches:
     def temporaries(self, like: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Uninitialised partial sums of dG and, if weights need gradients, of dw_g and moments."""
         new, acc = like.new_empty, accumulator(like.dtype)
-        grad_g = new(self._grad_g, dtype=acc)
+        grad_g = new(*self._grad_g, dtype=acc)
         if not self._needs_weights:
             return grad_g, None, None
-        return grad_g, new(self._dw_g, dtype=acc), new(self._sums, dtype=acc)
+        return grad_g, new(*self._dw_g, dtype=acc), new(*self._sums, dtype=acc)
 
     def start_rows(
         self,
@@ -596,10 +596,10 @@ def _weight_gradients(
     dwq = dwk = dbq = dbk = None
     if isinstance(weights, Weights):
         dwq, dwk = new(width, x_width), new(width, x_width)
-        biases = weights.query_bias, weights.key_bias
-        dbq, dbk = (None if bias is None else new(width) for bias in biases)
+        dbq = None if weights.query_bias is None else new(width)
+        dbk = None if weights.key_bias is None else new(width)
         projections = [dwq, dbq, dwk, dbk]
-    dw_g = new(w.w_g.shape)
+    dw_g = new(*w.w_g.shape)
     d_final_bias = None if w.proj_bias is None and w.final_bias is None else new(token_dim)
     # U and V are rounded to the storage type, as eager rounds the operands of its GEMMs.
     U, V = new(token_dim, width), new(token_dim, width)
@@ -639,7 +639,7 @@ def backward(
         pointers = _pointers(read, weights, mask)
         kept = contiguous(saved)  # hooks of saved tensors may have changed the strides
         data = x if source is None else source.data
-        reusable = all_fit_kernels((*pointers, *kept, data, dout_view.data))
+        reusable = fits_kernels(*pointers, *kept, data, dout_view.data)
         launches = _backward_launches(
             _BackwardKey(
                 _launch_key(read, weights, options, pointers, reusable), dout_view.layout,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swiftkernels.backends.layouts import accumulator
-from swiftkernels.backends.torch_state import device_guard
+from swiftkernels.backends.torch_state import device_guard, fits_kernels
 from swiftkernels.backends.triton.kernel_launch import KernelLaunch
 from swiftkernels.backends.triton.sizes import (
     cdiv,
@@ -22,7 +22,6 @@ from swiftkernels.backends.triton.sizes import (
 )
 from swiftkernels.backends.triton.tensors import (
     Layout,
-    all_fit_kernels,
     compact,
     contiguous,
     layout,
@@ -261,7 +260,7 @@ def _launch_key(
     return _LaunchKey(
         s.batch * s.groups, s.groups, s.tokens, s.width, weights.token_dim, x.dtype, x.device,
         precision(x.dtype), tuple([w is None for w in weights]),
-        all_fit_kernels((x, *others, *weights)), layout, out,
+        fits_kernels(x, *others, *weights), layout, out,
     )  # fmt: skip
 
 
