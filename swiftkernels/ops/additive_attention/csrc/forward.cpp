@@ -208,7 +208,7 @@ class PassesOf final : public Passes {
     return std::min(forward_.blocks().tokens, i * forward_.blocks().rows);
   }
   void score(int64_t i, int thread) const override { forward_.first_pass(block(i, thread)); }
-  void combine(int thread) const override { forward_.finish_all(thread); }
+  void finish(int thread) const override { forward_.finish_all(thread); }
   void fold(int64_t part, int thread) const override { forward_.fold(team_, part, thread); }
   void output(int64_t i, int thread) const override { forward_.second_pass(block(i, thread)); }
   Status status() const override { return forward_.status(); }

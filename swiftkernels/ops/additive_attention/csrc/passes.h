@@ -7,7 +7,7 @@
 
 namespace swiftkernels::additive {
 
-/// The order: `score` for all blocks of tokens, `combine` once, `fold` for all parts, `output` for
+/// The order: `score` for all blocks of tokens, `finish` once, `fold` for all parts, `output` for
 /// all blocks. Calls of one pass may run at the same time on different threads.
 class Passes {
  public:
@@ -23,7 +23,7 @@ class Passes {
   virtual int64_t first_token(int64_t block) const = 0;
 
   virtual void score(int64_t block, int thread) const = 0;
-  virtual void combine(int thread) const = 0;
+  virtual void finish(int thread) const = 0;
   virtual void fold(int64_t part, int thread) const = 0;
   virtual void output(int64_t block, int thread) const = 0;
   virtual Status status() const = 0;

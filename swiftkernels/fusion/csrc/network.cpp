@@ -1,0 +1,405 @@
+// Runs a chain of steps on a batch of images, in one parallel region.
+//
+// An image passes all steps before the next one: its maps stay in the cache. Threads take whole
+// images, and share those that are left over. The steps of a shared image are divided into tiles,
+// which the threads take in order. A tile waits only for the tiles of the step before that it reads,
+// or whose input it overwrites. Neither the tiles nor the threads change how a number is computed, so
+// the result is the same for any number of threads.
+#include <deque>
+#include <new>
+#include <vector>
+
+#include "../../ops/additive_attention/csrc/passes.h"
+#include "../../ops/conv_mlp/csrc/tiles.h"
+#include "convolution.h"
+#include "parallel.h"
+#include "tasks.h"
+#if !defined(_WIN32)
+#include <time.h>
+#endif
+
+namespace swiftkernels::fusion {
+namespace {
+
+double now() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+/// What threads do between two waits for all tiles: a step, or a pass of an attention.
+enum class Work { LOAD, STEM, CONVOLUTION, CONV_MLP, SCORE, FINISH, FOLD, OUTPUT, POOL, LINEAR, STORE };
+
+struct Phase {
+  Work work;
+  int64_t step;  // -1 for LOAD and STORE
+  const void* weights;
+  additive::Passes* passes;  // of an attention
+  int64_t tiles;
+  Map in, out;
+  int64_t out_dims;
+  int64_t reach;     // rows around a tile that it reads
+  bool local;        // waits only for the tiles before that it reads or whose input it overwrites
+  int64_t first_task;
+
+  /// The first pixel of a tile of its map; of the number of tiles, the end.
+  int64_t first_pixel(int64_t tile) const {
+    if (passes) return passes->first_token(tile);
+    if (work == Work::STEM || work == Work::LOAD) return out.height * tile / tiles * out.width;
+    return out.pixels() * tile / tiles;
+  }
+};
+
+/// One image at a time on some threads, with their memory.
+class Lane {
+ public:
+  Lane(const Program& program, const Call& call, int threads)
+      : program_(program), call_(call), threads_(threads) {
+    Arena size;
+    lay_out(size);
+    floats_ = size.used();
+  }
+
+  int64_t floats() const { return floats_; }
+
+  void use(float* memory) {
+    phases_.clear(), attentions_.clear(), calls_.clear();
+    Arena arena(memory);
+    lay_out(arena);
+  }
+
+  /// Tiles of all phases.
+  int64_t task_count() const { return phases_.back().first_task + phases_.back().tiles; }
+
+  /// Run an image on one thread.
+  void run(int64_t image, double* seconds) const {
+    for (const Phase& phase : phases_) {
+      const double start = seconds ? now() : 0.;
+      for (int64_t tile = 0; tile < phase.tiles; tile++) run_tile(phase, tile, image, 0);
+      if (seconds && phase.step >= 0) seconds[phase.step] += now() - start;
+    }
+  }
+
+  /// Take part in an image that several threads share.
+  void share(int64_t image, Tasks& tasks, int thread) const {
+    size_t at = 0;
+    for (int64_t task; (task = tasks.take()) >= 0;) {
+      while (task >= phases_[at].first_task + phases_[at].tiles) at++;
+      const Phase& phase = phases_[at];
+      const int64_t tile = task - phase.first_task;
+      if (at > 0) wait_for_inputs(phases_[at - 1], phase, tile, tasks);
+      run_tile(phase, tile, image, thread);
+      tasks.finish(task);
+    }
+  }
+
+  Status status() const {
+    for (const auto& attention : attentions_)
+      if (attention->status() != DONE) return attention->status();
+    return DONE;
+  }
+
+ private:
+  static void wait_for_inputs(const Phase& before, const Phase& phase, int64_t tile, Tasks& tasks) {
+    int64_t first = 0, end = before.tiles;
+    if (phase.local) {
+      const int64_t reach = std::max(before.reach, phase.reach) * phase.in.width;
+      while (before.first_pixel(first + 1) <= phase.first_pixel(tile) - reach) first++;
+      while (before.first_pixel(end - 1) >= phase.first_pixel(tile + 1) + reach) end--;
+    }
+    tasks.wait(before.first_task + first, before.first_task + end);
+  }
+
+  template <class T>
+  static const T& as(const void* weights) {
+    return *static_cast<const T*>(weights);
+  }
+
+  /// Take the memory and list the phases; without memory in the arena they only count.
+  void lay_out(Arena& arena) {
+    int64_t largest = 0, height = call_.height, width = call_.width, scratch = 0;
+    // The maps of all steps lie in two buffers in turn.
+    for_each_map([&](int64_t, const Map& map) {
+      largest = std::max(largest, map.pixels() * map.stride);
+    });
+    float* const buffers[] = {arena.take(largest), arena.take(largest)};
+    phases_.clear();
+    int64_t channels = program_.in_dims;
+    Map in{buffers[0], height, width, padded(channels)};
+    int next = 0;
+    const auto add = [&](Work work, int64_t step, Map out, int64_t dims, int64_t tiles) -> Phase& {
+      const int64_t first = phases_.empty() ? 0 : phases_.back().first_task + phases_.back().tiles;
+      const void* weights = step >= 0 ? program_.steps[step].weights : nullptr;
+      phases_.push_back({work, step, weights, nullptr, tiles, in, out, dims, 0, false, first});
+      return phases_.back();
+    };
+    const auto scratch_of = [&](auto make) {
+      Arena size;
+      make(size);
+      scratch = std::max(scratch, size.used());
+    };
+    if (program_.steps[0].kind != STEM) {
+      add(Work::LOAD, -1, in, channels, std::min<int64_t>(height, 4 * threads_));
+      next = 1;
+    }
+    for_each_map([&](int64_t i, const Map& map) {
+      const Step& step = program_.steps[i];
+      Map out = map;
+      out.data = buffers[next];
+      const int64_t dims = dims_of(step, channels), pixels = out.pixels();
+      switch (step.kind) {
+        case STEM: {
+          const int64_t bands = std::max<int64_t>(
+              (out.height + StemRows::BAND - 1) / StemRows::BAND,
+              std::min<int64_t>(out.height, threads_));
+          add(Work::STEM, i, out, dims, bands);
+          scratch_of([&](Arena& a) { stem_rows(step.weights).workspace(highest_band(phases_.back()), a); });
+          break;
+        }
+        case CONVOLUTION: {
+          const int64_t tile = convolution_tile(channels);
+          const int64_t tiles = std::max((pixels + tile - 1) / tile,
+                                         std::min<int64_t>(threads_, (pixels + 11) / 12));
+          add(Work::CONVOLUTION, i, out, dims, tiles);
+          scratch_of([&](Arena& a) { patch_tile((pixels + tiles - 1) / tiles, channels, a); });
+          break;
+        }
+        case CONV_MLP: {
+          const auto& w = as<conv_mlp::PackedWeights>(step.weights);
+          const int64_t tiles = conv_mlp::tiles_of(pixels, threads_);
+          const bool follows = !phases_.empty() && (phases_.back().work == Work::CONV_MLP ||
+                                                    phases_.back().work == Work::OUTPUT);
+          Phase& phase = add(Work::CONV_MLP, i, out, dims, tiles);
+          phase.reach = w.kernel / 2;
+          phase.local = follows;
+          scratch_of([&](Arena& a) {
+            conv_mlp::Workspace::make(w, (pixels + tiles - 1) / tiles, a);
+          });
+          break;
+        }
+        case ATTENTION:
+          add_attention(step, i, in, out, dims, arena, add, scratch);
+          break;
+        case POOL:
+          add(Work::POOL, i, out, dims, 1);
+          break;
+        default:
+          add(Work::LINEAR, i, out, dims, 1);
+      }
+      in = out, channels = dims;
+      next = 1 - next;
+    });
+    add(Work::STORE, -1, in, channels, std::min<int64_t>(in.height, 4 * threads_));
+    scratch_ = round_up(scratch, 16);
+    workspaces_ = arena.take(threads_ * scratch_);
+    if (!workspaces_) return;
+    for (size_t i = 0; i < attentions_.size(); i++)
+      attentions_[i]->use(workspaces_, scratch_, states_[i]);
+  }
+
+  template <class Add>
+  void add_attention(const Step& step, int64_t i, const Map& in, const Map& out, int64_t dims,
+                     Arena& arena, Add add, int64_t& scratch) {
+    const auto& w = as<additive::PackedWeights>(step.weights);
+    auto call = std::make_unique<additive::Call>();
+    call->batch = 1, call->tokens = in.pixels();
+    call->form = step.form, call->threads = threads_, call->type = FLOAT32, call->residual = 1;
+    call->x = in.data, call->out = out.data;
+    call->x_strides[0] = in.pixels() * in.stride, call->out_strides[0] = out.pixels() * out.stride;
+    call->x_strides[1] = in.stride, call->out_strides[1] = out.stride;
+    call->x_strides[2] = call->out_strides[2] = 1;
+    attentions_.push_back(additive::passes_of(w, *call));
+    calls_.push_back(std::move(call));
+    additive::Passes* passes = attentions_.back().get();
+    states_.resize(attentions_.size());
+    states_.back() = arena.take(passes->state_floats());
+    scratch = std::max(scratch, passes->workspace_floats());
+    const bool follows = !phases_.empty() && phases_.back().work == Work::CONV_MLP;
+    Phase& score = add(Work::SCORE, i, in, dims, passes->blocks());
+    score.passes = passes, score.local = follows;
+    add(Work::FINISH, i, in, dims, 1).passes = passes;
+    if (passes->parts() > 0) add(Work::FOLD, i, in, dims, passes->parts()).passes = passes;
+    add(Work::OUTPUT, i, out, dims, passes->blocks()).passes = passes;
+  }
+
+  static int64_t dims_of(const Step& step, int64_t channels) {
+    switch (step.kind) {
+      case STEM:
+        return as<Stem>(step.weights).second.out_dims;
+      case CONVOLUTION:
+      case LINEAR:
+        return as<Product>(step.weights).out_dims;
+      case CONV_MLP:
+        return as<conv_mlp::PackedWeights>(step.weights).out_dims;
+      default:
+        return channels;
+    }
+  }
+
+  /// Call use(step, map) for the output map of every step.
+  template <class Use>
+  void for_each_map(Use use) const {
+    int64_t height = call_.height, width = call_.width, channels = program_.in_dims;
+    for (int64_t i = 0; i < program_.count; i++) {
+      const Step& step = program_.steps[i];
+      channels = dims_of(step, channels);
+      if (step.kind == STEM) height = halved(height), width = halved(width);
+      if (step.kind == STEM || step.kind == CONVOLUTION) height = halved(height), width = halved(width);
+      if (step.kind == POOL) height = width = 1;
+      use(i, Map{nullptr, height, width, padded(channels)});
+    }
+  }
+
+  StemRows stem_rows(const void* weights) const {
+    return {as<Stem>(weights), call_.x, call_.type, call_.height, call_.width};
+  }
+  static int64_t highest_band(const Phase& phase) {
+    return (phase.out.height + phase.tiles - 1) / phase.tiles;
+  }
+
+  void run_tile(const Phase& phase, int64_t tile, int64_t image, int thread) const {
+    Arena arena(workspaces_ + thread * scratch_);
+    const Map &in = phase.in, &out = phase.out;
+    const Tile rows{out.data, out.stride};
+    switch (phase.work) {
+      case Work::LOAD:
+        for (int64_t y = out.height * tile / phase.tiles; y < out.height * (tile + 1) / phase.tiles; y++)
+          load_tile(call_.x.row(image, y, call_.type), 0, 0, out.width, phase.out_dims,
+                    rows.from(y * out.width));
+        return;
+      case Work::STEM: {
+        const StemRows stem = stem_rows(phase.weights);
+        const auto workspace = stem.workspace(highest_band(phase), arena);
+        return stem.run(image, out.height * tile / phase.tiles,
+                        out.height * (tile + 1) / phase.tiles, rows, workspace);
+      }
+      case Work::CONVOLUTION: {
+        const auto& p = as<Product>(phase.weights);
+        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+        return convolve_tile(p, IDENTITY, in, 0, in.height, first, end, rows.from(first),
+                             patch_tile(end - first, p.in_dims, arena));
+      }
+      case Work::CONV_MLP: {
+        const auto& w = as<conv_mlp::PackedWeights>(phase.weights);
+        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+        return conv_mlp::run_tile(w, in, first, end, rows.from(first), true,
+                                  conv_mlp::Workspace::make(w, end - first, arena));
+      }
+      case Work::SCORE:
+        return phase.passes->score(tile, thread);
+      case Work::FINISH:
+        return phase.passes->finish(thread);
+      case Work::FOLD:
+        return phase.passes->fold(tile, thread);
+      case Work::OUTPUT:
+        return phase.passes->output(tile, thread);
+      case Work::POOL:
+        return pool(in, phase.out_dims, out.data);
+      case Work::LINEAR: {
+        const auto& p = as<Product>(phase.weights);
+        return gemm({in.data, in.stride}, in.pixels(), Matrix::packed(p.panels, p.in_dims, p.out_dims),
+                    p.bias, rows, nullptr);
+      }
+      case Work::STORE:
+        for (int64_t y = in.height * tile / phase.tiles; y < in.height * (tile + 1) / phase.tiles; y++)
+          store_tile(Tile{in.data, in.stride}.from(y * in.width), in.width, phase.out_dims,
+                     call_.out.row(image, y, call_.type), 0, 0);
+        return;
+    }
+  }
+
+  /// The mean over the pixels; sums of 64 pixels are summed.
+  static void pool(const Map& in, int64_t channels, float* mean) {
+    const int64_t pixels = in.pixels();
+    for (int64_t c = 0; c < channels; c += LANES) {
+      vec total{};
+      for (int64_t first = 0; first < pixels; first += MAX_CHAIN) {
+        vec sum{};
+        for (int64_t i = first; i < std::min(pixels, first + MAX_CHAIN); i++)
+          sum += load(in.pixel(i) + c);
+        total += sum;
+      }
+      store(mean + c, total / static_cast<float>(pixels));
+    }
+  }
+
+  const Program& program_;
+  const Call& call_;
+  const int threads_;
+  int64_t floats_ = 0, scratch_ = 0;
+  float* workspaces_ = nullptr;
+  std::vector<Phase> phases_;
+  std::vector<std::unique_ptr<additive::Call>> calls_;
+  std::vector<std::unique_ptr<additive::Passes>> attentions_;
+  std::vector<float*> states_;
+};
+
+/// Memory that the calling thread keeps for its next call: new memory costs a page fault for every
+/// 4 KB.
+class KeptScratch {
+ public:
+  /// Null if there is not enough memory.
+  float* take(int64_t floats) {
+    if (floats > floats_) {
+      scratch_ = nullptr;
+      scratch_ = std::make_unique<Scratch>(floats);
+      floats_ = *scratch_ ? floats : 0;
+    }
+    return floats_ ? scratch_->data() : nullptr;
+  }
+  void release() {
+    if (floats_ > MOST) scratch_ = nullptr, floats_ = 0;
+  }
+
+ private:
+  static constexpr int64_t MOST = 1 << 24;  // 64 MB
+  std::unique_ptr<Scratch> scratch_;
+  int64_t floats_ = 0;
+};
+
+thread_local KeptScratch kept;
+
+Status run(const Program& program, const Call& call) {
+  const int threads = usable_threads(call.threads);
+  const int64_t single = call.batch >= threads ? call.batch / threads * threads : 0;
+  std::vector<std::unique_ptr<Lane>> lanes;  // one for each thread, and one for shared images
+  if (single > 0)
+    for (int i = 0; i < threads; i++) lanes.push_back(std::make_unique<Lane>(program, call, 1));
+  if (single < call.batch) lanes.push_back(std::make_unique<Lane>(program, call, threads));
+  int64_t floats = 0;
+  for (const auto& lane : lanes) floats += lane->floats();
+  float* memory = kept.take(floats);
+  if (!memory) return OUT_OF_MEMORY;
+  for (const auto& lane : lanes) {
+    lane->use(memory);
+    memory += lane->floats();
+  }
+  std::deque<Tasks> tasks;  // of each shared image
+  for (int64_t image = single; image < call.batch; image++)
+    tasks.emplace_back(lanes.back()->task_count());
+  std::atomic<int64_t> next{0};
+  parallel_region(threads, [&](int thread) {
+    for (int64_t image; (image = next.fetch_add(1)) < single;)
+      lanes[thread]->run(image, thread == 0 ? call.seconds : nullptr);
+    for (size_t i = 0; i < tasks.size(); i++) {
+      if (i > 0) tasks[i - 1].wait_for_all();  // the images share one memory
+      lanes.back()->share(single + static_cast<int64_t>(i), tasks[i], thread);
+    }
+  });
+  kept.release();
+  for (const auto& lane : lanes)
+    if (lane->status() != DONE) return lane->status();
+  return DONE;
+}
+
+}  // namespace
+
+EXPORT int swiftkernels_network_forward(const Program* program, const Call* call) {
+  try {
+    return run(*program, *call);
+  } catch (const std::bad_alloc&) {
+    return OUT_OF_MEMORY;
+  }
+}
+
+}  // namespace swiftkernels::fusion
