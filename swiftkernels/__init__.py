@@ -16,6 +16,7 @@ from swiftkernels.ops.additive_attention.layer import AdditiveAttention
 from swiftkernels.tools.doctor import doctor
 
 if typing.TYPE_CHECKING:
+    from swiftkernels.fusion.fuse import fuse_for_inference
     from swiftkernels.integrations import export as export
     from swiftkernels.ops.separable_attention.layer import SeparableAttention
     from swiftkernels.ops.separable_attention.op import separable_attention
@@ -30,6 +31,7 @@ __all__ = [
     "additive_attention",
     "additive_self_attention",
     "doctor",
+    "fuse_for_inference",
     "register",
     "separable_attention",
     "warmup",
@@ -40,6 +42,7 @@ __all__ = [
 # Imported at their first use: registering an operator takes a quarter of `import swiftkernels`.
 _MODULES = {
     "SeparableAttention": "swiftkernels.ops.separable_attention.layer",
+    "fuse_for_inference": "swiftkernels.fusion.fuse",
     "separable_attention": "swiftkernels.ops.separable_attention.op",
 }
 
