@@ -41,7 +41,7 @@ class FusedChain(nn.Module):
     `load_state_dict` or an assignment brings are used from the next call on.
 
     Args:
-        steps: what to compute; the tensors of all steps are of one type and on one device.
+        steps: what to compute, with weights; all tensors are of one type and on one device.
 
     Shapes:
         x [B, C, H, W] -> [B, D, H', W'].
@@ -60,14 +60,20 @@ class FusedChain(nn.Module):
 
     def __init__(self, steps: Sequence[Step]) -> None:
         super().__init__()
-        if not steps:
-            raise ValueError("steps must hold at least one step; got none. Pass what to compute.")
+        if not any(t is not None for step in steps for t in step.tensors().values()):
+            raise ValueError(
+                f"steps must hold at least one step with weights; got {list(steps)}. Pass what to "
+                "compute."
+            )
         self._forms = tuple(step.with_tensors(dict.fromkeys(step.tensors())) for step in steps)
-        self._names: tuple[dict[str, str], ...] = ()
+        self._names: tuple[dict[str, str | None], ...] = ()
         for i, step in enumerate(steps):
-            names = {name: f"{step.kind}{i}_{name}" for name in step.tensors()}
+            names: dict[str, str | None] = {}
             for name, tensor in step.tensors().items():
-                self.register_buffer(names[name], tensor)
+                # None is no buffer: torch.export would count it, but not find it.
+                names[name] = None if tensor is None else f"{step.kind}{i}_{name}"
+                if tensor is not None:
+                    self.register_buffer(f"{step.kind}{i}_{name}", tensor)
             self._names += (names,)
         self.in_channels = steps[0].in_channels
         self.renew()
@@ -78,11 +84,16 @@ class FusedChain(nn.Module):
         found: tuple[Step, ...] | None = self.__dict__["_steps"]
         if found is None:
             found = tuple(
-                form.with_tensors({name: self._buffers[key] for name, key in names.items()})
+                form.with_tensors(self._tensors(names))
                 for form, names in zip(self._forms, self._names, strict=True)
             )
             self.__dict__["_steps"] = found
         return found
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the type and on the device of all tensors of the chain."""
+        return next(t for t in self._buffers.values() if t is not None)
 
     def renew(self) -> None:
         """Forget what was prepared for the present tensors; the next call prepares it again."""
@@ -91,7 +102,7 @@ class FusedChain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, D, H', W']"""
-        if torch.jit.is_scripting() or not _may_run(x):
+        if torch.jit.is_scripting() or not _may_run(x, self):
             return self.plain(x)
         if x.dim() != 4 or (self.in_channels and x.shape[1] != self.in_channels):
             raise ValueError(
@@ -105,8 +116,12 @@ class FusedChain(nn.Module):
         """The same in PyTorch's operators."""
         # Not by `steps`: a trace has to find the tensors as buffers of this module.
         for form, names in zip(self._forms, self._names, strict=True):
-            x = form.compute(x, {name: getattr(self, key) for name, key in names.items()})
+            x = form.compute(x, self._tensors(names))
         return x
+
+    def _tensors(self, names: dict[str, str | None]) -> dict[str, Tensor | None]:
+        """The tensors of a step, of which these are the names here."""
+        return {name: None if key is None else getattr(self, key) for name, key in names.items()}
 
     def extra_repr(self) -> str:
         return " -> ".join(form.kind for form in self._forms)
@@ -167,8 +182,8 @@ def plain_chains() -> Iterator[None]:
         _local.plain = before
 
 
-def _may_run(x: Tensor) -> bool:
-    """Whether the compiled program may take x, as far as PyTorch is concerned."""
+def _may_run(x: Tensor, chain: FusedChain) -> bool:
+    """Whether the compiled program of a chain may take x, as far as PyTorch is concerned."""
     # The first test is a constant under torch.compile.
     return (
         torch_state.nothing_listens()
@@ -177,6 +192,9 @@ def _may_run(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype in library.TYPES
         and x.layout is torch.strided
+        and x.numel() > 0
+        and x.dtype is chain.like.dtype
+        and chain.like.device.type == "cpu"
         and not (x.requires_grad and torch.is_grad_enabled())
         and not getattr(_local, "plain", False)
     )

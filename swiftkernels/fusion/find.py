@@ -8,6 +8,7 @@ copy are random: initial layer scales of 1e-5 would hide what a block adds.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -32,9 +33,9 @@ TOLERANCE = 1e-6
 """Largest relative error, in float64, between a block and the steps that replace it."""
 SIZES = ((2, 7, 5), (1, 9, 13))
 """Batch, height and width of the random inputs of blocks."""
-ATTENTION_INPUTS = ((2, 5, 1.0), (1, 80, 1e-6))
+ATTENTION_INPUTS = ((2, 5, 1.0), (1, 80, 1e-11))
 """Batch, tokens and scale of the random inputs of attentions. Tiny inputs show another eps of the
-norms, more tokens show layers that process only some of them."""
+norms, without biases; more tokens show layers that process only some of them."""
 MAX_WEIGHTED = 12
 """Layers with weights in the largest block: an encoder has 11."""
 LINEAR_NAMES = 4
@@ -107,7 +108,7 @@ def find(model: nn.Module, clone: nn.Module) -> Found:
         clone: its copy in float64, without these, with random parameters; it is run.
     """
     found = Found()
-    _visit(model, clone, "", found)
+    _visit(model, clone, "", found, set())
     return found
 
 
@@ -127,29 +128,36 @@ def why_left(module: nn.Module) -> str:
     return ""
 
 
-def _visit(model: nn.Module, clone: nn.Module, name: str, found: Found) -> None:
+def _visit(
+    model: nn.Module, clone: nn.Module, name: str, found: Found, visited: set[nn.Module]
+) -> None:
     """Add the blocks at and below a module to `found`: the largest that match."""
-    module = clone.get_submodule(name)
-    original = model.get_submodule(name)
+    module, original = clone.get_submodule(name), model.get_submodule(name)
+    if module in visited:
+        return  # a module that the network holds twice
+    visited.add(module)
+    kind = type(original).__name__
     if "forward" in vars(original) and next(original.children(), None) is not None:
-        reason = "its forward was replaced"
-        found.left.append(LeftBlock(name, type(module).__name__, reason))
+        found.left.append(LeftBlock(name, kind, "its forward was replaced"))
         return
     matched = _match(module)
-    reason = matched if isinstance(matched, str) else why_left(original)
+    reason = why_left(original) if matched else ""
     if not isinstance(matched, str) and not reason:
-        found.units.append(Unit((name,), type(original).__name__, matched))
+        found.units.append(Unit((name,), kind, matched))
         return
     before = len(found.units) + len(found.left)
     for child in module._modules:
         if module._modules[child] is not None:
-            _visit(model, clone, f"{name}.{child}" if name else child, found)
-    if reason and len(found.units) + len(found.left) == before:
-        found.left.append(LeftBlock(name, type(original).__name__, reason))
+            _visit(model, clone, f"{name}.{child}" if name else child, found, visited)
+    if matched and len(found.units) + len(found.left) == before:
+        reason = reason or cast(str, matched)
+        found.left.append(LeftBlock(name, kind, reason))
 
 
 def _match(module: nn.Module) -> Recipe | str:
     """How a block becomes steps, or why it does not; "" if it looks like no block at all."""
+    if isinstance(module, nn.Sequential) and len(module) == 1:
+        return ""  # the block is the part of it
     parts = _parts(module)
     weighted = [*parts.convs, *parts.linears, *parts.norms]
     if next(module.children(), None) is None or not weighted or len(weighted) > MAX_WEIGHTED:
@@ -227,7 +235,7 @@ def _sort(part: nn.Module, name: str, parts: _Parts) -> None:
             path = f"{name}.{own}" if name else own
             if tensor is None:
                 continue
-            if _is_scale(tensor):
+            if _is_scale(tensor) and (part._modules or len(tensors) == 1 or not name):
                 parts.scales[path] = tensor
                 parts.has_own |= not name
             else:
@@ -283,6 +291,12 @@ def is_norm(part: nn.Module) -> bool:
         and part.running_mean is not None
         and part.running_var is not None
     )
+
+
+def holds_weights(part: nn.Module) -> bool:
+    """Whether a layer has weights, and not only a scale."""
+    tensors = list(part.parameters())
+    return len(tensors) > 1 or not all(map(_is_scale, tensors))
 
 
 def _holds_only(part: nn.Module, *names: str) -> bool:
@@ -438,7 +452,6 @@ def _match_conv_mlp(module: nn.Module, parts: _Parts) -> Recipe | str | None:
     for what, names in several.items():
         if len(names) > 1:
             return f"it has {len(names)} {what}, one is supported"
-    channels = _width(next(iter(layers.values())), -1)
     orders = [tuple(layers), tuple(layers)[::-1]]
     depthwise, norm = next(iter(parts.depthwise), ""), next(iter(parts.norms), "")
     scale = next(iter(parts.scales), "")
@@ -446,23 +459,29 @@ def _match_conv_mlp(module: nn.Module, parts: _Parts) -> Recipe | str | None:
     if not depthwise and norm:
         places.remove("depthwise")
     activations = list(parts.activations.values()) or list(steps.ACTIVATIONS)
-    recipes = [
-        _ConvMlpRecipe(depthwise, norm, place, first, second, activation, scale, residual)
-        for first, second in orders
-        for place in places
-        for activation in activations
-        for residual in (True, False)
-    ]
-    matched = _first_that_fits(module, channels, recipes)
-    if isinstance(matched, str) and depthwise and norm and _norm_first(module, recipes):
-        return (
-            "its BatchNorm stands in front of a padded depthwise convolution, where it cannot be "
-            "folded"
-        )
-    return matched
+    matched: Recipe | str = ""
+    for first, second in orders:
+        channels = _width(layers[first], -1)
+        if depthwise and parts.depthwise[depthwise].in_channels != channels:
+            continue
+        recipes = [
+            _ConvMlpRecipe(depthwise, norm, place, first, second, activation, scale, residual)
+            for place in places
+            for activation in activations
+            for residual in (True, False)
+        ]
+        matched = _first_that_fits(module, channels, recipes)
+        if not isinstance(matched, str):
+            return matched
+        if depthwise and norm and _norm_first(module, channels, recipes):
+            return (
+                "its BatchNorm stands in front of a padded depthwise convolution, where it cannot "
+                "be folded"
+            )
+    return matched or "its convolutions do not fit each other"
 
 
-def _norm_first(module: nn.Module, recipes: Sequence[_ConvMlpRecipe]) -> bool:
+def _norm_first(module: nn.Module, channels: int, recipes: Sequence[_ConvMlpRecipe]) -> bool:
     """Whether a BatchNorm in front of the depthwise convolution explains the block's output."""
 
     def output(recipe: _ConvMlpRecipe, x: Tensor) -> Tensor:
@@ -470,7 +489,6 @@ def _norm_first(module: nn.Module, recipes: Sequence[_ConvMlpRecipe]) -> bool:
         out = branch.plain(module.get_submodule(recipe.norm)(x))
         return x + out if recipe.residual else out
 
-    channels = recipes[0].step(module, None).in_channels
     x = _random(2, channels, 7, 5)
     out = _output(module, x)
     return out is not None and any(_fits(out, functools.partial(output, r), x) for r in recipes)
@@ -619,17 +637,27 @@ def _match_attention(module: nn.Module) -> _AttentionRecipe | str:
     orders = [*first, *itertools.permutations(linears)]
     inputs = []
     for batch, tokens, size in ATTENTION_INPUTS:
+        layer = module if size == 1 else _without_biases(module)
         x = size * _random(batch, tokens, _width(module.get_submodule(orders[0][0]), -1))
-        outputs = _attention_outputs(module, x)
+        outputs = _attention_outputs(layer, x)
         if not outputs:
             return "it takes neither tokens [B, N, C] nor images [B, C, H, W]"
-        inputs.append((x, outputs))
+        inputs.append((layer, x, outputs))
     for order in orders:
         for options in _options(module, order):
             recipe = _AttentionRecipe(cast("tuple[str, str, str, str]", order), w_gs[0], options)
-            if all(_attends(recipe, module, x, outputs) for x, outputs in inputs):
+            if all(_attends(recipe, *probed) for probed in inputs):
                 return recipe
     return "no pooling and no order of its parts give its output"
+
+
+def _without_biases(module: nn.Module) -> nn.Module:
+    """A copy of a layer in which all biases are 0."""
+    layer = copy.deepcopy(module)
+    for part in layer.children():
+        if is_linear(part) and part.bias is not None:
+            cast(Tensor, part.bias).detach().zero_()
+    return layer
 
 
 def _options(module: nn.Module, order: Sequence[str]) -> Iterator[Options]:
@@ -745,7 +773,7 @@ def _output(module: nn.Module, x: Tensor) -> Tensor | None:
 def _fits(out: Tensor, compute: Callable[[Tensor], Tensor], x: Tensor) -> bool:
     try:
         return _is_near(out, compute(x))
-    except RuntimeError:  # the shapes of the parts do not fit in this order
+    except (RuntimeError, ValueError):  # the shapes of the parts do not fit in this order
         return False
 
 

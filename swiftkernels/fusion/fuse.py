@@ -91,7 +91,8 @@ class FusedNetwork(nn.Module):
         self.network = network
         self.report = report
         self._argument = argument
-        self._defaults = _defaults_of(network)
+        # In a tuple, or it would be a child module twice.
+        self._chains = tuple(part for part in network.modules() if isinstance(part, FusedChain))
         self.eval()
 
     def forward(self, x: Any = None, /, *others: Any, **named: Any) -> Any:
@@ -114,8 +115,9 @@ class FusedNetwork(nn.Module):
         given = dict(named)
         if x is None:
             x = given.pop(self._argument, None)
+        defaults = _defaults_of(self.network) if given else {}
         for name, value in given.items():
-            if name not in self._defaults or value is not self._defaults[name]:
+            if name not in defaults or value is not defaults[name]:
                 raise TypeError(
                     f"a fused network takes images only; got {name}={value!r}. Call the original "
                     "model with it, or set the option in the model before it is fused."
@@ -126,8 +128,7 @@ class FusedNetwork(nn.Module):
                 "model with them."
             )
         checks.check_tensor(self._argument, x)
-        like = _first_tensor(self.network)
-        name = self._argument
+        like, name = self._chains[0].like, self._argument
         if self.training or self.network.training:
             raise ValueError(
                 "a fused network must be in evaluation mode, because its BatchNorms are folded; "
@@ -140,11 +141,10 @@ class FusedNetwork(nn.Module):
                 f"it first: {name}.to({like.dtype})."
             )
         if x.dtype != like.dtype:
-            double = x.dtype == torch.float64
             raise TypeError(
                 f"{name} must have the dtype of the weights, {like.dtype}; got {x.dtype}. Convert "
-                f"it: {name}.to({like.dtype})"
-                + (", or use the original model, in float64." if double else ".")
+                f"it: {name}.to({like.dtype}), or convert the fused network: .to({x.dtype}), which "
+                "computes float64 in PyTorch's operators."
             )
         checks.check_device(name, x, "the weights", like)
         if torch.is_grad_enabled() and x.requires_grad:
@@ -317,7 +317,7 @@ class _Search:
         known = {*fused, *(block.name for block in left)}
         for name in self.layers:
             layer = self.clone.get_submodule(name)
-            if not _is_inside(name, known) and any(True for _ in layer.parameters()):
+            if not _is_inside(name, known) and find.holds_weights(layer):
                 reason = find.why_left(self.model.get_submodule(name))
                 reason = reason or "it belongs to no block of a known form"
                 left.append(LeftBlock(name, type(layer).__name__, reason))
@@ -715,8 +715,10 @@ def _defaults_of(network: nn.Module) -> dict[str, Any]:
 
 def _first_tensor(module: nn.Module) -> Tensor:
     """A floating-point parameter or buffer of a module: the type and device of its weights."""
-    tensors = (*module.parameters(), *module.buffers())
-    return next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
+    for t in (*module.parameters(), *module.buffers()):
+        if t.is_floating_point():
+            return t
+    return torch.zeros(())
 
 
 def _leaves(out: Any) -> list[Any]:
