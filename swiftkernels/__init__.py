@@ -12,6 +12,7 @@ from swiftkernels.ops.additive_attention.api import (
 from swiftkernels.ops.additive_attention.layer import AdditiveAttention
 
 if typing.TYPE_CHECKING:
+    from swiftkernels.fusion.fuse import fuse_for_inference
     from swiftkernels.integrations import export as export
     from swiftkernels.integrations.accelerate import accelerate
     from swiftkernels.integrations.transformers import register
@@ -30,6 +31,7 @@ __all__ = [
     "additive_attention",
     "additive_self_attention",
     "doctor",
+    "fuse_for_inference",
     "register",
     "separable_attention",
     "warmup",
@@ -42,6 +44,7 @@ _MODULES = {
     "SeparableAttention": "swiftkernels.ops.separable_attention.layer",
     "accelerate": "swiftkernels.integrations.accelerate",
     "doctor": "swiftkernels.tools.doctor",
+    "fuse_for_inference": "swiftkernels.fusion.fuse",
     "register": "swiftkernels.integrations.transformers",
     "separable_attention": "swiftkernels.ops.separable_attention.op",
     "warmup": "swiftkernels.integrations.warmup",

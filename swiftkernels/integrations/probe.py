@@ -105,7 +105,7 @@ def inspect_layer(module: nn.Module, names: Names) -> tuple[LayerSpec | None, st
             torch.device("cpu"),
             torch_state.without_global_hooks(),
         ):
-            spec, reason = _probe(_copy_in_float64(module), names)
+            spec, reason = _probe(copy_in_float64(module), names)
     except Exception as error:  # a copy of an unknown layer may raise anything
         message = (f"{type(error).__name__}: {error}".strip().splitlines() or [""])[0]
         return None, f"a copy of it could not be run ({message})"
@@ -137,7 +137,7 @@ def _collisions(module: nn.Module, attributes: Mapping[str, Any]) -> list[str]:
     return sorted((ours & (theirs | vars(module).keys())) | differing)
 
 
-def _copy_in_float64(module: nn.Module) -> nn.Module:
+def copy_in_float64(module: nn.Module) -> nn.Module:
     """A copy on the CPU, without hooks and with constant weights in place of parametrized ones.
 
     A parametrization may give another weight at every access, as spectral_norm does in training.

@@ -1,0 +1,215 @@
+"""Modules of a fused network: `FusedChain` runs several blocks, `Passed` stands for the others."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swiftkernels.backends import torch_state
+from swiftkernels.backends.cpu import library
+from swiftkernels.fusion.steps import Step
+
+Runner = Callable[[tuple[Step, ...], Tensor, "Slot"], Tensor]
+"""Runs steps on x; keeps what it prepares for later calls in the slot."""
+
+
+class Slot:
+    """Where the compiled program of a chain keeps its packed weights.
+
+    A chain has a new, empty slot whenever its tensors may have changed.
+    """
+
+    program: Any = None
+
+
+class FusedChain(nn.Module):
+    """Several steps, one after the other, as one program.
+
+    On a CPU the compiled kernels run the chain. Where they cannot (other devices, float64, other
+    processors) and where PyTorch has to see operators (export, compilation, tracing, gradients), it
+    computes `plain`, the same in PyTorch's operators.
+
+    The tensors of the steps are buffers, named by step: `conv_mlp3_weight1`. New values that
+    `load_state_dict` or an assignment brings are used from the next call on.
+
+    Args:
+        steps: what to compute, with weights; all tensors are of one type and on one device.
+
+    Shapes:
+        x [B, C, H, W] -> [B, D, H', W'].
+
+    Raises:
+        ValueError: no steps, or an x of another shape.
+
+    Example:
+        >>> from swiftkernels.fusion.steps import Convolution
+        >>> step = Convolution(torch.randn(8, 3, 3, 3), torch.randn(8))
+        >>> FusedChain([step])(torch.randn(2, 3, 9, 11)).shape
+        torch.Size([2, 8, 5, 6])
+    """
+
+    slot: Slot
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        super().__init__()
+        if not any(t is not None for step in steps for t in step.tensors().values()):
+            raise ValueError(
+                f"steps must hold at least one step with weights; got {list(steps)}. Pass what to "
+                "compute."
+            )
+        self._forms = tuple(step.with_tensors(dict.fromkeys(step.tensors())) for step in steps)
+        self._names: tuple[dict[str, str | None], ...] = ()
+        for i, step in enumerate(steps):
+            names: dict[str, str | None] = {}
+            for name, tensor in step.tensors().items():
+                # None is no buffer: torch.export would count it, but not find it.
+                names[name] = None if tensor is None else f"{step.kind}{i}_{name}"
+                if tensor is not None:
+                    self.register_buffer(f"{step.kind}{i}_{name}", tensor)
+            self._names += (names,)
+        self.in_channels = steps[0].in_channels
+        self.renew()
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What the chain computes, with the tensors as they are now."""
+        found: tuple[Step, ...] | None = self.__dict__["_steps"]
+        if found is None:
+            found = tuple(
+                form.with_tensors(self._tensors(names))
+                for form, names in zip(self._forms, self._names, strict=True)
+            )
+            self.__dict__["_steps"] = found
+        return found
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the type and on the device of all tensors of the chain."""
+        return next(t for t in self._buffers.values() if t is not None)
+
+    def renew(self) -> None:
+        """Forget what was prepared for the present tensors; the next call prepares it again."""
+        self.__dict__["slot"] = Slot()
+        self.__dict__["_steps"] = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, D, H', W']"""
+        if torch.jit.is_scripting() or not _may_run(x, self):
+            return self.plain(x)
+        if x.dim() != 4 or (self.in_channels and x.shape[1] != self.in_channels):
+            raise ValueError(
+                f"x must have shape [B, {self.in_channels or 'C'}, H, W]; got {tuple(x.shape)}. "
+                "Pass what the first of the fused blocks takes."
+            )
+        run = _runner()
+        return self.plain(x) if run is None else run(self.steps, x, self.slot)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The same in PyTorch's operators."""
+        # Not by `steps`: a trace has to find the tensors as buffers of this module.
+        for form, names in zip(self._forms, self._names, strict=True):
+            x = form.compute(x, self._tensors(names))
+        return x
+
+    def _tensors(self, names: dict[str, str | None]) -> dict[str, Tensor | None]:
+        """The tensors of a step, of which these are the names here."""
+        return {name: None if key is None else getattr(self, key) for name, key in names.items()}
+
+    def extra_repr(self) -> str:
+        return " -> ".join(form.kind for form in self._forms)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        out = super()._apply(*args, **kwargs)
+        self.renew()
+        return out
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.renew()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self.__dict__.get("_buffers", ()):
+            self.renew()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without what was prepared, which holds for this process only."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("slot", "_steps")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.renew()
+
+
+class Passed(nn.Module):
+    """Returns its input: in the place of a module that an earlier chain has computed.
+
+    Args:
+        computed_by: name of the chain.
+    """
+
+    def __init__(self, computed_by: str) -> None:
+        super().__init__()
+        self.computed_by = computed_by
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x"""
+        return x
+
+    def extra_repr(self) -> str:
+        return f"computed by {self.computed_by or 'the chain'}"
+
+
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def plain_chains() -> Iterator[None]:
+    """Inside, chains compute `plain` in this thread."""
+    before = getattr(_local, "plain", False)
+    _local.plain = True
+    try:
+        yield
+    finally:
+        _local.plain = before
+
+
+def _may_run(x: Tensor, chain: FusedChain) -> bool:
+    """Whether the compiled program of a chain may take x, as far as PyTorch is concerned."""
+    # The first test is a constant under torch.compile.
+    return (
+        torch_state.nothing_listens()
+        and not torch_state.being_exported()
+        and torch_state.is_plain(x)
+        and x.device.type == "cpu"
+        and x.dtype in library.TYPES
+        and x.layout is torch.strided
+        and x.numel() > 0
+        and x.dtype is chain.like.dtype
+        and chain.like.device.type == "cpu"
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not getattr(_local, "plain", False)
+    )
+
+
+def _runner() -> Runner | None:
+    """The compiled program; None where there is none."""
+    run = _program()
+    # Asked after the import, which may declare what the library has to contain.
+    return None if run is None or library.why_not() else run
+
+
+@functools.cache
+def _program() -> Runner | None:
+    if importlib.util.find_spec("swiftkernels.fusion.cpu") is None:
+        return None
+    found: Runner = importlib.import_module("swiftkernels.fusion.cpu").run
+    return found
