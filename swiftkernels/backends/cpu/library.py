@@ -97,19 +97,23 @@ def loaded() -> Library | None:
     return next((load(isa) for isa in usable), None)
 
 
-def kernels_of(operator: str) -> Callable[[], ctypes.CDLL]:
-    """A function that returns the library in use, with the functions of an operator declared."""
+FUNCTIONS = ("forward", "forward_training", "backward")
+"""Of an operator with a backward."""
+
+
+def kernels_of(operator: str, *functions: str) -> Callable[[], ctypes.CDLL]:
+    """A function that returns the library in use, with some functions of an operator declared."""
 
     @functools.cache
     def kernels() -> ctypes.CDLL:
         found = loaded()
         assert found is not None, "the backend is chosen only where there is a library"
-        return declare(found.handle, operator)
+        return declare(found.handle, operator, *functions)
 
     return kernels
 
 
-def declare(handle: ctypes.CDLL, operator: str) -> ctypes.CDLL:
+def declare(handle: ctypes.CDLL, operator: str, *functions: str) -> ctypes.CDLL:
     """Declare the types of the functions of the backend and of an operator to ctypes."""
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     handle.swiftkernels_lanes.restype, handle.swiftkernels_lanes.argtypes = number, ()
@@ -117,7 +121,7 @@ def declare(handle: ctypes.CDLL, operator: str) -> ctypes.CDLL:
     handle.swiftkernels_pack.argtypes = (pointer, *[number] * 4, pointer)
     handle.swiftkernels_fingerprint.restype = ctypes.c_uint64
     handle.swiftkernels_fingerprint.argtypes = (ctypes.c_char_p, number)
-    for name in ("forward", "forward_training", "backward"):
+    for name in functions or FUNCTIONS:
         function = getattr(handle, f"swiftkernels_{operator}_{name}")
         function.restype, function.argtypes = ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)
     return handle

@@ -139,12 +139,17 @@ class Packer:
 
     def matrix(self, b: Tensor) -> int:
         """b [K, columns] as panels (csrc/gemm.h)."""
-        b = b.detach().float()
-        K, columns = b.shape
-        panels = self._buffer(K * self._padded(columns))
-        self.library.swiftkernels_pack(
-            b.data_ptr(), K, columns, b.stride(0), b.stride(1), panels.data_ptr()
-        )
+        return self.matrices([b])
+
+    def matrices(self, matrices: Sequence[Tensor]) -> int:
+        """The panels of several matrices, one after the other."""
+        floats = [len(b) * self._padded(b.shape[1]) for b in matrices]
+        panels = self._buffer(sum(floats))
+        for b, part in zip(matrices, panels.split(floats), strict=True):
+            b = b.detach().float()
+            self.library.swiftkernels_pack(
+                b.data_ptr(), *b.shape, *b.stride(), part.data_ptr()
+            )
         return panels.data_ptr()
 
     def vector(self, v: Tensor | None, length: int) -> int:

@@ -1,0 +1,211 @@
+"""Runs the steps of a chain by the compiled kernels: packs them into the structs of csrc/abi.h."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from swiftkernels.backends.cpu import library
+from swiftkernels.backends.cpu.library import CANCELLATION, TYPES
+from swiftkernels.backends.cpu.packing import FINGERPRINT, Packer
+from swiftkernels.fusion import steps as of
+from swiftkernels.fusion.steps import Step
+from swiftkernels.ops.additive_attention.cpu import config
+from swiftkernels.ops.additive_attention.cpu import packing as attention
+from swiftkernels.ops.conv_mlp.cpu import pack as pack_conv_mlp
+
+# The structs of csrc/abi.h, and `StepKind`.
+_PRODUCT = struct.Struct("2q2P")
+_STEP = struct.Struct("qPq")
+_PROGRAM = struct.Struct("3qP")
+_CALL = struct.Struct("5qP4qP4qP")
+_KINDS = (of.Stem, of.Convolution, of.ConvMlp, of.Attention, of.Pool, of.Linear)
+
+_NEVER_STALE = bytes(FINGERPRINT.size)
+"""The fingerprint of no weights: those of a chain are a snapshot."""
+
+library.register_interface(
+    "network",
+    {
+        "revision": 1,
+        "sizeof(Product)": _PRODUCT.size,
+        "sizeof(Stem)": 2 * _PRODUCT.size,
+        "sizeof(Step)": _STEP.size,
+        "sizeof(Program)": _PROGRAM.size,
+        "sizeof(Call)": _CALL.size,
+        **{kind.kind.upper(): code for code, kind in enumerate(_KINDS)},
+    },
+)
+
+kernels = library.kernels_of("network", "forward")
+
+
+class Packed(NamedTuple):
+    """A chain as the kernels read it."""
+
+    program: bytes
+    """`struct Program`"""
+    out_channels: int
+    halvings: int
+    """How many convolutions of stride 2 the map passes."""
+    pools: bool
+    memory: list[Any]
+    """What the pointers refer to."""
+
+
+class Programs:
+    """The packed forms of a chain: attention has one for many tokens and one for few."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self._steps = steps
+        self._packed: dict[tuple[int, ...], Packed] = {}
+        self._plain = False
+
+    def for_size(self, height: int, width: int) -> Packed:
+        """The chain, for images of that size."""
+        forms = self._forms(height, width)
+        found = self._packed.get(forms)
+        if found is None:
+            found = self._packed[forms] = _pack(self._steps, forms)
+        return found
+
+    def use_plain_attention(self) -> None:
+        """Other forms lose digits with these weights: use the plain one from now on."""
+        self._plain = True
+
+    def _forms(self, height: int, width: int) -> tuple[int, ...]:
+        forms = []
+        for step in self._steps:
+            height, width = _size_after(step, height, width)
+            if isinstance(step, of.Attention):
+                w, norm = step.weights, step.options.qk_norm
+                form = config.form(height * width, w.in_dims, w.width, norm)
+                forms.append(attention.PLAIN if self._plain else form)
+        return tuple(forms)
+
+
+def _size_after(step: Step, height: int, width: int) -> tuple[int, int]:
+    if isinstance(step, of.Pool):
+        return 1, 1
+    for _ in range({of.Stem: 2, of.Convolution: 1}.get(type(step), 0)):
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return height, width
+
+
+def run(steps: tuple[Step, ...], x: Tensor, slot: Any) -> Tensor:
+    """The output of the chain, in the memory format channels_last.
+
+    Args:
+        steps: of the chain.
+        x: [B, C, H, W] with elements, of any strides, in one of `library.TYPES`.
+        slot: keeps the packed chain.
+
+    Raises:
+        MemoryError: not enough memory.
+    """
+    programs = slot.program
+    if programs is None:
+        programs = slot.program = Programs(steps)
+    batch, _, height, width = x.shape
+    packed = programs.for_size(height, width)
+    out_height, out_width = height, width
+    for _ in range(packed.halvings):
+        out_height, out_width = (out_height + 1) // 2, (out_width + 1) // 2
+    if packed.pools:
+        out_height = out_width = 1
+    shape = (batch, packed.out_channels, out_height, out_width)
+    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    call = _CALL.pack(
+        batch, height, width, torch.get_num_threads(), TYPES[x.dtype],
+        library.address("x", x), *_strides(x), out.data_ptr(), *_strides(out), 0,
+    )  # fmt: skip
+    status = kernels().swiftkernels_network_forward(packed.program, call)
+    if status == CANCELLATION:
+        programs.use_plain_attention()
+        return run(steps, x, slot)
+    library.check(status)
+    return out
+
+
+def seconds_of_steps(steps: tuple[Step, ...], x: Tensor, slot: Any) -> list[float]:
+    """The time that one thread spends in each step, for benchmarks; arguments as for `run`."""
+    run(steps, x, slot)
+    packed = slot.program.for_size(*x.shape[2:])
+    out = run(steps, x, slot)
+    seconds = torch.zeros(len(steps), dtype=torch.float64)
+    call = _CALL.pack(
+        len(x), *x.shape[2:], 1, TYPES[x.dtype], x.data_ptr(), *_strides(x), out.data_ptr(),
+        *_strides(out), seconds.data_ptr(),
+    )  # fmt: skip
+    library.check(kernels().swiftkernels_network_forward(packed.program, call))
+    return [float(s) for s in seconds]
+
+
+def _strides(t: Tensor) -> tuple[int, int, int, int]:
+    """Of batch, row, column and channel, as `struct Images` has them."""
+    batch, channel, row, column = t.stride()
+    return batch, row, column, channel
+
+
+def _pack(steps: Sequence[Step], forms: Sequence[int]) -> Packed:
+    packer = Packer(kernels())
+    memory: list[Any] = [packer.buffers]
+    fields = []
+    remaining = iter(forms)
+    for step in steps:
+        form = next(remaining) if isinstance(step, of.Attention) else 0
+        weights = ctypes.create_string_buffer(_weights(packer, step, form) or b"\0")
+        memory.append(weights)
+        fields.append(_STEP.pack(_KINDS.index(type(step)), ctypes.addressof(weights), form))
+    array = ctypes.create_string_buffer(b"".join(fields))
+    memory.append(array)
+    channels = out_channels = steps[0].in_channels
+    for step in steps:
+        out_channels = _out_channels(step, out_channels)
+    program = _PROGRAM.pack(channels, out_channels, len(steps), ctypes.addressof(array))
+    kinds = [type(step) for step in steps]
+    return Packed(
+        program, out_channels, 2 * kinds.count(of.Stem) + kinds.count(of.Convolution),
+        of.Pool in kinds, memory,
+    )  # fmt: skip
+
+
+def _out_channels(step: Step, channels: int) -> int:
+    if isinstance(step, (of.Convolution, of.Linear)):
+        return step.weight.shape[0]
+    return step.weight2.shape[0] if isinstance(step, (of.Stem, of.ConvMlp)) else channels
+
+
+def _weights(packer: Packer, step: Step, form: int) -> bytes:
+    """The struct of the weights of a step."""
+    if isinstance(step, of.Stem):
+        # The first convolution reads the channels of x one by one, the second channels_last maps.
+        first = _product(packer, step.weight1.flatten(1), step.bias1, step.weight1.shape[1])
+        return first + _convolution(packer, step.weight2, step.bias2)
+    if isinstance(step, of.Convolution):
+        return _convolution(packer, step.weight, step.bias)
+    if isinstance(step, of.ConvMlp):
+        return pack_conv_mlp(packer, step) + _NEVER_STALE
+    if isinstance(step, of.Attention):
+        fields = attention.pack(packer, step.weights, step.residual_scale, step.options, form)
+        return fields + _NEVER_STALE
+    if isinstance(step, of.Linear):
+        return _product(packer, step.weight, step.bias, step.weight.shape[1])
+    return b""
+
+
+def _convolution(packer: Packer, weight: Tensor, bias: Tensor) -> bytes:
+    rows = weight.permute(0, 2, 3, 1).flatten(1)  # [D, 9 C], in the order y, x, channel
+    return _product(packer, rows, bias, weight.shape[1])
+
+
+def _product(packer: Packer, rows: Tensor, bias: Tensor, in_dims: int) -> bytes:
+    """`struct Product` of a matrix [D, K]."""
+    return _PRODUCT.pack(
+        in_dims, len(rows), packer.matrix(rows.t()), packer.vector(bias, len(rows))
+    )
