@@ -45,17 +45,17 @@ void multiply(const Block& block) {
       if (--left == 0) k += skip, left = length;
     }
   } else {
-    constexpr int STEP = 4;
     const int64_t chain = block.chain;
-    // The lines of the next panels are fetched meanwhile: weights of wide layers come from memory.
-    const char* next = reinterpret_cast<const char*>(b + K * V * LANES);
+    const char* next = block.next;
     alignas(64) float totals[R * V * LANES];
     const auto total_of = [&](int r, int v) INLINE_LAMBDA { return totals + (r * V + v) * LANES; };
     int64_t k = 0, end = std::min(K, chain);
     while (true) {
       for (; k + STEP <= end; k += STEP, b += STEP * V * LANES) {
-        __builtin_prefetch(next, 0, 2);
-        next += 64;
+        unrolled<FETCHED / 64>([&](auto i) INLINE_LAMBDA {
+          __builtin_prefetch(next + 64 * i, 0, 2);
+        });
+        next += FETCHED;
         unrolled<STEP>([&](auto i) INLINE_LAMBDA { step(k, i); });
       }
       if (end == K) break;

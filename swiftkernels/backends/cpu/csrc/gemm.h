@@ -122,6 +122,9 @@ inline int64_t chain_length(int64_t K) {
   return round_up((K + chains - 1) / chains, 4);
 }
 
+/// A kernel multiplies STEP numbers of each row at a time, and fetches FETCHED bytes.
+constexpr int64_t STEP = 4, FETCHED = LANES >= 16 ? 128 : 64;
+
 /// The operands of a block of rows and a group of columns; pointers are to its first row and column.
 struct Block {
   const float* a;
@@ -132,6 +135,7 @@ struct Block {
   Tile initial;       // added to the product, [rows, width], or without data
   Tile c;
   int64_t columns;  // of c that may be written: the last vector may be partly padding
+  const char* next;  // what is read after b, which is fetched meanwhile
   // The K numbers of a row of a are `runs` times `run_length` adjacent ones, `run_stride` apart.
   int64_t runs = 1, run_stride = 0;
 
@@ -139,6 +143,7 @@ struct Block {
   void advance(int64_t r) {
     a += r * a_stride;
     c = c.from(r);
+    next += K / STEP * FETCHED;
     if (initial.data) initial = initial.from(r);
   }
 };
@@ -190,6 +195,13 @@ INLINE void multiply_panel(Block block, int vectors, int64_t rows, Finish finish
 /// are multiplied.
 inline int64_t cached_rows(int64_t K) { return std::max<int64_t>(48, 49152 / K); }
 
+/// The memory after the panel of a group: the next panel, or what was packed after the matrix. The
+/// weights of wide layers come from memory, so they are fetched in advance.
+inline const char* after(const Matrix& b, const Panel& group) {
+  const float* panels = b.panels ? b.panels : b.raw;
+  return reinterpret_cast<const char*>(panels + b.K * (group.column + group.vectors * LANES));
+}
+
 /// The left operand of a product: rows of K numbers, `stride` apart. The K numbers are `runs` times
 /// equally many adjacent ones, `run_stride` apart.
 struct Rows {
@@ -225,6 +237,7 @@ INLINE void gemm_and(const Rows& a, int64_t rows, const Matrix& b, const float* 
                         initial.data ? Tile{initial.row(first) + column, initial.stride} : Tile{},
                         {c.row(first) + column, c.stride},
                         writable - column,
+                        after(b, group),
                         a.runs,
                         a.run_stride};
       multiply_panel(block, group.vectors, end - first,
@@ -255,7 +268,8 @@ inline void gemm_to_panels(Tile a, int64_t rows, const Matrix& b, float* c, int6
                       nullptr,
                       initial ? Tile{const_cast<float*>(initial) + offset, width} : Tile{},
                       {c + offset, width},
-                      width};
+                      width,
+                      after(b, group)};
     multiply_panel(block, group.vectors, rows, [](Tile, int64_t) {});
   }
 }
@@ -293,7 +307,8 @@ inline void triangular_norms2(Tile a, int64_t rows, const float* panels, int64_t
                       bias + group.column,
                       {},
                       {},
-                      group.vectors * LANES};
+                      group.vectors * LANES,
+                reinterpret_cast<const char*>(panel + (K - first) * group.vectors * LANES)};
     alignas(64) float memory[MAX_BLOCK_FLOATS];
     const Tile sums{memory, group.vectors * LANES};
     for_row_blocks(rows, BLOCK_ROWS[group.vectors], [&](int64_t begin, int64_t height) {

@@ -208,7 +208,8 @@ inline void gated_values(const Weights& w, Tile x, int64_t sequences, int64_t to
                         w.value_bias + group.column,
                         {},
                         {out.row(s * tokens) + group.column, out.stride},
-                        width};
+                        width,
+                        after(w.value, group)};
       multiply_panel(block, group.vectors, tokens, [&](Tile c, int64_t rows) {
         for (int64_t r = 0; r < rows; r++)
           for (int64_t j = 0; j < width; j += LANES)
