@@ -519,8 +519,8 @@ def _run_on_examples(clone: nn.Module, example: Tensor | None) -> tuple[list[Ten
             continue
         if not any(isinstance(t, Tensor) and t.numel() for t in _leaves(out)):
             raise ValueError(
-                "model must return tensors; a copy of it without hooks returned none. Fuse the part "
-                "of the model that returns tensors."
+                "model must return tensors; a copy of it without hooks returned none. Fuse the "
+                "part of the model that returns tensors."
             )
         found.append(x)
         outputs.append(out)
