@@ -18,7 +18,12 @@ from swiftkernels.backends.cpu import library
 from swiftkernels.fusion.steps import Step
 
 Runner = Callable[[tuple[Step, ...], Tensor, "Slot"], Tensor]
-"""Runs steps on x; keeps what it prepares for later calls in the slot."""
+"""Runs steps on x, and keeps what it prepares for later calls in the slot.
+
+x [B, C, H, W] is on the CPU, not empty, of the type of the steps (float32, bfloat16 or float16),
+with the channels of the first step; its strides are any, as are those of the tensors. Several
+threads may call it with one slot.
+"""
 
 
 class Slot:

@@ -38,7 +38,7 @@ ATTENTION_INPUTS = ((2, 5, 1.0), (1, 80, 1e-11))
 norms, without biases; more tokens show layers that process only some of them."""
 MAX_WEIGHTED = 12
 """Layers with weights in the largest block: an encoder has 11."""
-LINEAR_NAMES = 4
+LINEARS = 4
 """Linear layers of an attention."""
 
 
@@ -507,7 +507,7 @@ class _AttentionRecipe(NamedTuple):
         for name in self.linears:
             linear: Any = layer.get_submodule(name)
             weights += [_double(linear.weight), _double(linear.bias)]
-            if len(weights) == LINEAR_NAMES:  # behind those of query and key
+            if len(weights) == LINEARS:  # behind those of query and key
                 weights.append(_double(_parameter(layer, self.w_g)))
         step = Attention(Weights(*cast("list[Any]", weights)), self.options, None)
         if scale is None:
@@ -620,7 +620,7 @@ def _attention_like(module: nn.Module) -> bool:
         return True
     linears = [part for part in module.children() if is_linear(part)]
     w_g = [p for p in module._parameters.values() if p is not None and _is_scale(p)]
-    return len(linears) == LINEAR_NAMES and len(w_g) == 1
+    return len(linears) == LINEARS and len(w_g) == 1
 
 
 def _match_attention(module: nn.Module) -> _AttentionRecipe | str:
@@ -631,9 +631,9 @@ def _match_attention(module: nn.Module) -> _AttentionRecipe | str:
     for name, part in module.named_children():
         if name not in linears and (_tensors(part) or activation_of(part) != "none"):
             return f"its part {name} is a {type(part).__name__}"
-    if len(linears) != LINEAR_NAMES or len(w_gs) != 1 or len(_own_tensors(module)) != 1:
+    if len(linears) != LINEARS or len(w_gs) != 1 or len(_own_tensors(module)) != 1:
         return "it has other parts than four linear layers and a scoring vector"
-    first = [] if known is None else [tuple(known[:LINEAR_NAMES])]
+    first = [] if known is None else [tuple(known[:LINEARS])]
     orders = [*first, *itertools.permutations(linears)]
     inputs = []
     for batch, tokens, size in ATTENTION_INPUTS:

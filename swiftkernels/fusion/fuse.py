@@ -225,8 +225,12 @@ def fuse_for_inference(model: nn.Module, *, example: Tensor | None = None) -> Fu
     chains that change no output are taken. On a CPU a chain runs as one compiled program; elsewhere
     in PyTorch's operators.
 
-    The model stays unchanged. The fused network is a copy with the weights as they are now; after
-    further training, fuse the model again.
+    Blocks with hooks, replaced forwards, adapters, parametrizations or quantised layers stay as
+    they are, and chains end at modules with hooks; the report says why. Hooks are copied as by
+    `copy.deepcopy`.
+
+    The model stays unchanged, and none of its hooks is called. The fused network is a copy with the
+    weights as they are now; after further training, fuse the model again.
 
     Args:
         model: in evaluation mode, on images [B, C, H, W].
@@ -250,6 +254,9 @@ def fuse_for_inference(model: nn.Module, *, example: Tensor | None = None) -> Fu
         (8, 0)
     """
     _check(model, example)
+    if "forward" in vars(model):
+        kind = type(model).__name__
+        raise ValueError(_nothing(model, [LeftBlock("", kind, "its forward was replaced")]))
     with _isolated():
         clone = _clone(model)
         images, exact = _run_on_examples(clone, example)
@@ -263,7 +270,7 @@ def fuse_for_inference(model: nn.Module, *, example: Tensor | None = None) -> Fu
                 continue
             with _parameters(clone, values):
                 if _gives(clone, runs, images, exact):
-                    return _fused(model, runs, search.left(runs))
+                    return _fused(model, clone, runs, search.left(runs))
     raise ValueError(_nothing(model, search.left([])))
 
 
@@ -289,29 +296,30 @@ class _Search:
         self.layers = [name for name in layers if not _is_inside(name, inside)]
         self.order = list(dict.fromkeys([*inside, *self.layers]))
         self.calls = _record(clone, self.order, images)
+        self.calls_of: dict[str, list[_Call]] = {}
+        for call in self.calls:
+            self.calls_of.setdefault(call.name, []).append(call)
         self.units = {unit.names[0]: unit for unit in found.units}
         for unit in self._rows():
             self.units[unit.names[0]] = unit
-        self.runs = self._runs({})
 
     def candidates(self) -> Iterator[list[_Run]]:
         """Chains to try, from the longest to the shortest."""
-        yield from self._with_and_without_end(self.runs)
-        cuts = self._cuts()
-        shorter = self._runs(cuts)
-        if shorter != self.runs:
-            yield from self._with_and_without_end(shorter)
-        yield self._runs(dict.fromkeys(self.units, True))
+        tried: list[list[_Run]] = []
+        for cuts in (self._no_cuts, self._cuts_by_use, self._cuts_by_parent, self._all_cuts):
+            runs = self._runs(cuts())
+            if runs not in tried:
+                tried.append(runs)
+                yield from self._with_ends(runs)
 
     def left(self, runs: Sequence[_Run]) -> list[LeftBlock]:
         """The blocks and layers that no run holds, and why."""
         fused = {name for run in runs for name in run.names}
         left = [block for block in self.found.left if block.name not in fused]
-        called = {call.name for call in self.calls}
         for unit in self.units.values():
             if not fused.intersection(unit.names):
                 reason = "its outputs differ in a chain" if runs else "no chain gave its outputs"
-                if unit.names[0] not in called:
+                if unit.names[0] not in self.calls_of:
                     reason = "it was not called with one map"
                 left.append(LeftBlock(unit.names[0], unit.kind, reason))
         known = {*fused, *(block.name for block in left)}
@@ -325,22 +333,20 @@ class _Search:
 
     def _rows(self) -> list[Unit]:
         """Stems and downsamplings of which only the layers are modules."""
-        found: list[Unit] = []
-        row: list[_Call] = []
+        rows: list[list[_Call]] = [[]]
         layers = set(self.layers)
         for call in [call for call in self.calls if call.name in layers]:
-            if row and not _is_same(row[-1].out, call.x):
-                found += self._units_in(row)
-                row = []
-            row.append(call)
-        return [*found, *self._units_in(row)]
-
-    def _units_in(self, row: Sequence[_Call]) -> list[Unit]:
-        once = [c for c in row if self._count(c.name) == 1 and not self._under_replaced(c.name)]
-        return find.rows(self.model, [(c.name, self.clone.get_submodule(c.name)) for c in once])
-
-    def _count(self, name: str) -> int:
-        return sum(call.name == name for call in self.calls)
+            if len(self.calls_of[call.name]) > 1 or self._under_replaced(call.name):
+                rows.append([])
+                continue
+            last = rows[-1][-1] if rows[-1] else None
+            if last is not None and (
+                not _is_same(last.out, call.x) or self._hooked(last.name) != self._hooked(call.name)
+            ):
+                rows.append([])
+            rows[-1].append(call)
+        modules = [[(call.name, self.clone.get_submodule(call.name)) for call in r] for r in rows]
+        return [unit for row in modules for unit in find.rows(self.model, row)]
 
     def _runs(self, cuts: Mapping[str, bool]) -> list[_Run]:
         """The longest runs of units of which each takes the output of the one before.
@@ -349,88 +355,85 @@ class _Search:
             cuts: names of units behind which a run has to end.
         """
         runs: list[list[Unit]] = []
-        ends: list[Tensor | None] = []
-        for unit, x, out in self._unit_calls():
-            once = all(self._count(name) == 1 for name in unit.names)
-            for i, units in enumerate(runs):
+        for unit in self._called_units():
+            for units in runs:
                 last = units[-1]
-                end = ends[i]
                 if (
-                    once
-                    and end is not None
-                    and not cuts.get(last.names[0])
-                    and _is_same(end, x)
+                    not cuts.get(last.names[0])
+                    and self._takes(unit.names[0], last.names[-1])
                     and self._hooked(last.names[0]) == self._hooked(unit.names[0])
                     and self._like(last) == self._like(unit)
                 ):
                     units.append(unit)
-                    ends[i] = out
                     break
             else:
-                if all(unit is not other for units in runs for other in units):
-                    runs.append([unit])
-                    ends.append(out if once else None)
+                runs.append([unit])
         return [_Run(tuple(units)) for units in runs]
 
-    def _unit_calls(self) -> Iterator[tuple[Unit, Tensor, Tensor]]:
-        """The units in the order of their calls, with their inputs and outputs."""
-        outputs = {call.name: call.out for call in self.calls}
-        for call in self.calls:
-            unit = self.units.get(call.name)
-            if unit is not None:
-                last = unit.names[-1]
-                yield unit, call.x, call.out if len(unit.names) == 1 else outputs[last]
+    def _called_units(self) -> list[Unit]:
+        """The units in the order of their first calls."""
+        names = dict.fromkeys(call.name for call in self.calls)
+        return [self.units[name] for name in names if name in self.units]
 
-    def _with_and_without_end(self, runs: list[_Run]) -> Iterator[list[_Run]]:
-        for i, run in enumerate(runs):
-            end = self._end(run)
-            if end is not None:
-                yield [*runs[:i], dataclasses.replace(run, end=end), *runs[i + 1 :]]
-        yield runs
+    def _takes(self, name: str, before: str) -> bool:
+        """Whether each call of a module takes the output of the same call of another one."""
+        calls, others = self.calls_of.get(name, []), self.calls_of.get(before, [])
+        return len(calls) == len(others) > 0 and all(
+            _is_same(other.out, call.x) for call, other in zip(calls, others, strict=True)
+        )
+
+    def _with_ends(self, runs: list[_Run]) -> Iterator[list[_Run]]:
+        """The runs with all heads that can join them, with one of them, without."""
+        ends = {i: end for i, run in enumerate(runs) if (end := self._end(run)) is not None}
+        some = [ends, *({i: end} for i, end in ends.items())] if len(ends) > 1 else [ends]
+        for joined in (*some, {}) if ends else ({},):
+            yield [dataclasses.replace(run, end=joined.get(i)) for i, run in enumerate(runs)]
 
     def _end(self, run: _Run) -> _End | None:
         """The BatchNorm and the heads behind the last unit of a run."""
-        out = next(o for unit, _, o in self._unit_calls() if unit is run.units[-1])
+        last = run.units[-1].names[-1]
         layers = {name: self.clone.get_submodule(name) for name in self.layers}
-        calls = [call for call in self.calls if call.name in layers]
-        norm, normed = "", out
-        for call in calls:
-            if find.is_norm(layers[call.name]) and _is_same(out, call.x):
-                norm, normed = call.name, call.out
-        if normed.dim() != 4:
+        norms = [n for n, part in layers.items() if find.is_norm(part) and self._takes(n, last)]
+        norm = norms[0] if norms else ""
+        maps = [call.out for call in self.calls_of[norm or last]]
+        if any(x.dim() != 4 for x in maps):
             return None
-        pooled = normed.mean((2, 3))
-        heads = [
-            call.name
-            for call in calls
-            if find.is_linear(layers[call.name]) and _is_near(call.x, pooled)
-        ]
-        names = [*([norm] if norm else []), *heads]
+        pooled = [x.mean((2, 3)) for x in maps]
+        heads = []
+        for name, part in layers.items():
+            inputs = [call.x for call in self.calls_of.get(name, [])]
+            same = len(inputs) == len(pooled) and all(map(_is_near, inputs, pooled))
+            if same and find.is_linear(part):
+                heads.append(name)
         classes = {len(cast(Tensor, layers[name].weight)) for name in heads}
-        if len(classes) != 1 or any(self._count(name) != 1 for name in names):
-            return None
-        last = run.units[-1].names[0]
-        for name in names:
+        for name in (*norms, *heads):
             if find.why_left(self.model.get_submodule(name)) or self._under_replaced(name):
                 return None
             if self._hooked(name) != self._hooked(last):
                 return None
-        return _End(norm, tuple(heads))
+        return _End(norm, tuple(heads)) if len(classes) == 1 and len(norms) < 2 else None
 
-    def _cuts(self) -> dict[str, bool]:
-        """The units of which something else than the next unit of the run uses the output.
+    def _links(self) -> list[tuple[Unit, Unit]]:
+        """The pairs of units of which the second takes the output of the first."""
+        runs = self._runs({})
+        return [(a, b) for run in runs for a, b in zip(run.units, run.units[1:], strict=False)]
 
-        Each unit gets its input detached, and the gradient of the network's outputs by the outputs
-        of the units shows whether anything else has read them. If that is unknown, runs end where
-        the module that holds the units changes.
-        """
-        pairs = [
-            (a, b) for run in self.runs for a, b in zip(run.units, run.units[1:], strict=False)
-        ]
-        used = _used_elsewhere(self.clone, {a.names[-1]: b.names[0] for a, b in pairs}, self.images)
-        if used is not None:
-            return {a.names[0]: a.names[-1] in used for a, _ in pairs}
-        return {a.names[0]: _parent(a.names[0]) != _parent(b.names[0]) for a, b in pairs}
+    def _no_cuts(self) -> dict[str, bool]:
+        return {}
+
+    def _cuts_by_use(self) -> dict[str, bool]:
+        """Runs end at units of which something else than the next unit uses the output."""
+        links = {a.names[0]: b.names[0] for a, b in self._links()}
+        units = list(self.units.values())
+        used = _used_elsewhere(self.clone, units, links, self.images)
+        return dict.fromkeys(used or (), True)
+
+    def _cuts_by_parent(self) -> dict[str, bool]:
+        """Runs end where the module that holds the units changes, such as a stage."""
+        return {a.names[0]: _parent(a.names[0]) != _parent(b.names[0]) for a, b in self._links()}
+
+    def _all_cuts(self) -> dict[str, bool]:
+        return dict.fromkeys(self.units, True)
 
     def _hooked(self, name: str) -> list[str]:
         """The modules around a module, except the network, that have hooks."""
@@ -488,7 +491,14 @@ def _isolated() -> Iterator[None]:
 
 def _clone(model: nn.Module) -> nn.Module:
     """A copy in float64 on the CPU, without hooks, parametrizations and replaced forwards."""
-    clone = probe.copy_in_float64(model).requires_grad_(False)
+    try:
+        clone = probe.copy_in_float64(model).requires_grad_(False)
+    except Exception as error:  # weights of an unknown type may raise anything
+        raise ValueError(
+            "model must hold weights that can be converted to float64, to compare the fused "
+            f"network with it; got {type(error).__name__}: {error}. Fuse before layers are "
+            "quantised."
+        ) from error
     for part in clone.modules():
         vars(part).pop("forward", None)
         if isinstance(part, AttentionForward):
@@ -507,7 +517,11 @@ def _run_on_examples(clone: nn.Module, example: Tensor | None) -> tuple[list[Ten
         except Exception as raised:  # an unknown model may raise anything
             error = raised
             continue
-        _leaves(out)  # raises if the outputs cannot be compared
+        if not any(isinstance(t, Tensor) and t.numel() for t in _leaves(out)):
+            raise ValueError(
+                "model must return tensors; a copy of it without hooks returned none. Fuse the "
+                "part of the model that returns tensors."
+            )
         found.append(x)
         outputs.append(out)
         if len(found) == PROBES:
@@ -516,8 +530,8 @@ def _run_on_examples(clone: nn.Module, example: Tensor | None) -> tuple[list[Ten
     raise ValueError(
         f"example must be images that the model takes; a copy of the model in float64 could not be "
         f"run on {'random images' if example is None else 'it'} ({message}). Pass "
-        "example=images [B, C, H, W], or fuse the part of the model that takes images, as in "
-        "model.backbone = fuse_for_inference(model.backbone)."
+        "example=images [B, C, H, W], fuse before layers are quantised, or fuse the part of the "
+        "model that takes images, as in model.backbone = fuse_for_inference(model.backbone)."
     ) from error
 
 
@@ -534,9 +548,9 @@ def _examples(clone: nn.Module, example: Tensor | None) -> Iterator[Tensor]:
         yield random(batch, channels, height, width)
         return
     convs = [part for part in clone.modules() if isinstance(part, nn.Conv2d)]
-    channels = convs[0].in_channels if convs else 3
-    for batch, height, width in SIZES:
-        yield random(batch, channels, height, width)
+    for channels in dict.fromkeys([*(conv.in_channels for conv in convs[:1]), 3]):
+        for batch, height, width in SIZES:
+            yield random(batch, channels, height, width)
 
 
 def _record(clone: nn.Module, names: Sequence[str], images: Tensor) -> list[_Call]:
@@ -562,42 +576,65 @@ def _record(clone: nn.Module, names: Sequence[str], images: Tensor) -> list[_Cal
     return [call for call in calls if call.name not in unlike]
 
 
-def _used_elsewhere(clone: nn.Module, links: Mapping[str, str], images: Tensor) -> set[str] | None:
-    """The modules of which not only the linked module uses the output; None if that is unknown."""
-    outputs: dict[str, Tensor] = {}
+def _used_elsewhere(
+    clone: nn.Module, units: Sequence[Unit], links: Mapping[str, str], images: Tensor
+) -> set[str] | None:
+    """The units of which not only the linked unit uses the output; None if that is unknown.
+
+    The outputs of all units become leaves of an autograd graph. It ends in the outputs of the
+    network and in the inputs of the units, except those that are the output of the linked unit.
+
+    Args:
+        clone: the network.
+        units: its units.
+        links: name of a unit -> name of the unit that takes its output.
+        images: for the run.
+    """
+    outputs: dict[str, list[tuple[Tensor, int]]] = {unit.names[0]: [] for unit in units}
+    ends: list[Tensor] = []
+    before = {following: name for name, following in links.items()}
     handles = []
     enabled = [True]
 
-    def keep(name: str) -> Callable[..., Tensor]:
-        def hook(_: nn.Module, args: Any, out: Tensor) -> Tensor:
-            enabled.append(torch.is_grad_enabled())
-            with torch.enable_grad():
-                outputs[name] = out.detach().requires_grad_() * 1
-            return outputs[name]
+    def take(name: str) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: Any) -> Any:
+            linked = outputs.get(before.get(name, ""), [])
+            for t in args:
+                # A change in place since then is a use, too.
+                if not any(t is out and t._version == version for out, version in linked):
+                    ends.append(t)
+            return tuple(t.detach() for t in args)
 
         return hook
 
-    def detach(_: nn.Module, args: Any) -> Any:
-        return tuple(t.detach() for t in args)
+    def keep(name: str) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+            enabled.append(torch.is_grad_enabled() and not torch.is_inference_mode_enabled())
+            with torch.enable_grad():
+                kept = out.detach().requires_grad_() * 1
+            outputs[name].append((kept, kept._version))
+            return kept
 
-    for name, following in links.items():
-        handles.append(clone.get_submodule(name).register_forward_hook(keep(name)))
-        handles.append(clone.get_submodule(following).register_forward_pre_hook(detach))
+        return hook
+
+    for unit in units:
+        first, last = unit.names[0], unit.names[-1]
+        handles.append(clone.get_submodule(first).register_forward_pre_hook(take(first)))
+        handles.append(clone.get_submodule(last).register_forward_hook(keep(first)))
     try:
         with torch.enable_grad():
-            found = [t for t in _leaves(clone(images)) if isinstance(t, Tensor)]
-            sums = [t.sum() for t in found if t.requires_grad]
-            if not all(enabled):
+            ends += [t for t in _leaves(clone(images)) if isinstance(t, Tensor)]
+            sums = [t.sum() for t in ends if t.requires_grad]
+            if not all(enabled) or not sums:
                 return None
-            if not sums:
-                return set()
-            grads = torch.autograd.grad(sums, list(outputs.values()), allow_unused=True)
+            leaves = [(name, t) for name, calls in outputs.items() for t, _ in calls]
+            grads = torch.autograd.grad(sums, [t for _, t in leaves], allow_unused=True)
     except Exception:  # an unknown network may raise anything
         return None
     finally:
         for handle in handles:
             handle.remove()
-    return {name for name, grad in zip(outputs, grads, strict=True) if grad is not None}
+    return {name for (name, _), grad in zip(leaves, grads, strict=True) if grad is not None}
 
 
 def _gives(
@@ -662,8 +699,10 @@ def _parameters(network: nn.Module, values: Mapping[str, Tensor]) -> Iterator[No
             p.copy_(before[name])
 
 
-def _fused(model: nn.Module, runs: Sequence[_Run], left: Sequence[LeftBlock]) -> FusedNetwork:
-    """The fused network, with the weights of the model in its types and on its devices."""
+def _fused(
+    model: nn.Module, clone: nn.Module, runs: Sequence[_Run], left: Sequence[LeftBlock]
+) -> FusedNetwork:
+    """The fused network, with the weights of the copied model in the types of the model."""
     network = copy.deepcopy(model)
     modules: dict[str, nn.Module] = {}
     blocks: list[FusedBlock] = []
@@ -671,13 +710,13 @@ def _fused(model: nn.Module, runs: Sequence[_Run], left: Sequence[LeftBlock]) ->
         like = _first_tensor(network.get_submodule(run.units[0].names[0]))
 
         def cast_to(t: Tensor, like: Tensor = like) -> Tensor:
-            # contiguous, and not the memory of the model's weights
+            # Contiguous, and in memory of its own.
             return t.to(like.device, like.dtype, copy=True).contiguous()
 
-        modules.update(run.modules(network, cast_to))
+        modules.update(run.modules(clone, cast_to))
         chain = run.names[0]
         for part in run.parts:
-            kinds = tuple(step.kind for step in part.steps(network))
+            kinds = tuple(step.kind for step in part.steps(clone))
             if isinstance(part, Unit):
                 blocks.append(FusedBlock(part.names[0], part.kind, kinds, chain))
                 continue
@@ -698,7 +737,7 @@ def _nothing(model: nn.Module, left: Sequence[LeftBlock]) -> str:
     return (
         "model must hold blocks of a SwiftFormer that can be fused; in "
         f"{type(model).__name__} were seen:{seen}\nRemove hooks, merge adapters and "
-        "parametrizations, or use swiftkernels.accelerate(model)."
+        "parametrizations, fuse before torch.compile, or use swiftkernels.accelerate(model)."
     )
 
 

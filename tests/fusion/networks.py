@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,8 +61,7 @@ def config_of_transformers(transformers: Any, **options: Any) -> Any:
 
 
 def of_transformers(**options: Any) -> nn.Module:
-    import transformers
-
+    transformers = pytest.importorskip("transformers")
     config = config_of_transformers(transformers, **options)
     return prepared(transformers.SwiftFormerForImageClassification(config))
 

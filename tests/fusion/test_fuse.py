@@ -16,7 +16,10 @@ from torch.nn.utils import parametrizations
 from swiftkernels import accelerate, fuse_for_inference
 from swiftkernels.fusion.chain import FusedChain, Passed
 from swiftkernels.fusion.fuse import FusedNetwork
+from swiftkernels.models import swiftformer_xs
+from swiftkernels.testing.tolerance import assert_as_good_as_eager
 from tests.fusion import networks
+from tests.stubs import import_timm
 
 SIZES = [(1, 33, 57), (2, 32, 32)]
 
@@ -120,17 +123,22 @@ def test_networks_of_an_explicit_backend_are_fused():
     assert len(chains(fuse_for_inference(model))) == 1
 
 
+def extra_small(library: str) -> nn.Module:
+    if library == "timm":
+        return networks.prepared(import_timm().create_model("swiftformer_xs"))
+    return networks.prepared(swiftformer_xs())
+
+
+@pytest.mark.parametrize("library", ["ours", "timm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_type_of_the_weights_stays(dtype):
-    model = networks.ours().to(dtype)
+def test_networks_of_the_paper_are_as_accurate_as_before(library, dtype):
+    model = extra_small(library).to(dtype)
     fused = fuse_for_inference(model)
     assert {t.dtype for t in fused.state_dict().values()} == {dtype}
-    x = images(model, 2, 225, 257).to(dtype)
+    x = images(model, 4, 65, 97).to(dtype)
     with torch.no_grad():
-        out, expected = fused(x), model(x)
-    assert out.dtype == dtype
-    bound = 20 * torch.finfo(dtype).eps * expected.abs().max()
-    assert (out - expected).abs().max() <= bound
+        exact = copy.deepcopy(model).double()(x.double())
+        assert_as_good_as_eager(fused(x), model(x), exact, ulps=8)
 
 
 def test_initial_layer_scales_hide_nothing():
@@ -345,6 +353,129 @@ def test_heads_that_are_not_averaged_stay():
     assert [block.name for block in fused.report.left] == ["norm", "head", "dist_head"]
 
 
+class Skipping(networks.Official):
+    """The output of the stem is used twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x)
+        x = x + self.network[0](x)
+        for block in self.network[1:]:
+            x = block(x)
+        return self.head(self.norm(x).mean((2, 3)))
+
+
+class InPlace(networks.Official):
+    """The output of the first stage is changed in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.network[0](self.patch_embed(x))
+        x.add_(1)
+        for block in self.network[1:]:
+            x = block(x)
+        return self.head(self.norm(x).mean((2, 3)))
+
+
+class WithoutGraph(networks.Official):
+    """No gradient shows which maps are used."""
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x)
+
+
+class Towers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = networks.Official(), networks.Renamed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) * self.right(x)
+
+
+class Mirrored(nn.Module):
+    """One network for two images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = networks.Official()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.same(x) + self.same(x.flip(3))
+
+
+@pytest.mark.parametrize(
+    ("make", "starts"),
+    [
+        (Mirrored, ["same.patch_embed"]),
+        (Skipping, ["patch_embed", "network.0.0", "network.1"]),
+        (InPlace, ["patch_embed", "network.1"]),
+        (
+            lambda: WithoutGraph(fork_feat=True),
+            [
+                "patch_embed",
+                "network.0.0",
+                "network.1",
+                "network.2.0",
+                "network.3",
+                "network.4.0",
+                "network.5",
+                "network.6.0",
+            ],
+        ),
+        (Towers, ["left.patch_embed", "right.begin"]),
+    ],
+)
+def test_chains_of_unusual_networks(make, starts):
+    """No chain is longer than what the network does with the outputs of its blocks allows."""
+    model = in_float64(make())
+    fused = fuse_for_inference(model)
+    assert_same(fused, model)
+    found = list(dict.fromkeys(block.chain for block in fused.report.fused))
+    assert found == starts
+
+
+def test_sizes_that_a_network_takes_are_found():
+    class Multiples(networks.Official):
+        def forward(self, x: Tensor) -> Any:
+            assert x.shape[2] % 32 == x.shape[3] % 32 == 0
+            return super().forward(x)
+
+    assert len(chains(fuse_for_inference(in_float64(Multiples())))) == 1
+
+    class OneSize(networks.Official):
+        def forward(self, x: Tensor) -> Any:
+            assert x.shape[2:] == (40, 48)
+            return super().forward(x)
+
+    model = in_float64(OneSize())
+    with pytest.raises(ValueError, match="example must be images that the model takes"):
+        fuse_for_inference(model)
+    assert len(chains(fuse_for_inference(model, example=torch.randn(1, 3, 40, 48)))) == 1
+
+
+def test_outputs_that_cannot_be_compared_are_refused():
+    class Image:
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
+
+    class Wrapped(networks.Official):
+        def forward(self, x: Tensor) -> Any:
+            return [Image(super().forward(x))]
+
+    with pytest.raises(ValueError, match=r"must return tensors.*got a Image"):
+        fuse_for_inference(in_float64(Wrapped()))
+
+    class Collecting(networks.Official):
+        """As a network of which the output is what hooks have collected."""
+
+        def forward(self, x: Tensor) -> Any:
+            super().forward(x)
+            return []
+
+    with pytest.raises(ValueError, match="without hooks returned none"):
+        fuse_for_inference(in_float64(Collecting()))
+
+
 def test_other_arguments_are_refused():
     model = networks.of_transformers()
     fused, x = fuse_for_inference(model), torch.randn(1, 3, 64, 64)
@@ -393,6 +524,8 @@ def test_models_that_cannot_be_fused_are_refused():
         fuse_for_inference(networks.ours().train())
     with pytest.raises(ValueError, match=r"got stem\.0\.weight on device meta"):
         fuse_for_inference(networks.ours().to("meta"))
+    with pytest.raises(ValueError, match=r"converted to float64.*Uninitialized"):
+        fuse_for_inference(nn.Sequential(nn.LazyConv2d(4, 1)).eval())
     with pytest.raises(ValueError, match=r"(?s)SwiftFormer that can be fused.*0: Conv2d"):
         fuse_for_inference(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval())
     with pytest.raises(TypeError, match=r"example must be a torch\.Tensor"):
