@@ -111,6 +111,10 @@ struct Matrix {
 /// Rows from which on it pays to pack a matrix in advance.
 constexpr int64_t PACK_FROM = 512;
 
+/// A kernel multiplies STEP numbers of each row at a time, and fetches FETCHED bytes of the next
+/// panel: as much as it takes to have all of it when the rows of a small image (49) are done.
+constexpr int64_t STEP = 8, FETCHED = LANES >= 16 ? 256 : 64;
+
 /// Most products that are summed one after another. Longer sums are sums of such chains: in one
 /// chain, the rounding errors of wide layers would exceed those of PyTorch's products.
 constexpr int64_t MAX_CHAIN = 64;
@@ -119,11 +123,8 @@ constexpr int64_t MAX_CHAIN = 64;
 /// about the same length.
 inline int64_t chain_length(int64_t K) {
   const int64_t chains = std::max<int64_t>(1, (K + MAX_CHAIN - 1) / MAX_CHAIN);
-  return round_up((K + chains - 1) / chains, 4);
+  return round_up((K + chains - 1) / chains, STEP);
 }
-
-/// A kernel multiplies STEP numbers of each row at a time, and fetches FETCHED bytes.
-constexpr int64_t STEP = 4, FETCHED = LANES >= 16 ? 128 : 64;
 
 /// The operands of a block of rows and a group of columns; pointers are to its first row and column.
 struct Block {
