@@ -148,9 +148,7 @@ class Packer:
         panels = self._buffer(sum(floats))
         for b, part in zip(matrices, panels.split(floats), strict=True):
             b = b.detach().float()
-            self.library.swiftkernels_pack(
-                b.data_ptr(), *b.shape, *b.stride(), part.data_ptr()
-            )
+            self.library.swiftkernels_pack(b.data_ptr(), *b.shape, *b.stride(), part.data_ptr())
         return panels.data_ptr()
 
     def vector(self, v: Tensor | None, length: int) -> int:
