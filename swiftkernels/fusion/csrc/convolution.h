@@ -15,9 +15,9 @@ using conv_mlp::Map;
 /// Rows and columns of the output.
 constexpr int64_t halved(int64_t n) { return (n + 1) / 2; }
 
-/// Pixels of a tile: their patches (192 KB) stay in the second-level cache.
+/// Pixels of a tile: their patches (384 KB) stay in the second-level cache.
 inline int64_t convolution_tile(int64_t in_dims) {
-  return std::min<int64_t>(96, std::max<int64_t>(12, 49152 / (9 * in_dims) / 12 * 12));
+  return std::min<int64_t>(96, std::max<int64_t>(12, 98304 / (9 * in_dims) / 12 * 12));
 }
 
 /// A tile of patches; full vectors are written, so rows need room for one more.
