@@ -9,9 +9,9 @@ namespace swiftkernels::fusion {
 
 enum StepKind : int64_t { STEM, CONVOLUTION, CONV_MLP, ATTENTION, POOL, LINEAR };
 
-/// A convolution 3 x 3 of stride 2 with one row of zeros around the image, or a linear layer: panels
-/// (gemm.h) of [9 C, D] or [C, D], and a bias of full vectors. The rows of a stem's first convolution
-/// are ordered (channel, y, x), of others (y, x, channel).
+/// A convolution 3 x 3 of stride 2 with one row of zeros around the image, or a linear layer:
+/// panels (gemm.h) of [9 C, D] or [C, D], and a bias of full vectors. The rows of a stem's first
+/// convolution are ordered (channel, y, x), of others (y, x, channel).
 struct Product {
   int64_t in_dims, out_dims;
   const float* panels;

@@ -55,8 +55,8 @@ inline void convolve_tile(const Product& p, Activation activation, const Map& ma
            });
 }
 
-/// The stem on bands of output rows. The rows between its convolutions stay in the cache; the two at
-/// the border of a band are computed twice.
+/// The stem on bands of output rows. The rows between its convolutions stay in the cache; the two
+/// at the border of a band are computed twice.
 class StemRows {
  public:
   /// Output rows in a band.
@@ -97,8 +97,8 @@ class StemRows {
   /// Output rows whose patches are gathered together.
   int64_t group() const { return std::max<int64_t>(1, 96 / out_width()); }
 
-  /// Row y after the first convolution. Each channel and row of the kernel is a run of three columns,
-  /// and the next pixel reads two columns further.
+  /// Row y after the first convolution. Each channel and row of the kernel is a run of three
+  /// columns, and the next pixel reads two columns further.
   void middle_row(int64_t image, int64_t y, const Workspace& s, const Map& middle,
                   int64_t row) const {
     const Product& p = stem_.first;
@@ -106,8 +106,8 @@ class StemRows {
       for (int64_t i = 0; i < 3; i++) copy_line(image, c, 2 * y - 1 + i, s.lines.row(c * 3 + i));
     const Rows patches(s.lines.data, 2, 3 * p.in_dims, s.lines.stride);
     const Tile out{middle.pixel(row * middle.width), middle.stride};
-    gemm_and(patches, middle.width, Matrix::packed(p.panels, 9 * p.in_dims, p.out_dims), p.bias, out,
-             nullptr, {}, true, [](Tile part, int64_t rows, int64_t width) INLINE_LAMBDA {
+    gemm_and(patches, middle.width, Matrix::packed(p.panels, 9 * p.in_dims, p.out_dims), p.bias,
+             out, nullptr, {}, true, [](Tile part, int64_t rows, int64_t width) INLINE_LAMBDA {
                activate(RELU, part, rows, width);
              });
   }

@@ -2,9 +2,9 @@
 //
 // An image passes all steps before the next one: its maps stay in the cache. Threads take whole
 // images, and share those that are left over. The steps of a shared image are divided into tiles,
-// which the threads take in order. A tile waits only for the tiles of the step before that it reads,
-// or whose input it overwrites. Neither the tiles nor the threads change how a number is computed, so
-// the result is the same for any number of threads.
+// which the threads take in order. A tile waits only for the tiles of the step before that it
+// reads, or whose input it overwrites. Neither the tiles nor the threads change how a number is
+// computed, so the result is the same for any number of threads.
 #include <deque>
 #include <new>
 #include <vector>
@@ -28,7 +28,19 @@ double now() {
 }
 
 /// What threads do between two waits for all tiles: a step, or a pass of an attention.
-enum class Work { LOAD, STEM, CONVOLUTION, CONV_MLP, SCORE, FINISH, FOLD, OUTPUT, POOL, LINEAR, STORE };
+enum class Work {
+  LOAD,
+  STEM,
+  CONVOLUTION,
+  CONV_MLP,
+  SCORE,
+  FINISH,
+  FOLD,
+  OUTPUT,
+  POOL,
+  LINEAR,
+  STORE
+};
 
 struct Phase {
   Work work;
@@ -38,8 +50,8 @@ struct Phase {
   int64_t tiles;
   Map in, out;
   int64_t out_dims;
-  int64_t reach;     // rows around a tile that it reads
-  bool local;        // waits only for the tiles before that it reads or whose input it overwrites
+  int64_t reach;  // rows around a tile that it reads
+  bool local;     // waits only for the tiles before that it reads or whose input it overwrites
   int64_t first_task;
 
   /// The first pixel of a tile of its map; of the number of tiles, the end.
@@ -122,9 +134,8 @@ class Lane {
     Map in{nullptr, call_.height, call_.width, padded(channels)};
     // The maps of all steps lie in two buffers in turn.
     int64_t largest = loads ? in.pixels() * in.stride : 0;
-    for_each_map([&](int64_t, const Map& map) {
-      largest = std::max(largest, map.pixels() * map.stride);
-    });
+    for_each_map(
+        [&](int64_t, const Map& map) { largest = std::max(largest, map.pixels() * map.stride); });
     float* const buffers[] = {arena.take(largest), arena.take(largest)};
     phases_.clear();
     in.data = buffers[0];
@@ -151,17 +162,19 @@ class Lane {
       const int64_t dims = dims_of(step, channels), pixels = out.pixels();
       switch (step.kind) {
         case STEM: {
-          const int64_t bands = std::max<int64_t>(
-              (out.height + StemRows::BAND - 1) / StemRows::BAND,
-              std::min<int64_t>(out.height, threads_));
+          const int64_t bands =
+              std::max<int64_t>((out.height + StemRows::BAND - 1) / StemRows::BAND,
+                                std::min<int64_t>(out.height, threads_));
           add(Work::STEM, i, out, dims, bands);
-          scratch_of([&](Arena& a) { stem_rows(step.weights).workspace(highest_band(phases_.back()), a); });
+          scratch_of([&](Arena& a) {
+            stem_rows(step.weights).workspace(highest_band(phases_.back()), a);
+          });
           break;
         }
         case CONVOLUTION: {
           const int64_t tile = convolution_tile(channels);
-          const int64_t tiles = std::max((pixels + tile - 1) / tile,
-                                         std::min<int64_t>(threads_, (pixels + 11) / 12));
+          const int64_t tiles =
+              std::max((pixels + tile - 1) / tile, std::min<int64_t>(threads_, (pixels + 11) / 12));
           add(Work::CONVOLUTION, i, out, dims, tiles);
           scratch_of([&](Arena& a) { patch_tile((pixels + tiles - 1) / tiles, channels, a); });
           break;
@@ -174,9 +187,8 @@ class Lane {
           Phase& phase = add(Work::CONV_MLP, i, out, dims, tiles);
           phase.reach = w.kernel / 2;
           phase.local = follows;
-          scratch_of([&](Arena& a) {
-            conv_mlp::Workspace::make(w, (pixels + tiles - 1) / tiles, a);
-          });
+          scratch_of(
+              [&](Arena& a) { conv_mlp::Workspace::make(w, (pixels + tiles - 1) / tiles, a); });
           break;
         }
         case ATTENTION:
@@ -246,7 +258,8 @@ class Lane {
       const Step& step = program_.steps[i];
       channels = dims_of(step, channels);
       if (step.kind == STEM) height = halved(height), width = halved(width);
-      if (step.kind == STEM || step.kind == CONVOLUTION) height = halved(height), width = halved(width);
+      if (step.kind == STEM || step.kind == CONVOLUTION)
+        height = halved(height), width = halved(width);
       if (step.kind == POOL) height = width = 1;
       use(i, Map{nullptr, height, width, padded(channels)});
     }
@@ -265,7 +278,8 @@ class Lane {
     const Tile rows{out.data, out.stride};
     switch (phase.work) {
       case Work::LOAD:
-        for (int64_t y = out.height * tile / phase.tiles; y < out.height * (tile + 1) / phase.tiles; y++)
+        for (int64_t y = out.height * tile / phase.tiles; y < out.height * (tile + 1) / phase.tiles;
+             y++)
           load_tile(call_.x.row(image, y, call_.type), 0, 0, out.width, phase.out_dims,
                     rows.from(y * out.width));
         return;
@@ -306,7 +320,8 @@ class Lane {
         return gemm({in.data, in.stride}, in.pixels(), matrix, p.bias, rows, nullptr);
       }
       case Work::STORE:
-        for (int64_t y = in.height * tile / phase.tiles; y < in.height * (tile + 1) / phase.tiles; y++)
+        for (int64_t y = in.height * tile / phase.tiles; y < in.height * (tile + 1) / phase.tiles;
+             y++)
           store_tile(Tile{in.data, in.stride}.from(y * in.width), in.width, phase.out_dims,
                      call_.out.row(image, y, call_.type), 0, 0);
         return;

@@ -8,9 +8,10 @@
 
 namespace swiftkernels::fusion {
 
-/// Every task waits for earlier ones only. Threads take tasks in order, so those that are waited for
-/// are running or done. A thread that waits looks a few times, for as long as a small task takes, and
-/// then sleeps: where other programs need the processor, it has to be free for the other threads.
+/// Every task waits for earlier ones only. Threads take tasks in order, so those that are waited
+/// for are running or done. A thread that waits looks a few times, for as long as a small task
+/// takes, and then sleeps: where other programs need the processor, it has to be free for the other
+/// threads.
 class Tasks {
  public:
   explicit Tasks(int64_t count)

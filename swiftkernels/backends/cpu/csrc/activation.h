@@ -12,7 +12,8 @@ INLINE vec relu(vec x) { return max(vec{}, x); }
 
 /// x Phi(x) = max(x, 0) - |x| Phi(-|x|), with Phi(-a) = q(a)^-8 for a polynomial q that was fitted
 /// for the smallest largest error. Absolute errors are at most 3.5e-7, as PyTorch's are; relative
-/// ones 8e-7 close to 0 and 1e-7 above 1.5. At infinity the result is infinity, at minus infinity 0.
+/// ones 8e-7 close to 0 and 1e-7 above 1.5. At infinity the result is infinity, at minus infinity
+/// 0.
 INLINE vec gelu(vec x) {
   const vec a = min(broadcast(12.f), abs(x));  // beyond it, q^8 would leave the range of floats
   vec q = a * 2.562365791e-06f + -1.084383027e-05f;
@@ -37,13 +38,9 @@ INLINE vec sigmoid(vec x) {
 }
 
 /// The usual approximation of GELU, x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2.
-INLINE vec gelu_tanh(vec x) {
-  return x * sigmoid(1.59576912f * x * (1.f + 0.044715f * x * x));
-}
+INLINE vec gelu_tanh(vec x) { return x * sigmoid(1.59576912f * x * (1.f + 0.044715f * x * x)); }
 
-INLINE vec hardswish(vec x) {
-  return x * min(broadcast(1.f), max(vec{}, x * (1.f / 6.f) + 0.5f));
-}
+INLINE vec hardswish(vec x) { return x * min(broadcast(1.f), max(vec{}, x * (1.f / 6.f) + 0.5f)); }
 
 template <class Function>
 INLINE void for_each_vector(Tile c, int64_t rows, int64_t width, Function function) {

@@ -8,8 +8,9 @@ namespace {
 ///
 /// The compiler has to be kept from three things that each cost 10 to 30 % of the speed: addresses
 /// of rows that are derived from each other (so each row has a pointer of which the compiler knows
-/// nothing), sums that move between registers (so `multiply_add` works in place), and sums in memory
-/// (so there is one loop with products). tests/backends/test_machine_code.py looks at the loop.
+/// nothing), sums that move between registers (so `multiply_add` works in place), and sums in
+/// memory (so there is one loop with products). tests/backends/test_machine_code.py looks at the
+/// loop.
 template <int R, int V, bool RUNS>
 void multiply(const Block& block) {
   const float* a[R];
@@ -33,7 +34,8 @@ void multiply(const Block& block) {
     unrolled<V>([&](auto v) INLINE_LAMBDA { columns[v] = load(b + (i * V + v) * LANES); });
     unrolled<R>([&](auto r) INLINE_LAMBDA {
       const vec row = broadcast(a[r][k + i]);
-      unrolled<V>([&](auto v) INLINE_LAMBDA { sums[r][v] = multiply_add(sums[r][v], row, columns[v]); });
+      unrolled<V>([&](auto v)
+                      INLINE_LAMBDA { sums[r][v] = multiply_add(sums[r][v], row, columns[v]); });
     });
   };
   constexpr std::integral_constant<int, 0> once{};
@@ -52,9 +54,8 @@ void multiply(const Block& block) {
     int64_t k = 0, end = std::min(K, chain);
     while (true) {
       for (; k + STEP <= end; k += STEP, b += STEP * V * LANES) {
-        unrolled<FETCHED / 64>([&](auto i) INLINE_LAMBDA {
-          __builtin_prefetch(next + 64 * i, 0, 2);
-        });
+        unrolled<FETCHED / 64>([&](auto i)
+                                   INLINE_LAMBDA { __builtin_prefetch(next + 64 * i, 0, 2); });
         next += FETCHED;
         unrolled<STEP>([&](auto i) INLINE_LAMBDA { step(k, i); });
       }

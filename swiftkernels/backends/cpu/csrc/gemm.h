@@ -74,8 +74,8 @@ constexpr int64_t STEP = 8, FETCHED = LANES >= 16 ? 256 : 64;
 /// chain, the rounding errors of wide layers would exceed those of PyTorch's products.
 constexpr int64_t MAX_CHAIN = 64;
 
-/// The length of the chains of a sum of K products, a multiple of the kernel's step. All chains have
-/// about the same length.
+/// The length of the chains of a sum of K products, a multiple of the kernel's step. All chains
+/// have about the same length.
 inline int64_t chain_length(int64_t K) {
   const int64_t chains = std::max<int64_t>(1, (K + MAX_CHAIN - 1) / MAX_CHAIN);
   return round_up((K + chains - 1) / chains, STEP);
@@ -127,7 +127,8 @@ struct Matrix {
 /// Rows from which on it pays to pack a matrix in advance.
 constexpr int64_t PACK_FROM = 512;
 
-/// The operands of a block of rows and a group of columns; pointers are to its first row and column.
+/// The operands of a block of rows and a group of columns; pointers are to its first row and
+/// column.
 struct Block {
   const float* a;
   int64_t a_stride;
@@ -136,7 +137,7 @@ struct Block {
   const float* bias;  // [width] or null
   Tile initial;       // added to the product, [rows, width], or without data
   Tile c;
-  int64_t columns;  // of c that may be written: the last vector may be partly padding
+  int64_t columns;   // of c that may be written: the last vector may be partly padding
   const char* next;  // what is read after b, which is fetched meanwhile
   // The K numbers of a row of a are `runs` times `run_length` adjacent ones, `run_stride` apart.
   int64_t runs = 1, run_stride = 0;
@@ -158,8 +159,7 @@ extern const BlockKernels block_kernels, run_kernels;
 
 /// c = initial + bias + a b for a block of `rows` rows, at most BLOCK_ROWS[vectors].
 inline void multiply_block(const Block& block, int vectors, int64_t rows) {
-  const BlockKernel kernel =
-      (block.runs > 1 ? run_kernels : block_kernels)[vectors - 1][rows - 1];
+  const BlockKernel kernel = (block.runs > 1 ? run_kernels : block_kernels)[vectors - 1][rows - 1];
   if (block.columns >= vectors * LANES) return kernel(block);
   alignas(64) float memory[MAX_BLOCK_FLOATS];
   Block whole = block;
@@ -169,8 +169,8 @@ inline void multiply_block(const Block& block, int vectors, int64_t rows) {
     std::memcpy(block.c.row(r), whole.c.row(r), block.columns * sizeof(float));
 }
 
-/// Call use(first, height) for blocks of rows, of almost equal height: a short last block would have
-/// too few independent sums to keep the multipliers busy.
+/// Call use(first, height) for blocks of rows, of almost equal height: a short last block would
+/// have too few independent sums to keep the multipliers busy.
 template <class Use>
 INLINE void for_row_blocks(int64_t rows, int64_t highest, Use use) {
   const int64_t count = (rows + highest - 1) / highest;
@@ -216,9 +216,9 @@ struct Rows {
       : data(data), stride(stride), runs(runs), run_stride(run_stride) {}
 };
 
-/// c [rows, columns] = initial + bias + a [rows, K] b. Then `finish(part, rows, width)` is called for
-/// parts of c while they are in the first-level cache. `c_padded`: rows of c may be overwritten up
-/// to full vectors. `scratch` is for a panel of b, and may be null if b is packed.
+/// c [rows, columns] = initial + bias + a [rows, K] b. Then `finish(part, rows, width)` is called
+/// for parts of c while they are in the first-level cache. `c_padded`: rows of c may be overwritten
+/// up to full vectors. `scratch` is for a panel of b, and may be null if b is packed.
 template <class Finish>
 INLINE void gemm_and(const Rows& a, int64_t rows, const Matrix& b, const float* bias, Tile c,
                      float* scratch, Tile initial, bool c_padded, Finish finish) {
@@ -292,8 +292,8 @@ INLINE void sum_each_row(int64_t rows, float* sums, VectorOf vector_of) {
 }
 
 /// norms2[t][r] = |bias_t + a[r] b_t|^2 for `count` matrices b_t [K, columns], one or two, of which
-/// column j is zero above row j. A panel has one vector of columns of each of two matrices, or two of
-/// one, without the rows above its first column; biases lie in the same order. `scratch` holds
+/// column j is zero above row j. A panel has one vector of columns of each of two matrices, or two
+/// of one, without the rows above its first column; biases lie in the same order. `scratch` holds
 /// `count` vectors for each row.
 inline void triangular_norms2(Tile a, int64_t rows, const float* panels, const float* biases,
                               int64_t K, int64_t columns, int count, float* scratch,
@@ -307,16 +307,9 @@ inline void triangular_norms2(Tile a, int64_t rows, const float* panels, const f
     const float* end = panels + (K - first) * vectors * LANES;
     alignas(64) float memory[MAX_BLOCK_FLOATS];
     const Tile sums{memory, vectors * LANES};
-    Block block{a.data + first,
-                a.stride,
-                panels,
-                K - first,
-                chain_length(K - first),
-                biases,
-                {},
-                sums,
-                vectors * LANES,
-                reinterpret_cast<const char*>(end)};
+    Block block{
+        a.data + first, a.stride, panels, K - first,       chain_length(K - first),
+        biases,         {},       sums,   vectors * LANES, reinterpret_cast<const char*>(end)};
     for_row_blocks(rows, BLOCK_ROWS[vectors], [&](int64_t begin, int64_t height) {
       multiply_block(block, vectors, height);
       block.advance(height);

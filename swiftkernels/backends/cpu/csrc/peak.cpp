@@ -5,7 +5,8 @@
 
 namespace swiftkernels {
 
-/// Run `steps` steps of multiply-adds in registers; returns the floating-point operations of them all.
+/// Run `steps` steps of multiply-adds in registers; returns the floating-point operations of them
+/// all.
 EXPORT int64_t swiftkernels_peak_flops(int64_t steps) {
   // As many sums as a block of two vectors has: more than a multiply-add takes cycles, times the
   // number of units that compute them.

@@ -53,8 +53,8 @@ template <class Use, int... I>
 INLINE void unrolled(std::integer_sequence<int, I...>, Use use) {
   (use(std::integral_constant<int, I>{}), ...);
 }
-/// use(0), ..., use(N - 1) with constants. Unlike a loop, which gcc unrolls too late to see that, it
-/// lets arrays stay in registers.
+/// use(0), ..., use(N - 1) with constants. Unlike a loop, which gcc unrolls too late to see that,
+/// it lets arrays stay in registers.
 template <int N, class Use>
 INLINE void unrolled(Use use) {
   unrolled(std::make_integer_sequence<int, N>{}, use);
@@ -101,9 +101,7 @@ INLINE vec max(vec a, vec b) {
 #endif
 }
 
-INLINE vec abs(vec a) {
-  return reinterpret_cast<vec>(reinterpret_cast<int_vec>(a) & 0x7fffffff);
-}
+INLINE vec abs(vec a) { return reinterpret_cast<vec>(reinterpret_cast<int_vec>(a) & 0x7fffffff); }
 
 /// 1 / a within an ulp or two, for 1 <= a < 2^126.
 INLINE vec reciprocal(vec a) {

@@ -32,7 +32,7 @@ struct PackedWeights {
   const float* final;  // Wf^T [E, D]
   const float* final_bias;
   // Triangular and folded.
-  const float* triangles;        // Rq^T [C, min(E, C + 1)], folded also Rk^T (triangular_norms2)
+  const float* triangles;  // Rq^T [C, min(E, C + 1)], folded also Rk^T (triangular_norms2)
   const float* triangle_biases;
   const float* query_scores;  // Wq^T w_g [C]
   double query_score_bias;    // bq . w_g

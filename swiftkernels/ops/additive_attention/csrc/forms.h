@@ -282,8 +282,8 @@ class FromTokens : public Form {
   void norms_from_tokens(const Workspace& w, int64_t rows, float* query_norms,
                          float* key_norms) const {
     float* const norms[] = {query_norms, key_norms};
-    triangular_norms2(w.x, rows, layer_.triangles, layer_.triangle_biases, C_,
-                      std::min(E_, C_ + 1), norms_, w.vectors, norms);
+    triangular_norms2(w.x, rows, layer_.triangles, layer_.triangle_biases, C_, std::min(E_, C_ + 1),
+                      norms_, w.vectors, norms);
     for (int i = 0; i < norms_; i++) {
       check(*std::min_element(norms[i], norms[i] + rows), bias_norms2_[i]);
       invert_norms(layer_, norms[i], rows);

@@ -10,8 +10,8 @@
 namespace swiftkernels::conv_mlp {
 
 /// The packed weights. Vectors and rows are padded with zeros to full vectors; panels are those of
-/// gemm.h. The hidden channels are divided into blocks, whose weights lie in the order in which they
-/// are read.
+/// gemm.h. The hidden channels are divided into blocks, whose weights lie in the order in which
+/// they are read.
 struct PackedWeights {
   int64_t in_dims;     // C
   int64_t hidden;      // H

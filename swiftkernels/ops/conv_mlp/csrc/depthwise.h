@@ -22,8 +22,9 @@ struct Depthwise {
   int64_t kernel, channels;
 };
 
-/// P pixels of a row from column x on. Their neighbours to the left and right exist; above and below
-/// there are some of the rows [first, end) of the kernel. `row`: the first of these rows of the image.
+/// P pixels of a row from column x on. Their neighbours to the left and right exist; above and
+/// below there are some of the rows [first, end) of the kernel. `row`: the first of these rows of
+/// the image.
 template <int K, int P>
 INLINE void inner_pixels(const Map& image, const Depthwise& d, const float* row, int64_t first,
                          int64_t end, int64_t x, Tile out) {
@@ -35,9 +36,8 @@ INLINE void inner_pixels(const Map& image, const Depthwise& d, const float* row,
     const float* in = row + (x - K / 2) * image.stride + c;
     for (int64_t y = first; y < end; y++, in += image.width * image.stride) {
       vec weights[K];
-      unrolled<K>([&](auto i) INLINE_LAMBDA {
-        weights[i] = load(d.weights + (y * K + i) * width + c);
-      });
+      unrolled<K>([&](auto i)
+                      INLINE_LAMBDA { weights[i] = load(d.weights + (y * K + i) * width + c); });
       unrolled<P + K - 1>([&](auto i) INLINE_LAMBDA {
         const vec value = load(in + i * image.stride);
         unrolled<K>([&](auto k) INLINE_LAMBDA {
@@ -83,7 +83,8 @@ inline void part_of_row(const Map& image, const Depthwise& d, int64_t y, int64_t
   constexpr int PIXELS = K == 3 ? 4 : 3;
   for (; x + PIXELS <= inner_end; x += PIXELS)
     inner_pixels<K, PIXELS>(image, d, row, first, last, x, out.from(x - begin));
-  if (x + 2 <= inner_end) inner_pixels<K, 2>(image, d, row, first, last, x, out.from(x - begin)), x += 2;
+  if (x + 2 <= inner_end)
+    inner_pixels<K, 2>(image, d, row, first, last, x, out.from(x - begin)), x += 2;
   for (; x < inner_end; x++) inner_pixels<K, 1>(image, d, row, first, last, x, out.from(x - begin));
   for (; x < end; x++) edge_pixel<K>(image, d, row, first, last, x, out.row(x - begin));
 }

@@ -15,8 +15,8 @@ class Forward {
         threads_(usable_threads(call.threads)),
         reach_(w.kernel / 2),
         in_place_(has_full_rows(call.x, w.in_dims)),
-        bands_(std::max(bands_of_one(), std::min(rows(), (threads_ + call.batch - 1) / call.batch))) {
-  }
+        bands_(
+            std::max(bands_of_one(), std::min(rows(), (threads_ + call.batch - 1) / call.batch))) {}
 
   Status run() {
     Arena size;

@@ -1,6 +1,6 @@
-// The operator on a tile of pixels. The tile passes the depthwise convolution, then block by block of
-// hidden channels the first product with the activation and the second product, which adds to the
-// output. The hidden channels of a tile stay in the second-level cache.
+// The operator on a tile of pixels. The tile passes the depthwise convolution, then block by block
+// of hidden channels the first product with the activation and the second product, which adds to
+// the output. The hidden channels of a tile stay in the second-level cache.
 #pragma once
 
 #include "abi.h"
@@ -10,14 +10,15 @@
 
 namespace swiftkernels::conv_mlp {
 
-/// Pixels in a tile. The exact number hardly matters: with 24 to 200, times of whole networks differ
-/// by 2 %.
+/// Pixels in a tile. The exact number hardly matters: with 24 to 200, times of whole networks
+/// differ by 2 %.
 constexpr int64_t TILE = 96;
 
 /// Tiles for an image: full ones, or one for each thread if it is small.
 inline int64_t tiles_of(int64_t pixels, int64_t threads) {
   constexpr int64_t SMALLEST = 12;
-  return std::max((pixels + TILE - 1) / TILE, std::min(threads, (pixels + SMALLEST - 1) / SMALLEST));
+  return std::max((pixels + TILE - 1) / TILE,
+                  std::min(threads, (pixels + SMALLEST - 1) / SMALLEST));
 }
 
 /// The scratch of a thread.
