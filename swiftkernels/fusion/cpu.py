@@ -26,14 +26,12 @@ _PRODUCT = struct.Struct("2q2P")
 _STEP = struct.Struct("qPq")
 _PROGRAM = struct.Struct("3qP")
 _CALL = struct.Struct("5qP4qP4qP")
-_KINDS: tuple[type[Step], ...] = (
-    of.Stem,
-    of.Convolution,
-    of.ConvMlp,
-    of.Attention,
-    of.Pool,
-    of.Linear,
-)
+_KINDS: Sequence[type[Step]] = (
+    of.Stem, of.Convolution, of.ConvMlp, of.Attention, of.Pool, of.Linear,
+)  # fmt: skip
+
+MAX_SIZES = 256
+"""Sizes of images for which the form of each attention is remembered."""
 
 library.register_interface(
     "network",
@@ -69,20 +67,25 @@ class Programs:
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self._steps = steps
-        self._packed: dict[tuple[int, ...], Packed] = {}
+        self._by_size: dict[tuple[int, int], Packed] = {}
+        self._by_forms: dict[tuple[int, ...], Packed] = {}
         self._plain = False
 
     def for_size(self, height: int, width: int) -> Packed:
         """The chain, for images of that size."""
-        forms = self._forms(height, width)
-        found = self._packed.get(forms)
+        found = self._by_size.get((height, width))
         if found is None:
-            found = self._packed[forms] = _pack(self._steps, forms)
+            forms = self._forms(height, width)
+            found = self._by_forms.get(forms) or _pack(self._steps, forms)
+            if len(self._by_size) >= MAX_SIZES:
+                self._by_size.clear()
+            self._by_forms[forms] = self._by_size[height, width] = found
         return found
 
     def use_plain_attention(self) -> None:
         """Other forms lose digits with these weights: use the plain one from now on."""
         self._plain = True
+        self._by_size.clear()
 
     def _forms(self, height: int, width: int) -> tuple[int, ...]:
         forms = []

@@ -75,7 +75,8 @@ class FusedNetwork(nn.Module):
     """A network for inference in which chains of blocks run as one program.
 
     `fuse_for_inference` makes it. The parameters require no gradient. It takes the images only, by
-    position or by the name that the model's forward gives them.
+    position or by the name that the model's forward gives them. If one chain computes all that the
+    model returns, the model's own forward is not run, nor are hooks that are added to its parts.
 
     Attributes:
         network: the copy of the model, with a `FusedChain` in the place of the first block of each
@@ -87,20 +88,22 @@ class FusedNetwork(nn.Module):
             another type or device than the weights, or with images that require a gradient.
     """
 
-    def __init__(self, network: nn.Module, report: FusionReport, argument: str) -> None:
+    def __init__(
+        self, network: nn.Module, report: FusionReport, argument: str, whole: bool = False
+    ) -> None:
         super().__init__()
         self.network = network
         self.report = report
         self._argument = argument
+        self._whole = whole
         # In a tuple, or it would be a child module twice.
         self._chains = tuple(part for part in network.modules() if isinstance(part, FusedChain))
         self.eval()
 
     def forward(self, x: Any = None, /, *others: Any, **named: Any) -> Any:
         """The output of the model for images x [B, C, H, W]."""
-        if isinstance(x, torch.fx.Proxy):
-            return self.network(x)
-        return self.network(self._checked(x, others, named))
+        images = x if isinstance(x, torch.fx.Proxy) else self._checked(x, others, named)
+        return self._chains[0](images).flatten(1) if self._whole else self.network(images)
 
     def plain(self, x: Any = None, /, *others: Any, **named: Any) -> Any:
         """The same, with all chains in PyTorch's operators."""
@@ -272,7 +275,8 @@ def fuse_for_inference(model: nn.Module, *, example: Tensor | None = None) -> Fu
                 continue
             with _parameters(clone, values):
                 if _gives(clone, runs, images, exact):
-                    return _fused(model, clone, runs, search.left(runs))
+                    whole = _is_whole(model, clone, runs, images, exact)
+                    return _fused(model, clone, runs, search.left(runs), whole)
     raise ValueError(_nothing(model, search.left([])))
 
 
@@ -655,6 +659,21 @@ def _gives(
     return True
 
 
+def _is_whole(
+    model: nn.Module,
+    clone: nn.Module,
+    runs: Sequence[_Run],
+    images: Sequence[Tensor],
+    expected: Sequence[Any],
+) -> bool:
+    """Whether the only chain computes all that the model does."""
+    if len(runs) > 1 or runs[0].end is None or any(map(torch_state.has_hooks, model.modules())):
+        return False
+    chain = runs[0].modules(clone)[runs[0].names[0]]
+    pairs = zip(images, expected, strict=True)
+    return all(_is_same_output(chain(x).flatten(1), out) for x, out in pairs)
+
+
 def _modules_of(network: nn.Module, runs: Sequence[_Run]) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for run in runs:
@@ -702,7 +721,11 @@ def _parameters(network: nn.Module, values: Mapping[str, Tensor]) -> Iterator[No
 
 
 def _fused(
-    model: nn.Module, clone: nn.Module, runs: Sequence[_Run], left: Sequence[LeftBlock]
+    model: nn.Module,
+    clone: nn.Module,
+    runs: Sequence[_Run],
+    left: Sequence[LeftBlock],
+    whole: bool,
 ) -> FusedNetwork:
     """The fused network, with the weights of the copied model in the types of the model."""
     network = copy.deepcopy(model)
@@ -731,7 +754,7 @@ def _fused(
     else:
         _replace(network, modules)
     network.requires_grad_(False)
-    return FusedNetwork(network, FusionReport(tuple(blocks), tuple(left)), argument)
+    return FusedNetwork(network, FusionReport(tuple(blocks), tuple(left)), argument, whole)
 
 
 def _nothing(model: nn.Module, left: Sequence[LeftBlock]) -> str:

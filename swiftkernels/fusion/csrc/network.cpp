@@ -117,15 +117,17 @@ class Lane {
 
   /// Take the memory and list the phases; without memory in the arena they only count.
   void lay_out(Arena& arena) {
-    int64_t largest = 0, height = call_.height, width = call_.width, scratch = 0;
+    int64_t channels = program_.in_dims, scratch = 0;
+    const bool loads = program_.steps[0].kind != STEM;
+    Map in{nullptr, call_.height, call_.width, padded(channels)};
     // The maps of all steps lie in two buffers in turn.
+    int64_t largest = loads ? in.pixels() * in.stride : 0;
     for_each_map([&](int64_t, const Map& map) {
       largest = std::max(largest, map.pixels() * map.stride);
     });
     float* const buffers[] = {arena.take(largest), arena.take(largest)};
     phases_.clear();
-    int64_t channels = program_.in_dims;
-    Map in{buffers[0], height, width, padded(channels)};
+    in.data = buffers[0];
     int next = 0;
     const auto add = [&](Work work, int64_t step, Map out, int64_t dims, int64_t tiles) -> Phase& {
       const int64_t first = phases_.empty() ? 0 : phases_.back().first_task + phases_.back().tiles;
@@ -138,8 +140,8 @@ class Lane {
       make(size);
       scratch = std::max(scratch, size.used());
     };
-    if (program_.steps[0].kind != STEM) {
-      add(Work::LOAD, -1, in, channels, std::min<int64_t>(height, 4 * threads_));
+    if (loads) {
+      add(Work::LOAD, -1, in, channels, std::min<int64_t>(in.height, 4 * threads_));
       next = 1;
     }
     for_each_map([&](int64_t i, const Map& map) {
