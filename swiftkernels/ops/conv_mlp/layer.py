@@ -70,6 +70,8 @@ class ConvMlp(KeepsPlans, nn.Module):
         torch.Size([2, 48, 14, 14])
     """
 
+    dwconv: nn.Conv2d | None
+    norm: nn.BatchNorm2d | None
     layer_scale: Parameter | None
 
     def __init__(
@@ -96,16 +98,16 @@ class ConvMlp(KeepsPlans, nn.Module):
         checks.check_option("backend", backend, BACKENDS)
         self.activation, self.residual, self.backend = activation, residual, backend
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.dwconv = None
+        self.register_module("dwconv", None)
         if kernel_size is not None:
             padding = kernel_size // 2
             self.dwconv = nn.Conv2d(
                 channels, channels, kernel_size, 1, padding, 1, channels, bias, **factory
             )
-        self.norm = nn.BatchNorm2d(channels, **factory) if norm else None
+        self.register_module("norm", nn.BatchNorm2d(channels, **factory) if norm else None)
         self.pwconv1 = nn.Conv2d(channels, hidden, 1, bias=bias, **factory)
         self.pwconv2 = nn.Conv2d(hidden, channels, 1, bias=bias, **factory)
-        self.layer_scale = None
+        self.register_parameter("layer_scale", None)
         if layer_scale is not None:
             checks.check_number("layer_scale", layer_scale)
             scale = torch.full((channels, 1, 1), float(layer_scale), **factory)
