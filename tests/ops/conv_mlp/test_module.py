@@ -202,6 +202,22 @@ def check_drop_in(theirs: nn.Module, options: dict[str, Any]) -> None:
     model.load_state_dict({f"1.{name}": t for name, t in theirs.state_dict().items()})
 
 
+@needs_kernels
+def test_inputs_that_are_not_plain() -> None:
+    block, x = randomised(ConvMlp(8)), images(1, 8, 5, 5)
+    with torch.no_grad():
+        expected = block(torch.zeros(1, 8, 5, 5))
+        for _ in range(2):
+            torch.testing.assert_close(block(torch._efficientzerotensor((1, 8, 5, 5))), expected)
+        with pytest.raises(TypeError, match=r"x must be a dense tensor.*to_dense"):
+            block(x.to_sparse())
+        block(x)
+        x.untyped_storage().resize_(0)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="x must have memory"):
+                block(x)
+
+
 def test_errors_say_what_to_do() -> None:
     for arguments, message in (
         ((0,), "channels must be at least 1"),
