@@ -299,8 +299,11 @@ class Lane {
         return pool(in, phase.out_dims, out.data);
       case Work::LINEAR: {
         const auto& p = as<Product>(phase.weights);
-        return gemm({in.data, in.stride}, in.pixels(), Matrix::packed(p.panels, p.in_dims, p.out_dims),
-                    p.bias, rows, nullptr);
+        Matrix matrix = Matrix::packed(p.panels, p.in_dims, p.out_dims);
+        // Of all steps, rounding errors of the last one count most. It is short of memory, not of
+        // multipliers, so short chains cost nothing.
+        matrix.chain = 2 * STEP;
+        return gemm({in.data, in.stride}, in.pixels(), matrix, p.bias, rows, nullptr);
       }
       case Work::STORE:
         for (int64_t y = in.height * tile / phase.tiles; y < in.height * (tile + 1) / phase.tiles; y++)

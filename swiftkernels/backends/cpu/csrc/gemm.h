@@ -66,6 +66,21 @@ ONE_COPY inline void pack_panel(const float* b, int64_t K, int64_t k_stride, int
       out[k * width + j] = j < valid ? b[k * k_stride + j * j_stride] : 0.f;
 }
 
+/// A kernel multiplies STEP numbers of each row at a time, and fetches FETCHED bytes of the next
+/// panel: as much as it takes to have all of it when the rows of a small image (49) are done.
+constexpr int64_t STEP = 8, FETCHED = LANES >= 16 ? 256 : 64;
+
+/// Most products that are summed one after another. Longer sums are sums of such chains: in one
+/// chain, the rounding errors of wide layers would exceed those of PyTorch's products.
+constexpr int64_t MAX_CHAIN = 64;
+
+/// The length of the chains of a sum of K products, a multiple of the kernel's step. All chains have
+/// about the same length.
+inline int64_t chain_length(int64_t K) {
+  const int64_t chains = std::max<int64_t>(1, (K + MAX_CHAIN - 1) / MAX_CHAIN);
+  return round_up((K + chains - 1) / chains, STEP);
+}
+
 /// A matrix B [K, columns] to multiply with. It is packed in advance or, which is faster for few
 /// rows, panel by panel during the product.
 struct Matrix {
@@ -73,6 +88,7 @@ struct Matrix {
   const float* panels;  // or null:
   const float* raw;     // B[k, j] = raw[k * k_stride + j * j_stride]
   int64_t k_stride, j_stride;
+  int64_t chain = chain_length(K);
 
   static Matrix packed(const float* panels, int64_t K, int64_t columns) {
     return {K, columns, panels, nullptr, 0, 0};
@@ -110,20 +126,6 @@ struct Matrix {
 
 /// Rows from which on it pays to pack a matrix in advance.
 constexpr int64_t PACK_FROM = 512;
-
-/// Most products that are summed one after another. Longer sums are sums of such chains: in one
-/// chain, the rounding errors of wide layers would exceed those of PyTorch's products.
-constexpr int64_t MAX_CHAIN = 64;
-
-/// The length of the chains of a sum of K products, a multiple of the kernel's step. All chains have
-/// about the same length.
-inline int64_t chain_length(int64_t K) {
-  const int64_t chains = std::max<int64_t>(1, (K + MAX_CHAIN - 1) / MAX_CHAIN);
-  return round_up((K + chains - 1) / chains, 4);
-}
-
-/// A kernel multiplies STEP numbers of each row at a time, and fetches FETCHED bytes.
-constexpr int64_t STEP = 4, FETCHED = LANES >= 16 ? 128 : 64;
 
 /// The operands of a block of rows and a group of columns; pointers are to its first row and column.
 struct Block {
@@ -232,7 +234,7 @@ INLINE void gemm_and(const Rows& a, int64_t rows, const Matrix& b, const float* 
                         a.stride,
                         b.panel(group, scratch),
                         b.K,
-                        chain_length(b.K),
+                        b.chain,
                         bias ? bias + column : nullptr,
                         initial.data ? Tile{initial.row(first) + column, initial.stride} : Tile{},
                         {c.row(first) + column, c.stride},
@@ -264,7 +266,7 @@ inline void gemm_to_panels(Tile a, int64_t rows, const Matrix& b, float* c, int6
                       a.stride,
                       b.panel(group, scratch),
                       b.K,
-                      chain_length(b.K),
+                      b.chain,
                       nullptr,
                       initial ? Tile{const_cast<float*>(initial) + offset, width} : Tile{},
                       {c + offset, width},

@@ -18,7 +18,7 @@ namespace swiftkernels {
 // one row. With SWIFTKERNELS_LANES=16, tests compile the blocks of AVX-512 for other processors.
 #if defined(__AVX512F__) || SWIFTKERNELS_LANES == 16
 constexpr int LANES = 16, MAX_VECTORS = 4;
-constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 14, 12, 8, 6};  // of 32 registers
+constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 10, 10, 8, 6};  // of 32 registers
 #elif defined(__aarch64__)
 constexpr int LANES = 4, MAX_VECTORS = 4;
 constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 14, 10, 8, 6};  // of 32 registers
@@ -29,7 +29,7 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 constexpr int MAX_VECTORS = 3;
-constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 12, 6, 4};  // of 16 registers
+constexpr int BLOCK_ROWS[MAX_VECTORS + 1] = {0, 10, 6, 4};  // of 16 registers
 #endif
 
 constexpr int MAX_BLOCK_ROWS = BLOCK_ROWS[1];
