@@ -1,4 +1,4 @@
-"""The plots of `benchmarks.tradeoff` and `benchmarks.cpu`, drawn only from their CSV files.
+"""The plots of the benchmarks, drawn only from their CSV files.
 
 `python -m benchmarks.plots results/` draws them again.
 """
@@ -19,8 +19,10 @@ from matplotlib.transforms import Bbox
 
 from swiftkernels.testing.engines import OURS
 from swiftkernels.testing.plots import (
+    INK,
     STYLES,
     VERMILION,
+    Margins,
     Style,
     add_caption,
     add_title,
@@ -37,6 +39,8 @@ CPU_CSV = "cpu.csv"
 ACCURACY_LATENCY = "accuracy_latency.png"
 LATENCY_TOKENS = "latency_tokens.png"
 CPU_SPEEDUPS = "cpu_speedups.png"
+NETWORKS_CSV = "whole_networks.csv"
+NETWORKS = "whole_networks.png"
 
 RUNTIMES = ("onnxruntime", "openvino")
 """Engines with a column for their version."""
@@ -49,6 +53,16 @@ MIXERS = STYLES | {
     "none": Style("no mixer", "#7F7F7F", "o"),
 }
 """The styles of token mixers."""
+
+NETWORK_ENGINES = {
+    "timm": Style("PyTorch", "#7F7F7F", ""),
+    "channels_last": Style("PyTorch, channels_last", "#B0B0B0", ""),
+    "compile": STYLES["compile"]._replace(name="torch.compile, frozen"),
+    "onnxruntime": STYLES["onnxruntime"],
+    "openvino": STYLES["openvino"],
+    OURS: Style(OURS, VERMILION, ""),
+}
+"""The styles of the engines of whole networks."""
 
 
 def draw(folder: Path) -> list[Path]:
@@ -95,6 +109,73 @@ def draw_cpu(folder: Path) -> list[Path]:
         paths.append(folder / _speedups_name(setting))
         save_figure(figure, paths[-1], dpi=200, facecolor="white")
     return paths
+
+
+def draw_networks(folder: Path) -> Path:
+    """Draw the times of whole networks in whole_networks.csv in `folder` into it; returns the path.
+
+    Raises:
+        ValueError: the CSV file is missing or has no rows.
+    """
+    rows = read(folder / NETWORKS_CSV, "benchmarks.whole_networks")
+    path = folder / NETWORKS
+    save_figure(networks_figure(rows), path, dpi=200, facecolor="white")
+    return path
+
+
+def networks_figure(rows: Sequence[dict[str, str]]) -> Figure:
+    """Time of a forward by image: a panel for each network, a group of bars for each batch."""
+    rows = [r for r in rows if r["direction"] == "forward" and r["engine"] in NETWORK_ENGINES]
+    clock = rows[0]["clock"].split()[0]
+    names = list(dict.fromkeys(row["network"] for row in rows))
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    engines = [name for name in NETWORK_ENGINES if any(row["engine"] == name for row in rows)]
+    margins = Margins(left=0.6, bottom=1.15, top=0.8)
+    figure, (panels,) = new_figure(9.6, 4.1, columns=len(names), margins=margins, sharey="none")
+    figure.subplots_adjust(wspace=0.22)
+    for name, axes in zip(names, panels, strict=True):
+        for row in (row for row in rows if row["network"] == name):
+            took = 1e3 * float(row[f"{clock}_median_seconds"]) / int(row["batch"])
+            style, ours = NETWORK_ENGINES[row["engine"]], row["engine"] == OURS
+            place = batches.index(row["batch"]) * (len(engines) + 1) + engines.index(row["engine"])
+            axes.bar(place, took, 0.9, color=style.colour, label=style.name)
+            axes.annotate(
+                f"{took:.1f}", (place, took), (0.5, 3), textcoords="offset points", rotation=90,
+                fontsize=7.5, ha="center", va="bottom", color=VERMILION if ours else INK,
+                fontweight="bold" if ours else "normal",
+            )  # fmt: skip
+        axes.margins(x=0.02, y=0.14)
+        middle = (len(engines) - 1) / 2
+        axes.set_xticks(
+            [i * (len(engines) + 1) + middle for i in range(len(batches))],
+            [f"batch {batch}" for batch in batches],
+        )
+        axes.set_title(name.removeprefix("swiftformer_").upper(), fontsize=10, color=INK)
+        axes.grid(axis="x", visible=False)
+        axes.tick_params(labelleft=True)
+    panels[0].set_ylabel("ms for an image")
+    handles, labels = panels[0].get_legend_handles_labels()
+    shown = dict(zip(labels, handles, strict=True))
+    figure.legend(
+        [shown[NETWORK_ENGINES[e].name] for e in engines],
+        [NETWORK_ENGINES[e].name for e in engines],
+        loc="lower center", bbox_to_anchor=(0.5, 0.13), ncols=len(engines), fontsize=8,
+        labelcolor=INK, frameon=False,
+    )  # fmt: skip
+    add_title(figure, f"Inference of SwiftFormers on a CPU: {OURS}.fuse_for_inference")
+    last = rows[-1]
+    parts = [
+        f"timm {last['timm']}'s networks at {last['side']} x {last['side']} pixels",
+        _machine(last),
+        *(f"{STYLES[e].name} {last[e]}" for e in RUNTIMES if e in engines),
+        f"{last['isa']} kernels" if last["isa"] else "",
+    ]
+    add_caption(
+        figure,
+        "Lower is better. Medians, divided by the batch; all engines in turn in one process. "
+        f"{', '.join(filter(None, parts))}.",
+    )
+    return figure
 
 
 def _speedups_name(setting: Setting) -> str:

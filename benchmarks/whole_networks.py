@@ -1,16 +1,25 @@
-"""Time of complete SwiftFormers on a CPU: timm's model, and the same after `accelerate`.
+"""Time and memory of complete SwiftFormers on a CPU, by PyTorch, compilers, runtimes, this library.
 
-`python -m benchmarks.whole_networks` needs timm (torchvision may be missing) and writes
-whole_networks.csv. Both models of a pair have the same weights; their outputs are compared before
-the timing. Calls are timed in turn. Attention is one block of each stage and 6 to 10 % of the
-multiply-adds, so a complete network gains far less than the operator.
+`python -m benchmarks.whole_networks` needs timm (torchvision may be missing). All engines have the
+weights of timm's model and the same images. Their outputs are compared with float64, then they are
+timed in turn, in one process, by the process time and by wall time. ONNX Runtime and OpenVINO are
+optional. The command writes
+
+* whole_networks.csv: a forward at each batch by every engine, a training step at the largest batch
+  by timm's model and the same after `accelerate`, and the peak memory of a forward.
+* whole_networks_blocks.csv: where the time of a fused network goes (`benchmarks.network_blocks`).
+* whole_networks.png, if matplotlib is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
+import gc
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,145 +28,368 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import swiftkernels
+from benchmarks import network_blocks, resident
 from swiftkernels.backends import devices
-from swiftkernels.testing.harness import isa
-from swiftkernels.testing.timing import Stopwatch, clock_name, interleave
-from swiftkernels.utils.files import write_csv
-from swiftkernels.utils.progress import Progress
+from swiftkernels.backends.cpu import library
+from swiftkernels.testing import engines, harness
+from swiftkernels.testing.engines import OURS, Call
+from swiftkernels.testing.ratios import markdown_table
+from swiftkernels.testing.timing import Timing, clock_name, measure_in_turn, process_and_wall_time
+from swiftkernels.testing.tolerance import relative_error
+from swiftkernels.utils.files import read_csv, write_csv
+from swiftkernels.utils.progress import Progress, track
 
 CSV = "whole_networks.csv"
 NAMES = ("xs", "s", "l1", "l3")
+PROFILED = ("xs", "l1")
 DIRECTIONS = ("forward", "training step")
 CLASSES = 1000
-SIDE = 224
-TOLERANCE = 1e-4
-"""Largest relative difference of the outputs, which another order of roundings explains."""
+MIN_ROUNDS = 5
+TOLERANCE = 100 * torch.finfo(torch.float32).eps
+"""Largest relative error of an output. An engine that rounded to bfloat16 or TF32 would exceed it:
+their relative precision is 2^-8 and 2^-11."""
+
+Row = dict[str, Any]
 
 
-def pair(name: str) -> dict[str, nn.Module]:
-    """timm's SwiftFormer, and the same model accelerated.
+class Network:
+    """A SwiftFormer of timm in evaluation mode and its images, the same for all engines."""
 
-    The layer scales are made large. Their initial value, 1e-5, would hide the attention's output.
-    """
-    from tests.stubs import import_timm
+    def __init__(self, name: str, batch: int, side: int) -> None:
+        self.name, self.side = name, side
+        self.images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+        self.model = make_model(name).eval()
 
-    models = {}
-    for engine in ("timm", "accelerated"):
-        torch.manual_seed(0)
-        model = import_timm().create_model(f"swiftformer_{name}", num_classes=CLASSES)
-        with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
-                if "layer_scale" in parameter_name:
-                    parameter.uniform_(0.5, 1.5)
-        models[engine] = model
-    swiftkernels.accelerate(models["accelerated"])
-    return models
-
-
-def calls(
-    models: dict[str, nn.Module], images: Tensor, direction: str
-) -> dict[str, Callable[[], Any]]:
-    """One call of each model: a forward in eval mode, or a training step."""
-    if direction == "forward":
-        return {name: _forward(model.eval(), images) for name, model in models.items()}
-    return {name: _step(model.train(), images) for name, model in models.items()}
-
-
-def _forward(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
-    @torch.no_grad()
-    def call() -> Tensor:
-        out: Tensor = model(images)
+    @functools.cached_property
+    def exact(self) -> Tensor:
+        """The output in float64."""
+        (out,) = call_of(copy.deepcopy(self.model).double(), self.images.double())()
         return out
 
+    @functools.cached_property
+    def onnx(self) -> bytes:
+        return engines.onnx_model(self.model, self.images)
+
+    def new_output(self) -> Tensor:
+        return torch.empty(len(self.images), CLASSES)
+
+
+def make_model(name: str) -> nn.Module:
+    """timm's model; layer scales and BatchNorms are such that they hide no error."""
+    from tests.stubs import import_timm
+
+    torch.manual_seed(0)
+    model: nn.Module = import_timm().create_model(f"swiftformer_{name}", num_classes=CLASSES)
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if "layer_scale" in key or "running_var" in key:
+                tensor.uniform_(0.5, 1.5)
+            elif "running_mean" in key:
+                tensor.normal_(0, 0.1)
+    return model
+
+
+def accelerated(model: nn.Module) -> nn.Module:
+    """A copy of the model, accelerated."""
+    model = copy.deepcopy(model)
+    swiftkernels.accelerate(model)
+    return model
+
+
+def call_of(module: nn.Module, images: Tensor) -> Call:
+    """The forward of a module."""
+
+    @torch.no_grad()
+    def call() -> list[Tensor]:
+        return [module(images)]
+
     return call
 
 
-def _step(model: nn.Module, images: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+def step_of(module: nn.Module, images: Tensor) -> Call:
+    """A training step of a copy of a module, with AdamW."""
+    module = copy.deepcopy(module).train()
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-5)
     labels = torch.arange(len(images)) % CLASSES
 
-    def call() -> None:
+    def call() -> list[Tensor]:
         optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
+        F.cross_entropy(module(images), labels).backward()
         optimizer.step()
+        return []
 
     return call
 
 
-def measure(name: str, batch: int, direction: str, seconds: float) -> list[dict[str, Any]]:
-    """A row for each model of the pair.
+def _channels_last(network: Network) -> Call:
+    model: Any = copy.deepcopy(network.model)
+    images = network.images.contiguous(memory_format=torch.channels_last)
+    return call_of(model.to(memory_format=torch.channels_last), images)
+
+
+def _compile(network: Network) -> Call:
+    with torch.no_grad():
+        return engines.compile_frozen(network.model, lambda made: call_of(made, network.images))
+
+
+def _onnxruntime(network: Network) -> Call:
+    return engines.onnxruntime_call(network.onnx, network.images, network.new_output())
+
+
+def _openvino(network: Network) -> Call:
+    return engines.openvino_call(network.onnx, network.images, network.new_output())
+
+
+MODULES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "timm": lambda model: model,
+    "accelerated": accelerated,
+    OURS: swiftkernels.fuse_for_inference,
+}
+"""Engines that are modules."""
+BUILT: dict[str, Callable[[Network], Call]] = {
+    "channels_last": _channels_last,
+    "compile": _compile,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}
+"""Other engines, of a forward only."""
+ENGINES = ("timm", "channels_last", "compile", "onnxruntime", "openvino", "accelerated", OURS)
+TRAINED = ("timm", "accelerated")
+REMEMBERED = ("timm", OURS)
+"""Engines of which the peak memory is measured."""
+
+
+def build(network: Network, engine: str, direction: str) -> tuple[Call, float]:
+    """An engine's call, and the relative error of its output.
 
     Raises:
-        RuntimeError: the outputs differ.
+        RuntimeError: the error is too large.
     """
-    models = pair(name)
-    images = torch.randn(batch, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected, out = (model.eval()(images) for model in models.values())
-    error = ((out - expected).abs().max() / expected.abs().max()).item()
+    module = MODULES[engine](network.model) if engine in MODULES else None
+    call = BUILT[engine](network) if module is None else call_of(module, network.images)
+    error = relative_error(call()[0], network.exact)
     if not error <= TOLERANCE:
-        raise RuntimeError(f"swiftformer_{name}: the outputs differ by {error:.1e}")
-    timings = interleave(calls(models, images, direction), Stopwatch("cpu"), seconds, min_rounds=5)
-    return [
-        {
-            "network": f"swiftformer_{name}",
-            "engine": engine,
-            "batch": batch,
-            "side": SIDE,
-            "dtype": "float32",
-            "direction": direction,
-            "median_seconds": found.median,
-            "min_seconds": found.minimum,
-            "spread_seconds": found.spread,
-            "rounds": len(found.samples),
-            "difference": error,
-            "threads": torch.get_num_threads(),
-            "clock": clock_name("cpu"),
-            "device": devices.name(torch.device("cpu")),
-            "isa": isa(),
-            "torch": torch.__version__,
-        }
-        for engine, found in timings.items()
+        raise RuntimeError(f"its output has a relative error of {error:.1e}")
+    if module is not None and direction != "forward":
+        call = step_of(module, network.images)
+    return call, error
+
+
+def measure(
+    network: Network,
+    direction: str,
+    names: Sequence[str],
+    seconds: float,
+    show: Callable[[str], None] = lambda _: None,
+) -> tuple[list[Row], list[str]]:
+    """Build, verify and time engines; returns a row for each one that works, and what failed."""
+    torch.compiler.reset()
+    gc.collect()
+    calls, errors, failures = {}, {}, []
+    for name in names:
+        show(name)
+        try:
+            calls[name], errors[name] = build(network, name, direction)
+        except Exception as error:  # of a compiler, for example; the others are measured
+            failures.append(f"{name}: {harness.first_line(error)}")
+    show("timing")
+    samples = measure_in_turn(calls, process_and_wall_time, seconds, MIN_ROUNDS)
+    common = {
+        "batch": len(network.images),
+        "side": network.side,
+        "dtype": "float32",
+        "direction": direction,
+        "threads": torch.get_num_threads(),
+        "clock": clock_name("cpu"),
+    }
+    rows = []
+    for name, found in samples.items():
+        row: Row = {"network": f"swiftformer_{network.name}", "engine": name, **common}
+        for clock, times in zip(("process", "wall"), zip(*found, strict=True), strict=True):
+            timing = Timing(times)
+            row[f"{clock}_median_seconds"] = timing.median
+            row[f"{clock}_min_seconds"] = timing.minimum
+            row[f"{clock}_spread_seconds"] = timing.spread
+        row |= {"rounds": len(found), "error": errors[name], "peak_bytes": ""}
+        rows.append(row | machine())
+    show("")
+    return rows, failures
+
+
+def machine() -> Row:
+    """Hardware and versions."""
+    packages = ("timm", "onnxruntime", "openvino")
+    return {
+        "device": devices.name(torch.device("cpu")),
+        "isa": harness.isa(),
+        "torch": torch.__version__,
+        **{package: harness.version(package) for package in packages},
+    }
+
+
+def peak_bytes_here(network: Network, engine: str) -> int:
+    """Bytes by which this process grows in a forward; weights and images are there before."""
+    module = MODULES[engine](network.model)
+    # The first call, of one image, packs weights. It runs in a thread of its own, because the fused
+    # network keeps memory for the next call of a thread.
+    first = threading.Thread(target=call_of(module, network.images[:1]))
+    first.start()
+    first.join()
+    return resident.peak_growth(call_of(module, network.images))[0]
+
+
+def add_memory(rows: Sequence[Row]) -> None:
+    """Write the peak memory of a forward at the largest batch into the rows, on Linux."""
+    largest = max(row["batch"] for row in rows)
+    if largest == 1 or sys.platform != "linux":
+        return
+    wanted = [
+        row
+        for row in rows
+        if row["engine"] in REMEMBERED and (row["batch"], row["direction"]) == (largest, "forward")
     ]
+    for row in track(wanted, "networks", "memory"):
+        row["peak_bytes"] = _measure_memory(row)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print and write; returns the exit status."""
+def _measure_memory(row: Row) -> int:
+    """`peak_bytes_here` for the network and engine of a row, in a process of its own."""
+    options = {
+        "--memory-of": row["engine"],
+        "--networks": row["network"].removeprefix("swiftformer_"),
+        "--batches": row["batch"],
+        "--side": row["side"],
+        "--threads": row["threads"],
+    }
+    arguments = [part for option in options.items() for part in option]
+    return int(resident.run_process("benchmarks.whole_networks", *arguments).split()[-1])
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Medians and minima, and how much longer an engine takes than the fused network."""
+    lines = [["network", "", "engine", "process, ms", "least", "wall, ms", "least", "/ fused"]]
+    keys = ("network", "batch", "direction")
+    ours = {tuple(r[k] for k in keys): r for r in rows if r["engine"] == OURS}
+    for row in rows:
+        times = [
+            float(row[f"{clock}_{which}_seconds"])
+            for clock in ("process", "wall")
+            for which in ("median", "min")
+        ]
+        key, column = tuple(row[k] for k in keys), f"{row['clock'].split()[0]}_median_seconds"
+        ratio = f"{float(row[column]) / float(ours[key][column]):.2f}" if key in ours else ""
+        name = f"{row['direction']}, batch {row['batch']}"
+        lines.append([key[0], name, row["engine"], *(f"{1e3 * t:.1f}" for t in times), ratio])
+    return markdown_table(lines, texts=(0, 1, 2))
+
+
+def report(out: Path) -> None:
+    """Print the tables of the files, and draw the picture."""
+    print("\n" + table(read_csv(out / CSV)))
+    for name, blocks in network_blocks.by_network(read_csv(out / network_blocks.CSV)).items():
+        print(f"\n{name}, batch 1, 1 thread\n\n{network_blocks.table(blocks)}")
+    try:
+        from benchmarks import plots
+    except ImportError as error:
+        print(f"\nNo picture: {error}")
+        return
+    print(f"\nWritten: {out / CSV}, {plots.draw_networks(out)}")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, with the engines that are installed."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.whole_networks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--networks", nargs="+", choices=NAMES, default=NAMES)
-    add("--batches", nargs="+", type=int, default=(1, 16), help="images (1 and 16)")
-    add("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
+    add("--quick", action="store_true", help="a short run: XS, batch 1, forward, few rounds")
+    add("--networks", nargs="+", choices=NAMES, help="(default: all)")
+    add("--batches", nargs="+", type=int, help="images (default: 1 16)")
+    add("--directions", nargs="+", choices=DIRECTIONS, help="(default: both)")
+    add("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="(default: all)")
+    add("--profile", nargs="*", choices=NAMES, help="networks whose blocks are timed (xs l1)")
     add("--threads", type=int, default=1, help="(%(default)s)")
-    add("--seconds", type=float, default=10.0, help="for the rounds of one pair (%(default)g)")
+    add("--side", type=int, default=224, help="pixels of a side (%(default)s)")
+    add("--seconds", type=float, help="for the rounds of one network (default 10; quick 2)")
     add("--out", type=Path, default=Path("results"), help="folder to write to (%(default)s)")
+    add("--report", action="store_true", help="measure nothing: print and draw the files")
+    add("--memory-of", choices=REMEMBERED, help="print the peak bytes of this engine only")
     given = parser.parse_args(arguments)
+    given.networks = given.networks or (("xs",) if given.quick else NAMES)
+    given.batches = given.batches or ((1,) if given.quick else (1, 16))
+    given.directions = given.directions or (DIRECTIONS[:1] if given.quick else DIRECTIONS)
+    given.seconds = (2.0 if given.quick else 10.0) if given.seconds is None else given.seconds
+    if given.profile is None:
+        given.profile = [name for name in PROFILED if name in given.networks]
+    if given.profile and library.why_not():
+        print(f"Without blocks: backend='cpu' {library.why_not()}")
+        given.profile = []
+    return given
+
+
+def installed(names: Sequence[str]) -> list[str]:
+    """The engines that can run here; the others are printed."""
+    present = []
+    for name in names:
+        missing = engines.ENGINES[name].missing() if name in engines.ENGINES else []
+        if missing:
+            print(f"Without {name}. To add it: pip install {' '.join(missing)}")
+        else:
+            present.append(name)
+    return present
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and write; returns the exit status, 1 if an engine failed."""
+    given = parse(arguments)
+    if given.report:
+        report(given.out)
+        return 0
     torch.set_num_threads(given.threads)
+    if given.memory_of:
+        network = Network(given.networks[0], given.batches[0], given.side)
+        print(peak_bytes_here(network, given.memory_of))
+        return 0
     given.out.mkdir(parents=True, exist_ok=True)
+    names = installed(given.engines)
     problems = [
         (name, batch, direction)
         for direction in given.directions
         for batch in (given.batches if direction == "forward" else given.batches[-1:])
         for name in given.networks
     ]
-    rows: list[dict[str, Any]] = []
-    with Progress(len(problems), "pairs") as bar:
+    rows: list[Row] = []
+    blocks: list[Row] = []
+    failures = []
+    with Progress(len(problems) + len(given.profile), "steps") as bar:
         for name, batch, direction in problems:
             bar.show(f"{name}, batch {batch}, {direction}")
-            rows += measure(name, batch, direction, given.seconds)
-            theirs, ours = (row["median_seconds"] for row in rows[-2:])
-            bar.write(
-                f"swiftformer_{name}, batch {batch}, {direction}: timm {theirs * 1e3:.1f} ms, "
-                f"accelerated {ours * 1e3:.1f} ms, {theirs / ours:.2f} x"
-            )
+            network = Network(name, batch, given.side)
+            chosen = [n for n in names if direction == "forward" or n in TRAINED]
+            found, failed = measure(network, direction, chosen, given.seconds, bar.note)
+            rows += found
+            for failure in failed:
+                bar.write(f"{bar.text}: {failure}")
+            failures += failed
+            times = [f"{r['engine']} {1e3 * r['process_median_seconds']:.1f}" for r in found]
+            bar.write(f"{bar.text}, ms of process time: {', '.join(times)}")
             write_csv(given.out / CSV, rows, digits=6)
             bar.advance()
-    print(f"Written: {given.out / CSV}")
-    return 0
+        for name in given.profile:
+            bar.show(f"{name}, blocks")
+            network = Network(name, 1, given.side)
+            blocks += [
+                {"network": f"swiftformer_{name}", **row, **machine()}
+                for row in network_blocks.measure(network.model, network.images, given.seconds)
+            ]
+            write_csv(given.out / network_blocks.CSV, blocks, digits=6)
+            bar.advance()
+    add_memory(rows)
+    write_csv(given.out / CSV, rows, digits=6)
+    report(given.out)
+    return int(bool(failures))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from swiftkernels.testing.engines import OURS
 from swiftkernels.testing.ratios import Setting, Speedup, setting_of, speedups
 
 DOCS = Path(__file__).parent
@@ -37,6 +39,18 @@ ENGINES = {
 }
 """Of cpu.csv, with their names in the tables, in the tables' order."""
 HEADLINE = ("eager", "compile", "onnxruntime", "openvino")
+RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+"""Columns with versions, and their names."""
+NETWORKS, BLOCKS = "whole_networks.csv", "whole_networks_blocks.csv"
+NETWORK_ENGINES = {
+    "timm": "timm, eager",
+    "channels_last": "channels_last",
+    "accelerated": "accelerated",
+    "compile": "torch.compile, frozen",
+    **RUNTIMES,
+    OURS: "**fused**",
+}
+"""Of whole_networks.csv, with their names in the table, in its order."""
 
 Row = dict[str, str]
 
@@ -48,30 +62,39 @@ def rows_of(name: str) -> list[Row]:
 
 
 def headline() -> str:
-    """What a layer and a whole network gain, float32 on one thread, with the machines."""
+    """What a whole network and a layer gain, float32 on one thread, with the machines."""
     found = [
         s
         for s in speedups(rows_of("cpu.csv"))
         if (s.setting.threads, s.setting.dtype) == (1, "float32") and s.engine in HEADLINE
     ]
     lines = []
+    networks = _times(rows_of(NETWORKS))
+    inference = [times for problem, times in networks.items() if problem.direction == "forward"]
+    engines = ("timm", *HEADLINE[1:])
+    ratios = [[times[engine] / times[OURS] for times in inference] for engine in engines]
+    lines.append(["whole SwiftFormer, inference", *map(_spread, ratios)])
+    gains = [
+        times["timm"] / times["accelerated"]
+        for problem, times in networks.items()
+        if problem.direction != "forward"
+    ]
+    lines.append(["whole SwiftFormer, training step", _spread(gains), *[""] * 3])
     for direction in dict.fromkeys(s.setting.direction for s in found):
         own = [s for s in found if s.setting.direction == direction]
-        ratios = ([s.by_median for s in own if s.engine == engine] for engine in HEADLINE)
+        ratios = [[s.by_median for s in own if s.engine == engine] for engine in HEADLINE]
         lines.append([f"additive attention, {direction}", *map(_spread, ratios)])
-    networks = rows_of("whole_networks.csv")
-    for direction in dict.fromkeys(row["direction"] for row in networks):
-        gains = [gain for row, gain in _network_gains(networks) if row["direction"] == direction]
-        lines.append([f"whole SwiftFormer, {direction}", _spread(gains), *[""] * 3])
     table = _table(["faster than", *(ENGINES[engine] for engine in HEADLINE)], lines)
+    rows = rows_of(NETWORKS)
+    names = ", ".join(dict.fromkeys(_short(row["network"]) for row in rows))
     return (
         f"{table}\n\nMean (least to most) of ratios of median times on CPUs; float32, 1 thread, "
-        f"torch {_only(networks, 'torch')}. Attention: {len({s.shape for s in found})} shapes, "
-        f"{_only(rows_of('cpu.csv'), 'device')} ({_only(rows_of('cpu.csv'), 'isa')}), "
-        "[cpu.csv](DOCS/results/cpu.csv). Networks: timm's XS, S, L1, L3, accelerated, at "
-        f"{_only(networks, 'side')} pixels, batch {_only(networks, 'batch')}, "
-        f"{_only(networks, 'device')} ({_only(networks, 'isa')}), "
-        "[whole_networks.csv](DOCS/results/whole_networks.csv)."
+        f"torch {_only(rows, 'torch')}. Networks: timm's {names} at "
+        f"{_only(rows, 'side')} pixels, batch {_only(rows, 'batch')}, by `fuse_for_inference`, "
+        f"training by `accelerate`; {_only(rows, 'device')} ({_only(rows, 'isa')}), "
+        f"[{NETWORKS}](DOCS/results/{NETWORKS}). Attention: {len({s.shape for s in found})} "
+        f"shapes, {_only(rows_of('cpu.csv'), 'device')} ({_only(rows_of('cpu.csv'), 'isa')}), "
+        "[cpu.csv](DOCS/results/cpu.csv)."
     )
 
 
@@ -125,7 +148,7 @@ def _operator_machine(found: Iterable[Speedup]) -> str:
     settings = {s.setting for s in found}
     rows = [row for row in rows_of("cpu.csv") if setting_of(row) in settings]
     versions = [f"torch {_only(rows, 'torch')}"]
-    for column, name in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
+    for column, name in RUNTIMES.items():
         versions += [f"{name} {_only(rows, column)}"] if _only(rows, column) else []
     return (
         f"Ratios of medians, geometric mean over shapes; {_only(rows, 'device')}, kernels for "
@@ -162,40 +185,121 @@ def operator_memory() -> str:
     )
 
 
+class Problem(NamedTuple):
+    """What the engines of whole networks were timed on."""
+
+    network: str
+    direction: str
+    batch: str
+
+    @property
+    def label(self) -> str:
+        return f"{_short(self.network)}, batch&nbsp;{self.batch}"
+
+
+def _times(rows: Sequence[Row]) -> dict[Problem, dict[str, float]]:
+    """Median seconds of each engine, by the clock that counts."""
+    found: dict[Problem, dict[str, float]] = {}
+    for row in rows:
+        problem = Problem(row["network"], row["direction"], row["batch"])
+        seconds = float(row[f"{row['clock'].split()[0]}_median_seconds"])
+        found.setdefault(problem, {})[row["engine"]] = seconds
+    return found
+
+
 def networks() -> str:
-    """Whole SwiftFormers of timm, and the same accelerated."""
-    rows = rows_of("whole_networks.csv")
+    """A forward of whole SwiftFormers in all engines."""
+    rows = [row for row in rows_of(NETWORKS) if row["direction"] == "forward"]
+    engines = [engine for engine in NETWORK_ENGINES if any(row["engine"] == engine for row in rows)]
     lines = []
-    for theirs, ours in zip(rows[::2], rows[1::2], strict=True):
-        before, after = float(theirs["median_seconds"]), float(ours["median_seconds"])
-        lines.append(
-            [
-                theirs["network"],
-                f"{theirs['direction']}, batch {theirs['batch']}",
-                f"{before * 1e3:.1f} ms",
-                f"{after * 1e3:.1f} ms",
-                f"{before / after:.2f} x",
-            ]
-        )
-    table = _table(["network", "", "timm", "accelerated", "gain"], lines)
-    return table + "\n\n" + _networks_machine(rows)
+    for problem, times in _times(rows).items():
+        best = min(seconds for engine, seconds in times.items() if engine != OURS)
+        cells = [f"{1e3 * times[e]:.1f}" if e in times else "" for e in engines]
+        lines.append([problem.label, *cells, f"{best / times[OURS]:.2f} x"])
+    names = [NETWORK_ENGINES[engine] for engine in engines]
+    table = _table(["ms", *names, "best other / fused"], lines)
+    return f"{table}\n\nMedians of {_only(rows, 'clock')}; {_networks_machine(rows)}"
 
 
-def _network_gains(rows: Sequence[Row]) -> list[tuple[Row, float]]:
-    """Each row of timm's with the gain of the accelerated network, measured in turn with it."""
-    return [
-        (theirs, float(theirs["median_seconds"]) / float(ours["median_seconds"]))
-        for theirs, ours in zip(rows[::2], rows[1::2], strict=True)
+def networks_training() -> str:
+    """A training step of whole SwiftFormers, before and after `accelerate`."""
+    rows = [row for row in rows_of(NETWORKS) if row["direction"] != "forward"]
+    lines = [
+        [
+            problem.label,
+            *(f"{1e3 * times[engine]:.0f} ms" for engine in ("timm", "accelerated")),
+            f"{times['timm'] / times['accelerated']:.2f} x",
+        ]
+        for problem, times in _times(rows).items()
     ]
+    table = _table(["", "timm", "accelerated", "gain"], lines)
+    return f"{table}\n\nMedians of {_only(rows, 'clock')}; {_networks_machine(rows)}"
+
+
+def networks_memory() -> str:
+    """Peak memory of a forward of whole SwiftFormers."""
+    rows = [row for row in rows_of(NETWORKS) if row["peak_bytes"]]
+    lines = []
+    for name in dict.fromkeys(row["network"] for row in rows):
+        own = {row["engine"]: row for row in rows if row["network"] == name}
+        eager, ours = (int(own[engine]["peak_bytes"]) for engine in ("timm", OURS))
+        label = Problem(name, "forward", own[OURS]["batch"]).label
+        mib = [f"{n / 2**20:.1f} MiB" for n in (eager, ours)]
+        lines.append([label, *mib, f"{eager / ours:.0f} x"])
+    table = _table(["", "timm, eager", "fused", "ratio"], lines)
+    return (
+        f"{table}\n\nHow far a new process grows in a forward; images and weights are in memory "
+        f"before. {_networks_machine(rows)}"
+    )
+
+
+def network_blocks() -> str:
+    """Where the time of fused networks goes."""
+    rows = rows_of(BLOCKS)
+    tables = []
+    for name in dict.fromkeys(row["network"] for row in rows):
+        own = [row for row in rows if row["network"] == name]
+        lines = []
+        for row in own:
+            took, flops, peak = (float(row[k]) for k in ("min_seconds", "flops", "peak_flops"))
+            lines.append(
+                [
+                    row["block"],
+                    row["count"],
+                    f"{1e3 * took:.2f}",
+                    f"{1e3 * float(row['arithmetic_seconds']):.2f}",
+                    f"{flops / took / 1e9:.0f}",
+                    f"{100 * flops / took / peak:.0f} %",
+                ]
+            )
+        head = [_short(name), "number", "ms", "ms at peak", "GFLOP/s", "share"]
+        peak = float(own[0]["peak_flops"]) / 1e9
+        tables.append(f"{_table(head, lines)}\n\nPeak: {peak:.0f} GFLOP/s.")
+    return (
+        "\n\n".join(tables) + f" Least times at batch {_only(rows, 'batch')}, "
+        f"{_only(rows, 'side')} x {_only(rows, 'side')} pixels, float32, {_only(rows, 'threads')} "
+        f"thread; {_only(rows, 'device')}, kernels for {_only(rows, 'isa')}, torch "
+        f"{_only(rows, 'torch')} ([{BLOCKS}](DOCS/results/{BLOCKS}), by "
+        "`python -m benchmarks.whole_networks`)."
+    )
+
+
+def _short(network: str) -> str:
+    return network.removeprefix("swiftformer_").upper()
 
 
 def _networks_machine(rows: Sequence[Row]) -> str:
+    side, threads = _only(rows, "side"), _only(rows, "threads")
+    versions = [
+        f"{name} {_only(rows, column)}"
+        for column, name in (("timm", "timm"), *RUNTIMES.items())
+        if column == "timm" or any(row["engine"] == column for row in rows)
+    ]
     return (
-        f"Ratios of medians; {_only(rows, 'side')} x {_only(rows, 'side')} pixels, "
-        f"{_only(rows, 'dtype')}, {_only(rows, 'threads')} thread, {_only(rows, 'device')}, "
-        f"kernels for {_only(rows, 'isa')}, torch {_only(rows, 'torch')} "
-        "([whole_networks.csv](DOCS/results/whole_networks.csv), by "
-        "`python -m benchmarks.whole_networks`)."
+        f"{side} x {side} pixels, {_only(rows, 'dtype')}, {threads} "
+        f"thread{'s' if threads != '1' else ''}, {_only(rows, 'device')}, kernels for "
+        f"{_only(rows, 'isa')}, torch {_only(rows, 'torch')}, {', '.join(versions)} "
+        f"([{NETWORKS}](DOCS/results/{NETWORKS}), by `python -m benchmarks.whole_networks`)."
     )
 
 
@@ -251,6 +355,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "operator": operator,
     "operator-memory": operator_memory,
     "networks": networks,
+    "networks-training": networks_training,
+    "networks-memory": networks_memory,
+    "network-blocks": network_blocks,
     "training-memory": training_memory,
     "tradeoff": tradeoff,
 }

@@ -26,7 +26,7 @@ _PRODUCT = struct.Struct("2q2P")
 _STEP = struct.Struct("qPq")
 _PROGRAM = struct.Struct("3qP")
 _CALL = struct.Struct("5qP4qP4qP")
-_KINDS: Sequence[type[Step]] = (
+_KINDS: tuple[type[Step], ...] = (
     of.Stem, of.Convolution, of.ConvMlp, of.Attention, of.Pool, of.Linear,
 )  # fmt: skip
 
@@ -75,7 +75,7 @@ class Programs:
         """The chain, for images of that size."""
         found = self._by_size.get((height, width))
         if found is None:
-            forms = self._forms(height, width)
+            forms = self.forms(height, width)
             found = self._by_forms.get(forms) or _pack(self._steps, forms)
             if len(self._by_size) >= MAX_SIZES:
                 self._by_size.clear()
@@ -87,10 +87,11 @@ class Programs:
         self._plain = True
         self._by_size.clear()
 
-    def _forms(self, height: int, width: int) -> tuple[int, ...]:
+    def forms(self, height: int, width: int) -> tuple[int, ...]:
+        """The form of each attention, for images of that size."""
         forms = []
         for step in self._steps:
-            height, width = _size_after(step, height, width)
+            height, width = size_after(step, height, width)
             if isinstance(step, of.Attention):
                 w, norm = step.weights, step.options.qk_norm
                 form = config.form(height * width, w.in_dims, w.width, norm)
@@ -98,7 +99,8 @@ class Programs:
         return tuple(forms)
 
 
-def _size_after(step: Step, height: int, width: int) -> tuple[int, int]:
+def size_after(step: Step, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the map that a step makes."""
     if isinstance(step, of.Pool):
         return 1, 1
     for _ in range({of.Stem: 2, of.Convolution: 1}.get(type(step), 0)):

@@ -16,7 +16,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -214,46 +214,45 @@ def _separable(backend: str) -> Make:
     return lambda problem: SeparableAttention(problem.size.width, backend=backend)
 
 
-def _compile(problem: Problem, module: nn.Module, **options: Any) -> Call:
-    if problem.device.type == "cpu":
-        # Inductor writes the number of threads into its code, but not into the key of its cache.
-        options["cpp.threads"] = torch.get_num_threads()
-    compiled: Any = torch.compile(module, dynamic=False, fullgraph=True, options=options)
-    return problem.call(compiled)
+def compiled(module: nn.Module, **options: Any) -> nn.Module:
+    """The module, to be compiled for the shapes of its first call and the present threads."""
+    # Inductor writes the number of threads into its code, but not into the key of its cache.
+    options = {"cpp.threads": torch.get_num_threads(), **options}
+    made: Any = torch.compile(module, dynamic=False, fullgraph=True, options=options)
+    return cast(nn.Module, made)
 
 
-def _compile_max(problem: Problem, module: nn.Module) -> Call:
+def compile_frozen(
+    module: nn.Module, call_of: Callable[[nn.Module], Call], mode: str = "default"
+) -> Call:
+    """The call of a module that is compiled here, with its weights as constants."""
     import torch._inductor.config  # here, because it takes seconds and memory
 
-    # As mode="max-autotune-no-cudagraphs": torch.compile accepts either a mode or options.
+    # torch.compile accepts either a mode or options.
     options: dict[str, Any] = {
-        **torch._inductor.list_mode_options("max-autotune-no-cudagraphs"),
+        **torch._inductor.list_mode_options(mode),
         "freezing": True,
         "autotune_num_choices_displayed": 0,
     }
-    call = _compile(problem, module, **options)
+    call = call_of(compiled(module, **options))
     # Dynamo reads the global setting. Tuning prints to stderr in any case.
     with torch._inductor.config.patch(freezing=True), contextlib.redirect_stderr(io.StringIO()):
         call()
     return call
 
 
-@functools.lru_cache(maxsize=1)  # both runtimes get the model of one problem, one after the other
-def _onnx(problem: Problem) -> bytes:
-    """The published layer as an ONNX model."""
+def onnx_model(module: nn.Module, x: Tensor) -> bytes:
+    """A module as an ONNX model, for inputs of the shape of x."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about missing torchvision
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            problem.module(_published), (problem.x,), dynamo=True, opset_version=OPSET,
-            verbose=False,
-        )  # fmt: skip
+        program = torch.onnx.export(module, (x,), dynamo=True, opset_version=OPSET, verbose=False)
     assert program is not None
     return program.model_proto.SerializeToString()
 
 
-def _onnxruntime(problem: Problem, _: nn.Module) -> Call:
-    """Input and output are in torch's memory: the call copies nothing."""
+def onnxruntime_call(model: bytes, x: Tensor, out: Tensor) -> Call:
+    """Run an ONNX model from x to out. Both are in torch's memory: the call copies nothing."""
     onnxruntime: Any = importlib.import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -261,10 +260,7 @@ def _onnxruntime(problem: Problem, _: nn.Module) -> Call:
     options.inter_op_num_threads = 1
     # Its threads may wait in a loop during a run, but not while the next engine is measured.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(
-        _onnx(problem), options, providers=["CPUExecutionProvider"]
-    )
-    x, out = problem.x, torch.empty_like(problem.x)
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     float32 = x.numpy().dtype.type
     binding = session.io_binding()
     for bind, name, tensor in (
@@ -280,8 +276,8 @@ def _onnxruntime(problem: Problem, _: nn.Module) -> Call:
     return call
 
 
-def _openvino(problem: Problem, _: nn.Module) -> Call:
-    """Input and output are in torch's memory: the call copies nothing."""
+def openvino_call(model: bytes, x: Tensor, out: Tensor) -> Call:
+    """Run an ONNX model from x to out. Both are in torch's memory: the call copies nothing."""
     openvino: Any = importlib.import_module("openvino")
     core = openvino.Core()
     settings = {
@@ -289,9 +285,8 @@ def _openvino(problem: Problem, _: nn.Module) -> Call:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": "f32",
     }
-    compiled = core.compile_model(core.read_model(io.BytesIO(_onnx(problem))), "CPU", settings)
-    request = compiled.create_infer_request()
-    x, out = problem.x, torch.empty_like(problem.x)
+    read = core.read_model(io.BytesIO(model))
+    request = core.compile_model(read, "CPU", settings).create_infer_request()
     request.set_input_tensor(openvino.Tensor(x.numpy(), shared_memory=True))
     request.set_output_tensor(openvino.Tensor(out.numpy(), shared_memory=True))
 
@@ -302,6 +297,28 @@ def _openvino(problem: Problem, _: nn.Module) -> Call:
         return [out]
 
     return call
+
+
+def _compile(problem: Problem, module: nn.Module) -> Call:
+    return problem.call(compiled(module))
+
+
+def _compile_max(problem: Problem, module: nn.Module) -> Call:
+    return compile_frozen(module, problem.call, "max-autotune-no-cudagraphs")
+
+
+@functools.lru_cache(maxsize=1)  # both runtimes get the model of one problem, one after the other
+def _onnx(problem: Problem) -> bytes:
+    """The published layer as an ONNX model."""
+    return onnx_model(problem.module(_published), problem.x)
+
+
+def _onnxruntime(problem: Problem, _: nn.Module) -> Call:
+    return onnxruntime_call(_onnx(problem), problem.x, torch.empty_like(problem.x))
+
+
+def _openvino(problem: Problem, _: nn.Module) -> Call:
+    return openvino_call(_onnx(problem), problem.x, torch.empty_like(problem.x))
 
 
 ENGINES = {

@@ -141,7 +141,7 @@ def new_figure(
     columns: int = 1,
     *,
     margins: Margins | None = None,
-    sharey: Literal["all", "row"] = "row",
+    sharey: Literal["all", "row", "none"] = "row",
     ratios: Sequence[float] | None = None,
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure and its panels by row; sizes in inches, `ratios` of columns' widths."""

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +30,7 @@ REST = 0.02
 work in a loop for about half of that time, and would take the cores from the next call."""
 
 Call = Callable[[], Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,8 @@ class Stopwatch:
 
     def __call__(self, call: Call, queued: bool = False) -> float:
         if self.device.type == "cpu":
-            if torch.get_num_threads() > 1:
-                time.sleep(REST)
-                call()  # wakes the threads; not measured
-            now = clock(self.device)
-            began = now()
-            call()
-            return now() - began
+            process, wall = process_and_wall_time(call)
+            return process if clock(self.device) is time.process_time else wall
         start, end = (self._module.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
         if not queued:
@@ -106,16 +102,23 @@ class Stopwatch:
         return float(start.elapsed_time(end)) / 1e3
 
 
+def process_and_wall_time(call: Call) -> tuple[float, float]:
+    """Seconds of a call on a CPU, by two clocks; process time is summed over the threads."""
+    if torch.get_num_threads() > 1:
+        time.sleep(REST)
+        call()  # wakes the threads; not measured
+    wall, process = time.perf_counter(), time.process_time()
+    call()
+    return time.process_time() - process, time.perf_counter() - wall
+
+
 def interleave(
     calls: Mapping[str, Call],
     measure: Callable[[Call], float],
     seconds: float = 0.5,
     min_rounds: int = 9,
 ) -> dict[str, Timing]:
-    """Measure the calls in turn, so that clock rate, caches and other programs affect all alike.
-
-    A round calls each once, in a new random order; the first round is not counted. There are rounds
-    for `seconds` of wall time, and at least `min_rounds`.
+    """The times of `measure_in_turn`.
 
     Example:
         >>> calls = {"sum": torch.ones(9).sum, "max": torch.ones(9).max}
@@ -123,8 +126,20 @@ def interleave(
         >>> timings["sum"].median < 1
         True
     """
+    samples = measure_in_turn(calls, measure, seconds, min_rounds)
+    return {name: Timing(tuple(times)) for name, times in samples.items()}
+
+
+def measure_in_turn(
+    calls: Mapping[str, Call], measure: Callable[[Call], T], seconds: float, min_rounds: int
+) -> dict[str, list[T]]:
+    """Measure the calls in turn, so that clock rate, caches and other programs affect all alike.
+
+    A round calls each once, in a new random order; the first round is not counted. There are rounds
+    for `seconds` of wall time, and at least `min_rounds`.
+    """
     order = list(calls)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[T]] = {name: [] for name in calls}
     generator = random.Random(0)
     for call in calls.values():
         measure(call)
@@ -135,7 +150,7 @@ def interleave(
         for name in order:
             samples[name].append(measure(calls[name]))
         rounds += 1
-    return {name: Timing(tuple(times)) for name, times in samples.items()}
+    return samples
 
 
 def capture(call: Call) -> Call:

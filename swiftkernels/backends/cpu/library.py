@@ -42,7 +42,7 @@ DONE, OUT_OF_MEMORY, STALE, CANCELLATION = range(4)
 # The numbers that a table of a library has to contain, by the symbol that the library exports.
 _interfaces: dict[str, dict[str, int]] = {
     "swiftkernels_cpu_abi": {
-        "revision": 4,
+        "revision": 5,
         **{str(dtype).removeprefix("torch.").upper(): code for dtype, code in TYPES.items()},
         "DONE": DONE,
         "OUT_OF_MEMORY": OUT_OF_MEMORY,
@@ -121,6 +121,8 @@ def declare(handle: ctypes.CDLL, operator: str, *functions: str) -> ctypes.CDLL:
     handle.swiftkernels_pack.argtypes = (pointer, *[number] * 4, pointer)
     handle.swiftkernels_fingerprint.restype = ctypes.c_uint64
     handle.swiftkernels_fingerprint.argtypes = (ctypes.c_char_p, number)
+    peak = handle.swiftkernels_peak_flops
+    peak.restype, peak.argtypes = number, (number,)
     for name in functions or FUNCTIONS:
         function = getattr(handle, f"swiftkernels_{operator}_{name}")
         function.restype, function.argtypes = ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from swiftkernels.backends import cache
@@ -168,10 +169,22 @@ class Packer:
         padded.view(count, -1)[:, :columns] = matrix.detach()
         return padded.data_ptr()
 
-    def triangle(self, weight: Tensor, bias: Tensor) -> tuple[int, int]:
-        """R of the decomposition [weight | bias] = Q R, so that |weight x + bias| = |R [x; 1]|."""
-        R = torch.linalg.qr(torch.cat([weight, bias.unsqueeze(1)], dim=1), mode="r").R
-        return self.matrix(R[:, :-1].t()), self.vector(R[:, -1], R.shape[0])
+    def triangles(self, layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[int, int]:
+        """For `triangular_norms2` in csrc/gemm.h, of one or two layers (weight, bias) of one size.
+
+        R of the decomposition [weight | bias] = Q R has |weight x + bias| = |R [x; 1]|.
+        """
+        joined = (torch.cat([weight, bias.unsqueeze(1)], dim=1) for weight, bias in layers)
+        columns = [torch.linalg.qr(w, mode="r").R.t() for w in joined]  # [C + 1, min(E, C + 1)]
+        step = 2 // len(layers) * self.lanes
+        panels, biases = [], []
+        for at in range(0, columns[0].shape[1], step):
+            parts = [R[:, at : at + step] for R in columns]
+            width = self._padded(parts[0].shape[1])
+            part = torch.cat([F.pad(p, (0, width - p.shape[1])) for p in parts], dim=1)
+            panels.append(part[min(at, len(part) - 1) : -1])
+            biases.append(part[-1:])
+        return self.matrices(panels), self.matrices(biases)
 
     def _padded(self, columns: int) -> int:
         return -(-columns // self.lanes) * self.lanes

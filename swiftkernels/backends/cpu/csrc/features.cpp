@@ -48,7 +48,7 @@ EXPORT int swiftkernels_processor_runs(const char* isa) {
 /// The numbers that belong to no operator. `revision` is raised with every change of the interface
 /// that the other numbers do not show.
 EXPORT const AbiEntry* swiftkernels_cpu_abi() {
-  static constexpr AbiEntry entries[] = {{"revision", 4},
+  static constexpr AbiEntry entries[] = {{"revision", 5},
                                          {"FLOAT32", FLOAT32},
                                          {"BFLOAT16", BFLOAT16},
                                          {"FLOAT16", FLOAT16},

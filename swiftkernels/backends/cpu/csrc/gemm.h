@@ -291,43 +291,48 @@ INLINE void sum_each_row(int64_t rows, float* sums, VectorOf vector_of) {
   }
 }
 
-/// norms2[r] = |bias + a[r] b|^2 for a packed b [K, columns] whose column j is zero above row j.
-/// Rows above the first column of a panel are skipped. `scratch` holds `rows` vectors.
-inline void triangular_norms2(Tile a, int64_t rows, const float* panels, int64_t K, int64_t columns,
-                              const float* bias, float* scratch, float* norms2) {
-  std::fill(scratch, scratch + rows * LANES, 0.f);
-  const Panels groups(columns);
-  for (int64_t i = 0; i < groups.count(); i++) {
-    const Panel group = groups[i];
-    const int64_t first = std::min(group.column, K);
-    const float* panel = panels + K * group.column + first * group.vectors * LANES;
-    Block block{a.data + first,
-                      a.stride,
-                      panel,
-                      K - first,
-                      chain_length(K - first),
-                      bias + group.column,
-                      {},
-                      {},
-                      group.vectors * LANES,
-                reinterpret_cast<const char*>(panel + (K - first) * group.vectors * LANES)};
+/// norms2[t][r] = |bias_t + a[r] b_t|^2 for `count` matrices b_t [K, columns], one or two, of which
+/// column j is zero above row j. A panel has one vector of columns of each of two matrices, or two of
+/// one, without the rows above its first column; biases lie in the same order. `scratch` holds
+/// `count` vectors for each row.
+inline void triangular_norms2(Tile a, int64_t rows, const float* panels, const float* biases,
+                              int64_t K, int64_t columns, int count, float* scratch,
+                              float* const* norms2) {
+  std::fill(scratch, scratch + rows * count * LANES, 0.f);
+  const int64_t step = 2 / count * LANES;
+  for (int64_t column = 0; column < columns; column += step) {
+    const int64_t first = std::min(column, K);
+    const int each = static_cast<int>(std::min(step, padded(columns - column)) / LANES);
+    const int vectors = count * each;
+    const float* end = panels + (K - first) * vectors * LANES;
     alignas(64) float memory[MAX_BLOCK_FLOATS];
-    const Tile sums{memory, group.vectors * LANES};
-    for_row_blocks(rows, BLOCK_ROWS[group.vectors], [&](int64_t begin, int64_t height) {
-      block.c = sums;
-      multiply_block(block, group.vectors, height);
+    const Tile sums{memory, vectors * LANES};
+    Block block{a.data + first,
+                a.stride,
+                panels,
+                K - first,
+                chain_length(K - first),
+                biases,
+                {},
+                sums,
+                vectors * LANES,
+                reinterpret_cast<const char*>(end)};
+    for_row_blocks(rows, BLOCK_ROWS[vectors], [&](int64_t begin, int64_t height) {
+      multiply_block(block, vectors, height);
       block.advance(height);
-      for (int64_t r = 0; r < height; r++) {
-        vec squares = load(scratch + (begin + r) * LANES);
-        for (int v = 0; v < group.vectors; v++) {
+      block.c = sums;
+      for (int64_t r = 0; r < height; r++)
+        for (int v = 0; v < vectors; v++) {
+          float* squares = scratch + ((begin + r) * count + v / each) * LANES;
           const vec value = load(sums.row(r) + v * LANES);
-          squares += value * value;
+          store(squares, load(squares) + value * value);
         }
-        store(scratch + (begin + r) * LANES, squares);
-      }
     });
+    panels = end, biases += vectors * LANES;
   }
-  sum_each_row(rows, norms2, [&](int64_t r) { return load(scratch + r * LANES); });
+  for (int t = 0; t < count; t++)
+    sum_each_row(rows, norms2[t],
+                 [&](int64_t r) { return load(scratch + (r * count + t) * LANES); });
 }
 
 /// The operands of a block of a Gram matrix.

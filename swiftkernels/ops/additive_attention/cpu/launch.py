@@ -27,7 +27,7 @@ _BACKWARD_CALL = struct.Struct("9qP3qP3qP3qP2q12P")
 library.register_interface(
     "additive",
     {
-        "revision": 4,
+        "revision": 5,
         "sizeof(PackedWeights)": packing.PACKED_WEIGHTS.size + shared.FINGERPRINT.size,
         "sizeof(RawWeights)": packing.RAW_WEIGHTS.size,
         "sizeof(Call)": _CALL.size,

@@ -26,7 +26,7 @@ PLAIN, TRIANGULAR, FOLDED = range(3)
 """The forms, as `FormCode` in csrc/abi.h."""
 
 # In csrc/abi.h: `struct PackedWeights` without its `Fingerprint`, and `struct RawWeights`.
-PACKED_WEIGHTS = struct.Struct("5q2d12Pd7P")
+PACKED_WEIGHTS = struct.Struct("5q2d12Pd5P")
 RAW_WEIGHTS = struct.Struct("5q2d9P")
 
 
@@ -85,12 +85,12 @@ def pack(
             packer.matrix(w.proj_weight.t()), packer.vector(w.proj_bias, width),
             packer.matrix(w.final_weight.t()), packer.vector(w.final_bias, w.token_dim),
         ]  # fmt: skip
-        return PACKED_WEIGHTS.pack(*fields, *plain, *[0] * 3, 0.0, *[0] * 7)
+        return PACKED_WEIGHTS.pack(*fields, *plain, *[0] * 3, 0.0, *[0] * 5)
     return PACKED_WEIGHTS.pack(*fields, *[0] * 5, *_folded_fields(packer, w, options, form))
 
 
 def _folded_fields(packer: Packer, weights: Weights, options: Options, form: int) -> list[float]:
-    """The fields from `query_triangle` on."""
+    """The fields from `triangles` on."""
     w = Weights(*(None if t is None else t.double() for t in weights))  # type: ignore[arg-type]
     width, in_dims, token_dim = w.width, w.in_dims, w.token_dim
     zeros = w.query_weight.new_zeros
@@ -100,19 +100,19 @@ def _folded_fields(packer: Packer, weights: Weights, options: Options, form: int
     wq, wk, wp, wf = w.query_weight, w.key_weight, w.proj_weight, w.final_weight
     w_g = w.w_g.flatten()
     M, C, c0, c = wf @ wp, wf @ wq, wf @ bq, wf @ bp + bf
-    triangle = packer.triangle(wq, bq) if options.qk_norm else (0, 0)
+    layers = [(wq, bq)] if form == TRIANGULAR else [(wq, bq), (wk, bk)]
+    triangles = packer.triangles(layers) if options.qk_norm else (0, 0)
     scores = packer.vector(wq.t() @ w_g, in_dims)
-    fields = [*triangle, scores, float(bq @ w_g)]
+    fields = [*triangles, scores, float(bq @ w_g)]
     constant = [c0.unsqueeze(0)]
     if not options.qk_norm:  # rq = 1
         c, constant = c + c0, []
     if form == TRIANGULAR:
         output = packer.matrix(torch.cat([M.t(), C.t(), *constant]))
-        return [*fields, output, packer.vector(c, token_dim), *[0] * 5]
+        return [*fields, output, packer.vector(c, token_dim), *[0] * 3]
     of_keys = [C.new_zeros(in_dims + 1, token_dim)] if options.qk_norm else []
     return [
         *fields, 0, packer.vector(c, token_dim),
-        *(packer.triangle(wk, bk) if options.qk_norm else (0, 0)),
         packer.rows(torch.cat([wk.t(), bk.unsqueeze(0)])),
         packer.matrix(M.t()), packer.matrix(torch.cat([*of_keys, C.t(), *constant])),
     ]  # fmt: skip

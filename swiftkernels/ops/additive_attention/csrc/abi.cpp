@@ -11,7 +11,7 @@ namespace swiftkernels::additive {
 /// `revision` is raised with every change of the interface that the other numbers do not show.
 EXPORT const AbiEntry* swiftkernels_additive_abi() {
   static const std::vector<AbiEntry> entries = [] {
-    std::vector<AbiEntry> all = {{"revision", 4},
+    std::vector<AbiEntry> all = {{"revision", 5},
                                  {"sizeof(PackedWeights)", sizeof(PackedWeights)},
                                  {"sizeof(RawWeights)", sizeof(RawWeights)},
                                  {"sizeof(Call)", sizeof(Call)},

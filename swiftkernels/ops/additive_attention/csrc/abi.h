@@ -32,15 +32,13 @@ struct PackedWeights {
   const float* final;  // Wf^T [E, D]
   const float* final_bias;
   // Triangular and folded.
-  const float* query_triangle;  // Rq^T [C, min(E, C + 1)]
-  const float* query_triangle_bias;
+  const float* triangles;        // Rq^T [C, min(E, C + 1)], folded also Rk^T (triangular_norms2)
+  const float* triangle_biases;
   const float* query_scores;  // Wq^T w_g [C]
   double query_score_bias;    // bq . w_g
   const float* output;        // [M; C; c0] [E + C + 1, D], without qk_norm [M; C]
   const float* output_bias;
   // Folded.
-  const float* key_triangle;
-  const float* key_triangle_bias;
   const float* key_rows;       // [Wk^T; bk] [C + 1, E], rows of whole vectors
   const float* product;        // M^T [E, D]
   const float* folded_output;  // [0; 0; C; c0] [2 C + 2, D], without qk_norm C alone

@@ -230,16 +230,17 @@ class Plain : public Form {
 /// linear in x lose digits where a bias cancels most of q or k; `status` reports that.
 class FromTokens : public Form {
  public:
+  /// `norms`: 2 where it computes those of q and k, 1 for those of q.
   FromTokens(const PackedWeights& layer, const PlainMatrices& matrices, const Call& call,
-             bool grouped, int64_t operand_width)
+             bool grouped, int64_t operand_width, int norms)
       : Form(layer, matrices, call, grouped, layer.in_dims, operand_width),
-        query_bias_norm2_(norm2(layer.query_bias, E_)),
-        key_bias_norm2_(norm2(layer.key_bias, E_)) {}
+        norms_(norms),
+        bias_norms2_{norm2(layer.query_bias, E_), norm2(layer.key_bias, E_)} {}
 
   using Form::lay_out;
   void lay_out(Workspace& w, Arena& arena, int64_t rows) const {
     Form::lay_out(w, arena, rows);
-    w.vectors = arena.take(rows * LANES);
+    w.vectors = arena.take(rows * norms_ * LANES);
     w.mean = arena.take(2 * padded(C_));
   }
 
@@ -247,8 +248,7 @@ class FromTokens : public Form {
     float* query_norms = s.query_norms + b.first;
     const int64_t rows = b.all_rows();
     if (layer_.qk_norm)
-      norms_from_tokens(w, rows, layer_.query_triangle, layer_.query_triangle_bias,
-                        query_bias_norm2_, query_norms);
+      norms_from_tokens(w, rows, query_norms, norms_ == 2 ? s.key_norms + b.first : nullptr);
     else
       std::fill(query_norms, query_norms + rows, 1.f);
     score_rows(layer_, w.x, rows, C_, layer_.query_scores,
@@ -271,26 +271,25 @@ class FromTokens : public Form {
         store(G.row(i) + j, q * broadcast(normalisers[i]));
       }
       // The sum of queries may be short even if all queries are long.
-      if (layer_.pooling == SUM) check(norm2(G.row(i), E_), factors * factors * query_bias_norm2_);
+      if (layer_.pooling == SUM) check(norm2(G.row(i), E_), factors * factors * bias_norms2_[0]);
     }
   }
 
   Status status() const { return cancellation_ ? CANCELLATION : DONE; }
 
- protected:
-  /// Inverse norms |triangle x + bias| of the rows of q or k.
-  void norms_from_tokens(const Workspace& w, int64_t rows, const float* triangle, const float* bias,
-                         float bias_norm2, float* norms) const {
-    triangular_norms2(w.x, rows, triangle, C_, std::min(E_, C_ + 1), bias, w.vectors, norms);
-    float shortest = INFINITY;
-    for (int64_t r = 0; r < rows; r++) shortest = std::min(shortest, norms[r]);
-    check(shortest, bias_norm2);
-    invert_norms(layer_, norms, rows);
+ private:
+  /// Inverse norms |triangle x + bias| of the rows of q, and of k if there are two triangles.
+  void norms_from_tokens(const Workspace& w, int64_t rows, float* query_norms,
+                         float* key_norms) const {
+    float* const norms[] = {query_norms, key_norms};
+    triangular_norms2(w.x, rows, layer_.triangles, layer_.triangle_biases, C_,
+                      std::min(E_, C_ + 1), norms_, w.vectors, norms);
+    for (int i = 0; i < norms_; i++) {
+      check(*std::min_element(norms[i], norms[i] + rows), bias_norms2_[i]);
+      invert_norms(layer_, norms[i], rows);
+    }
   }
 
-  const float query_bias_norm2_, key_bias_norm2_;
-
- private:
   /// Tokens of a batch element in the mean that `check_mean_query` uses.
   static constexpr int64_t SAMPLE = 16;
 
@@ -302,12 +301,14 @@ class FromTokens : public Form {
   /// The check without norms. Sums of x lose digits where the bias cancels most of the mean query;
   /// the mean of some tokens shows that. `q` is scratch.
   void check_mean_query(const Workspace& w, float* q, int64_t element) const {
-    if (layer_.qk_norm || query_bias_norm2_ == 0.f) return;
+    if (layer_.qk_norm || bias_norms2_[0] == 0.f) return;
     mean_of_some(call_, element, 1, SAMPLE, C_, w.mean + padded(C_), w.mean);
     gemm({w.mean, padded(C_)}, 1, matrices_.query, layer_.query_bias, {q, padded(E_)}, nullptr);
-    check(norm2(q, E_), query_bias_norm2_);
+    check(norm2(q, E_), bias_norms2_[0]);
   }
 
+  const int norms_;
+  const float bias_norms2_[2];  // of q and k
   mutable std::atomic<bool> cancellation_{false};
 };
 
@@ -317,7 +318,7 @@ class Triangular : public FromTokens {
   Triangular(const PackedWeights& layer, const PlainMatrices& matrices, const Call& call,
              bool grouped)
       : FromTokens(layer, matrices, call, grouped,
-                   layer.width + layer.in_dims + (layer.qk_norm ? 1 : 0)) {}
+                   layer.width + layer.in_dims + (layer.qk_norm ? 1 : 0), 1) {}
 
   using Form::lay_out;
   void lay_out(Workspace& w, Arena& arena, int64_t rows) const {
@@ -354,7 +355,7 @@ class Folded : public FromTokens {
 
   Folded(const PackedWeights& layer, const PlainMatrices& matrices, const Call& call, bool grouped)
       : FromTokens(layer, matrices, call, grouped,
-                   layer.qk_norm ? 2 * layer.in_dims + 2 : layer.in_dims) {}
+                   layer.qk_norm ? 2 * layer.in_dims + 2 : layer.in_dims, 2) {}
 
   void lay_out(Workspace& w, Arena& arena, int64_t rows) const {
     FromTokens::lay_out(w, arena, rows);
@@ -372,13 +373,6 @@ class Folded : public FromTokens {
   void initialise(const State& s) const {
     if (layer_.qk_norm)
       std::memcpy(s.folded, layer_.folded_output, panel_floats(operand_width, D_) * sizeof(float));
-  }
-
-  void score(const Workspace& w, const State& s, const TokenBlock& b) const {
-    FromTokens::score(w, s, b);
-    if (layer_.qk_norm)
-      norms_from_tokens(w, b.all_rows(), layer_.key_triangle, layer_.key_triangle_bias,
-                        key_bias_norm2_, s.key_norms + b.first);
   }
 
   /// Part `part` of `parts` of the rows [A; a] = M diag(G) [Wk | bk] of the output matrix.
