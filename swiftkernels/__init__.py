@@ -1,4 +1,4 @@
-"""Fused kernels for efficient attention in vision networks, forward and backward."""
+"""Fused kernels for efficient attention and convolutional blocks in vision networks."""
 
 import importlib
 import typing
@@ -17,6 +17,8 @@ if typing.TYPE_CHECKING:
     from swiftkernels.integrations.accelerate import accelerate
     from swiftkernels.integrations.transformers import register
     from swiftkernels.integrations.warmup import warmup
+    from swiftkernels.ops.conv_mlp.layer import ConvMlp
+    from swiftkernels.ops.conv_mlp.op import conv_mlp
     from swiftkernels.ops.separable_attention.layer import SeparableAttention
     from swiftkernels.ops.separable_attention.op import separable_attention
     from swiftkernels.tools.doctor import doctor
@@ -26,10 +28,12 @@ __version__ = "0.2.0"
 __all__ = [
     "AdditiveAttention",
     "AttentionOutput",
+    "ConvMlp",
     "SeparableAttention",
     "accelerate",
     "additive_attention",
     "additive_self_attention",
+    "conv_mlp",
     "doctor",
     "fuse_for_inference",
     "register",
@@ -41,8 +45,10 @@ __all__ = [
 
 # Imported at their first use: they would take a third of the time of `import swiftkernels`.
 _MODULES = {
+    "ConvMlp": "swiftkernels.ops.conv_mlp.layer",
     "SeparableAttention": "swiftkernels.ops.separable_attention.layer",
     "accelerate": "swiftkernels.integrations.accelerate",
+    "conv_mlp": "swiftkernels.ops.conv_mlp.op",
     "doctor": "swiftkernels.tools.doctor",
     "fuse_for_inference": "swiftkernels.fusion.fuse",
     "register": "swiftkernels.integrations.transformers",

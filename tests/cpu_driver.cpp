@@ -13,7 +13,8 @@
 #include <memory>
 #include <vector>
 
-#include "abi.h"
+#include "additive_attention/csrc/abi.h"
+#include "conv_mlp/csrc/abi.h"
 
 using namespace swiftkernels;
 using namespace swiftkernels::additive;
@@ -24,10 +25,11 @@ EXPORT uint64_t swiftkernels_fingerprint(const Fingerprint*, int64_t);
 EXPORT int swiftkernels_additive_forward(const PackedWeights*, const Call*);
 EXPORT int swiftkernels_additive_forward_training(const RawWeights*, const Call*);
 EXPORT int swiftkernels_additive_backward(const RawWeights*, const BackwardCall*);
+EXPORT int swiftkernels_conv_mlp_forward(const conv_mlp::PackedWeights*, const conv_mlp::Call*);
 
 namespace {
 
-enum Function : int64_t { GET_LANES, PACK, FINGERPRINT, FORWARD, TRAINING, BACKWARD };
+enum Function : int64_t { GET_LANES, PACK, FINGERPRINT, FORWARD, TRAINING, BACKWARD, CONV_MLP };
 
 void read_bytes(void* to, size_t count) {
   if (count > 0 && std::fread(to, 1, count, stdin) != count) std::exit(3);
@@ -94,6 +96,9 @@ int64_t call(int64_t function, const std::vector<std::vector<int64_t>>& argument
     case BACKWARD:
       return swiftkernels_additive_backward(as<RawWeights>(arguments[0]),
                                             as<BackwardCall>(arguments[1]));
+    case CONV_MLP:
+      return swiftkernels_conv_mlp_forward(as<conv_mlp::PackedWeights>(arguments[0]),
+                                           as<conv_mlp::Call>(arguments[1]));
     default:
       std::exit(4);
   }

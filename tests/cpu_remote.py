@@ -23,12 +23,14 @@ FUNCTIONS = (
     "forward",
     "forward_training",
     "backward",
+    "conv_mlp",
 )
 """The functions of a library, in the order of their numbers in cpu_driver.cpp."""
 
-OPERATOR = ROOT / "swiftkernels" / "ops" / "additive_attention" / "csrc"
+OPERATORS = ROOT / "swiftkernels" / "ops"
 
-KERNELS = [path for folder in (ROOT / CSRC, OPERATOR) for path in sorted(folder.glob("*.cpp"))]
+FOLDERS = (ROOT / CSRC, *(OPERATORS / name / "csrc" for name in ("additive_attention", "conv_mlp")))
+KERNELS = [path for folder in FOLDERS for path in sorted(folder.glob("*.cpp"))]
 
 FLAGS = ("-std=c++17", "-fopenmp", "-ffp-contract=fast", f"-I{ROOT / CSRC}")
 
@@ -37,7 +39,7 @@ def compile_driver(target: Path, compiler: str, *flags: str) -> Path:
     """Compile the sources of the kernels and tests/cpu_driver.cpp to a program."""
     driver = ROOT / "tests" / "cpu_driver.cpp"
     sources = map(str, (*KERNELS, driver))
-    command = [compiler, *FLAGS, f"-I{OPERATOR}", *flags, *sources, "-o", str(target)]
+    command = [compiler, *FLAGS, f"-I{OPERATORS}", *flags, *sources, "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return target
@@ -84,6 +86,9 @@ class RemoteKernels:
 
     def swiftkernels_additive_backward(self, layer: bytes, call: bytes) -> int:
         return self._call("backward", layer, call)
+
+    def swiftkernels_conv_mlp_forward(self, weights: bytes, call: bytes) -> int:
+        return self._call("conv_mlp", weights, call)
 
     def _call(self, name: str, *arguments: bytes) -> int:
         words = {w for a in arguments for w in struct.unpack(f"{len(a) // 8}q", a)}

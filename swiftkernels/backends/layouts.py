@@ -41,6 +41,12 @@ def tokens_of(
     return batch, rows * columns, width, (strides[0], step, strides[1])
 
 
+def image_strides(t: Tensor) -> tuple[int, int, int, int]:
+    """Of batch, row, column and channel of [B, C, H, W], as `struct Images` in C++ has them."""
+    batch, channel, row, column = t.stride()
+    return batch, row, column, channel
+
+
 def output_like(t: Tensor, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape and strides of an output of that width for tokens or an image t.
 

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from swiftkernels.backends.cpu import library
 from swiftkernels.backends.cpu.library import CANCELLATION, TYPES
-from swiftkernels.backends.cpu.packing import FINGERPRINT, Packer
+from swiftkernels.backends.cpu.packing import NEVER_STALE, Packer
+from swiftkernels.backends.layouts import image_strides
 from swiftkernels.fusion import steps as of
 from swiftkernels.fusion.steps import Step
 from swiftkernels.ops.additive_attention.cpu import config
 from swiftkernels.ops.additive_attention.cpu import packing as attention
 from swiftkernels.ops.conv_mlp.cpu import pack as pack_conv_mlp
+from swiftkernels.ops.conv_mlp.weights import Weights as ConvMlpWeights
 
 # The structs of csrc/abi.h, and `StepKind`.
 _PRODUCT = struct.Struct("2q2P")
@@ -30,9 +32,6 @@ _KINDS: tuple[type[Step], ...] = (
 
 MAX_SIZES = 256
 """Sizes of images for which the form of each attention is remembered."""
-
-_NEVER_STALE = bytes(FINGERPRINT.size)
-"""The fingerprint of no weights: those of a chain are a snapshot."""
 
 library.register_interface(
     "network",
@@ -134,7 +133,7 @@ def run(steps: tuple[Step, ...], x: Tensor, slot: Any) -> Tensor:
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     call = _CALL.pack(
         batch, height, width, torch.get_num_threads(), TYPES[x.dtype],
-        library.address("x", x), *_strides(x), out.data_ptr(), *_strides(out), 0,
+        library.address("x", x), *image_strides(x), out.data_ptr(), *image_strides(out), 0,
     )  # fmt: skip
     status = kernels().swiftkernels_network_forward(packed.program, call)
     if status == CANCELLATION:
@@ -151,17 +150,11 @@ def seconds_of_steps(steps: tuple[Step, ...], x: Tensor, slot: Any) -> list[floa
     out = run(steps, x, slot)
     seconds = torch.zeros(len(steps), dtype=torch.float64)
     call = _CALL.pack(
-        len(x), *x.shape[2:], 1, TYPES[x.dtype], x.data_ptr(), *_strides(x), out.data_ptr(),
-        *_strides(out), seconds.data_ptr(),
+        len(x), *x.shape[2:], 1, TYPES[x.dtype], x.data_ptr(), *image_strides(x), out.data_ptr(),
+        *image_strides(out), seconds.data_ptr(),
     )  # fmt: skip
     library.check(kernels().swiftkernels_network_forward(packed.program, call))
     return [float(s) for s in seconds]
-
-
-def _strides(t: Tensor) -> tuple[int, int, int, int]:
-    """Of batch, row, column and channel, as `struct Images` has them."""
-    batch, channel, row, column = t.stride()
-    return batch, row, column, channel
 
 
 def _pack(steps: Sequence[Step], forms: Sequence[int]) -> Packed:
@@ -202,10 +195,11 @@ def _weights(packer: Packer, step: Step, form: int) -> bytes:
     if isinstance(step, of.Convolution):
         return _convolution(packer, step.weight, step.bias)
     if isinstance(step, of.ConvMlp):
-        return pack_conv_mlp(packer, step) + _NEVER_STALE
+        weights = ConvMlpWeights(**step.tensors())  # type: ignore[arg-type]
+        return pack_conv_mlp(packer, weights, step.options) + NEVER_STALE
     if isinstance(step, of.Attention):
         fields = attention.pack(packer, step.weights, step.residual_scale, step.options, form)
-        return fields + _NEVER_STALE
+        return fields + NEVER_STALE
     if isinstance(step, of.Linear):
         return _product(packer, step.weight, step.bias, step.weight.shape[1])
     return b""

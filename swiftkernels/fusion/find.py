@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from swiftkernels.backends import torch_state
-from swiftkernels.fusion import steps
 from swiftkernels.fusion.steps import Attention, ConvMlp, Convolution, Stem, Step
 from swiftkernels.integrations import probe
+from swiftkernels.ops import folding
 from swiftkernels.ops.additive_attention import reference
 from swiftkernels.ops.additive_attention.layer import AttentionForward
 from swiftkernels.ops.additive_attention.weights import Options, Weights
+from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
+from swiftkernels.ops.conv_mlp.weights import KERNEL_SIZES
 from swiftkernels.ops.types import Pooling
 
 TOLERANCE = 1e-6
@@ -187,7 +189,7 @@ class _Parts:
     linears: dict[str, nn.Module] = field(default_factory=dict)
     norms: dict[str, nn.Module] = field(default_factory=dict)
     activations: dict[str, str] = field(default_factory=dict)
-    """Their names in `steps.ACTIVATIONS`."""
+    """Their names in `ACTIVATIONS`."""
     scales: dict[str, Tensor] = field(default_factory=dict)
     """One number for each channel."""
     unknown: dict[str, str] = field(default_factory=dict)
@@ -313,7 +315,7 @@ def _is_depthwise(conv: nn.Conv2d) -> bool:
     return (
         conv.groups == conv.in_channels == conv.out_channels
         and conv.kernel_size == (k, k)
-        and k in steps.KERNEL_SIZES
+        and k in KERNEL_SIZES
         and conv.stride == (1, 1)
         and conv.padding in ((k // 2, k // 2), "same")
     )
@@ -338,13 +340,13 @@ def _is_strided(conv: nn.Conv2d) -> bool:
 
 
 def activation_of(part: nn.Module) -> str | None:
-    """The name of an activation in `steps.ACTIVATIONS`, "none" for identities; None if unknown."""
+    """The name of an activation in `ACTIVATIONS`, "none" for identities; None if unknown."""
     x = torch.linspace(-8, 8, 2 * 3 * 4 * 5, dtype=torch.float64).reshape(2, 3, 4, 5)
     try:
         out = part(x.clone())  # it may work in place
     except Exception:  # an unknown module may raise anything
         return None
-    for name, function in steps.ACTIVATIONS.items():
+    for name, function in ACTIVATIONS.items():
         if isinstance(out, Tensor) and out.shape == x.shape and _is_near(out, function(x)):
             return name
     return None
@@ -361,8 +363,8 @@ class _StemRecipe(NamedTuple):
 
     def steps(self, block: nn.Module) -> tuple[Step, ...]:
         conv1, norm1, conv2, norm2 = map(block.get_submodule, self)
-        first = steps.norm_behind(*steps.weight_and_bias(conv1), norm1)
-        return (Stem(*first, *steps.norm_behind(*steps.weight_and_bias(conv2), norm2)),)
+        first = folding.norm_behind(*folding.weight_and_bias(conv1), norm1)
+        return (Stem(*first, *folding.norm_behind(*folding.weight_and_bias(conv2), norm2)),)
 
 
 class _ConvolutionRecipe(NamedTuple):
@@ -371,7 +373,7 @@ class _ConvolutionRecipe(NamedTuple):
 
     def steps(self, block: nn.Module) -> tuple[Step, ...]:
         conv, norm = map(block.get_submodule, self)
-        return (Convolution(*steps.norm_behind(*steps.weight_and_bias(conv), norm)),)
+        return (Convolution(*folding.norm_behind(*folding.weight_and_bias(conv), norm)),)
 
 
 class _ConvMlpRecipe(NamedTuple):
@@ -398,18 +400,18 @@ class _ConvMlpRecipe(NamedTuple):
 
         depthwise = depthwise_bias = None
         if self.depthwise:
-            depthwise, depthwise_bias = steps.norm_behind(
-                *steps.weight_and_bias(block.get_submodule(self.depthwise)), norm("depthwise")
+            depthwise, depthwise_bias = folding.norm_behind(
+                *folding.weight_and_bias(block.get_submodule(self.depthwise)), norm("depthwise")
             )
-        weight1, bias1 = steps.weight_and_bias(block.get_submodule(self.first))
-        weight1, bias1 = steps.norm_before(weight1.flatten(1), bias1, norm("before"))
-        weight1, bias1 = steps.norm_behind(weight1, bias1, norm("first"))
-        weight2, bias2 = steps.weight_and_bias(block.get_submodule(self.second))
-        weight2, bias2 = steps.norm_behind(weight2.flatten(1), bias2, norm("second"))
+        weight1, bias1 = folding.weight_and_bias(block.get_submodule(self.first))
+        weight1, bias1 = folding.norm_before(weight1.flatten(1), bias1, norm("before"))
+        weight1, bias1 = folding.norm_behind(weight1, bias1, norm("first"))
+        weight2, bias2 = folding.weight_and_bias(block.get_submodule(self.second))
+        weight2, bias2 = folding.norm_behind(weight2.flatten(1), bias2, norm("second"))
         own = [_parameter(block, self.scale)] if self.scale else []
         for factor in (*own, *([] if scale is None else [scale])):
             flat = factor.detach().double().flatten()
-            weight2, bias2 = steps.scaled(weight2, flat), bias2 * flat
+            weight2, bias2 = folding.scaled(weight2, flat), bias2 * flat
         return ConvMlp(
             depthwise, depthwise_bias, weight1, bias1, weight2, bias2, self.activation,
             self.residual or scale is not None,
@@ -458,7 +460,7 @@ def _match_conv_mlp(module: nn.Module, parts: _Parts) -> Recipe | str | None:
     places = ["depthwise", "before", "first", "second"] if norm else [""]
     if not depthwise and norm:
         places.remove("depthwise")
-    activations = list(parts.activations.values()) or list(steps.ACTIVATIONS)
+    activations = list(parts.activations.values()) or list(ACTIVATIONS)
     matched: Recipe | str = ""
     for first, second in orders:
         channels = _width(layers[first], -1)

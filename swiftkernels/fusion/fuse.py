@@ -20,11 +20,12 @@ import torch.fx
 from torch import Tensor, nn
 
 from swiftkernels.backends import torch_state
-from swiftkernels.fusion import find, steps
+from swiftkernels.fusion import find
 from swiftkernels.fusion.chain import FusedChain, Passed, plain_chains
 from swiftkernels.fusion.find import LeftBlock, Unit
 from swiftkernels.fusion.steps import Linear, Pool, Step
 from swiftkernels.integrations import probe
+from swiftkernels.ops import folding
 from swiftkernels.ops.additive_attention.layer import AttentionForward
 from swiftkernels.utils import checks
 
@@ -181,10 +182,11 @@ class _End:
 
     def steps(self, network: nn.Module) -> tuple[Step, ...]:
         """The mean over the pixels, and the mean of the heads."""
-        pairs = [steps.weight_and_bias(network.get_submodule(name)) for name in self.heads]
-        weight, bias = (sum(tensors) / len(pairs) for tensors in zip(*pairs, strict=True))
+        pairs = [folding.weight_and_bias(network.get_submodule(name)) for name in self.heads]
+        sums = [cast(Tensor, sum(tensors)) for tensors in zip(*pairs, strict=True)]
+        weight, bias = (t / len(pairs) for t in sums)
         norm = network.get_submodule(self.norm) if self.norm else None
-        return (Pool(), Linear(*steps.norm_before(cast(Tensor, weight), cast(Tensor, bias), norm)))
+        return (Pool(), Linear(*folding.norm_before(weight, bias, norm)))
 
 
 @dataclass(frozen=True)

@@ -2,39 +2,27 @@
 
 Shapes: B images, C channels, H x W a feature map. A step takes x [B, C, H, W] of any floating-point
 type and of any height and width. BatchNorms, layer scales and the mean of several heads are folded
-into the weights; the functions at the end fold in float64.
+into the weights (`ops/folding.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from swiftkernels.ops.additive_attention import reference
 from swiftkernels.ops.additive_attention.weights import Options, Weights
+from swiftkernels.ops.conv_mlp.reference import conv_mlp
+from swiftkernels.ops.conv_mlp.weights import Options as ConvMlpOptions
+from swiftkernels.ops.conv_mlp.weights import Weights as ConvMlpWeights
 
 Tensors = Mapping[str, Any]
 """The tensors of a step by name, None where it has none."""
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "none": lambda x: x,
-}
-"""What stands between the two products of a `ConvMlp`, by name."""
-
-KERNEL_SIZES = (3, 5, 7)
-"""Of the depthwise convolutions that a `ConvMlp` may have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +102,7 @@ class Convolution(Step):
 
 @dataclass(frozen=True, eq=False)
 class ConvMlp(Step):
-    """x + weight2 activation(weight1 depthwise(x)), without `residual` only the second summand.
-
-    The depthwise convolution is k x k with stride 1 and zeros around the map, as wide and high as
-    x; without `depthwise_weight` there is none.
-    """
+    """The operator `conv_mlp`, with a residual branch or without."""
 
     kind = "conv_mlp"
 
@@ -135,17 +119,15 @@ class ConvMlp(Step):
     bias2: Tensor
     """[C]"""
     activation: str
-    """A key of `ACTIVATIONS`."""
+    """A key of `ACTIVATIONS` in `ops/conv_mlp/reference.py`."""
     residual: bool
 
+    @property
+    def options(self) -> ConvMlpOptions:
+        return ConvMlpOptions(self.activation, self.residual)
+
     def compute(self, x: Tensor, t: Tensors) -> Tensor:
-        out, depthwise, weight1, weight2 = x, t["depthwise_weight"], t["weight1"], t["weight2"]
-        if depthwise is not None:
-            channels, _, _, k = depthwise.shape
-            out = F.conv2d(out, depthwise, t["depthwise_bias"], padding=k // 2, groups=channels)
-        out = F.conv2d(out, weight1[:, :, None, None], t["bias1"])
-        out = F.conv2d(ACTIVATIONS[self.activation](out), weight2[:, :, None, None], t["bias2"])
-        return x + out if self.residual else out
+        return conv_mlp(x, ConvMlpWeights(**t), None, self.options)
 
     @property
     def in_channels(self) -> int:
@@ -214,41 +196,3 @@ class Linear(Step):
     @property
     def in_channels(self) -> int:
         return self.weight.shape[1]
-
-
-def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """A BatchNorm in evaluation as x * scale + shift: scale and shift, [C] in float64."""
-    n: Any = norm
-    scale = torch.rsqrt(n.running_var.detach().double() + n.eps)
-    if n.weight is not None:
-        scale = scale * n.weight.detach().double()
-    shift = -n.running_mean.detach().double() * scale
-    return scale, shift if n.bias is None else shift + n.bias.detach().double()
-
-
-def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight [D, ...] and bias [D] of a convolution or a linear layer in float64."""
-    weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
-    weight = weight.detach().double()
-    return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach().double()
-
-
-def norm_behind(weight: Tensor, bias: Tensor, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
-    """Fold a BatchNorm behind a layer into its weight [D, ...] and bias [D]."""
-    if norm is None:
-        return weight, bias
-    scale, shift = affine(norm)
-    return scaled(weight, scale), bias * scale + shift
-
-
-def norm_before(weight: Tensor, bias: Tensor, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
-    """Fold a BatchNorm in front of a layer into its weight [D, C] and bias [D]."""
-    if norm is None:
-        return weight, bias
-    scale, shift = affine(norm)
-    return weight * scale, bias + weight @ shift
-
-
-def scaled(weight: Tensor, scale: Tensor) -> Tensor:
-    """weight [D, ...] with its rows multiplied by scale [D]."""
-    return weight * scale.reshape([-1] + [1] * (weight.dim() - 1))

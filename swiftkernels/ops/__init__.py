@@ -27,7 +27,7 @@ def operators() -> dict[str, Operator]:
 
     Example:
         >>> sorted(operators())
-        ['additive_attention', 'additive_self_attention', 'separable_attention']
+        ['additive_attention', 'additive_self_attention', 'conv_mlp', 'separable_attention']
     """
     modules = (importlib.import_module(f"swiftkernels.ops.{folder}.op") for folder in _folders())
     return {operator.name: operator for module in modules for operator in module.OPERATORS}

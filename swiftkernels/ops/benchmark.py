@@ -15,7 +15,7 @@ from swiftkernels.ops.operator import Operator
 
 
 class Size(NamedTuple):
-    """Tokens and width of an input [B, N, C]."""
+    """Tokens (or pixels) and width of an input."""
 
     tokens: int
     """N"""
@@ -26,9 +26,13 @@ class Size(NamedTuple):
     """The stage of a network with this size; None if unknown."""
 
 
+def _tokens(size: Size, batch: int) -> tuple[int, ...]:
+    return batch, size.tokens, size.width
+
+
 @dataclass(frozen=True)
 class Benchmark:
-    """An operator [B, N, C] -> [B, N, C] as the benchmarks measure it."""
+    """An operator with an output of the shape of its input, as the benchmarks measure it."""
 
     operator: Operator
     layer: Callable[[int, Any], nn.Module]
@@ -40,3 +44,5 @@ class Benchmark:
     """The sizes at which networks use the operator."""
     quick_sizes: tuple[Size, ...]
     """Some of `sizes`, for a short run."""
+    shape: Callable[[Size, int], tuple[int, ...]] = _tokens
+    """Of the input, from size and batch; [B, N, C] by default."""

@@ -51,6 +51,13 @@ def plain_parameters(parts: Iterable[Any], kind: type[nn.Module] = Linear) -> li
     return found
 
 
+def is_pointwise(convolution: nn.Conv2d) -> bool:
+    """Whether a 2-D convolution is a linear layer of every pixel."""
+    c = convolution
+    sizes = (c.kernel_size, c.stride, c.padding, c.groups)
+    return sizes == ((1, 1), (1, 1), (0, 0), 1)
+
+
 def why_called(part: Any) -> str:
     """Why a part has to be called; empty if its weight and bias may be read instead.
 

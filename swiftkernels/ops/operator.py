@@ -57,6 +57,9 @@ class Backend(NamedTuple):
     empty if it can."""
     automatic: Callable[[Tensor], bool] = lambda _: True
     """Whether backend="auto" may choose it for an input that it can take."""
+    torch_gradients: bool = False
+    """Whether PyTorch's operators compute its gradients, in an order of sums that may depend on
+    batch and threads."""
 
 
 class Call(NamedTuple):

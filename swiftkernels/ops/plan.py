@@ -214,6 +214,44 @@ class ViewingPlan:
         return from_tokens(out, x.shape, self.channels_first)
 
 
+def make_plan(
+    operator: Operator,
+    x: Tensor,
+    weights: Any,
+    matrices: Sequence[Tensor],
+    options: Any,
+    backend: str,
+    plans: Plans | None,
+) -> Plan:
+    """Choose the backend, pack the weights; for operators of x alone, without a mask.
+
+    Args:
+        operator, x, weights, options, backend: as checked; `weights` has the property `width`.
+        matrices: of the weights: the plans for weights that are passed to a function are found by
+            the first and the last.
+        plans: of a layer; its next calls may use the plan. None: the plan is used only once.
+    """
+    chosen = operator.choose_backend(backend, x, weights.width)
+    needs_grad = needs_gradient(x, *weights)
+    infers = (
+        chosen == "cpu"
+        and not needs_grad
+        and torch_state.nothing_listens()
+        and torch_state.is_plain(x, *weights)
+    )
+    if infers:
+        plan: Plan | None = operator.implementation("cpu").inference_plan(
+            x, weights, None, options, None, plans or plans_of(matrices)
+        )
+        if plan is not None:
+            return plan
+    # Weights that are not packed now may be packed at the next call, which needs a new plan.
+    once = infers or plans is None
+    places = None if once else cache.places(cache.present(weights))
+    trains = needs_grad and not once
+    return OperatorPlan(operator, options, chosen, "statistics", trains, None, places)
+
+
 _known: dict[tuple[int, int], tuple[list[weakref.ref[Any]], Plans]] = {}
 """By the addresses of the first and the last matrix, as layers may share one of them."""
 

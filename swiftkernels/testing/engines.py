@@ -57,7 +57,7 @@ class Problem:
         dtype: of input and weights.
         backward: whether gradients are computed too.
         device: of input and weights.
-        tokens: the input [B, N, C]; by default random.
+        tokens: the input; by default random.
         benchmark: the operator as it is measured.
         backend: of the operator, in the engine "swiftkernels".
     """
@@ -76,7 +76,7 @@ class Problem:
     ) -> None:
         self.size, self.batch, self.dtype, self.backward = size, batch, dtype, backward
         self.device, self.benchmark, self.backend = torch.device(device), benchmark, backend
-        shape = batch, size.tokens, size.width
+        shape = benchmark.shape(size, batch)
         drawn, dout = (
             torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
         )

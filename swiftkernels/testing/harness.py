@@ -212,7 +212,7 @@ def _try_build(problem: Problem, name: str, row: Row, watch: Stopwatch) -> Call 
         row["least_bytes"] = problem.least_bytes(module)
         if name == OURS:
             operator = problem.benchmark.operator
-            width = problem.x.shape[-1]
+            width = problem.size.width
             row["backend"] = operator.choose_backend(problem.backend, problem.x, width)
         call = engine.build(problem, module)
         row["note"] = check(problem, engine, call(), row)

@@ -59,6 +59,16 @@ def check_weight(name: str, t: Tensor, meaning: str) -> None:
         )
 
 
+def check_pointwise(name: str, t: Tensor) -> None:
+    """Raise unless t is a matrix with elements, or that of a 1x1 convolution."""
+    check_tensor(name, t)
+    if t.dim() not in (2, 4) or t.shape[2:] not in ((), (1, 1)) or t.numel() == 0:
+        raise ValueError(
+            f"{name} must be a matrix, or that of a 1x1 convolution; got shape {tuple(t.shape)}. "
+            "Pass the weight of a torch.nn.Linear or torch.nn.Conv2d."
+        )
+
+
 def check_floating(name: str, t: Tensor) -> None:
     """Raise unless t is a tensor of a type that the operators take."""
     check_tensor(name, t)

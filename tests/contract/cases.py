@@ -54,10 +54,13 @@ class Implementation(NamedTuple):
         """The module of the backend."""
         return self.operator.implementation(self.backend)
 
-    @property
-    def multiplies_by_torch(self) -> bool:
-        """Whether PyTorch's matrix products choose the order of sums by batch and threads."""
-        return self.backend == "aten"
+    def multiplies_by_torch(self, name: str) -> bool:
+        """Whether the output, or the gradient of that name, is a matrix product of PyTorch's.
+
+        These choose the order of sums by batch and threads.
+        """
+        torch_gradients = self.operator.backends[self.backend].torch_gradients
+        return self.backend == "aten" or (torch_gradients and name != "output")
 
     def takes(self, dtype: torch.dtype) -> bool:
         x = torch.empty(1, 1, 16, dtype=dtype, device=self.device)
@@ -144,7 +147,7 @@ def without_biases(call: Call) -> Call:
 
 def biases(call: Call) -> list[str]:
     """Names of the weights that may be missing: vectors called so."""
-    return [name for name in call.weights._fields if name.endswith("bias")]
+    return [name for name in call.weights._fields if "bias" in name]
 
 
 def draw(

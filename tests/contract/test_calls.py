@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from swiftkernels.ops.operator import Call, Needs
 from swiftkernels.testing import costs
@@ -20,6 +20,7 @@ from tests.contract.cases import (
     SIZE,
     THREADS,
     Implementation,
+    assert_close,
     beyond,
     cast,
     check,
@@ -77,16 +78,16 @@ def test_only_wanted_gradients(
         for name, leaf in zip(names(operator), leaves, strict=True):
             assert (leaf.grad is not None) == (name in wanted), name
             if leaf.grad is not None:
-                assert_same(implementation, leaf.grad, everything[name])
+                assert_same(implementation, name, leaf.grad, everything[name])
         needs = Needs(any(n in wanted for n in inputs), any(n in wanted for n in weights))
         computed = [needs.inputs] * count + [needs.weights] * len(weights)
         assert calls == [(needs, computed)]
 
 
-def assert_same(implementation: Implementation, ours: Tensor, expected: Tensor) -> None:
+def assert_same(implementation: Implementation, name: str, ours: Tensor, expected: Tensor) -> None:
     """To the bit, but for products of PyTorch's, which sum in another order at another size."""
-    if implementation.multiplies_by_torch:
-        assert relative_error(ours, expected) <= EXACT
+    if implementation.multiplies_by_torch(name):
+        assert_close(ours, expected)
     else:
         assert torch.equal(ours, expected)
 
@@ -176,8 +177,9 @@ def check_gradients_of_gradients(implementation: Implementation, variant: str) -
 
 
 def penalty_gradients(run: Callable[[Call], Tensor], call: Call) -> tuple[Tensor, ...]:
-    leaves = [t.detach().requires_grad_() for t in call.tensors() if t is not None]
-    out = run(with_tensors(call, list(leaves)))
+    tensors = [None if t is None else t.detach().requires_grad_() for t in call.tensors()]
+    leaves = [t for t in tensors if t is not None]
+    out = run(with_tensors(call, tensors))
     first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
     penalty = torch.stack([g.square().sum() for g in first]).sum()
     return torch.autograd.grad(penalty, leaves, materialize_grads=True)
@@ -260,7 +262,7 @@ def test_threads(implementation: Implementation, size: tuple[int, int, int, int]
         check(implementation, size=size)
         found = gradients(operator, operator, call)
         for name in ("output", *operator.inputs):
-            assert_same(implementation, found[name], alone[name])
+            assert_same(implementation, name, found[name], alone[name])
 
 
 @every_implementation
@@ -285,7 +287,7 @@ def check_independence(implementation: Implementation, call: Call) -> None:
     spoilt = gradients(operator, operator, call._replace(inputs=tuple(nan)), dout)
     for name in ("output", *operator.inputs):
         for found in (together, spoilt):
-            assert_same(implementation, found[name][1:2], alone[name])
+            assert_same(implementation, name, found[name][1:2], alone[name])
     assert spoilt["output"][0].isnan().all()
 
 
@@ -299,11 +301,10 @@ def test_flops_are_those_of_the_definition(implementation: Implementation) -> No
     for run in (operator, definition(operator)):
         call = arguments(implementation)
         leaves = [t.requires_grad_() for t in call.tensors() if t is not None]
-        with FlopCounterMode(display=False) as forward:
-            out = run(call)
-        with FlopCounterMode(display=False) as backward:
-            torch.autograd.grad(out.sum(), leaves)
-        counts.append((forward.get_total_flops(), backward.get_total_flops()))
+        out = run(call).sum()
+        forward = costs.flops(functools.partial(run, call))
+        backward = costs.flops(functools.partial(torch.autograd.grad, out, leaves))
+        counts.append((forward, backward))
     assert counts[0] == counts[1]
     assert counts[0][1] == 2 * counts[0][0] > 0
 

@@ -15,7 +15,6 @@ from swiftkernels import fuse_for_inference
 from swiftkernels.fusion import chain as chains
 from swiftkernels.fusion.chain import FusedChain, Passed, Slot
 from swiftkernels.fusion.steps import (
-    ACTIVATIONS,
     Attention,
     ConvMlp,
     Convolution,
@@ -25,6 +24,7 @@ from swiftkernels.fusion.steps import (
     Step,
 )
 from swiftkernels.ops.additive_attention.weights import Options, Weights
+from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
 from tests.fusion import networks
 
 X = torch.randn(2, 3, 33, 41, generator=torch.Generator().manual_seed(0))

@@ -14,8 +14,11 @@ from torch import Tensor
 from swiftkernels.backends import cache
 
 # `struct Fingerprint` in csrc/fingerprint.h.
-MAX_SOURCES = 10
+MAX_SOURCES = 12
 FINGERPRINT = struct.Struct("P3q" * MAX_SOURCES + "2q2Q")
+
+NEVER_STALE = bytes(FINGERPRINT.size)
+"""The fingerprint of no weights, for packed weights that are used once, or are a snapshot."""
 
 SMALL = 80_000
 """Up to so many bytes of weights (E = 64), reading all takes hardly longer than a sample."""
@@ -88,6 +91,8 @@ def _rows(w: Tensor) -> tuple[int, int, int, int] | None:
     None if neither are adjacent in memory.
     """
     rows = w.detach().squeeze()
+    if rows.dim() > 2 and rows.is_contiguous():
+        rows = rows.flatten(1)
     if rows.dim() < 2:
         rows = rows.view(1, -1) if rows.is_contiguous() else rows.unsqueeze(1)
     if rows.shape[-1] > 1 and rows.stride(-1) != 1:

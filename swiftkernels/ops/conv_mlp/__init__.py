@@ -1,0 +1,1 @@
+"""Depthwise convolution, pointwise convolution, activation, pointwise convolution, residual."""

@@ -1,22 +1,40 @@
-"""The compiled CPU kernels of conv_mlp."""
+"""The compiled CPU kernels as a backend (`ops/operator.py`); its backward is PyTorch's."""
 
 from __future__ import annotations
 
 import struct
-from typing import Any
+from collections.abc import Callable, Sequence
 
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from swiftkernels.backends import cache
 from swiftkernels.backends.cpu import library
-from swiftkernels.backends.cpu.packing import FINGERPRINT, Packer
+from swiftkernels.backends.cpu.library import DONE, STALE, TYPES
+from swiftkernels.backends.cpu.packing import (
+    FINGERPRINT,
+    NEVER_STALE,
+    Packed,
+    Packer,
+    packed_weights,
+)
+from swiftkernels.backends.layouts import image_strides, output_like
+from swiftkernels.ops.conv_mlp.gradients import Saved, backward, saved_like
+from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
+from swiftkernels.ops.conv_mlp.weights import Options, Weights
+from swiftkernels.ops.plan import Plans
+
+__all__ = ["Saved", "backward", "forward", "inference_plan", "pack", "packed_plan", "saved_like"]
 
 # The structs of csrc/abi.h; of `struct PackedWeights` without the `Fingerprint` at its end.
 _PACKED_WEIGHTS = struct.Struct("7q5P")
 _CALL = struct.Struct("5qP4qP4q")
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "hardswish")
-"""In the order of their codes, `Activation` in backends/cpu/csrc/activation.h."""
-
 BLOCK = 128
 """Most hidden channels that are computed together; their tile stays in the second-level cache."""
+
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 library.register_interface(
     "conv_mlp",
@@ -24,27 +42,131 @@ library.register_interface(
         "revision": 1,
         "sizeof(PackedWeights)": _PACKED_WEIGHTS.size + FINGERPRINT.size,
         "sizeof(Call)": _CALL.size,
-        **{name: code for code, name in enumerate(ACTIVATIONS)},
+        **_CODES,
     },
 )
 
+kernels = library.kernels_of("conv_mlp", "forward")
 
-def pack(packer: Packer, w: Any) -> bytes:
+
+def pack(packer: Packer, weights: Weights, options: Options) -> bytes:
     """`struct PackedWeights` without its fingerprint."""
-    hidden, in_dims = w.weight1.shape
-    out_dims = w.weight2.shape[0]
+    depthwise_weight, depthwise_bias, weight1, bias1, weight2, bias2 = weights
+    hidden, in_dims = weight1.shape[:2]
+    out_dims = weights.token_dim
     blocks = -(-hidden // BLOCK)
     block = -(-hidden // blocks // packer.lanes) * packer.lanes
     parts = []
     for at in range(0, hidden, block):
-        parts += [w.weight1[at : at + block].t(), w.weight2[:, at : at + block].t()]
-    kernel, depthwise, depthwise_bias = 0, 0, 0
-    if w.depthwise_weight is not None:
-        kernel = w.depthwise_weight.shape[-1]
-        depthwise = packer.rows(w.depthwise_weight.reshape(in_dims, -1).t())
-        depthwise_bias = packer.vector(w.depthwise_bias, in_dims)
+        end = at + block
+        parts += [weight1.flatten(1)[at:end].t(), weight2.flatten(1)[:, at:end].t()]
+    kernel, depthwise, zeros_or_bias = 0, 0, 0
+    if depthwise_weight is not None:
+        kernel = depthwise_weight.shape[-1]
+        depthwise = packer.rows(depthwise_weight.reshape(in_dims, -1).t())
+        zeros_or_bias = packer.vector(depthwise_bias, in_dims)
     return _PACKED_WEIGHTS.pack(
-        in_dims, hidden, out_dims, kernel, ACTIVATIONS.index(w.activation), w.residual, block,
-        depthwise, depthwise_bias, packer.matrices(parts), packer.vector(w.bias1, hidden),
-        packer.vector(w.bias2, out_dims),
+        in_dims, hidden, out_dims, kernel, _CODES[options.activation], options.residual, block,
+        depthwise, zeros_or_bias, packer.matrices(parts), packer.vector(bias1, hidden),
+        packer.vector(bias2, out_dims),
     )  # fmt: skip
+
+
+def forward(
+    inputs: Sequence[Tensor], weights: Weights, mask: None, options: Options, keep: str
+) -> tuple[Tensor, Saved]:
+    """The output in channels_last memory format; the weights are packed for this call."""
+    (x,) = inputs
+    out = x.new_empty_strided(*output_like(x, weights.token_dim))
+    if out.numel() > 0:
+        packer = Packer(kernels())
+        fields = pack(packer, weights, options) + NEVER_STALE
+        call = _CALL.pack(
+            *_sizes(x.shape), TYPES[x.dtype], library.address("x", x), *image_strides(x),
+            out.data_ptr(), *image_strides(out),
+        )  # fmt: skip
+        library.check(kernels().swiftkernels_conv_mlp_forward(fields, call))
+    return out, Saved()
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """The first fields of `struct Call`."""
+    return shape[0], shape[2], shape[3], torch.get_num_threads()
+
+
+def inference_plan(
+    x: Tensor, weights: Weights, mask: None, options: Options, residual_scale: None, plans: Plans
+) -> PackedPlan | None:
+    """The plan for inputs like x, with packed weights; None where packing does not pay.
+
+    It does not pay for weights that are computed at every call, such as those of a parametrization.
+    """
+    if not all(type(w) is Parameter for w in (weights.weight1, weights.weight2)):
+        return None
+    return packed_plan(x, weights, lambda: weights, weights.token_dim, options, plans)
+
+
+def packed_plan(
+    x: Tensor,
+    watched: tuple[Tensor | None, ...],
+    weights: Callable[[], Weights],
+    token_dim: int,
+    options: Options,
+    plans: Plans,
+) -> PackedPlan | None:
+    """The plan for inputs like x; None where packing does not pay.
+
+    Args:
+        x: [B, C, H, W]
+        watched: the tensors that `weights` reads. The plan is called with these.
+        weights: computes the weights; it is called when they are packed.
+        token_dim: D
+        options: of the operator.
+        plans: keep the packed weights.
+    """
+    slot = plans.slot((x.dtype, options))
+    packed = packed_weights(
+        kernels(), slot, cache.present(watched), lambda packer: pack(packer, weights(), options)
+    )
+    return None if packed is None else PackedPlan(x, token_dim, slot)
+
+
+class PackedPlan:
+    """Runs the forward with packed weights.
+
+    Its guards are the state of the weights and, in the kernels, their fingerprint.
+    """
+
+    __slots__ = ("_empty", "_out", "_out_strides", "_slot", "_type", "_x_strides")
+
+    lasting = True
+
+    def __init__(self, x: Tensor, token_dim: int, slot: cache.Slot) -> None:
+        shape, strides = self._out = output_like(x, token_dim)
+        self._empty = 0 in shape
+        self._slot, self._type = slot, TYPES[x.dtype]
+        self._x_strides = image_strides(x)
+        batch, channel, row, column = strides
+        self._out_strides = (batch, row, column, channel)
+
+    def __call__(
+        self, x: Tensor, weights: tuple[Tensor | None, ...], mask: None, residual_scale: None
+    ) -> Tensor | None:
+        packed: Packed | None = self._slot.find(cache.present(weights))
+        if packed is None:
+            return None
+        out = torch.empty_strided(*self._out, dtype=x.dtype, device="cpu")
+        if self._empty:
+            return out
+        call = _CALL.pack(
+            *_sizes(x.shape), self._type, library.address("x", x), *self._x_strides,
+            out.data_ptr(), *self._out_strides,
+        )  # fmt: skip
+        status = kernels().swiftkernels_conv_mlp_forward(packed.fields, call)
+        if status == STALE:
+            self._slot.renew()
+            return None
+        if status != DONE:
+            library.check(status)
+        packed.uses += 1
+        return out

@@ -93,7 +93,7 @@ class SeparableAttention(KeepsPlans, nn.Module):
         modules = self._modules
         parts: Any = (modules["qkv_proj"], modules["out_proj"])
         found = linear_parts.plain_parameters(parts, nn.Conv2d)
-        if not found or not all(map(_is_pointwise, parts)):
+        if not found or not all(map(linear_parts.is_pointwise, parts)):
             return None
         qkv, out = found
         return Weights(qkv["weight"], qkv["bias"], out["weight"], out["bias"])
@@ -120,10 +120,3 @@ def _does_nothing(dropout: Any) -> bool:
     """Whether a call of a dropout would return its input and run nothing else."""
     idle = type(dropout) is nn.Dropout and not (dropout.training and dropout.p > 0)
     return idle and linear_parts.is_untouched(dropout)
-
-
-def _is_pointwise(convolution: nn.Conv2d) -> bool:
-    """Whether a 2-D convolution is a linear layer of every pixel."""
-    c = convolution
-    sizes = (c.kernel_size, c.stride, c.padding, c.groups)
-    return sizes == ((1, 1), (1, 1), (0, 0), 1)

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from swiftkernels.backends import cache, torch_state
+from swiftkernels.backends import torch_state
 from swiftkernels.backends.cpu import library
 from swiftkernels.ops import plan as planning
-from swiftkernels.ops.operator import Backend, Call, Operator, needs_gradient
-from swiftkernels.ops.plan import OperatorPlan, Plan, Plans
+from swiftkernels.ops.operator import Backend, Call, Operator
+from swiftkernels.ops.plan import Plan, Plans
 from swiftkernels.ops.separable_attention import reference
 from swiftkernels.ops.separable_attention.layouts import output_like
 from swiftkernels.ops.separable_attention.weights import Options, Weights
@@ -128,44 +128,17 @@ def attend(
         cast = [None if w is None else w.to(dtype) for w in weights]
         x, weights = x.to(dtype), Weights(*cast)  # type: ignore[arg-type]
     _check(x, weights)
-    make = functools.partial(_make_plan, x, weights, backend, plans)
-    return planning.run(make, x, weights, None, None)
-
-
-def _make_plan(x: Tensor, weights: Weights, backend: str, plans: Plans | None) -> Plan:
-    """Choose the backend, pack the weights."""
-    chosen = SEPARABLE_ATTENTION.choose_backend(backend, x, weights.qkv_weight.shape[1])
-    needs_grad = needs_gradient(x, *weights)
-    infers = (
-        chosen == "cpu"
-        and not needs_grad
-        and torch_state.nothing_listens()
-        and torch_state.is_plain(x, *weights)
+    matrices = (weights.qkv_weight, weights.proj_weight)
+    make = functools.partial(
+        planning.make_plan, SEPARABLE_ATTENTION, x, weights, matrices, Options(), backend, plans
     )
-    if infers:
-        matrices = (weights.qkv_weight, weights.proj_weight)
-        plan: Plan | None = SEPARABLE_ATTENTION.implementation("cpu").inference_plan(
-            x, weights, None, Options(), None, plans or planning.plans_of(matrices)
-        )
-        if plan is not None:
-            return plan
-    # Weights that are not packed now may be packed at the next call, which needs a new plan.
-    once = infers or plans is None
-    places = None if once else cache.places(cache.present(weights))
-    trains = needs_grad and not once
-    return OperatorPlan(SEPARABLE_ATTENTION, Options(), chosen, "statistics", trains, None, places)
+    return planning.run(make, x, weights, None, None)
 
 
 def _check(x: Tensor, weights: Weights) -> None:
     """Raise for bad arguments."""
     for name in ("qkv_weight", "proj_weight"):
-        w = getattr(weights, name)
-        checks.check_tensor(name, w)
-        if w.dim() not in (2, 4) or w.shape[2:] not in ((), (1, 1)) or w.numel() == 0:
-            raise ValueError(
-                f"{name} must be a matrix, or that of a 1x1 convolution; got shape "
-                f"{tuple(w.shape)}. Pass the weight of a torch.nn.Linear or torch.nn.Conv2d."
-            )
+        checks.check_pointwise(name, getattr(weights, name))
     rows, width = weights.qkv_weight.shape[:2]
     if rows != 1 + 2 * width:
         raise ValueError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,16 +36,20 @@ pytestmark = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _neon(tmp_path_factory) -> Iterator[None]:
+@contextlib.contextmanager
+def emulated_kernels(folder: Path) -> Iterator[RemoteKernels]:
     """The kernels in an emulated process."""
-    folder = tmp_path_factory.mktemp("driver")
     driver = compile_driver(folder / "driver", str(COMPILER), "-O2", "-static")
     remote = RemoteKernels([str(EMULATOR), str(driver)])
     assert remote.swiftkernels_lanes() == 4
-    with kernels_in_use(remote):
-        yield
+    yield remote
     remote.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _neon(tmp_path_factory) -> Iterator[None]:
+    with emulated_kernels(tmp_path_factory.mktemp("driver")) as remote, kernels_in_use(remote):
+        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

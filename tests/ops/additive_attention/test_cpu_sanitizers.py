@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,20 +53,25 @@ MORE_SIZES = (
 )
 
 
-@pytest.fixture(scope="module", params=BUILDS)
-def sanitized(request, tmp_path_factory) -> Iterator[None]:
+@contextlib.contextmanager
+def sanitized_kernels(folder: Path, build: str) -> Iterator[RemoteKernels]:
     """The kernels in a process that ends at the first access beside its memory."""
-    folder = tmp_path_factory.mktemp("driver")
     try:
-        driver = compile_driver(folder / "driver", COMPILER, *SANITIZERS, *BUILDS[request.param])
+        driver = compile_driver(folder / "driver", COMPILER, *SANITIZERS, *BUILDS[build])
     except AssertionError as error:
         if "lasan" in str(error) or "lubsan" in str(error):
             pytest.skip("the compiler has no sanitizers")
         raise
     remote = RemoteKernels([str(driver)], ASAN_OPTIONS="detect_leaks=1", OMP_NUM_THREADS="3")
-    with kernels_in_use(remote):
-        yield
+    yield remote
     remote.close()
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def sanitized(request, tmp_path_factory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("driver")
+    with sanitized_kernels(folder, request.param) as remote, kernels_in_use(remote):
+        yield
 
 
 @pytest.fixture(params=[1, 3])

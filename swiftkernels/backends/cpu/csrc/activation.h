@@ -12,8 +12,7 @@ INLINE vec relu(vec x) { return max(vec{}, x); }
 
 /// x Phi(x) = max(x, 0) - |x| Phi(-|x|), with Phi(-a) = q(a)^-8 for a polynomial q that was fitted
 /// for the smallest largest error. Absolute errors are at most 3.5e-7, as PyTorch's are; relative
-/// ones 8e-7 close to 0 and 1e-7 above 1.5. At infinity the result is infinity, at minus infinity
-/// 0.
+/// ones 8e-7 close to 0 and 1e-7 above 1.5. At infinity the result is infinity, from -12 on -1e-23.
 INLINE vec gelu(vec x) {
   const vec a = min(broadcast(12.f), abs(x));  // beyond it, q^8 would leave the range of floats
   vec q = a * 2.562365791e-06f + -1.084383027e-05f;

@@ -12,7 +12,7 @@ namespace swiftkernels {
 /// So it detects every write to a row, a column or 16 rows of a tile, but may miss a write to a few
 /// elements.
 struct Fingerprint {
-  static constexpr int64_t MAX_SOURCES = 10, LINE = 64, ROWS = 16;
+  static constexpr int64_t MAX_SOURCES = 12, LINE = 64, ROWS = 16;
   struct Source {
     const char* bytes;
     int64_t rows, row_bytes, row_stride;

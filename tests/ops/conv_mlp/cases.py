@@ -1,0 +1,72 @@
+"""What the tests of conv_mlp share: random arguments, and the rule for errors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from swiftkernels.ops.conv_mlp import cpu
+from swiftkernels.ops.conv_mlp.op import conv_mlp
+from swiftkernels.ops.plan import _known
+from swiftkernels.testing.cases import convert
+from swiftkernels.testing.tolerance import assert_as_good_as_eager
+
+Tensors = list[Tensor | None]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CHANNELS = (1, 3, 16, 37, 48, 56)
+HIDDEN = (1, 40, 192, 300)
+IMAGES = ((1, 1), (1, 9), (8, 1), (5, 3), (7, 7), (30, 31))
+KERNELS = (None, 3, 5, 7)
+
+
+def make_tensors(
+    shape: tuple[int, ...], hidden: int, kernel: int | None = 3, out_dims: int = 0
+) -> Tensors:
+    """x [B, C, H, W] and weights in float64, with values that float16 has; D = C by default."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).half().double()
+
+    C, D = shape[1], out_dims or shape[1]
+    depthwise: Tensors = [None, None]
+    if kernel is not None:
+        depthwise = [randn(C, 1, kernel, kernel) / 4, randn(C)]
+    return [
+        randn(*shape), *depthwise, randn(hidden, C) / C**0.5, randn(hidden),
+        randn(D, hidden) / hidden**0.5, randn(D),
+    ]  # fmt: skip
+
+
+def run(*tensors: Tensor | None, **options: Any) -> Tensor:
+    """The output without gradients; the weights are parameters, which the CPU kernels pack."""
+    x, *weights = tensors
+    parameters = [None if w is None else nn.Parameter(w, requires_grad=False) for w in weights]
+    with torch.no_grad():
+        return conv_mlp(x, *parameters, **{"backend": "cpu"} | options)
+
+
+def assert_accurate(tensors: Tensors, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
+    """The output is as accurate as eager's; returns it."""
+    rounded = convert(tensors, dtype)
+    rounded[0] = tensors[0].to(dtype)  # with its strides
+    options = {"residual": tensors[0].shape[1] == tensors[-1].numel()} | options
+    out = run(*rounded, **options)
+    exact = run(*convert(rounded, torch.float64), **options, backend="reference")
+    assert_as_good_as_eager(out, run(*rounded, **options, backend="reference"), exact)
+    return out
+
+
+@contextlib.contextmanager
+def kernels_in_use(handle: Any) -> Iterator[None]:
+    """Use the functions of another library."""
+    _known.clear()  # packed for the other library's vectors
+    with mock.patch.object(cpu, "kernels", return_value=handle):
+        yield
+    _known.clear()
