@@ -115,7 +115,8 @@ class Lane {
   static void wait_for_inputs(const Phase& before, const Phase& phase, int64_t tile, Tasks& tasks) {
     int64_t first = 0, end = before.tiles;
     if (phase.local) {
-      const int64_t reach = std::max(before.reach, phase.reach) * phase.in.width;
+      // To the pixels at the corners of the kernel.
+      const int64_t reach = std::max(before.reach, phase.reach) * (phase.in.width + 1);
       while (before.first_pixel(first + 1) <= phase.first_pixel(tile) - reach) first++;
       while (before.first_pixel(end - 1) >= phase.first_pixel(tile + 1) + reach) end--;
     }
