@@ -69,7 +69,7 @@ class Programs:
         self._steps = steps
         self._by_size: dict[tuple[int, int], Packed] = {}
         self._by_forms: dict[tuple[int, ...], Packed] = {}
-        self._plain = False
+        self.uses_plain_attention = False
 
     def for_size(self, height: int, width: int) -> Packed:
         """The chain, for images of that size."""
@@ -84,7 +84,7 @@ class Programs:
 
     def use_plain_attention(self) -> None:
         """Other forms lose digits with these weights: use the plain one from now on."""
-        self._plain = True
+        self.uses_plain_attention = True
         self._by_size.clear()
 
     def forms(self, height: int, width: int) -> tuple[int, ...]:
@@ -95,7 +95,7 @@ class Programs:
             if isinstance(step, of.Attention):
                 w, norm = step.weights, step.options.qk_norm
                 form = config.form(height * width, w.in_dims, w.width, norm)
-                forms.append(attention.PLAIN if self._plain else form)
+                forms.append(attention.PLAIN if self.uses_plain_attention else form)
         return tuple(forms)
 
 
