@@ -73,15 +73,20 @@ def places(tensors: tuple[Tensor, ...]) -> State:
 
 def state(tensors: tuple[Tensor, ...]) -> State:
     """A value that changes if a tensor is replaced, or written in a way that PyTorch counts."""
-    found = (
+    return (
         list(map(Tensor.data_ptr, tensors)),
         list(map(_bytes, tensors)),
         list(map(Tensor.stride, tensors)),
+        versions(tensors),
     )
+
+
+def versions(tensors: tuple[Tensor, ...]) -> list[int]:
+    """Numbers that change where PyTorch counts a write to a tensor."""
     try:
-        return (*found, list(map(_version, tensors)))
+        return list(map(_version, tensors))
     except RuntimeError:  # tensors made in inference mode have no version counter
-        return found
+        return []
 
 
 class Packed(Protocol):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swiftkernels.backends import torch_state
+from swiftkernels.backends import cache, torch_state
 from swiftkernels.backends.cpu import library
 from swiftkernels.fusion.steps import Step
 
@@ -42,8 +42,8 @@ class FusedChain(nn.Module):
     processors) and where PyTorch has to see operators (export, compilation, tracing, gradients), it
     computes `plain`, the same in PyTorch's operators.
 
-    The tensors of the steps are buffers, named by step: `conv_mlp3_weight1`. New values that
-    `load_state_dict` or an assignment brings are used from the next call on.
+    The tensors of the steps are buffers, named by step: `conv_mlp3_weight1`. New values are used
+    from the next call on, except those written through `.data`.
 
     Args:
         steps: what to compute, with weights; all tensors are of one type and on one device.
@@ -86,6 +86,7 @@ class FusedChain(nn.Module):
     @property
     def steps(self) -> tuple[Step, ...]:
         """What the chain computes, with the tensors as they are now."""
+        self._renew_if_changed()
         found: tuple[Step, ...] | None = self.__dict__["_steps"]
         if found is None:
             found = tuple(
@@ -105,6 +106,15 @@ class FusedChain(nn.Module):
         self.__dict__["slot"] = Slot()
         self.__dict__["_steps"] = None
 
+    def _renew_if_changed(self) -> None:
+        """`renew` if a tensor was replaced, or written in a way that PyTorch counts."""
+        # `steps` keeps the tensors, so that others cannot have their addresses.
+        tensors = cache.present(tuple(self._buffers.values()))
+        now = list(map(Tensor.data_ptr, tensors)), cache.versions(tensors)
+        if self.__dict__.get("_state") != now:
+            self.renew()
+            self.__dict__["_state"] = now
+
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, D, H', W']"""
         if torch.jit.is_scripting() or not _may_run(x, self):
@@ -115,7 +125,10 @@ class FusedChain(nn.Module):
                 "Pass what the first of the fused blocks takes."
             )
         run = _runner()
-        return self.plain(x) if run is None else run(self.steps, x, self.slot)
+        if run is None:
+            return self.plain(x)
+        steps = self.steps  # first: it renews the slot
+        return run(steps, x, self.slot)
 
     def plain(self, x: Tensor) -> Tensor:
         """The same in PyTorch's operators."""
@@ -131,23 +144,9 @@ class FusedChain(nn.Module):
     def extra_repr(self) -> str:
         return " -> ".join(form.kind for form in self._forms)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        out = super()._apply(*args, **kwargs)
-        self.renew()
-        return out
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.renew()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in self.__dict__.get("_buffers", ()):
-            self.renew()
-
     def __getstate__(self) -> dict[str, Any]:
         """The state without what was prepared, which holds for this process only."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("slot", "_steps")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("slot", "_steps", "_state")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

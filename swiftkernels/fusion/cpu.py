@@ -130,7 +130,7 @@ def run(steps: tuple[Step, ...], x: Tensor, slot: Any) -> Tensor:
     if packed.pools:
         out_height = out_width = 1
     shape = (batch, packed.out_channels, out_height, out_width)
-    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    out = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
     call = _CALL.pack(
         batch, height, width, torch.get_num_threads(), TYPES[x.dtype],
         library.address("x", x), *image_strides(x), out.data_ptr(), *image_strides(out), 0,
@@ -148,7 +148,7 @@ def seconds_of_steps(steps: tuple[Step, ...], x: Tensor, slot: Any) -> list[floa
     run(steps, x, slot)
     packed = slot.program.for_size(*x.shape[2:])
     out = run(steps, x, slot)
-    seconds = torch.zeros(len(steps), dtype=torch.float64)
+    seconds = torch.zeros(len(steps), dtype=torch.float64, device="cpu")
     call = _CALL.pack(
         len(x), *x.shape[2:], 1, TYPES[x.dtype], x.data_ptr(), *image_strides(x), out.data_ptr(),
         *image_strides(out), seconds.data_ptr(),

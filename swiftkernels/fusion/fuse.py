@@ -33,6 +33,9 @@ TOLERANCE = 1e-6
 """Largest relative error, in float64, between the outputs of the model and of a candidate."""
 SIZES = ((2, 64, 64), (1, 97, 70), (1, 96, 128), (1, 224, 224))
 """Batch, height and width of the images of the probes: the first two that the model takes."""
+KNOWN = ("swiftkernels.models.swiftformer.network", "timm.models.swiftformer")
+"""Modules of networks whose forward does nothing besides what a chain with heads computes. Others
+may treat other images otherwise than those of the probes."""
 PROBES = 2
 """Sizes of images on which a candidate is compared with the model."""
 
@@ -75,12 +78,15 @@ class FusedNetwork(nn.Module):
     """A network for inference in which chains of blocks run as one program.
 
     `fuse_for_inference` makes it. The parameters require no gradient. It takes the images only, by
-    position or by the name that the model's forward gives them. If one chain computes all that the
-    model returns, the model's own forward is not run, nor are hooks that are added to its parts.
+    position or by the name that the model's forward gives them. If one chain computes all of a
+    network of this library or of timm, its own forward is not run, nor are hooks that are added to
+    its parts later.
 
     Attributes:
         network: the copy of the model, with a `FusedChain` in the place of the first block of each
-            chain, and `Passed` in the place of the others.
+            chain, and `Passed` in the place of the others. Only its forward is right: other
+            methods, such as `forward_features`, and options that are set later see what chains
+            return.
         report: what became of each block (`FusionReport`).
 
     Raises:
@@ -119,12 +125,14 @@ class FusedNetwork(nn.Module):
         given = dict(named)
         if x is None:
             x = given.pop(self._argument, None)
+        elif self._argument in given:
+            raise TypeError(f"a fused network takes images once; got {self._argument} twice.")
         defaults = _defaults_of(self.network) if given else {}
         for name, value in given.items():
             if name not in defaults or value is not defaults[name]:
                 raise TypeError(
-                    f"a fused network takes images only; got {name}={value!r}. Call the original "
-                    "model with it, or set the option in the model before it is fused."
+                    f"a fused network takes images only; got {name}, a {type(value).__name__}. "
+                    "Call the original model with it, or set the option before fusing."
                 )
         if others:
             raise TypeError(
@@ -264,6 +272,7 @@ def fuse_for_inference(model: nn.Module, *, example: Tensor | None = None) -> Fu
         raise ValueError(_nothing(model, [LeftBlock("", kind, "its forward was replaced")]))
     with _isolated():
         clone = _clone(model)
+        _check_values(clone)
         images, exact = _run_on_examples(clone, example)
         values = {name: p.detach().clone() for name, p in clone.named_parameters()}
         find.randomise(clone)
@@ -275,7 +284,7 @@ def fuse_for_inference(model: nn.Module, *, example: Tensor | None = None) -> Fu
                 continue
             with _parameters(clone, values):
                 if _gives(clone, runs, images, exact):
-                    whole = _is_whole(model, clone, runs, images, exact)
+                    whole = search.is_whole(runs)
                     return _fused(model, clone, runs, search.left(runs), whole)
     raise ValueError(_nothing(model, search.left([])))
 
@@ -300,6 +309,12 @@ class _Search:
             name for name, part in clone.named_modules() if next(part.children(), None) is None
         ]
         self.layers = [name for name in layers if not _is_inside(name, inside)]
+        parts = {name: model.get_submodule(name) for name in self.layers}
+        self.touched = [
+            name
+            for name, part in parts.items()
+            if torch_state.has_hooks(part) or "forward" in vars(part)
+        ]
         self.order = list(dict.fromkeys([*inside, *self.layers]))
         self.calls = _record(clone, self.order, images)
         self.calls_of: dict[str, list[_Call]] = {}
@@ -317,6 +332,22 @@ class _Search:
             if runs not in tried:
                 tried.append(runs)
                 yield from self._with_ends(runs)
+
+    def is_whole(self, runs: Sequence[_Run]) -> bool:
+        """Whether the only chain computes all of a network whose forward is known."""
+        kind = type(self.model)
+        first = self.calls_of[runs[0].names[0]]
+        return (
+            len(runs) == 1
+            and runs[0].end is not None
+            and kind.__module__ in KNOWN
+            and not any(
+                torch_state.has_hooks(part) or "forward" in vars(part)
+                for part in self.model.modules()
+            )
+            and len(first) == 1
+            and _is_same(first[0].x, self.images)
+        )
 
     def left(self, runs: Sequence[_Run]) -> list[LeftBlock]:
         """The blocks and layers that no run holds, and why."""
@@ -385,7 +416,20 @@ class _Search:
         """Whether each call of a module takes the output of the same call of another one."""
         calls, others = self.calls_of.get(name, []), self.calls_of.get(before, [])
         return len(calls) == len(others) > 0 and all(
-            _is_same(other.out, call.x) for call, other in zip(calls, others, strict=True)
+            _is_same(other.out, call.x) and not self._is_touched(call.x)
+            for call, other in zip(calls, others, strict=True)
+        )
+
+    def _is_touched(self, x: Tensor) -> bool:
+        """Whether a layer with hooks or a replaced forward, such as a dropout, takes or returns x.
+
+        In the copy it has neither, and may return its input.
+        """
+        return any(
+            _is_same(t, x)
+            for name in self.touched
+            for call in self.calls_of.get(name, ())
+            for t in (call.x, call.out)
         )
 
     def _with_ends(self, runs: list[_Run]) -> Iterator[list[_Run]]:
@@ -409,7 +453,7 @@ class _Search:
         for name, part in layers.items():
             inputs = [call.x for call in self.calls_of.get(name, [])]
             same = len(inputs) == len(pooled) and all(map(_is_near, inputs, pooled))
-            if same and find.is_linear(part):
+            if same and find.is_linear(part) and not any(map(self._is_touched, inputs)):
                 heads.append(name)
         classes = {len(cast(Tensor, layers[name].weight)) for name in heads}
         for name in (*norms, *heads):
@@ -466,6 +510,11 @@ def _check(model: nn.Module, example: Tensor | None) -> None:
                 "example must be images [B, C, H, W] of a floating-point type; got shape "
                 f"{tuple(example.shape)}, {example.dtype}. Pass a batch that the model takes."
             )
+    if any(isinstance(part, FusedChain) for part in model.modules()):
+        raise ValueError(
+            "model must be a network that is not fused yet; got a fused one. Fuse the original "
+            "model again."
+        )
     for name, module in model.named_modules():
         if module.training:
             raise ValueError(
@@ -479,6 +528,15 @@ def _check(model: nn.Module, example: Tensor | None) -> None:
                     "model must hold values, which are folded; got "
                     f"{f'{name}.{own}'.lstrip('.')} on device meta. Load the weights first."
                 )
+
+
+def _check_values(clone: nn.Module) -> None:
+    for name, t in (*clone.named_parameters(), *clone.named_buffers()):
+        if t.is_floating_point() and not t.isfinite().all():
+            raise ValueError(
+                f"model must hold finite values, or its outputs could not be compared; got {name} "
+                "with infinity or NaN. Use large numbers, or write them into the fused network."
+            )
 
 
 @contextlib.contextmanager
@@ -657,21 +715,6 @@ def _gives(
             except Exception:  # an unknown network may raise anything
                 return False
     return True
-
-
-def _is_whole(
-    model: nn.Module,
-    clone: nn.Module,
-    runs: Sequence[_Run],
-    images: Sequence[Tensor],
-    expected: Sequence[Any],
-) -> bool:
-    """Whether the only chain computes all that the model does."""
-    if len(runs) > 1 or runs[0].end is None or any(map(torch_state.has_hooks, model.modules())):
-        return False
-    chain = runs[0].modules(clone)[runs[0].names[0]]
-    pairs = zip(images, expected, strict=True)
-    return all(_is_same_output(chain(x).flatten(1), out) for x, out in pairs)
 
 
 def _modules_of(network: nn.Module, runs: Sequence[_Run]) -> dict[str, nn.Module]:

@@ -594,3 +594,94 @@ def test_fused_networks_show_what_they_are():
     assert "computed by stem" in repr(passed[0])
     assert "stem -> conv_mlp -> conv_mlp -> attention" in repr(fused)
     assert "network.stem.conv_mlp1_depthwise_weight" in fused.state_dict()
+
+
+def with_observer(part):
+    part.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def with_other_forward(part):
+    part.forward = lambda x: x * 2
+
+
+@pytest.mark.parametrize("change", [with_observer, with_other_forward])
+@pytest.mark.parametrize("name", ["head_drop", "stages.0.downsample"])
+def test_changed_layers_without_weights_are_not_passed_over(name, change):
+    model = networks.ours()
+    change(model.get_submodule(name))
+    x = images(model, 2, 33, 57)
+    with torch.no_grad():
+        torch.testing.assert_close(fuse_for_inference(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_behind_an_unknown_stem_is_fused():
+    model = networks.ours()
+    width = networks.WIDTHS[0]
+    model.stem = nn.Sequential(nn.Conv2d(3, width, 7, 4, 3), nn.BatchNorm2d(width), nn.GELU())
+    fused = fuse_for_inference(model.eval())
+    assert len(chains(fused)) == 1
+    x = images(model, 2, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Clamped(nn.Module):
+    """Does to images what those of the probes do not show."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x.clamp(-9, 9))
+
+
+def test_the_forward_of_other_networks_is_run():
+    model = Clamped(networks.ours()).eval()
+    x = 100 * torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(fuse_for_inference(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_another_default_device_does_not_matter():
+    model = networks.ours()
+    fused = fuse_for_inference(model)
+    x = images(model, 1, 40, 40)
+    with torch.no_grad(), torch.device("meta"):
+        out = fused(x)
+    with torch.no_grad():
+        assert torch.equal(out, fused(x))
+
+
+def test_functional_call_uses_its_weights_and_only_then():
+    model = networks.ours()
+    fused = fuse_for_inference(model)
+    x = images(model, 1, 40, 40)
+    doubled = {name: 2 * t for name, t in fused.named_buffers()}
+    with torch.no_grad():
+        before = fused(x)
+        changed = torch.func.functional_call(fused, doubled, (x,))
+        after = fused(x)
+    assert not torch.allclose(before, changed)
+    assert torch.equal(before, after)
+
+
+def test_a_fused_network_is_not_fused_again():
+    with pytest.raises(ValueError, match="not fused yet; got a fused one"):
+        fuse_for_inference(fuse_for_inference(networks.ours()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_have_to_be_finite(value):
+    model = networks.ours()
+    with torch.no_grad():
+        model.head.bias[1] = value
+    with pytest.raises(ValueError, match=r"got head\.bias with infinity or NaN"):
+        fuse_for_inference(model)
+
+
+def test_images_are_passed_once():
+    model = networks.ours()
+    x = images(model, 1, 40, 40)
+    with pytest.raises(TypeError, match="got x twice"):
+        fuse_for_inference(model)(x, x=x)
