@@ -163,9 +163,8 @@ class Lane {
       const int64_t dims = dims_of(step, channels), pixels = out.pixels();
       switch (step.kind) {
         case STEM: {
-          const int64_t bands =
-              std::max<int64_t>((out.height + StemRows::BAND - 1) / StemRows::BAND,
-                                std::min<int64_t>(out.height, threads_));
+          const int64_t full = (out.height + StemRows::BAND - 1) / StemRows::BAND;
+          const int64_t bands = std::min(out.height, round_up(full, threads_));
           add(Work::STEM, i, out, dims, bands);
           scratch_of([&](Arena& a) {
             stem_rows(step.weights).workspace(highest_band(phases_.back()), a);
@@ -173,16 +172,14 @@ class Lane {
           break;
         }
         case CONVOLUTION: {
-          const int64_t tile = convolution_tile(channels);
-          const int64_t tiles =
-              std::max((pixels + tile - 1) / tile, std::min<int64_t>(threads_, (pixels + 11) / 12));
+          const int64_t tiles = conv_mlp::tiles_of(pixels, convolution_tile(channels), threads_);
           add(Work::CONVOLUTION, i, out, dims, tiles);
           scratch_of([&](Arena& a) { patch_tile((pixels + tiles - 1) / tiles, channels, a); });
           break;
         }
         case CONV_MLP: {
           const auto& w = as<conv_mlp::PackedWeights>(step.weights);
-          const int64_t tiles = conv_mlp::tiles_of(pixels, threads_);
+          const int64_t tiles = conv_mlp::tiles_of(pixels, conv_mlp::TILE, threads_);
           const bool follows = !phases_.empty() && (phases_.back().work == Work::CONV_MLP ||
                                                     phases_.back().work == Work::OUTPUT);
           Phase& phase = add(Work::CONV_MLP, i, out, dims, tiles);

@@ -38,7 +38,7 @@ class Tasks {
   void wait_for_all() { wait(0, count_); }
 
  private:
-  static constexpr int LOOKS = 300;  // a few microseconds
+  static constexpr int LOOKS = 2000;  // up to 0.1 ms
 
   void wait(int64_t task) {
     for (int i = 0; i < LOOKS; i++) {

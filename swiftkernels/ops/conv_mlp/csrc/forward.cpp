@@ -77,7 +77,7 @@ class Forward {
                   s.x.from((y - above) * width));
       x = {s.x.data, below - above, width, s.x.stride};
     }
-    const int64_t pixels = (end - first) * width, tiles = tiles_of(pixels, 1);
+    const int64_t pixels = (end - first) * width, tiles = tiles_of(pixels, TILE, 1);
     const int64_t offset = (first - above) * width;
     for (int64_t i = 0; i < tiles; i++) {
       const int64_t from = pixels * i / tiles, to = pixels * (i + 1) / tiles;

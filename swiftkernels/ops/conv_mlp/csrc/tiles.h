@@ -14,11 +14,11 @@ namespace swiftkernels::conv_mlp {
 /// differ by 2 %.
 constexpr int64_t TILE = 96;
 
-/// Tiles for an image: full ones, or one for each thread if it is small.
-inline int64_t tiles_of(int64_t pixels, int64_t threads) {
+/// Tiles of up to `most` pixels, as many for each thread.
+inline int64_t tiles_of(int64_t pixels, int64_t most, int64_t threads) {
   constexpr int64_t SMALLEST = 12;
-  return std::max((pixels + TILE - 1) / TILE,
-                  std::min(threads, (pixels + SMALLEST - 1) / SMALLEST));
+  const int64_t tiles = round_up((pixels + most - 1) / most, threads);
+  return std::min(tiles, (pixels + SMALLEST - 1) / SMALLEST);
 }
 
 /// The scratch of a thread.
