@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swiftkernels.backends import cache
+from swiftkernels.backends.cpu.library import DONE, STALE, TYPES, address, check
 
 # `struct Fingerprint` in csrc/fingerprint.h.
 MAX_SOURCES = 12
@@ -71,6 +72,69 @@ def packed_weights(
 
     found: Packed | None = slot.ensure(watched, unchanged, pack_and_watch)
     return found
+
+
+class PackedPlan:
+    """Runs a forward of x alone with packed weights, as a plan (`ops/plan.py`).
+
+    Its guards are the state of the weights and, in the kernels, their fingerprint.
+
+    Args:
+        kernel: the C function.
+        fields: its `struct Call`: sizes, threads, type, address and strides of x, address and
+            strides of the output, and zeros.
+        sizes: of calls with the shape of x.
+        x: an input of the calls.
+        x_strides, out_strides: as in the struct.
+        out: shape and strides of the output.
+        slot: keeps the packed weights.
+    """
+
+    __slots__ = (
+        "_empty", "_fields", "_kernel", "_out", "_out_strides", "_sizes", "_slot", "_type",
+        "_x_strides", "_zeros",
+    )  # fmt: skip
+
+    lasting = True
+
+    def __init__(
+        self,
+        kernel: Callable[[bytes, bytes], int],
+        fields: struct.Struct,
+        sizes: Sequence[int],
+        x: Tensor,
+        x_strides: Sequence[int],
+        out: tuple[Sequence[int], Sequence[int]],
+        out_strides: Sequence[int],
+        slot: cache.Slot,
+        zeros: int = 0,
+    ) -> None:
+        self._kernel, self._fields, self._slot = kernel, fields, slot
+        self._sizes, self._type, self._zeros = sizes, TYPES[x.dtype], (0,) * zeros
+        self._x_strides, self._out_strides = x_strides, out_strides
+        self._out, self._empty = out, 0 in out[0]
+
+    def __call__(
+        self, x: Tensor, weights: tuple[Tensor | None, ...], mask: None, residual_scale: None
+    ) -> Tensor | None:
+        packed: Packed | None = self._slot.find(cache.present(weights))
+        if packed is None:
+            return None
+        out = torch.empty_strided(*self._out, dtype=x.dtype, device="cpu")
+        if self._empty:
+            return out
+        call = self._fields.pack(
+            *self._sizes, torch.get_num_threads(), self._type, address("x", x), *self._x_strides,
+            out.data_ptr(), *self._out_strides, *self._zeros,
+        )  # fmt: skip
+        status = self._kernel(packed.fields, call)
+        if status == STALE:
+            self._slot.renew()
+            return None
+        if status != DONE:
+            check(status)
+        packed.uses += 1
+        return out
 
 
 def _fingerprint(library: ctypes.CDLL, watched: Sequence[Tensor]) -> bytes:

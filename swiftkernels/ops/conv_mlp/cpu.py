@@ -11,11 +11,11 @@ from torch.nn import Parameter
 
 from swiftkernels.backends import cache
 from swiftkernels.backends.cpu import library
-from swiftkernels.backends.cpu.library import DONE, STALE, TYPES
+from swiftkernels.backends.cpu.library import TYPES
 from swiftkernels.backends.cpu.packing import (
     FINGERPRINT,
     NEVER_STALE,
-    Packed,
+    PackedPlan,
     Packer,
     packed_weights,
 )
@@ -82,16 +82,17 @@ def forward(
         packer = Packer(kernels())
         fields = pack(packer, weights, options) + NEVER_STALE
         call = _CALL.pack(
-            *_sizes(x.shape), TYPES[x.dtype], library.address("x", x), *image_strides(x),
-            out.data_ptr(), *image_strides(out),
+            *_sizes(x), torch.get_num_threads(), TYPES[x.dtype], library.address("x", x),
+            *image_strides(x), out.data_ptr(), *image_strides(out),
         )  # fmt: skip
         library.check(kernels().swiftkernels_conv_mlp_forward(fields, call))
     return out, Saved()
 
 
-def _sizes(shape: Sequence[int]) -> tuple[int, int, int, int]:
+def _sizes(x: Tensor) -> tuple[int, int, int]:
     """The first fields of `struct Call`."""
-    return shape[0], shape[2], shape[3], torch.get_num_threads()
+    batch, _, height, width = x.shape
+    return batch, height, width
 
 
 def inference_plan(
@@ -128,45 +129,11 @@ def packed_plan(
     packed = packed_weights(
         kernels(), slot, cache.present(watched), lambda packer: pack(packer, weights(), options)
     )
-    return None if packed is None else PackedPlan(x, token_dim, slot)
-
-
-class PackedPlan:
-    """Runs the forward with packed weights.
-
-    Its guards are the state of the weights and, in the kernels, their fingerprint.
-    """
-
-    __slots__ = ("_empty", "_out", "_out_strides", "_slot", "_type", "_x_strides")
-
-    lasting = True
-
-    def __init__(self, x: Tensor, token_dim: int, slot: cache.Slot) -> None:
-        shape, strides = self._out = output_like(x, token_dim)
-        self._empty = 0 in shape
-        self._slot, self._type = slot, TYPES[x.dtype]
-        self._x_strides = image_strides(x)
-        batch, channel, row, column = strides
-        self._out_strides = (batch, row, column, channel)
-
-    def __call__(
-        self, x: Tensor, weights: tuple[Tensor | None, ...], mask: None, residual_scale: None
-    ) -> Tensor | None:
-        packed: Packed | None = self._slot.find(cache.present(weights))
-        if packed is None:
-            return None
-        out = torch.empty_strided(*self._out, dtype=x.dtype, device="cpu")
-        if self._empty:
-            return out
-        call = _CALL.pack(
-            *_sizes(x.shape), self._type, library.address("x", x), *self._x_strides,
-            out.data_ptr(), *self._out_strides,
-        )  # fmt: skip
-        status = kernels().swiftkernels_conv_mlp_forward(packed.fields, call)
-        if status == STALE:
-            self._slot.renew()
-            return None
-        if status != DONE:
-            library.check(status)
-        packed.uses += 1
-        return out
+    if packed is None:
+        return None
+    shape, strides = out = output_like(x, token_dim)
+    like = torch.empty_strided(shape, strides, device="meta")
+    return PackedPlan(
+        kernels().swiftkernels_conv_mlp_forward, _CALL, _sizes(x), x, image_strides(x), out,
+        image_strides(like), slot,
+    )  # fmt: skip

@@ -13,8 +13,8 @@ from torch.nn import Parameter
 
 from swiftkernels.backends import cache
 from swiftkernels.backends.cpu import library, packing
-from swiftkernels.backends.cpu.library import DONE, STALE, TYPES
-from swiftkernels.backends.cpu.packing import FINGERPRINT, Packed, Packer, packed_weights
+from swiftkernels.backends.cpu.library import TYPES
+from swiftkernels.backends.cpu.packing import FINGERPRINT, PackedPlan, Packer, packed_weights
 from swiftkernels.ops.operator import Needs
 from swiftkernels.ops.plan import Plans
 from swiftkernels.ops.separable_attention.layouts import output_like, sequences_of
@@ -168,44 +168,12 @@ def inference_plan(
     packed = packed_weights(
         kernels(), slot, cache.present(weights), lambda packer: pack(packer, weights, x.dtype)
     )
-    return None if packed is None else PackedPlan(x, weights.token_dim, slot)
-
-
-class PackedPlan:
-    """Runs the forward with packed weights.
-
-    Its guards are the state of the weights and, in the kernels, their fingerprint.
-    """
-
-    __slots__ = ("_empty", "_out", "_out_strides", "_sizes", "_slot", "_type", "_x_strides")
-
-    lasting = True
-
-    def __init__(self, x: Tensor, token_dim: int, slot: cache.Slot) -> None:
-        shape, strides = self._out = output_like(x, token_dim)
-        self._empty = 0 in shape
-        self._slot, self._type = slot, TYPES[x.dtype]
-        *self._sizes, _, self._x_strides = sequences_of(x)
-        self._out_strides = sequences_of(torch.empty_strided(shape, strides, device="meta")).strides
-
-    def __call__(
-        self, x: Tensor, weights: Weights, mask: None, residual_scale: None
-    ) -> Tensor | None:
-        packed: Packed | None = self._slot.find(cache.present(weights))
-        if packed is None:
-            return None
-        out = torch.empty_strided(*self._out, dtype=x.dtype, device="cpu")
-        if self._empty:
-            return out
-        call = _CALL.pack(
-            *self._sizes, torch.get_num_threads(), self._type, library.address("x", x),
-            *self._x_strides, out.data_ptr(), *self._out_strides, *_NOT_SAVED,
-        )  # fmt: skip
-        status = kernels().swiftkernels_separable_forward(packed.fields, call)
-        if status == STALE:
-            self._slot.renew()
-            return None
-        if status != DONE:
-            library.check(status)
-        packed.uses += 1
-        return out
+    if packed is None:
+        return None
+    shape, strides = out = output_like(x, weights.token_dim)
+    *sizes, _, x_strides = sequences_of(x)
+    out_strides = sequences_of(torch.empty_strided(shape, strides, device="meta")).strides
+    return PackedPlan(
+        kernels().swiftkernels_separable_forward, _CALL, sizes, x, x_strides, out, out_strides,
+        slot, zeros=len(_NOT_SAVED),
+    )  # fmt: skip
