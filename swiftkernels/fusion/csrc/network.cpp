@@ -54,11 +54,12 @@ struct Phase {
   bool local;     // waits only for the tiles before that it reads or whose input it overwrites
   int64_t first_task;
 
-  /// The first pixel of a tile of its map; of the number of tiles, the end.
+  /// The first row of a tile of complete rows; of the number of tiles, the end.
+  int64_t first_row(int64_t tile) const { return out.height * tile / tiles; }
+
+  /// The same for a pixel of another tile.
   int64_t first_pixel(int64_t tile) const {
-    if (passes) return passes->first_token(tile);
-    if (work == Work::STEM || work == Work::LOAD) return out.height * tile / tiles * out.width;
-    return out.pixels() * tile / tiles;
+    return passes ? passes->first_token(tile) : out.pixels() * tile / tiles;
   }
 };
 
@@ -276,16 +277,14 @@ class Lane {
     const Tile rows{out.data, out.stride};
     switch (phase.work) {
       case Work::LOAD:
-        for (int64_t y = out.height * tile / phase.tiles; y < out.height * (tile + 1) / phase.tiles;
-             y++)
+        for (int64_t y = phase.first_row(tile); y < phase.first_row(tile + 1); y++)
           load_tile(call_.x.row(image, y, call_.type), 0, 0, out.width, phase.out_dims,
                     rows.from(y * out.width));
         return;
       case Work::STEM: {
         const StemRows stem = stem_rows(phase.weights);
         const auto workspace = stem.workspace(highest_band(phase), arena);
-        return stem.run(image, out.height * tile / phase.tiles,
-                        out.height * (tile + 1) / phase.tiles, rows, workspace);
+        return stem.run(image, phase.first_row(tile), phase.first_row(tile + 1), rows, workspace);
       }
       case Work::CONVOLUTION: {
         const auto& p = as<Product>(phase.weights);
@@ -296,7 +295,7 @@ class Lane {
       case Work::CONV_MLP: {
         const auto& w = as<conv_mlp::PackedWeights>(phase.weights);
         const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
-        return conv_mlp::run_tile(w, in, first, end, rows.from(first), true,
+        return conv_mlp::run_tile(w, in, first, end, rows.from(first),
                                   conv_mlp::Workspace::make(w, end - first, arena));
       }
       case Work::SCORE:
@@ -317,10 +316,9 @@ class Lane {
         matrix.chain = 2 * STEP;
         return gemm({in.data, in.stride}, in.pixels(), matrix, p.bias, rows, nullptr);
       }
-      case Work::STORE:
-        for (int64_t y = in.height * tile / phase.tiles; y < in.height * (tile + 1) / phase.tiles;
-             y++)
-          store_tile(Tile{in.data, in.stride}.from(y * in.width), in.width, phase.out_dims,
+      case Work::STORE:  // out is in
+        for (int64_t y = phase.first_row(tile); y < phase.first_row(tile + 1); y++)
+          store_tile(rows.from(y * out.width), out.width, phase.out_dims,
                      call_.out.row(image, y, call_.type), 0, 0);
         return;
     }

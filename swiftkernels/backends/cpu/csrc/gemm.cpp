@@ -9,8 +9,8 @@ namespace {
 /// The compiler has to be kept from three things that each cost 10 to 30 % of the speed: addresses
 /// of rows that are derived from each other (so each row has a pointer of which the compiler knows
 /// nothing), sums that move between registers (so `multiply_add` works in place), and sums in
-/// memory (so there is one loop with products). tests/backends/test_machine_code.py looks at the
-/// loop.
+/// memory (so what is done with each of them is `unrolled`). tests/backends/test_machine_code.py
+/// looks at the loop.
 template <int R, int V, bool RUNS>
 void multiply(const Block& block) {
   const float* a[R];

@@ -139,7 +139,7 @@ struct Block {
   Tile c;
   int64_t columns;   // of c that may be written: the last vector may be partly padding
   const char* next;  // what is read after b, which is fetched meanwhile
-  // The K numbers of a row of a are `runs` times `run_length` adjacent ones, `run_stride` apart.
+  // The K numbers of a row of a are `runs` times equally many adjacent ones, `run_stride` apart.
   int64_t runs = 1, run_stride = 0;
 
   /// Continue with the rows from r on.

@@ -1,6 +1,6 @@
 // The operator on a batch of images of any strides and element type. Threads take bands of rows.
-// Where the pixels of x are float32 rows of full vectors they are read in place, else a band is
-// copied, with the rows around it that the depthwise convolution reads.
+// Where pixels are float32 rows of full vectors they are read and written in place. Else a band is
+// copied, that of x with the rows around it that the depthwise convolution reads.
 #include "parallel.h"
 #include "tiles.h"
 
@@ -14,7 +14,8 @@ class Forward {
         call_(call),
         threads_(usable_threads(call.threads)),
         reach_(w.kernel / 2),
-        in_place_(has_full_rows(call.x, w.in_dims)),
+        reads_in_place_(has_full_rows(call.x, w.in_dims)),
+        writes_in_place_(has_full_rows(call.out, w.out_dims)),
         bands_(
             std::max(bands_of_one(), std::min(rows(), (threads_ + call.batch - 1) / call.batch))) {}
 
@@ -49,8 +50,8 @@ class Forward {
   BandWorkspace make_workspace(Arena& arena) const {
     BandWorkspace s;
     const int64_t pixels = highest() * call_.width;
-    if (!in_place_) s.x = arena.matrix((highest() + 2 * reach_) * call_.width, w_.in_dims);
-    s.out = arena.tile(pixels, w_.out_dims);
+    if (!reads_in_place_) s.x = arena.matrix((highest() + 2 * reach_) * call_.width, w_.in_dims);
+    if (!writes_in_place_) s.out = arena.tile(pixels, w_.out_dims);
     s.tile = Workspace::make(w_, std::min(pixels, TILE), arena);
     return s;
   }
@@ -61,14 +62,19 @@ class Forward {
            t.column_stride >= width && t.row_stride == call_.width * t.column_stride;
   }
 
+  /// Pixels in place, from the first of an image on.
+  Tile pixels_of(const Images& t, int64_t image) const {
+    return {static_cast<float*>(t.data) + image * t.batch_stride, t.column_stride};
+  }
+
   void run_band(int64_t image, int64_t band, const BandWorkspace& s) const {
     const int64_t width = call_.width;
     const int64_t first = rows() * band / bands_, end = rows() * (band + 1) / bands_;
     Map x{};
     int64_t above = 0;  // rows of x that are not in `map`
-    if (in_place_) {
-      x = {static_cast<float*>(call_.x.data) + image * call_.x.batch_stride, rows(), width,
-           call_.x.column_stride};
+    if (reads_in_place_) {
+      const Tile pixels = pixels_of(call_.x, image);
+      x = {pixels.data, rows(), width, pixels.stride};
     } else {
       above = std::max<int64_t>(0, first - reach_);
       const int64_t below = std::min(rows(), end + reach_);
@@ -79,10 +85,12 @@ class Forward {
     }
     const int64_t pixels = (end - first) * width, tiles = tiles_of(pixels, TILE, 1);
     const int64_t offset = (first - above) * width;
+    const Tile out = writes_in_place_ ? pixels_of(call_.out, image).from(first * width) : s.out;
     for (int64_t i = 0; i < tiles; i++) {
       const int64_t from = pixels * i / tiles, to = pixels * (i + 1) / tiles;
-      run_tile(w_, x, offset + from, offset + to, s.out.from(from), true, s.tile);
+      run_tile(w_, x, offset + from, offset + to, out.from(from), s.tile);
     }
+    if (writes_in_place_) return;
     for (int64_t y = first; y < end; y++)
       store_tile(s.out.from((y - first) * width), width, w_.out_dims,
                  call_.out.row(image, y, call_.type), 0, 0);
@@ -91,7 +99,7 @@ class Forward {
   const PackedWeights& w_;
   const Call& call_;
   const int64_t threads_, reach_;
-  const bool in_place_;
+  const bool reads_in_place_, writes_in_place_;
   const int64_t bands_;
 };
 

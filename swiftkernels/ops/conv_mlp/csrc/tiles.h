@@ -34,10 +34,9 @@ struct Workspace {
   }
 };
 
-/// out = the pixels [first, end) of the operator on an image. `out_padded`: rows of out may be
-/// overwritten up to full vectors.
+/// out = the pixels [first, end) of the operator on an image, in rows of full vectors.
 inline void run_tile(const PackedWeights& w, const Map& x, int64_t first, int64_t end, Tile out,
-                     bool out_padded, const Workspace& s) {
+                     const Workspace& s) {
   const int64_t pixels = end - first;
   const Tile input{x.pixel(first), x.stride};
   if (w.kernel)
@@ -54,8 +53,7 @@ inline void run_tile(const PackedWeights& w, const Map& x, int64_t first, int64_
                activate(static_cast<Activation>(w.activation), part, rows, width);
              });
     const Tile so_far = at > 0 ? out : w.residual ? input : Tile{};
-    gemm(s.hidden, pixels, down, at > 0 ? nullptr : w.second_bias, out, nullptr, so_far,
-         out_padded);
+    gemm(s.hidden, pixels, down, at > 0 ? nullptr : w.second_bias, out, nullptr, so_far);
   }
 }
 
