@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.util
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -189,6 +188,7 @@ def plain_chains() -> Iterator[None]:
 def _may_run(x: Tensor, chain: FusedChain) -> bool:
     """Whether the compiled program of a chain may take x, as far as PyTorch is concerned."""
     # The first test is a constant under torch.compile.
+    like = chain.like
     return (
         torch_state.nothing_listens()
         and not torch_state.being_exported()
@@ -197,8 +197,8 @@ def _may_run(x: Tensor, chain: FusedChain) -> bool:
         and x.dtype in library.TYPES
         and x.layout is torch.strided
         and x.numel() > 0
-        and x.dtype is chain.like.dtype
-        and chain.like.device.type == "cpu"
+        and x.dtype is like.dtype
+        and like.device.type == "cpu"
         and not (x.requires_grad and torch.is_grad_enabled())
         and not getattr(_local, "plain", False)
     )
@@ -208,12 +208,11 @@ def _runner() -> Runner | None:
     """The compiled program; None where there is none."""
     run = _program()
     # Asked after the import, which may declare what the library has to contain.
-    return None if run is None or library.why_not() else run
+    return None if library.why_not() else run
 
 
 @functools.cache
-def _program() -> Runner | None:
-    if importlib.util.find_spec("swiftkernels.fusion.cpu") is None:
-        return None
+def _program() -> Runner:
+    # At the first use, because a library is compared with what its module declares.
     found: Runner = importlib.import_module("swiftkernels.fusion.cpu").run
     return found

@@ -55,9 +55,6 @@ class Packed(NamedTuple):
     program: bytes
     """`struct Program`"""
     out_channels: int
-    halvings: int
-    """How many convolutions of stride 2 the map passes."""
-    pools: bool
     memory: list[Any]
     """What the pointers refer to."""
 
@@ -67,19 +64,23 @@ class Programs:
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self._steps = steps
-        self._by_size: dict[tuple[int, int], Packed] = {}
+        self._by_size: dict[tuple[int, int], tuple[Packed, tuple[int, int]]] = {}
         self._by_forms: dict[tuple[int, ...], Packed] = {}
         self.uses_plain_attention = False
 
-    def for_size(self, height: int, width: int) -> Packed:
-        """The chain, for images of that size."""
+    def for_size(self, height: int, width: int) -> tuple[Packed, tuple[int, int]]:
+        """The chain for images of that size, and the size of its output."""
         found = self._by_size.get((height, width))
         if found is None:
             forms = self.forms(height, width)
-            found = self._by_forms.get(forms) or _pack(self._steps, forms)
+            packed = self._by_forms.get(forms) or _pack(self._steps, forms)
+            out_size = height, width
+            for step in self._steps:
+                out_size = size_after(step, *out_size)
             if len(self._by_size) >= MAX_SIZES:
                 self._by_size.clear()
-            self._by_forms[forms] = self._by_size[height, width] = found
+            self._by_forms[forms] = packed
+            found = self._by_size[height, width] = packed, out_size
         return found
 
     def use_plain_attention(self) -> None:
@@ -119,42 +120,36 @@ def run(steps: tuple[Step, ...], x: Tensor, slot: Any) -> Tensor:
     Raises:
         MemoryError: not enough memory.
     """
-    programs = slot.program
-    if programs is None:
-        programs = slot.program = Programs(steps)
-    batch, _, height, width = x.shape
-    packed = programs.for_size(height, width)
-    out_height, out_width = height, width
-    for _ in range(packed.halvings):
-        out_height, out_width = (out_height + 1) // 2, (out_width + 1) // 2
-    if packed.pools:
-        out_height = out_width = 1
-    shape = (batch, packed.out_channels, out_height, out_width)
-    out = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
-    call = _CALL.pack(
-        batch, height, width, torch.get_num_threads(), TYPES[x.dtype],
-        library.address("x", x), *image_strides(x), out.data_ptr(), *image_strides(out), 0,
-    )  # fmt: skip
-    status = kernels().swiftkernels_network_forward(packed.program, call)
-    if status == CANCELLATION:
-        programs.use_plain_attention()
-        return run(steps, x, slot)
-    library.check(status)
-    return out
+    return _run(steps, x, slot, torch.get_num_threads(), 0)
 
 
 def seconds_of_steps(steps: tuple[Step, ...], x: Tensor, slot: Any) -> list[float]:
     """The time that one thread spends in each step, for benchmarks; arguments as for `run`."""
-    run(steps, x, slot)
-    packed = slot.program.for_size(*x.shape[2:])
-    out = run(steps, x, slot)
+    run(steps, x, slot)  # a call that packs again after a cancellation would count twice
     seconds = torch.zeros(len(steps), dtype=torch.float64, device="cpu")
-    call = _CALL.pack(
-        len(x), *x.shape[2:], 1, TYPES[x.dtype], x.data_ptr(), *image_strides(x), out.data_ptr(),
-        *image_strides(out), seconds.data_ptr(),
-    )  # fmt: skip
-    library.check(kernels().swiftkernels_network_forward(packed.program, call))
+    _run(steps, x, slot, 1, seconds.data_ptr())
     return [float(s) for s in seconds]
+
+
+def _run(steps: tuple[Step, ...], x: Tensor, slot: Any, threads: int, seconds: int) -> Tensor:
+    """The output of the chain; `seconds`: the address to which the times of steps are added."""
+    programs = slot.program
+    if programs is None:
+        programs = slot.program = Programs(steps)
+    batch, _, height, width = x.shape
+    packed, out_size = programs.for_size(height, width)
+    shape = (batch, packed.out_channels, *out_size)
+    out = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
+    call = _CALL.pack(
+        batch, height, width, threads, TYPES[x.dtype], library.address("x", x), *image_strides(x),
+        out.data_ptr(), *image_strides(out), seconds,
+    )  # fmt: skip
+    status = kernels().swiftkernels_network_forward(packed.program, call)
+    if status == CANCELLATION:
+        programs.use_plain_attention()
+        return _run(steps, x, slot, threads, seconds)
+    library.check(status)
+    return out
 
 
 def _pack(steps: Sequence[Step], forms: Sequence[int]) -> Packed:
@@ -173,11 +168,7 @@ def _pack(steps: Sequence[Step], forms: Sequence[int]) -> Packed:
     for step in steps:
         out_channels = _out_channels(step, out_channels)
     program = _PROGRAM.pack(channels, out_channels, len(steps), ctypes.addressof(array))
-    kinds = [type(step) for step in steps]
-    return Packed(
-        program, out_channels, 2 * kinds.count(of.Stem) + kinds.count(of.Convolution),
-        of.Pool in kinds, memory,
-    )  # fmt: skip
+    return Packed(program, out_channels, memory)
 
 
 def _out_channels(step: Step, channels: int) -> int:

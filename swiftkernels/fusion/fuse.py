@@ -25,7 +25,7 @@ from swiftkernels.fusion.chain import FusedChain, Passed, plain_chains
 from swiftkernels.fusion.find import LeftBlock, Unit
 from swiftkernels.fusion.steps import Linear, Pool, Step
 from swiftkernels.integrations import probe
-from swiftkernels.ops import folding
+from swiftkernels.ops import folding, linear_parts
 from swiftkernels.ops.additive_attention.layer import AttentionForward
 from swiftkernels.utils import checks
 
@@ -309,11 +309,8 @@ class _Search:
             name for name, part in clone.named_modules() if next(part.children(), None) is None
         ]
         self.layers = [name for name in layers if not _is_inside(name, inside)]
-        parts = {name: model.get_submodule(name) for name in self.layers}
         self.touched = [
-            name
-            for name, part in parts.items()
-            if torch_state.has_hooks(part) or "forward" in vars(part)
+            name for name in self.layers if not linear_parts.is_untouched(model.get_submodule(name))
         ]
         self.order = list(dict.fromkeys([*inside, *self.layers]))
         self.calls = _record(clone, self.order, images)
@@ -341,10 +338,7 @@ class _Search:
             len(runs) == 1
             and runs[0].end is not None
             and kind.__module__ in KNOWN
-            and not any(
-                torch_state.has_hooks(part) or "forward" in vars(part)
-                for part in self.model.modules()
-            )
+            and all(map(linear_parts.is_untouched, self.model.modules()))
             and len(first) == 1
             and _is_same(first[0].x, self.images)
         )

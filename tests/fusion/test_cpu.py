@@ -110,10 +110,7 @@ def test_attention_of_which_a_bias_cancels_uses_the_plain_form(isa):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_are_computed_in_float32(isa, dtype):
-    fused = fuse_for_inference(networks.ours().to(dtype))
-    chain = next(m for m in fused.modules() if isinstance(m, chains.FusedChain))
-    exact = [s.with_tensors({k: t if t is None else t.double() for k, t in s.tensors().items()})
-             for s in chain.steps]  # fmt: skip
+    chain, exact = chain_of(networks.ours().to(dtype))
     x = torch.randn(2, 3, 64, 64, dtype=dtype)
     out = cpu.run(chain.steps, x, chain.slot)
     assert out.dtype == dtype
