@@ -26,10 +26,21 @@ EXPORT int swiftkernels_additive_forward(const PackedWeights*, const Call*);
 EXPORT int swiftkernels_additive_forward_training(const RawWeights*, const Call*);
 EXPORT int swiftkernels_additive_backward(const RawWeights*, const BackwardCall*);
 EXPORT int swiftkernels_conv_mlp_forward(const conv_mlp::PackedWeights*, const conv_mlp::Call*);
+EXPORT int swiftkernels_conv_mlp_backward(const conv_mlp::RawWeights*,
+                                          const conv_mlp::BackwardCall*);
 
 namespace {
 
-enum Function : int64_t { GET_LANES, PACK, FINGERPRINT, FORWARD, TRAINING, BACKWARD, CONV_MLP };
+enum Function : int64_t {
+  GET_LANES,
+  PACK,
+  FINGERPRINT,
+  FORWARD,
+  TRAINING,
+  BACKWARD,
+  CONV_MLP,
+  CONV_MLP_BACKWARD
+};
 
 void read_bytes(void* to, size_t count) {
   if (count > 0 && std::fread(to, 1, count, stdin) != count) std::exit(3);
@@ -99,6 +110,9 @@ int64_t call(int64_t function, const std::vector<std::vector<int64_t>>& argument
     case CONV_MLP:
       return swiftkernels_conv_mlp_forward(as<conv_mlp::PackedWeights>(arguments[0]),
                                            as<conv_mlp::Call>(arguments[1]));
+    case CONV_MLP_BACKWARD:
+      return swiftkernels_conv_mlp_backward(as<conv_mlp::RawWeights>(arguments[0]),
+                                            as<conv_mlp::BackwardCall>(arguments[1]));
     default:
       std::exit(4);
   }

@@ -24,6 +24,7 @@ FUNCTIONS = (
     "forward_training",
     "backward",
     "conv_mlp",
+    "conv_mlp_backward",
 )
 """The functions of a library, in the order of their numbers in cpu_driver.cpp."""
 
@@ -89,6 +90,9 @@ class RemoteKernels:
 
     def swiftkernels_conv_mlp_forward(self, weights: bytes, call: bytes) -> int:
         return self._call("conv_mlp", weights, call)
+
+    def swiftkernels_conv_mlp_backward(self, weights: bytes, call: bytes) -> int:
+        return self._call("conv_mlp_backward", weights, call)
 
     def _call(self, name: str, *arguments: bytes) -> int:
         words = {w for a in arguments for w in struct.unpack(f"{len(a) // 8}q", a)}

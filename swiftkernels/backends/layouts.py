@@ -41,6 +41,20 @@ def tokens_of(
     return batch, rows * columns, width, (strides[0], step, strides[1])
 
 
+def readable_tokens(t: Tensor) -> tuple[Tensor, int, int, tuple[int, ...]]:
+    """t [B, N, C] or [B, C, H, W], or a copy without gaps between rows of pixels.
+
+    Also B, N, and the strides of batch, token and channel.
+    """
+    if t.dim() == 3:
+        return t, t.shape[0], t.shape[1], t.stride()
+    found = tokens_of(t.shape, t.stride())
+    if found is None:
+        return readable_tokens(t.contiguous())
+    batch, n_tokens, _, strides = found
+    return t, batch, n_tokens, strides
+
+
 def image_strides(t: Tensor) -> tuple[int, int, int, int]:
     """Of batch, row, column and channel of [B, C, H, W], as `struct Images` in C++ has them."""
     batch, channel, row, column = t.stride()

@@ -276,8 +276,8 @@ def is_linear(part: nn.Module) -> bool:
     if type(part).forward is nn.Linear.forward:
         return True
     try:  # a class derived from nn.Linear may compute the same, as that of timm does
-        x = _random(3, part.in_features).to(part.weight)
-        return _is_near(part(x), nn.Linear.forward(part, x))
+        x = random_input(3, part.in_features).to(part.weight)
+        return is_near(part(x), nn.Linear.forward(part, x))
     except Exception:  # an unknown module may raise anything
         return False
 
@@ -347,7 +347,7 @@ def activation_of(part: nn.Module) -> str | None:
     except Exception:  # an unknown module may raise anything
         return None
     for name, function in ACTIVATIONS.items():
-        if isinstance(out, Tensor) and out.shape == x.shape and _is_near(out, function(x)):
+        if isinstance(out, Tensor) and out.shape == x.shape and is_near(out, function(x)):
             return name
     return None
 
@@ -491,7 +491,7 @@ def _norm_first(module: nn.Module, channels: int, recipes: Sequence[_ConvMlpReci
         out = branch.plain(module.get_submodule(recipe.norm)(x))
         return x + out if recipe.residual else out
 
-    x = _random(2, channels, 7, 5)
+    x = random_input(2, channels, 7, 5)
     out = _output(module, x)
     return out is not None and any(_fits(out, functools.partial(output, r), x) for r in recipes)
 
@@ -640,7 +640,7 @@ def _match_attention(module: nn.Module) -> _AttentionRecipe | str:
     inputs = []
     for batch, tokens, size in ATTENTION_INPUTS:
         layer = module if size == 1 else _without_biases(module)
-        x = size * _random(batch, tokens, _width(module.get_submodule(orders[0][0]), -1))
+        x = size * random_input(batch, tokens, _width(module.get_submodule(orders[0][0]), -1))
         outputs = _attention_outputs(layer, x)
         if not outputs:
             return "it takes neither tokens [B, N, C] nor images [B, C, H, W]"
@@ -745,7 +745,7 @@ def _first_that_fits(module: nn.Module, channels: int, recipes: Sequence[Any]) -
     """The first recipe that gives the outputs of a block, or why none does."""
     inputs = []
     for batch, height, width in SIZES:
-        x = _random(batch, channels, height, width)
+        x = random_input(batch, channels, height, width)
         out = _output(module, x)
         if out is None:
             return f"it does not run on a map [B, {channels}, H, W]"
@@ -774,18 +774,20 @@ def _output(module: nn.Module, x: Tensor) -> Tensor | None:
 
 def _fits(out: Tensor, compute: Callable[[Tensor], Tensor], x: Tensor) -> bool:
     try:
-        return _is_near(out, compute(x))
+        return is_near(out, compute(x))
     except (RuntimeError, ValueError):  # the shapes of the parts do not fit in this order
         return False
 
 
-def _is_near(out: Tensor, expected: Tensor) -> bool:
+def is_near(out: Tensor, expected: Tensor) -> bool:
+    """Whether an output is the expected one, up to rounding in float64."""
     if out.shape != expected.shape:
         return False
     return bool((out - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
-def _random(*shape: int) -> Tensor:
+def random_input(*shape: int) -> Tensor:
+    """Numbers in float64, the same at every call with this shape."""
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 

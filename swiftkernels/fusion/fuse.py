@@ -26,7 +26,7 @@ from swiftkernels.fusion.find import LeftBlock, Unit
 from swiftkernels.fusion.steps import Linear, Pool, Step
 from swiftkernels.integrations import probe
 from swiftkernels.ops import folding, linear_parts
-from swiftkernels.ops.additive_attention.layer import AttentionForward
+from swiftkernels.ops.plan import KeepsPlans
 from swiftkernels.utils import checks
 
 TOLERANCE = 1e-6
@@ -559,7 +559,7 @@ def _clone(model: nn.Module) -> nn.Module:
         ) from error
     for part in clone.modules():
         vars(part).pop("forward", None)
-        if isinstance(part, AttentionForward):
+        if isinstance(part, KeepsPlans):
             part.backend = "reference"  # the kernels take no float64
     return clone
 

@@ -1,19 +1,21 @@
-"""`accelerate`: run the attention layers of existing models on the kernels of this library."""
+"""`accelerate`: run layers of existing models on the kernels of this library."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import FunctionType, TracebackType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from swiftkernels.integrations import probe
-from swiftkernels.integrations.probe import LayerSpec, Variant
+from swiftkernels.integrations import blocks, probe
+from swiftkernels.integrations.probe import Variant
 from swiftkernels.ops import linear_parts
 from swiftkernels.ops.additive_attention.layer import AttentionForward, Names
+from swiftkernels.ops.conv_mlp.layer import ConvMlpForward, Form, block_backend
+from swiftkernels.ops.plan import KeepsPlans
 from swiftkernels.ops.types import Backend
 from swiftkernels.utils import checks
 
@@ -43,6 +45,25 @@ class LayerReport:
         return f"{text}, not fused: {linear_parts.listed(self.called)}" if self.called else text
 
 
+@dataclass(frozen=True)
+class BlockReport:
+    """What `accelerate` did with one convolutional block."""
+
+    name: str
+    kind: str
+    """The name of its class."""
+    form: Form | None
+    """What it computes; None if it was not changed."""
+    reason: str
+    """Why it was not changed; empty if it was."""
+
+    def __str__(self) -> str:
+        name = self.name or "(the model)"
+        if self.form is None:
+            return f"{name}: {self.kind} not changed, {self.reason}"
+        return f"{name}: {self.kind}, {self.form.first} to {self.form.second} fused"
+
+
 class Undoable:
     """A change with a method `undo`; as a context manager it is undone at the end of the block."""
 
@@ -70,17 +91,30 @@ class Acceleration(Undoable):
     """What `accelerate` did; `undo` restores the forward of every layer.
 
     Attributes:
-        layers: a report for every layer that was inspected, changed or not.
+        layers: a report for every attention that was inspected, changed or not.
+        blocks: the same for every convolutional block.
     """
 
-    def __init__(self, layers: list[LayerReport], undo: list[Callable[[], None]]) -> None:
+    def __init__(
+        self,
+        layers: list[LayerReport],
+        blocks: list[BlockReport],
+        undo: list[Callable[[], None]],
+    ) -> None:
         super().__init__(undo)
-        self.layers = layers
+        self.layers, self.blocks = layers, blocks
 
     def __str__(self) -> str:
-        changed = sum(layer.variant is not None for layer in self.layers)
-        head = f"{changed} of {len(self.layers)} additive attentions accelerated"
-        return "\n".join([head, *(f"  {layer}" for layer in self.layers)])
+        attentions = sum(layer.variant is not None for layer in self.layers)
+        blocks = sum(block.form is not None for block in self.blocks)
+        lines = []
+        if self.layers:
+            lines += [f"{attentions} of {len(self.layers)} additive attentions accelerated"]
+            lines += [f"  {layer}" for layer in self.layers]
+        if self.blocks:
+            lines += [f"{blocks} of {len(self.blocks)} convolutional blocks accelerated"]
+            lines += [f"  {block}" for block in self.blocks]
+        return "\n".join(lines)
 
 
 def accelerate(
@@ -90,7 +124,11 @@ def accelerate(
     backend: Backend = "auto",
     recompute: bool | None = None,
 ) -> Acceleration:
-    """Run the additive attentions of a model on the kernels of this library, in place.
+    """Run the attentions and convolutional blocks of a model on these kernels, in place.
+
+    It makes training faster, and takes about half of its memory: the backward of a block computes
+    its hidden channels again instead of keeping them. For inference, `fuse_for_inference` gains
+    more.
 
     Layers of the official code, timm, transformers and forks are found by the names of their parts:
     `to_query`, `to_key`, `proj` or `Proj`, `final`, `w_g`, or those in `names`. Pooling and
@@ -98,6 +136,13 @@ def accelerate(
     comparing its output with that of all variants. A layer is not changed if no variant matches, if
     it has more than these parts, if its forward takes more than x, or if its `forward` was replaced
     on the instance; the result says why.
+
+    Blocks with two pointwise convolutions and an activation between them, such as the convolutional
+    encoders and MLPs of SwiftFormer, are found by the kinds of their parts, whatever their names.
+    What a block computes is found in the same way, in training too. Their outputs are in
+    channels_last memory format; a network that is in it throughout is faster still:
+    `model.to(memory_format=torch.channels_last)`. While a part of a block is more than a layer (an
+    adapter, a layer with hooks), the block runs in its own code.
 
     The model itself is not run: no hook is called, and no buffer or random state changes. All
     layers are inspected before the first one changes.
@@ -110,21 +155,25 @@ def accelerate(
 
     Args:
         model: any module; it may be such a layer itself.
-        names: names of the parts in a fork, by the names in this library: {"to_query": "q", ...}.
-        backend: backend of the accelerated layers.
-        recompute: `recompute` of the accelerated layers, see `AdditiveAttention`.
+        names: names of the parts of the attention in a fork, by the names in this library:
+            {"to_query": "q", ...}.
+        backend: backend of the accelerated layers. Blocks without that backend are not changed.
+        recompute: `recompute` of the attentions, see `AdditiveAttention`.
 
     Returns:
         A report of all layers; print it. It has a method `undo()` and is a context manager.
 
     Raises:
-        TypeError, ValueError: a wrong argument, or a model without such layers.
+        TypeError, ValueError: a wrong argument, or a model without such layers and blocks.
 
     Example:
         >>> model = timm.create_model("swiftformer_xs")  # doctest: +SKIP
         >>> print(accelerate(model))  # doctest: +SKIP
         4 of 4 additive attentions accelerated
           stages.0.blocks.2.attn: EfficientAdditiveAttention, pooling l2
+          ...
+        20 of 20 convolutional blocks accelerated
+          stages.0.blocks.0: ConvEncoder, pwconv1 to pwconv2 fused
           ...
     """
     if not isinstance(model, nn.Module):
@@ -133,7 +182,7 @@ def accelerate(
     checks.check_option("recompute", recompute, (None, True, False))
     given = _given_names(names)
     layers: list[LayerReport] = []
-    found: list[tuple[nn.Module, Names, LayerSpec]] = []
+    replacements: list[_Replacement] = []
     for name, module in model.named_modules():
         own = probe.part_names(module, given)
         if own is None:
@@ -145,15 +194,29 @@ def accelerate(
             continue
         called = linear_parts.called(module, own[:4])
         layers.append(LayerReport(name, kind, spec.variant, "", called))
-        found.append((module, own, spec))
-    if not layers:
+        made = accelerated_class(type_before_parametrizations(module), own)
+        replacements.append(_Replacement(module, made, spec.attributes(backend, recompute)))
+    reports = []
+    for block in blocks.find_blocks(model, accelerated_class):
+        kind = type_before_parametrizations(block.module).__name__
+        form, reason = block.form, block.reason
+        if form is not None and (of_block := block_backend(backend)) != "reference":
+            made = accelerated_class(type_before_parametrizations(block.module))
+            attributes = {"form": form, "backend": of_block}
+            replacements.append(_Replacement(block.module, made, attributes))
+        elif form is not None:
+            form, reason = None, f"blocks have no backend {backend!r}"
+        reports.append(BlockReport(block.name, kind, form, reason))
+    if not layers and not reports:
         raise ValueError(
-            f"model must hold additive attentions; {type(model).__name__} holds none. For a fork "
-            "with other names of the parts, pass them: names={'to_query': ..., ...}."
+            "model must hold additive attentions, or blocks with a pointwise convolution, an "
+            f"activation and a pointwise convolution; {type(model).__name__} holds none. For a "
+            "fork with other names of the parts of the attention, pass them: names={'to_query': "
+            "..., ...}."
         )
     # All layers are inspected before the first one changes.
-    undo = [_replace_class(*layer, backend, recompute) for layer in found]
-    return Acceleration(layers, undo)
+    undo = [replacement.make() for replacement in replacements]
+    return Acceleration(layers, reports, undo)
 
 
 def _given_names(names: Mapping[str, str] | None) -> Names | None:
@@ -173,30 +236,34 @@ def _given_names(names: Mapping[str, str] | None) -> Names | None:
     return Names()._replace(**{ours[name]: theirs for name, theirs in names.items()})
 
 
-def _replace_class(
-    module: nn.Module, names: Names, spec: LayerSpec, backend: Backend, recompute: bool | None
-) -> Callable[[], None]:
-    """Give a layer the forward of this library; returns a function that undoes it."""
-    kind = type_before_parametrizations(module)
-    accelerated = accelerated_class(kind, names)
-    attributes = spec.attributes(backend, recompute)
-    before = {name: vars(module)[name] for name in attributes if name in vars(module)}
-    changed = _with_base(type(module), kind, accelerated)
-    assert changed is not None
-    vars(module).update(attributes)
-    module.__class__ = changed
+class _Replacement(NamedTuple):
+    """A layer, its new class, and the attributes that this class reads."""
 
-    def undo() -> None:
-        restored = _with_base(type(module), accelerated, kind)
-        if restored is None:
-            return  # other code has changed its class since: leave it
-        module.__class__ = restored
-        AttentionForward.invalidate(module)  # type: ignore[arg-type]
-        for name in attributes:
-            vars(module).pop(name, None)
-        vars(module).update(before)
+    module: nn.Module
+    accelerated: type[nn.Module]
+    attributes: Mapping[str, Any]
 
-    return undo
+    def make(self) -> Callable[[], None]:
+        """Give the layer its new class; returns a function that undoes it."""
+        module, accelerated, attributes = self
+        kind = type_before_parametrizations(module)
+        before = {name: vars(module)[name] for name in attributes if name in vars(module)}
+        changed = _with_base(type(module), kind, accelerated)
+        assert changed is not None
+        vars(module).update(attributes)
+        module.__class__ = changed
+
+        def undo() -> None:
+            restored = _with_base(type(module), accelerated, kind)
+            if restored is None:
+                return  # other code has changed its class since: leave it
+            module.__class__ = restored
+            KeepsPlans.invalidate(module)  # type: ignore[arg-type]
+            for name in attributes:
+                vars(module).pop(name, None)
+            vars(module).update(before)
+
+        return undo
 
 
 def _with_base(
@@ -222,11 +289,16 @@ def _with_base(
     return None
 
 
-_classes: dict[tuple[type[nn.Module], Names], type[nn.Module]] = {}
+_classes: dict[tuple[type[nn.Module], Names | None], type[nn.Module]] = {}
 
 
-def accelerated_class(kind: type[nn.Module], names: Names) -> type[nn.Module]:
-    """The subclass of a layer's class with the forward of this library."""
+def accelerated_class(kind: type[nn.Module], names: Names | None = None) -> type[nn.Module]:
+    """The subclass of a layer's class with the forward of this library.
+
+    Args:
+        kind: of an attention or of a convolutional block.
+        names: of the parts of an attention; None for a block.
+    """
     if (kind, names) in _classes:
         return _classes[kind, names]
 
@@ -235,19 +307,20 @@ def accelerated_class(kind: type[nn.Module], names: Names) -> type[nn.Module]:
         reduced: Any = nn.Module.__reduce_ex__(self, protocol)
         return (_new, (kind, names), *reduced[2:])
 
-    members = {
-        "names": names,
-        "_published_forward": _renamed(kind.forward, "_published_forward"),
-        "_scripted": _scripted,
-        "__reduce_ex__": reduce,
-        "__module__": kind.__module__,
-    }
-    made = type(f"Accelerated{kind.__name__}", (AttentionForward, kind), members)
+    members: dict[str, Any] = {"__reduce_ex__": reduce, "__module__": kind.__module__}
+    base: type[nn.Module] = ConvMlpForward
+    if names is None:
+        members["_call_parts"] = _renamed(kind.forward, "_call_parts")
+    else:
+        base = AttentionForward
+        members["names"], members["_scripted"] = names, _scripted
+        members["_published_forward"] = _renamed(kind.forward, "_published_forward")
+    made = type(f"Accelerated{kind.__name__}", (base, kind), members)
     _classes[kind, names] = made
     return made
 
 
-def _new(kind: type[nn.Module], names: Names) -> nn.Module:
+def _new(kind: type[nn.Module], names: Names | None) -> nn.Module:
     accelerated = accelerated_class(kind, names)
     return accelerated.__new__(accelerated)
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from swiftkernels.ops.additive_attention.layer import AttentionForward, in_evaluation
+from swiftkernels.ops.additive_attention.layer import in_evaluation
+from swiftkernels.ops.plan import KeepsPlans
 from swiftkernels.testing.tolerance import budget, relative_error
 from swiftkernels.utils import checks, files
 from swiftkernels.utils.extras import need
@@ -488,11 +489,11 @@ def _may_be_half(op: Any) -> bool:
 
 @contextlib.contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, without gradients, with the attention in plain operators.
+    """The model in eval mode, without gradients, with the layers of this library in PyTorch's.
 
     Afterwards modes and backends are restored.
     """
-    layers = [module for module in model.modules() if isinstance(module, AttentionForward)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, KeepsPlans)]
     backends = [layer.backend for layer in layers]
     try:
         for layer in layers:

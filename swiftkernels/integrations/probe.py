@@ -110,7 +110,7 @@ def inspect_layer(module: nn.Module, names: Names) -> tuple[LayerSpec | None, st
         message = (f"{type(error).__name__}: {error}".strip().splitlines() or [""])[0]
         return None, f"a copy of it could not be run ({message})"
     if spec is not None:
-        taken = _collisions(module, spec.attributes("auto", None))
+        taken = collisions(module, AttentionForward, spec.attributes("auto", None))
         if taken:
             return None, f"its own {', '.join(taken)} would be overwritten. Rename them"
     return spec, reason
@@ -127,11 +127,13 @@ def _additional(module: nn.Module, names: Names) -> str:
     return ""
 
 
-def _collisions(module: nn.Module, attributes: Mapping[str, Any]) -> list[str]:
-    """Attributes of the layer with names that `AttentionForward` uses for something else."""
+def collisions(
+    module: nn.Module, forward: type[nn.Module], attributes: Mapping[str, Any]
+) -> list[str]:
+    """Attributes of a layer with names that `forward`, a base class, uses for something else."""
     kinds = type_before_parametrizations(module).__mro__
     theirs = {name for kind in kinds[: kinds.index(nn.Module)] for name in vars(kind)}
-    own = {*vars(AttentionForward), *vars(KeepsPlans)} - {"forward"}
+    own = {*vars(forward), *vars(KeepsPlans)} - {"forward"}
     ours = {name for name in own if not name.startswith("__")}
     differing = {n for n, value in attributes.items() if vars(module).get(n, value) != value}
     return sorted((ours & (theirs | vars(module).keys())) | differing)

@@ -70,6 +70,13 @@ def why_called(part: Any) -> str:
     return _why_touched(part)
 
 
+def why_not_plain(part: Any, kind: type[nn.Module]) -> str:
+    """Why `plain_parameters` refuses a part; empty if it does not."""
+    if type(part) is not kind:
+        return f"it is a {type(part).__name__}"
+    return _why_touched(part) or why_weights_are_called(part.weight, part.bias)
+
+
 def is_untouched(module: nn.Module) -> bool:
     """Whether a call of the module runs its class's forward and nothing else."""
     return not _why_touched(module)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -112,7 +112,13 @@ def call_key(
 
 
 class KeepsPlans:
-    """Keeps a layer's plans, which copies, pickles and state dicts do not contain."""
+    """A layer of this library: keeps its plans, which copies, pickles and state dicts do not
+    contain.
+    """
+
+    if TYPE_CHECKING:  # TorchScript would read this annotation
+        backend: str
+        """"auto", or the backend that the layer has to use."""
 
     def _plans(self) -> Plans:
         """The plans and packed weights of the calls so far."""

@@ -15,6 +15,13 @@ from torch import Tensor, nn
 from swiftkernels.models.feature_info import Indices, take_indices
 from swiftkernels.models.network import GlobalPool, Network, Stage, check_classes, options_of
 from swiftkernels.ops.additive_attention.layer import AdditiveAttention
+from swiftkernels.ops.conv_mlp.layer import (
+    ConvMlpForward,
+    Form,
+    activation_name,
+    block_backend,
+    skipped_parts,
+)
 from swiftkernels.ops.linear_parts import is_untouched
 from swiftkernels.ops.types import Backend, Pooling
 from swiftkernels.utils import checks
@@ -65,7 +72,7 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class ConvEncoder(nn.Module):
+class ConvEncoder(ConvMlpForward):
     """x + scale * pointwise(act(pointwise(BatchNorm(depthwise(x)))))
 
     With `hidden_dim` = 4 C the convolutional encoder of the paper; with `hidden_dim` = C the local
@@ -79,6 +86,7 @@ class ConvEncoder(nn.Module):
         drop_path: float,
         act_layer: ActLayer,
         use_layer_scale: bool,
+        backend: Backend,
         **factory: Any,
     ) -> None:
         super().__init__()
@@ -89,17 +97,28 @@ class ConvEncoder(nn.Module):
         self.pwconv2 = nn.Conv2d(hidden_dim, dim, 1, **factory)
         self.layer_scale = LayerScale(dim, 1.0, **factory) if use_layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path)
+        self.backend = block_backend(backend)
+        self.form = Form(
+            "pwconv1", "pwconv2", "dwconv", "norm", "layer_scale.gamma", "drop_path",
+            activation_name(self.act), True, skipped_parts(self, "act", "layer_scale"),
+        )  # fmt: skip
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _call_parts(self, x: Tensor) -> Tensor:
         branch = self.pwconv2(self.act(self.pwconv1(self.norm(self.dwconv(x)))))
         return x + self.drop_path(self.layer_scale(branch))
 
 
-class Mlp(nn.Module):
+class Mlp(ConvMlpForward):
     """A BatchNorm and two pointwise convolutions, C -> hidden_dim -> C."""
 
     def __init__(
-        self, dim: int, hidden_dim: int, drop: float, act_layer: ActLayer, **factory: Any
+        self,
+        dim: int,
+        hidden_dim: int,
+        drop: float,
+        act_layer: ActLayer,
+        backend: Backend,
+        **factory: Any,
     ) -> None:
         super().__init__()
         self.norm1 = nn.BatchNorm2d(dim, **factory)
@@ -107,8 +126,14 @@ class Mlp(nn.Module):
         self.act = act_layer()
         self.fc2 = nn.Conv2d(hidden_dim, dim, 1, **factory)
         self.drop = nn.Dropout(drop)
+        self.backend = block_backend(backend)
+        # A dropout between the convolutions has to be called.
+        activation = activation_name(self.act) if drop == 0 else ""
+        self.form = Form(
+            "fc1", "fc2", "", "norm1", "", "", activation, False, skipped_parts(self, "act", "drop")
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _call_parts(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(self.act(self.fc1(self.norm1(x))))))
 
 
@@ -130,12 +155,12 @@ class SwiftFormerEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.local_representation = ConvEncoder(
-            dim, dim, 0.0, act_layer, use_layer_scale, **factory
+            dim, dim, 0.0, act_layer, use_layer_scale, backend, **factory
         )
         self.attn = AdditiveAttention(
             dim, dim, 1, pooling=pooling, backend=backend, layout="channels_first", **factory
         )
-        self.linear = Mlp(dim, hidden_dim, drop, act_layer, **factory)
+        self.linear = Mlp(dim, hidden_dim, drop, act_layer, backend, **factory)
         self.layer_scale_1: nn.Module = nn.Identity()
         self.layer_scale_2: nn.Module = nn.Identity()
         if use_layer_scale:
@@ -209,7 +234,8 @@ class SwiftFormer(Network):
             None for all. Stages after the last of them are not built.
         pooling: pooling of the attention. It belongs to a checkpoint: "l2" for the official code
             since July 2023 and for timm, "sum" for the official code before and for transformers.
-        backend: backend of the attention.
+        backend: backend of the attention, and of the blocks where they have it ("auto", "cpu");
+            else these call PyTorch's layers.
         device, dtype: of the parameters.
 
     Attributes:
@@ -306,7 +332,7 @@ class SwiftFormer(Network):
             before = sum(depths[:i])
             drop_paths = [drop_path_rate * (before + j) / max(1, total - 1) for j in range(depth)]
             blocks: list[nn.Module] = [
-                ConvEncoder(width, hidden, rate, act_layer, use_layer_scale, **factory)
+                ConvEncoder(width, hidden, rate, act_layer, use_layer_scale, backend, **factory)
                 for rate in drop_paths[:-1]
             ]
             blocks.append(

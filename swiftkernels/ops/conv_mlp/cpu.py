@@ -1,4 +1,7 @@
-"""The compiled CPU kernels as a backend (`ops/operator.py`); its backward is PyTorch's."""
+"""The compiled CPU kernels as a backend (`ops/operator.py`).
+
+The backward with a depthwise convolution is PyTorch's (`gradients.py`).
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,12 @@ from swiftkernels.backends.cpu.packing import (
     Packer,
     packed_weights,
 )
-from swiftkernels.backends.layouts import image_strides, output_like
-from swiftkernels.ops.conv_mlp.gradients import Saved, backward, saved_like
+from swiftkernels.backends.layouts import image_strides, output_like, readable_tokens
+from swiftkernels.ops.conv_mlp import gradients
+from swiftkernels.ops.conv_mlp.gradients import Saved, saved_like
 from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
 from swiftkernels.ops.conv_mlp.weights import Options, Weights
+from swiftkernels.ops.operator import Needs
 from swiftkernels.ops.plan import Plans
 
 __all__ = ["Saved", "backward", "forward", "inference_plan", "pack", "packed_plan", "saved_like"]
@@ -30,6 +35,8 @@ __all__ = ["Saved", "backward", "forward", "inference_plan", "pack", "packed_pla
 # The structs of csrc/abi.h; of `struct PackedWeights` without the `Fingerprint` at its end.
 _PACKED_WEIGHTS = struct.Struct("7q5P")
 _CALL = struct.Struct("5qP4qP4q")
+_RAW_WEIGHTS = struct.Struct("5q3P")
+_BACKWARD_CALL = struct.Struct("4qP3qP3qP3q4P")
 
 BLOCK = 128
 """Most hidden channels that are computed together; their tile stays in the second-level cache."""
@@ -39,14 +46,16 @@ _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 library.register_interface(
     "conv_mlp",
     {
-        "revision": 1,
+        "revision": 2,
         "sizeof(PackedWeights)": _PACKED_WEIGHTS.size + FINGERPRINT.size,
         "sizeof(Call)": _CALL.size,
+        "sizeof(RawWeights)": _RAW_WEIGHTS.size,
+        "sizeof(BackwardCall)": _BACKWARD_CALL.size,
         **_CODES,
     },
 )
 
-kernels = library.kernels_of("conv_mlp", "forward")
+kernels = library.kernels_of("conv_mlp", "forward", "backward")
 
 
 def pack(packer: Packer, weights: Weights, options: Options) -> bytes:
@@ -87,6 +96,42 @@ def forward(
         )  # fmt: skip
         library.check(kernels().swiftkernels_conv_mlp_forward(fields, call))
     return out, Saved()
+
+
+def backward(
+    dout: Tensor,
+    inputs: Sequence[Tensor],
+    weights: Weights,
+    mask: None,
+    saved: Saved,
+    options: Options,
+    needs: Needs,
+) -> list[Tensor | None]:
+    """Gradients of x and of the weights; None where not needed or without bias."""
+    if weights.depthwise_weight is not None:
+        return gradients.backward(dout, inputs, weights, mask, saved, options, needs)
+    x, *sizes, x_strides = readable_tokens(inputs[0])
+    dout, *_, dout_strides = readable_tokens(dout)
+    raw = [None if w is None else library.dense(w, torch.float32) for w in weights[2:5]]
+    d_weights = [None if w is None or not needs.weights else w.new_empty(w.shape) for w in weights]
+    dx = torch.empty_like(inputs[0]) if needs.inputs else None
+    written, dx_fields = dx, (0, 0, 0, 0)
+    if dx is not None:
+        written, *_, dx_strides = readable_tokens(dx)
+        dx_fields = (written.data_ptr(), *dx_strides)  # type: ignore[assignment]
+    fields = _RAW_WEIGHTS.pack(
+        weights.width, len(weights.weight1), weights.token_dim, _CODES[options.activation],
+        options.residual, *[0 if w is None else w.data_ptr() for w in raw],
+    )  # fmt: skip
+    call = _BACKWARD_CALL.pack(
+        *sizes, torch.get_num_threads(), TYPES[x.dtype], library.address("x", x), *x_strides,
+        library.address("the gradient", dout), *dout_strides, *dx_fields,
+        *[0 if g is None else g.data_ptr() for g in d_weights[2:]],
+    )  # fmt: skip
+    library.check(kernels().swiftkernels_conv_mlp_backward(fields, call))
+    if dx is not None and written is not None and written is not dx:
+        dx.copy_(written)
+    return [dx, *d_weights]
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:

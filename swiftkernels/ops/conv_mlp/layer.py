@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from swiftkernels.ops import folding, linear_parts
 from swiftkernels.ops.conv_mlp.op import BACKENDS, CONV_MLP, check, conv_mlp
 from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
 from swiftkernels.ops.conv_mlp.weights import KERNEL_SIZES, Options, Weights
+from swiftkernels.ops.linear_parts import is_untouched
 from swiftkernels.ops.operator import needs_gradient
 from swiftkernels.ops.plan import KeepsPlans, call_key
 from swiftkernels.utils import checks
@@ -26,9 +27,237 @@ _NAMES = {
     "layer_scale.gamma": "layer_scale",
 }
 """Names in other implementations, and those here."""
+IMAGES = 4
+"""Axes of x [B, C, H, W]."""
 
 
-class ConvMlp(KeepsPlans, nn.Module):
+Settings = tuple[Any, ...]
+"""The class of a module and its numbers and strings, such as the rate of a dropout."""
+
+
+class Form(NamedTuple):
+    """What a block computes, and the names of its parts, such as "mlp.fc1"; "" for none.
+
+    The output is drop(scale * second(activation(first(norm(depthwise(x)))))), and x is added if
+    `residual`.
+    """
+
+    first: str
+    second: str
+    depthwise: str
+    norm: str
+    scale: str
+    """A parameter, one number for each channel."""
+    drop: str
+    """A module that changes its input only in training, such as stochastic depth."""
+    activation: str
+    """A key of `reference.ACTIVATIONS`."""
+    residual: bool
+    skipped: tuple[tuple[str, Settings], ...] = ()
+    """Modules that are not called, such as the activation. If one changes, all parts are called."""
+
+
+def settings_of(part: nn.Module) -> Settings:
+    """What `Form.skipped` records of a module."""
+    kinds = (bool, int, float, str)
+    own = [item for item in vars(part).items() if type(item[1]) in kinds and item[0] != "training"]
+    return (type(part), *own)
+
+
+def skipped_parts(block: nn.Module, *names: str) -> tuple[tuple[str, Settings], ...]:
+    """`Form.skipped` of parts as they are now."""
+    return tuple((name, settings_of(block.get_submodule(name))) for name in names)
+
+
+def block_backend(backend: str) -> str:
+    """The backend of blocks in a network whose attentions have this backend."""
+    return backend if backend in BACKENDS else "reference"
+
+
+def activation_name(part: nn.Module) -> str:
+    """The name of a module of PyTorch in `reference.ACTIVATIONS`; "" if it is none of them."""
+    if type(part) is nn.GELU:
+        return "gelu" if part.approximate == "none" else "gelu_tanh"
+    return _ACTIVATION_MODULES.get(type(part), "")
+
+
+_ACTIVATION_MODULES: dict[type[nn.Module], str] = {
+    nn.Identity: "none",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
+
+
+class ConvMlpForward(KeepsPlans, nn.Module):
+    """The forward of the block, for modules that have its parts under the names in `form`.
+
+    In training the kernels replace the layers from `first` to `second`, without gradients and in
+    evaluation all layers. A part that is more than a layer with weights (an adapter, a quantised
+    layer, one with hooks or parametrizations) is called.
+    """
+
+    if TYPE_CHECKING:  # TorchScript would read these annotations
+        form: Form | None
+        """None: all parts are called."""
+        backend: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C, H, W]; errors as in `conv_mlp`."""
+        # TorchScript compiles only the first branch.
+        if torch.jit.is_scripting():
+            return self._call_parts(x)
+        else:  # noqa: RET505
+            return self._fuse(x)
+
+    def _call_parts(self, x: Tensor) -> Tensor:
+        """The block in its own code: it calls the parts. TorchScript can compile it."""
+        raise NotImplementedError
+
+    def _fuse(self, x: Tensor) -> Tensor:
+        pair = self._pair()
+        if pair is None or not isinstance(x, Tensor) or x.dim() != IMAGES:
+            return self._call_parts(x)
+        around = self._around()
+        if around is not None and not needs_gradient(x, *pair, *around):
+            return self._infer(x, (*around[:2], *pair, *around[2:]))
+        backend = self._choose_backend(x, pair)
+        if backend == "reference":
+            return self._call_parts(x)
+        return self.compose(x, backend)
+
+    def _choose_backend(self, x: Tensor, pair: tuple[Tensor | None, ...]) -> str:
+        checks.check_floating("x", x)
+        weight: Any = pair[0]
+        return CONV_MLP.choose_backend(self.backend, x, weight.shape[1])
+
+    def compose(self, x: Tensor, backend: str) -> Tensor:
+        """The output, with a backend for the layers from `first` to `second`."""
+        form = self._form()
+        out = x
+        for name in (form.depthwise, form.norm):
+            if (part := self._part(name)) is not None:
+                out = part(out)
+        first, second = map(self._part, (form.first, form.second))
+        weight, bias = second.weight, second.bias
+        if (scale := self._scale()) is not None:
+            # Gradients of the scale follow from those of the scaled weight.
+            weight = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+            bias = None if bias is None else bias * scale.flatten()
+        out = conv_mlp(
+            out, None, None, first.weight, first.bias, weight, bias, activation=form.activation,
+            residual=False, backend=backend,
+        )  # fmt: skip
+        if (drop := self._part(form.drop)) is not None:
+            out = drop(out)
+        return out + x if form.residual else out
+
+    def _infer(self, x: Tensor, tensors: tuple[Tensor | None, ...]) -> Tensor:
+        """The output as one operator, with folded weights."""
+        key = call_key(x, tensors, None, None, self.backend, self.form)
+        plan = None if key is None else self._plans().by_key.get(key)
+        out = None if plan is None else plan(x, tensors, None, None)
+        return self._infer_anew(x, tensors, key) if out is None else out
+
+    def _infer_anew(self, x: Tensor, tensors: tuple[Tensor | None, ...], key: Any) -> Tensor:
+        """The output by a new plan, which is kept, or by the operator with weights folded now."""
+        if self._choose_backend(x, tensors[2:6]) == "reference":
+            return self._call_parts(x)
+        form = self._form()
+        options = Options(form.activation, form.residual)
+        if key is not None:
+            check(x, Weights(*tensors[:6]), options)  # type: ignore[arg-type]
+            plans, pack = self._plans(), CONV_MLP.implementation("cpu").packed_plan
+            while plan := pack(x, tensors, self._folded, x.shape[1], options, plans):
+                out: Tensor | None = plan(x, tensors, None, None)
+                if out is not None:
+                    plans.keep(key, plan)
+                    return out  # else the weights were written meanwhile: pack them again
+        return conv_mlp(x, *self._folded(), **options._asdict(), backend=self.backend)
+
+    def _form(self) -> Form:
+        assert self.form is not None
+        return self.form
+
+    def _part(self, path: str) -> Any:
+        """A part by its path; None if there is none."""
+        found: Any = self
+        for name in path.split("."):
+            found = found._modules.get(name) if found is not None else None
+        return found
+
+    def _scale(self) -> Any:
+        """The layer scale, which may be any object under its name; None if there is none."""
+        owner, _, name = self._form().scale.rpartition(".")
+        found = self._part(owner) if owner else self
+        return None if found is None else found._parameters.get(name)
+
+    def _pair(self) -> tuple[Tensor | None, ...] | None:
+        """Weights and biases of `first` and `second`; None if parts have to be called."""
+        form = self.form
+        if form is None or not form.activation:
+            return None
+        pair = self._part(form.first), self._part(form.second)
+        found = linear_parts.plain_parameters(pair, nn.Conv2d)
+        if not found or not all(map(linear_parts.is_pointwise, pair)):
+            return None
+        if type(self._scale()) not in (Parameter, type(None)):
+            return None
+        for name, settings in form.skipped:
+            part = self._part(name)
+            if part is None or settings_of(part) != settings or not is_untouched(part):
+                return None
+        first, second = found
+        return first["weight"], first["bias"], second["weight"], second["bias"]
+
+    def _around(self) -> tuple[Tensor | None, ...] | None:
+        """Weight and bias of `depthwise`, parameters and statistics of `norm`, and the scale.
+
+        None if one of these parts has to be called, or `drop` drops.
+        """
+        form = self._form()
+        depthwise, norm, drop = map(self._part, (form.depthwise, form.norm, form.drop))
+        if drop is not None and (drop.training or not is_untouched(drop)):
+            return None
+        own: tuple[Any, ...] = (None, None)
+        if depthwise is not None:
+            found = linear_parts.plain_parameters([depthwise], nn.Conv2d)
+            if not found or not _is_depthwise(depthwise):
+                return None
+            own = found[0]["weight"], found[0]["bias"]
+        of_norm: tuple[Any, ...] = (None,) * 4
+        if norm is not None:
+            if not _is_affine(norm):
+                return None
+            of_norm = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        return (*own, *of_norm, self._scale())
+
+    def _folded(self) -> Weights:
+        """The weights with BatchNorm and layer scale, in the type of the parameters."""
+        form = self._form()
+        depthwise = depthwise_bias = None
+        first, second, convolution, norm = map(
+            self._part, (form.first, form.second, form.depthwise, form.norm)
+        )
+        weight1, bias1 = folding.weight_and_bias(first)
+        weight1 = weight1.flatten(1)
+        if convolution is None:
+            weight1, bias1 = folding.norm_before(weight1, bias1, norm)
+        else:
+            depthwise, depthwise_bias = folding.norm_behind(
+                *folding.weight_and_bias(convolution), norm
+            )
+        weight2, bias2 = folding.weight_and_bias(second)
+        weight2 = weight2.flatten(1)
+        if (parameter := self._scale()) is not None:
+            scale = parameter.detach().double().flatten()
+            weight2, bias2 = folding.scaled(weight2, scale), bias2 * scale
+        found = (depthwise, depthwise_bias, weight1, bias1, weight2, bias2)
+        dtype = first.weight.dtype
+        return Weights(*[None if w is None else w.to(dtype) for w in found])  # type: ignore[arg-type]
+
+
+class ConvMlp(ConvMlpForward):
     """x + layer_scale * pwconv2(activation(pwconv1(norm(dwconv(x))))), a block of SwiftFormer.
 
     Args:
@@ -40,15 +269,15 @@ class ConvMlp(KeepsPlans, nn.Module):
         layer_scale: initial factor of every channel of the branch; None: there is none.
         norm: whether a BatchNorm precedes pwconv1.
         bias: whether the convolutions have biases.
-        backend: of evaluation without gradients: "auto", "cpu" or "reference". Only "auto" chooses;
-            the others never fall back.
+        backend: "auto", "cpu" or "reference". Only "auto" chooses; the others never fall back.
         device, dtype: of the parameters.
 
     In evaluation (of the BatchNorm), where no gradient is wanted, it is one operator: BatchNorm and
-    layer scale are folded into the weights, once for all calls until a parameter changes. Else the
-    parts are called, as they are with backend="reference". They are called too if one of them is
-    more than a convolution or a BatchNorm2d (an adapter, a quantised layer, one with hooks or
-    parametrizations).
+    layer scale are folded into the weights, once for all calls until a parameter changes. In
+    training the layers from pwconv1 to pwconv2 are one operator, which keeps its input for the
+    backward and no hidden channels. With backend="reference" all parts are called. They are called
+    too if one of the two is more than a convolution (an adapter, a quantised layer, one with hooks
+    or parametrizations).
 
     It loads the state dicts of two parts of SwiftFormers, here with the names of timm's, those of
     transformers' and the official ones too:
@@ -62,7 +291,7 @@ class ConvMlp(KeepsPlans, nn.Module):
     ====================  ==================================================  =====================
 
     Shapes:
-        x [B, C, H, W]; the output is the same, in channels_last memory format if it is fused.
+        x [B, C, H, W]; the output is the same, in channels_last memory format if a kernel ran.
 
     Example:
         >>> block = ConvMlp(48, 192).eval().requires_grad_(False)
@@ -96,7 +325,10 @@ class ConvMlp(KeepsPlans, nn.Module):
         checks.check_option("kernel_size", kernel_size, (*KERNEL_SIZES, None))
         checks.check_option("activation", activation, tuple(ACTIVATIONS))
         checks.check_option("backend", backend, BACKENDS)
-        self.activation, self.residual, self.backend = activation, residual, backend
+        self.backend = backend
+        self.form = Form(
+            "pwconv1", "pwconv2", "dwconv", "norm", "layer_scale", "", activation, residual
+        )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.register_module("dwconv", None)
         if kernel_size is not None:
@@ -113,84 +345,12 @@ class ConvMlp(KeepsPlans, nn.Module):
             scale = torch.full((channels, 1, 1), float(layer_scale), **factory)
             self.layer_scale = Parameter(scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> [B, C, H, W]; errors as in `conv_mlp`."""
-        tensors = self._plain_tensors()
-        if tensors is None or not isinstance(x, Tensor) or needs_gradient(x, *tensors):
-            return self._call_parts(x)
-        key = call_key(x, tensors, None, None, self.backend, self.activation, self.residual)
-        plan = None if key is None else self._plans().by_key.get(key)
-        out = None if plan is None else plan(x, tensors, None, None)
-        return self._fused(x, tensors, key) if out is None else out
-
-    def _fused(self, x: Tensor, tensors: tuple[Tensor | None, ...], key: Any) -> Tensor:
-        """The output by a new plan, which is kept, or by the operator with weights folded now."""
-        checks.check_floating("x", x)
-        if CONV_MLP.choose_backend(self.backend, x, self.pwconv1.in_channels) == "reference":
-            return self._call_parts(x)
-        options = Options(self.activation, self.residual)
-        if key is not None:
-            check(x, Weights(*tensors[:6]), options)  # type: ignore[arg-type]
-            plans, pack = self._plans(), CONV_MLP.implementation("cpu").packed_plan
-            while plan := pack(x, tensors, self._folded, x.shape[1], options, plans):
-                out: Tensor | None = plan(x, tensors, None, None)
-                if out is not None:
-                    plans.keep(key, plan)
-                    return out  # else the weights were written meanwhile: pack them again
-        return conv_mlp(x, *self._folded(), **options._asdict(), backend=self.backend)
-
-    def _plain_tensors(self) -> tuple[Tensor | None, ...] | None:
-        """The parameters, and the statistics of the BatchNorm; None if parts have to be called.
-
-        The first six are those of `Weights`, without BatchNorm and scale.
-        """
-        modules, scale = self._modules, self._parameters.get("layer_scale", ())
-        depthwise, norm = modules["dwconv"], modules["norm"]
-        pointwise: Any = (modules["pwconv1"], modules["pwconv2"])
-        parts = pointwise if depthwise is None else (*pointwise, depthwise)
-        found = linear_parts.plain_parameters(parts, nn.Conv2d)
-        if not found or not all(map(linear_parts.is_pointwise, pointwise)):
-            return None
-        if type(scale) not in (Parameter, type(None)) or not _is_depthwise(depthwise):
-            return None
-        around: tuple[Any, ...] = (None,) * 4
-        if norm is not None:
-            if not _is_affine(norm):
-                return None
-            n: Any = norm
-            around = (n.weight, n.bias, n.running_mean, n.running_var)
-        first, second, *third = found
-        w, b = (third[0]["weight"], third[0]["bias"]) if third else (None, None)
-        return (
-            w, b, first["weight"], first["bias"], second["weight"], second["bias"], *around, scale,
-        )  # fmt: skip
-
-    def _folded(self) -> Weights:
-        """The weights with BatchNorm and layer scale, in the type of the parameters."""
-        depthwise = depthwise_bias = None
-        weight1, bias1 = folding.weight_and_bias(self.pwconv1)
-        weight1 = weight1.flatten(1)
-        if self.dwconv is None:
-            weight1, bias1 = folding.norm_before(weight1, bias1, self.norm)
-        else:
-            depthwise, depthwise_bias = folding.norm_behind(
-                *folding.weight_and_bias(self.dwconv), self.norm
-            )
-        weight2, bias2 = folding.weight_and_bias(self.pwconv2)
-        weight2 = weight2.flatten(1)
-        if self.layer_scale is not None:
-            scale = self.layer_scale.detach().double().flatten()
-            weight2, bias2 = folding.scaled(weight2, scale), bias2 * scale
-        found = (depthwise, depthwise_bias, weight1, bias1, weight2, bias2)
-        dtype = self.pwconv1.weight.dtype
-        return Weights(*[None if w is None else w.to(dtype) for w in found])  # type: ignore[arg-type]
-
     def _call_parts(self, x: Tensor) -> Tensor:
         out = x if self.dwconv is None else self.dwconv(x)
         out = out if self.norm is None else self.norm(out)
-        out = self.pwconv2(ACTIVATIONS[self.activation](self.pwconv1(out)))
+        out = self.pwconv2(ACTIVATIONS[self._form().activation](self.pwconv1(out)))
         out = out if self.layer_scale is None else out * self.layer_scale
-        return x + out if self.residual else out
+        return x + out if self._form().residual else out
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for theirs, ours in _NAMES.items():
@@ -200,7 +360,7 @@ class ConvMlp(KeepsPlans, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        options = f"activation={self.activation!r}, residual={self.residual}"
+        options = f"activation={self._form().activation!r}, residual={self._form().residual}"
         scaled = "" if self.layer_scale is None else "layer_scale, "
         return f"{scaled}{options}, backend={self.backend!r}"
 
@@ -223,5 +383,5 @@ def _is_affine(norm: Any) -> bool:
         and not norm.training
         and norm.running_mean is not None
         and norm.running_var is not None
-        and linear_parts.is_untouched(norm)
+        and is_untouched(norm)
     )

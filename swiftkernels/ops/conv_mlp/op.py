@@ -146,7 +146,7 @@ def conv_mlp(
         cast = [None if w is None else w.to(dtype) for w in weights]
         x, weights = x.to(dtype), Weights(*cast)  # type: ignore[arg-type]
     check(x, weights, options)
-    if backend == "auto" and needs_gradient(x, *weights):
+    if backend == "auto" and depthwise_weight is not None and needs_gradient(x, *weights):
         backend = "reference"
     matrices = (weights.weight1, weights.weight2)
     make = functools.partial(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from swiftkernels.ops.conv_mlp import cpu
 from swiftkernels.ops.conv_mlp.op import conv_mlp
 from swiftkernels.ops.plan import _known
-from swiftkernels.testing.cases import convert
-from swiftkernels.testing.tolerance import assert_as_good_as_eager
+from swiftkernels.testing.cases import convert, forward_backward
+from swiftkernels.testing.tolerance import ULPS, assert_as_good_as_eager
 
 Tensors = list[Tensor | None]
 
@@ -44,6 +44,12 @@ def make_tensors(
     ]  # fmt: skip
 
 
+def make_pair(shape: tuple[int, ...], hidden: int, out_dims: int = 0) -> Tensors:
+    """As `make_tensors`, without depthwise convolution: x, weight1, bias1, weight2, bias2."""
+    x, _, _, *pair = make_tensors(shape, hidden, None, out_dims)
+    return [x, *pair]
+
+
 def run(*tensors: Tensor | None, **options: Any) -> Tensor:
     """The output without gradients; the weights are parameters, which the CPU kernels pack."""
     x, *weights = tensors
@@ -63,6 +69,41 @@ def assert_accurate(tensors: Tensors, dtype: torch.dtype = torch.float32, **opti
     return out
 
 
+PAIR = ("x", "weight1", "bias1", "weight2", "bias2")
+"""Names of the tensors of `make_pair`."""
+
+
+def gradients_of(tensors: Tensors, dout: Tensor | None = None, **options: Any) -> dict[str, Tensor]:
+    """The gradients without a depthwise convolution, by name."""
+
+    def function(x: Tensor, *pair: Tensor | None) -> Tensor:
+        return conv_mlp(x, None, None, *pair, **{"backend": "cpu"} | options)
+
+    gradients = forward_backward(function, tensors, PAIR, dout)
+    del gradients["output"]
+    return gradients
+
+
+def assert_gradients_accurate(
+    tensors: Tensors, dtype: torch.dtype = torch.float32, **options: Any
+) -> dict[str, Tensor]:
+    """The gradients are as accurate as eager's; returns them.
+
+    Those of one hidden channel are single numbers, of which eager's may be right by chance.
+    """
+    rounded = convert(tensors, dtype)
+    rounded[0] = tensors[0].to(dtype)  # with its strides
+    residual = tensors[0].shape[1] == tensors[3].shape[0]  # type: ignore[union-attr]
+    options = {"residual": residual} | options
+    found = gradients_of(rounded, **options)
+    eager = gradients_of(rounded, **options, backend="reference")
+    exact = gradients_of(convert(rounded, torch.float64), **options, backend="reference")
+    for name, gradient in found.items():
+        ulps = 1000 if tensors[1].shape[0] == 1 else ULPS  # type: ignore[union-attr]
+        assert_as_good_as_eager(gradient, eager[name], exact[name], ulps, name)
+    return found
+
+
 @contextlib.contextmanager
 def kernels_in_use(handle: Any) -> Iterator[None]:
     """Use the functions of another library."""
@@ -70,3 +111,35 @@ def kernels_in_use(handle: Any) -> Iterator[None]:
     with mock.patch.object(cpu, "kernels", return_value=handle):
         yield
     _known.clear()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    """Between all elements NaN, which must not be read."""
+    wide = x.new_full([2 * n for n in x.shape], float("nan"))
+    view = wide[tuple(slice(None, None, 2) for _ in x.shape)]
+    return view.copy_(x)
+
+
+def part_of_channels(x: Tensor) -> Tensor:
+    """Pixels of full vectors with a gap behind each: they are read in place."""
+    batch, channels, rows, columns = x.shape
+    wide = x.new_full((batch, rows, columns, channels + 16), float("nan"))
+    return wide[..., :channels].copy_(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def crop(x: Tensor) -> Tensor:
+    """A part of a larger image, with a gap behind each row."""
+    batch, channels, rows, columns = x.shape
+    wide = channels_last(x.new_full((batch, channels, rows + 3, columns + 2), float("nan")))
+    return wide[:, :, 1 : rows + 1, 2:].copy_(x)
+
+
+def expanded(x: Tensor) -> Tensor:
+    return x[:1, :, :1].expand(x.shape)
+
+
+LAYOUTS = (torch.Tensor.contiguous, channels_last, with_gaps, part_of_channels, crop, expanded)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,9 +19,10 @@ from tests.ops.conv_mlp.cases import (
     HIDDEN,
     IMAGES,
     KERNELS,
+    LAYOUTS,
     Tensors,
     assert_accurate,
-    kernels_in_use,
+    channels_last,
     make_tensors,
     run,
 )
@@ -30,15 +31,6 @@ pytestmark = [
     pytest.mark.skipif(bool(library.why_not()), reason="no compiled kernels"),
     pytest.mark.usefixtures("one_thread", "uninitialised_memory_is_nan"),
 ]
-
-ISAS = [isa for isa, runs in library.available().items() if runs]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request) -> Iterator[None]:
-    handle = library.declare(library.load(request.param).handle, "conv_mlp", "forward")
-    with kernels_in_use(handle):
-        yield
 
 
 @pytest.mark.usefixtures("isa")
@@ -63,38 +55,6 @@ def test_odd_sizes(image: tuple[int, int]) -> None:
 def test_other_widths_of_the_output(kernel: int | None) -> None:
     for D in (1, 16, 50):
         assert_accurate(make_tensors((1, 24, 6, 7), 64, kernel, out_dims=D))
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def with_gaps(x: Tensor) -> Tensor:
-    """Between all elements NaN, which must not be read."""
-    wide = x.new_full([2 * n for n in x.shape], float("nan"))
-    view = wide[tuple(slice(None, None, 2) for _ in x.shape)]
-    return view.copy_(x)
-
-
-def part_of_channels(x: Tensor) -> Tensor:
-    """Pixels of full vectors with a gap behind each: they are read in place."""
-    batch, channels, rows, columns = x.shape
-    wide = x.new_full((batch, rows, columns, channels + 16), float("nan"))
-    return wide[..., :channels].copy_(x.movedim(1, -1)).movedim(-1, 1)
-
-
-def crop(x: Tensor) -> Tensor:
-    """A part of a larger image, with a gap behind each row."""
-    batch, channels, rows, columns = x.shape
-    wide = channels_last(x.new_full((batch, channels, rows + 3, columns + 2), float("nan")))
-    return wide[:, :, 1 : rows + 1, 2:].copy_(x)
-
-
-def expanded(x: Tensor) -> Tensor:
-    return x[:1, :, :1].expand(x.shape)
-
-
-LAYOUTS = (torch.Tensor.contiguous, channels_last, with_gaps, part_of_channels, crop, expanded)
 
 
 @pytest.mark.usefixtures("isa")

@@ -17,11 +17,13 @@ from tests.ops.conv_mlp.cases import (
     HIDDEN,
     IMAGES,
     KERNELS,
+    LAYOUTS,
     assert_accurate,
+    assert_gradients_accurate,
     kernels_in_use,
+    make_pair,
     make_tensors,
 )
-from tests.ops.conv_mlp.test_cpu import LAYOUTS
 
 PROCESSES = [
     *(pytest.param(build, marks=sanitizers.pytestmark) for build in sanitizers.BUILDS),
@@ -54,6 +56,7 @@ def test_odd_sizes(image: tuple[int, int]) -> None:
     for (C, H), option in zip(itertools.product(CHANNELS, HIDDEN), options, strict=False):
         kernel, dtype, activation = option
         assert_accurate(make_tensors((2, C, *image), H, kernel), dtype, activation=activation)
+        assert_gradients_accurate(make_pair((2, C, *image), H), dtype, activation=activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,3 +66,7 @@ def test_layouts(layout, dtype) -> None:
         tensors = make_tensors((3, C, 12, 13), 40, kernel)
         tensors[0] = layout(tensors[0].to(dtype))
         assert_accurate(tensors, dtype)
+    for C in (16, 21):
+        pair = make_pair((3, C, 12, 13), 40)
+        pair[0] = layout(pair[0].to(dtype))
+        assert_gradients_accurate(pair, dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from swiftkernels.backends.cpu import library
 from swiftkernels.backends.cpu import packing as shared
 from swiftkernels.backends.cpu.library import TYPES
-from swiftkernels.backends.layouts import output_like, tokens_of
+from swiftkernels.backends.layouts import output_like, readable_tokens
 from swiftkernels.ops.additive_attention.cpu import config, packing
 from swiftkernels.ops.additive_attention.cpu.packing import FOLDED, PLAIN, TRIANGULAR
 from swiftkernels.ops.additive_attention.reference import POOLINGS
@@ -57,20 +57,6 @@ class Saved(NamedTuple):
     """The normalised q and k, [2, B, N, E]; empty if the backward computes them again."""
 
 
-def _read(t: Tensor) -> tuple[Tensor, int, int, tuple[int, ...]]:
-    """t [B, N, C] or [B, C, H, W], or a copy without gaps between rows of pixels.
-
-    Also B, N, and the strides of batch, token and channel.
-    """
-    if t.dim() == 3:
-        return t, t.shape[0], t.shape[1], t.stride()
-    found = tokens_of(t.shape, t.stride())
-    if found is None:
-        return _read(t.contiguous())
-    batch, n_tokens, _, strides = found
-    return t, batch, n_tokens, strides
-
-
 def saved_like(inputs: Sequence[Tensor], weights: Weights, keep: str) -> Saved:
     """Uninitialised results that a forward saves."""
     (x,) = inputs
@@ -100,8 +86,8 @@ def forward(
     saved = saved_like(inputs, weights, keep)
     if out.numel() > 0:
         fields, _alive = packing.raw_weights(weights, options)
-        data, batch, n_tokens, strides = _read(x)
-        *_, out_strides = _read(out)
+        data, batch, n_tokens, strides = readable_tokens(x)
+        *_, out_strides = readable_tokens(out)
         call = call_fields(
             batch, n_tokens, PLAIN, data, strides, out, out_strides, False, mask, saved
         )
@@ -140,8 +126,8 @@ def backward(
     needs: Needs,
 ) -> list[Tensor | None]:
     """Gradients of x and the weights; None where not needed or without bias."""
-    x, batch, n_tokens, strides = _read(inputs[0])
-    dout, _, _, dout_strides = _read(dout)
+    x, batch, n_tokens, strides = readable_tokens(inputs[0])
+    dout, _, _, dout_strides = readable_tokens(dout)
     width = weights.width
     threads = torch.get_num_threads()
     grouped = n_tokens <= config.SHORT_SEQUENCE and config.backward_by_elements(
@@ -160,7 +146,7 @@ def backward(
     d_input = torch.empty_like(inputs[0]) if needs.inputs else None
     written, dx_fields = d_input, (0, 0, 0, 0)
     if d_input is not None:
-        written, _, _, dx_strides = _read(d_input)
+        written, _, _, dx_strides = readable_tokens(d_input)
         dx_fields = (written.data_ptr(), *dx_strides)  # type: ignore[assignment]
     gradients: list[Tensor | None] = [None] * len(weights)
     if needs.weights:

@@ -35,4 +35,24 @@ struct Call {
   Images x, out;
 };
 
+/// The weights of a backward without a depthwise convolution: float32, without padding.
+struct RawWeights {
+  int64_t in_dims, hidden, out_dims;  // C, H, D
+  int64_t activation, residual;
+  const float *weight1, *bias1, *weight2;  // [H, C], [H] or null, [D, H]
+};
+
+struct BackwardCall {
+  int64_t batch, tokens;
+  int64_t threads;
+  int64_t type;  // of all tensors, those of the gradients of the weights too
+  void* x;
+  int64_t x_strides[3];
+  void* dout;
+  int64_t dout_strides[3];
+  void* dx;  // null: not computed
+  int64_t dx_strides[3];
+  void *dw1, *db1, *dw2, *db2;  // null: not computed; dw1 is null only if all are
+};
+
 }  // namespace swiftkernels::conv_mlp

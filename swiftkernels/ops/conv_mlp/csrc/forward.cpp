@@ -7,17 +7,28 @@
 namespace swiftkernels::conv_mlp {
 namespace {
 
+/// Without a depthwise convolution, images that follow each other in memory are one: tiles of one
+/// small image would be short, and every tile reads all weights.
+Call joined(const PackedWeights& w, Call call) {
+  const auto adjacent = [&](const Images& t) {
+    return t.batch_stride == call.height * t.row_stride;
+  };
+  if (w.kernel == 0 && adjacent(call.x) && adjacent(call.out))
+    call.height *= call.batch, call.batch = 1;
+  return call;
+}
+
 class Forward {
  public:
   Forward(const PackedWeights& w, const Call& call)
       : w_(w),
-        call_(call),
+        call_(joined(w, call)),
         threads_(usable_threads(call.threads)),
         reach_(w.kernel / 2),
-        reads_in_place_(has_full_rows(call.x, w.in_dims)),
-        writes_in_place_(has_full_rows(call.out, w.out_dims)),
-        bands_(
-            std::max(bands_of_one(), std::min(rows(), (threads_ + call.batch - 1) / call.batch))) {}
+        reads_in_place_(has_full_rows(call_.x, w.in_dims)),
+        writes_in_place_(has_full_rows(call_.out, w.out_dims)),
+        bands_(std::max(bands_of_one(),
+                        std::min(rows(), (threads_ + call_.batch - 1) / call_.batch))) {}
 
   Status run() {
     Arena size;
@@ -97,7 +108,7 @@ class Forward {
   }
 
   const PackedWeights& w_;
-  const Call& call_;
+  const Call call_;
   const int64_t threads_, reach_;
   const bool reads_in_place_, writes_in_place_;
   const int64_t bands_;
