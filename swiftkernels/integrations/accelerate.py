@@ -126,9 +126,9 @@ def accelerate(
 ) -> Acceleration:
     """Run the attentions and convolutional blocks of a model on these kernels, in place.
 
-    It makes training faster, and takes about half of its memory: the backward of a block computes
-    its hidden channels again instead of keeping them. For inference, `fuse_for_inference` gains
-    more.
+    It is for training: a step takes less time, and less memory, because the backward of a block
+    computes its hidden channels again instead of keeping them. For inference, `fuse_for_inference`
+    gains more.
 
     Layers of the official code, timm, transformers and forks are found by the names of their parts:
     `to_query`, `to_key`, `proj` or `Proj`, `final`, `w_g`, or those in `names`. Pooling and

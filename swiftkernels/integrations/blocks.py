@@ -84,10 +84,8 @@ def _looks_like_block(module: nn.Module) -> bool:
     """Whether a module has two pointwise convolutions or more, and few other layers."""
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return False
-    layers = [part for part in module.modules() if part._parameters and not part._modules]
-    pointwise = [part for part in layers if _is_1x1(part)]
-    with_weights = [part for part in layers if find.holds_weights(part)]
-    return len(pointwise) >= PAIR and len(with_weights) <= MOST
+    layers = [part for part in module.modules() if part._parameters and find.holds_weights(part)]
+    return sum(map(_is_1x1, module.modules())) >= PAIR and len(layers) <= MOST
 
 
 def _is_1x1(part: nn.Module) -> bool:
@@ -104,6 +102,8 @@ def _inspect(module: nn.Module, shared: set[int], make_class: MakeClass) -> Form
         return f"its forward has the arguments {', '.join(arguments)}"
     if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         return "its weights have no values yet (device meta)"
+    if taken := probe.collisions(module, ConvMlpForward, {"form": None, "backend": "auto"}):
+        return f"its own {', '.join(taken)} would be overwritten. Rename them"
     parts = _parts(module)
     if isinstance(parts, str):
         return parts
@@ -122,15 +122,10 @@ def _inspect(module: nn.Module, shared: set[int], make_class: MakeClass) -> Form
         ):
             clone = probe.copy_in_float64(module).requires_grad_(False)
             find.randomise(clone)
-            form = _match(clone, parts, make_class)
+            return _match(clone, parts, make_class)
     except Exception as error:  # a copy of an unknown block may raise anything
         message = (f"{type(error).__name__}: {error}".strip().splitlines() or [""])[0]
         return f"a copy of it could not be run ({message})"
-    if isinstance(form, Form):
-        taken = probe.collisions(module, ConvMlpForward, {"form": form})
-        if taken:
-            return f"its own {', '.join(taken)} would be overwritten. Rename them"
-    return form
 
 
 @dataclass
@@ -150,9 +145,11 @@ def _parts(module: nn.Module) -> _Parts | str:
     """The parts of a block, or why it is none."""
     parts = _Parts()
     for name, part in module.named_modules():
+        if any(name.startswith(f"{pointwise}.") for pointwise in parts.pointwise):
+            continue  # its parametrizations
         if _is_1x1(part):
             parts.pointwise.append(name)
-        elif isinstance(part, nn.Conv2d) and part.groups == part.in_channels > 1:
+        elif isinstance(part, nn.Conv2d) and part.groups == part.in_channels == part.out_channels:
             parts.depthwise.append(name)
         elif isinstance(part, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             parts.norms.append(name)

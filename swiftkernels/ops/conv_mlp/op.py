@@ -120,8 +120,7 @@ def conv_mlp(
         weight2, bias2: the same from H to D channels, [D, H] (or [D, H, 1, 1]) and [D] or None.
         activation: between the two: "gelu", "gelu_tanh", "relu", "silu", "hardswish" or "none".
         residual: whether x is added; D must be C.
-        backend: "auto", "cpu" or "reference". Only "auto" chooses, "cpu" for inference where it
-            can run; the others never fall back.
+        backend: "auto", "cpu" or "reference". Only "auto" chooses; the others never fall back.
 
     Returns:
         The output [B, D, H, W]; that of "cpu" is in channels_last memory format.
@@ -130,9 +129,9 @@ def conv_mlp(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, with the
             remedy.
 
-    There is no fused backward: for gradients "auto" takes "reference". The forward of "cpu" keeps
-    x and the weights alone, and its backward computes the hidden channels again by PyTorch's
-    operators. That takes less memory and more time.
+    For gradients, the kernels keep x and the weights alone and compute the hidden channels again.
+    With a depthwise convolution that backward runs PyTorch's operators, which takes less memory and
+    more time than the definition; there "auto" takes "reference" for gradients.
 
     Example:
         >>> x, w1, w2 = torch.randn(2, 48, 14, 14), torch.randn(192, 48), torch.randn(48, 192)
