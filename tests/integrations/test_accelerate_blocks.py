@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from swiftkernels import accelerate, fuse_for_inference
+from swiftkernels import accelerate, doctor, fuse_for_inference
 from swiftkernels.backends.cpu import library
 from swiftkernels.models import swiftformer_xs
 from swiftkernels.ops.conv_mlp.layer import ConvMlpForward
@@ -238,10 +238,12 @@ def test_what_changes_later_is_noticed(change: str) -> None:
     expected = copy.deepcopy(block)
     accelerate(block)
     assert not calls_parts(block, x)
+    assert doctor(block).blocks[0].reason == ""
     for b in (block, expected):
         torch.manual_seed(0)
         LATER[change](b)
     assert calls_parts(block, x)
+    assert "is called, because it" in doctor(block).blocks[0].reason
     torch.manual_seed(0)
     out = block(x)
     torch.manual_seed(0)

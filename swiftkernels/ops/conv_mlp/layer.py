@@ -210,6 +210,35 @@ class ConvMlpForward(KeepsPlans, nn.Module):
         first, second = found
         return first["weight"], first["bias"], second["weight"], second["bias"]
 
+    def why_called(self) -> str:
+        """Why the block calls all its parts; empty if kernels replace `first` to `second`.
+
+        Example:
+            >>> block = ConvMlp(48)
+            >>> handle = block.pwconv2.register_forward_hook(lambda *_: None)
+            >>> block.why_called()
+            'pwconv2 is called, because it has hooks'
+        """
+        if self._pair() is not None:
+            return ""
+        form = self.form
+        if form is None or not form.activation:
+            return "no kernel computes its activation, or a dropout stands behind it"
+        why = {}
+        for name in (form.first, form.second):
+            part = self._part(name)
+            why[name] = linear_parts.why_not_plain(part, nn.Conv2d)
+            if not why[name] and not linear_parts.is_pointwise(part):
+                why[name] = "it is no pointwise convolution"
+        for name, settings in form.skipped:
+            part = self._part(name)
+            if part is None or settings_of(part) != settings:
+                why[name] = "it was changed"
+            elif not is_untouched(part):
+                why[name] = "it has hooks, or its forward was replaced"
+        called = {name: reason for name, reason in why.items() if reason}
+        return linear_parts.listed(called) or f"its {form.scale} is no plain parameter"
+
     def _around(self) -> tuple[Tensor | None, ...] | None:
         """Weight and bias of `depthwise`, parameters and statistics of `norm`, and the scale.
 
