@@ -81,7 +81,7 @@ PUBLISHED_STYLES = {
     "eager": Style("SwiftFormer, eager PyTorch", "#9A9A9A", "^"),
 }
 """Lines of the picture of published networks, by the fields of `networks.Compared`."""
-RINGS = "the same, fused, where that is faster"
+RINGS = "other networks, fused, where that is faster"
 
 
 class Point(NamedTuple):
@@ -128,7 +128,7 @@ def draw_cpu(folder: Path) -> list[Path]:
     for setting in dict.fromkeys(s.setting for s in found):
         own = [s for s in found if s.setting == setting]
         last = next(row for row in reversed(rows) if setting_of(row) == setting)
-        parts = [_machine(last), *_versions(last, {s.engine for s in own})]
+        parts = [_machine(last), *_versions(rows, {s.engine for s in own})]
         title = f"Speed-up of {OURS} on a CPU, {setting.direction}"
         figure = speedups_figure(own, title, ", ".join(filter(None, parts)) + ".")
         paths.append(folder / _speedups_name(setting))
@@ -192,7 +192,7 @@ def networks_figure(rows: Sequence[dict[str, str]]) -> Figure:
     parts = [
         f"timm {last['timm']}'s networks at {last['side']} x {last['side']} pixels",
         _machine(last),
-        *_versions(last, engines),
+        *_versions(rows, engines),
     ]
     add_caption(
         figure,
@@ -231,7 +231,7 @@ def published_figure(
     times = networks.times(rows)
     batches = sorted({problem.batch for problem in times})
     figure, (panels,) = new_figure(
-        1 + 7 * len(batches), 7.4, columns=len(batches), margins=Margins(bottom=1.75)
+        1 + 7 * len(batches), 8.2, columns=len(batches), margins=Margins(bottom=1.6)
     )
     for batch, axes in zip(batches, panels, strict=True):
         _published_panel(figure, axes, _of_batch(times, batch), published)
@@ -251,11 +251,11 @@ def published_figure(
     parts = [
         f"timm {last['timm']}'s networks at {last['side']} x {last['side']} pixels",
         _machine(last),
-        *_versions(last, {row["engine"] for row in rows}),
+        *_versions(rows, {row["engine"] for row in rows}),
     ]
     add_caption(
         figure,
-        "Accuracies are those of the papers, not measured here; with a *, for images of 256 x 256 "
+        "Accuracies are those that the authors published, not measured here; with a *, for 256 x 256 "
         "pixels. Latencies are medians, divided by the batch; all engines in turn in one process, "
         f"each with BatchNorms folded where that is faster. {', '.join(filter(None, parts))}.",
     )
@@ -294,16 +294,19 @@ def _published_panel(
                 named = kind == "fused" or not any(compared.fused for *_, compared in members)
                 points += _published_line(axes, line, style, named, thick=kind == "fused")
             continue
-        line, rings = [], []
+        line = []
         for engines, row, compared in members:
             best = min(engines[e] for e in (compared.eager, compared.other) if e)
             line.append((best, row))
             if compared.fused and engines[OURS] < best:
-                rings.append((engines[OURS], float(row["top1"])))
+                ring, y = engines[OURS], float(row["top1"])
+                axes.plot([ring, best], [y, y], color=VERMILION, linewidth=1, zorder=2)
+                axes.plot(
+                    ring, y, "o", color=VERMILION, markerfacecolor="white", markersize=6,
+                    label=RINGS,
+                )  # fmt: skip
+                points.append(Point(ring, y, "", VERMILION, False))
         points += _published_line(axes, line, OTHERS, named=True)
-        if rings:
-            x, y = zip(*rings, strict=True)
-            axes.plot(x, y, "o", color=VERMILION, markerfacecolor="none", markersize=7, label=RINGS)
     axes.margins(x=0.1, y=0.07)
     _label_points(figure, axes, points, [(p.x, p.y, p.x, p.y) for p in points])
 
@@ -319,7 +322,7 @@ def _published_line(
     top1 = [float(row["top1"]) for _, row in line]
     axes.plot(
         [latency for latency, _ in line], top1, color=style.colour, marker=style.marker,
-        markersize=8 if thick else 5, markeredgecolor="white", linewidth=2.4 if thick else 1,
+        markersize=8 if thick else 5, markeredgecolor="white", linewidth=2.4 if thick else 0.6,
         zorder=4 if thick else 3, label=style.name,
     )  # fmt: skip
     points = []
@@ -328,7 +331,7 @@ def _published_line(
         points.append(Point(latency, y, name if named else "", style.colour, thick))
     if thick:  # places on the line
         for a, b in pairwise(list(points)):
-            for share in (i / 20 for i in range(1, 20)):
+            for share in (i / 10 for i in range(1, 10)):
                 x = a.x ** (1 - share) * b.x**share
                 points.append(Point(x, a.y + share * (b.y - a.y), "", style.colour, thick))
     return points
@@ -453,10 +456,14 @@ def _machine(row: dict[str, str]) -> str:
     return f"{row['device']}, {threads}, {row['clock']}, {row['dtype']}, torch {row['torch']}"
 
 
-def _versions(row: dict[str, str], engines: Collection[str]) -> list[str]:
+def _versions(rows: Sequence[dict[str, str]], engines: Collection[str]) -> list[str]:
     """Versions of the runtimes among the engines, and the instruction set of the kernels."""
-    found = [f"{name} {row[column]}" for e, (column, name) in RUNTIMES.items() if e in engines]
-    return [*found, f"{row['isa']} kernels" if row["isa"] else ""]
+    found = []
+    for engine, (column, name) in RUNTIMES.items():
+        if engine in engines:
+            last = next(row for row in reversed(rows) if row["engine"] == engine)
+            found.append(f"{name} {last[column]}")
+    return [*found, f"{rows[-1]['isa']} kernels" if rows[-1]["isa"] else ""]
 
 
 def _hollow(mixer: str) -> bool:

@@ -173,8 +173,9 @@ def wanted(
             row for row in rows if (row["network"], row["engine"]) == (problem.network, engine)
         ]
         if before:
-            same = networks.problem_of(before[0])
-            rivals = [row for row in before if networks.problem_of(row) == same]
+            sizes = [networks.problem_of(row) for row in before]
+            most = max(sizes, key=sizes.count)  # the one with all forms
+            rivals = [row for row in before if networks.problem_of(row) == most]
             found.append((engine, min(rivals, key=networks.seconds_of)["form"]))
         else:
             found += [(engine, form) for form in FORMS]
@@ -304,9 +305,15 @@ def run(given: argparse.Namespace) -> list[str]:
             best = networks.times(found).get(problem, {})
             ms = ", ".join(f"{engine} {1e3 * seconds:.1f}" for engine, seconds in best.items())
             bar.write(f"{bar.text}, ms: {ms}")
-            write_csv(path, rows, digits=6)
+            write_csv(path, sorted(rows, key=_place), digits=6)
             bar.advance()
     return failures
+
+
+def _place(row: Mapping[str, Any]) -> tuple[int, ...]:
+    """The place of a row in the file, whatever was measured first."""
+    problem = networks.problem_of(row)
+    return list(PUBLISHED).index(problem.network), problem.side, problem.batch, problem.threads
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

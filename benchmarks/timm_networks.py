@@ -10,12 +10,15 @@ import copy
 import functools
 import gc
 import importlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import swiftkernels
 from swiftkernels.backends import devices
@@ -112,22 +115,23 @@ def folded(model: nn.Module, images: Tensor) -> nn.Module | None:
     """A copy with merged branches and folded BatchNorms; None if there are none.
 
     timm merges the branches of networks that are made for it, such as FastViT and RepViT. Then each
-    BatchNorm that reads the output of a convolution is folded into it. A convolution that something
-    else reads too would make the output wrong, which `Network.error` finds.
+    BatchNorm that alone reads the output of a convolution is folded into it.
     """
     merge: Callable[[nn.Module], nn.Module] = importlib.import_module(
         "timm.utils"
     ).reparameterize_model
     result = merge(model).eval()  # a copy; merged convolutions start in training mode
+    uses = _Uses()
     outputs: dict[int, tuple[str, Tensor]] = {}
-    pairs: dict[str, str] = {}
+    pairs: dict[str, tuple[str, Tensor]] = {}
 
     def remember(name: str, _: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        outputs[id(out)] = name, out  # kept alive, so that no other tensor has its id
+        outputs[id(out)] = name, out  # kept alive, so that no later tensor has its id
+        uses.counts[id(out)] = 0  # of an earlier tensor
 
     def pair(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if found := outputs.get(id(inputs[0])):
-            pairs[name] = found[0]
+            pairs[name] = found
 
     handles = []
     for name, part in result.named_modules():
@@ -135,10 +139,13 @@ def folded(model: nn.Module, images: Tensor) -> nn.Module | None:
             handles.append(part.register_forward_hook(functools.partial(remember, name)))
         elif isinstance(part, nn.BatchNorm2d):
             handles.append(part.register_forward_pre_hook(functools.partial(pair, name)))
-    call_of(result, images[:1])()
+    with uses:
+        call_of(result, images[:1])()
     for handle in handles:
         handle.remove()
-    for norm_name, conv_name in pairs.items():
+    for norm_name, (conv_name, out) in pairs.items():
+        if uses.counts[id(out)] > 1:
+            continue
         norm: Any = result.get_submodule(norm_name)
         conv: Any = result.get_submodule(conv_name)
         result.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
@@ -146,6 +153,21 @@ def folded(model: nn.Module, images: Tensor) -> nn.Module | None:
         behind = [part for name in ("drop", "act") if (part := getattr(norm, name, None))]
         result.set_submodule(norm_name, nn.Sequential(*behind))
     return result if result.state_dict().keys() != model.state_dict().keys() else None
+
+
+class _Uses(TorchDispatchMode):
+    """Counts how many operators read each tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[int] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        read = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        self.counts.update(read)
+        return func(*args, **(kwargs or {}))
 
 
 def accelerated(model: nn.Module) -> nn.Module:

@@ -113,6 +113,13 @@ def test_after_the_first_size_only_the_faster_form_is_measured() -> None:
     ]
 
 
+def test_rows_are_in_one_order_whatever_came_first() -> None:
+    rows = [row("resnet50", "timm", "as is", 0.2, side) for side in (512, 224)]
+    rows.append(row("swiftformer_xs", "timm", "as is", 0.2))
+    order = [(r["network"], r["side"]) for r in sorted(rows, key=published._place)]
+    assert order == [("swiftformer_xs", 224), ("resnet50", 224), ("resnet50", 512)]
+
+
 def test_slow_engines_are_measured_at_the_first_size_of_swiftformers() -> None:
     problem = Problem("swiftformer_s", "forward", 1, 224, 1)
     slow = list(published.SLOW_TO_BUILD)
@@ -176,6 +183,17 @@ def test_folding_changes_no_output() -> None:
         x = folded.first(images)
         assert relative_error(folded.norm(folded.conv(x)), model(images)) < 1e-12
     assert timm_networks.folded(nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), images.float()) is None
+
+
+@pytest.mark.usefixtures("timm")
+def test_a_convolution_that_something_else_reads_stays() -> None:
+    class Branches(ConvNormAct):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(self.first(x))
+            return x + self.norm.act(self.norm(x))
+
+    images = torch.randn(1, 3, 8, 8)
+    assert timm_networks.folded(Branches().eval(), images) is None
 
 
 @pytest.mark.usefixtures("timm")
