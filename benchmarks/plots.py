@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
-from itertools import product
+from collections.abc import Collection, Mapping, Sequence
+from itertools import groupby, pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
+from swiftkernels.testing import networks
 from swiftkernels.testing.engines import OURS
+from swiftkernels.testing.networks import Problem
 from swiftkernels.testing.plots import (
     INK,
     STYLES,
@@ -41,9 +43,16 @@ LATENCY_TOKENS = "latency_tokens.png"
 CPU_SPEEDUPS = "cpu_speedups.png"
 NETWORKS_CSV = "whole_networks.csv"
 NETWORKS = "whole_networks.png"
+PUBLISHED_CSV = "published_networks.csv"
+PUBLISHED = "published_networks.png"
 
-RUNTIMES = ("onnxruntime", "openvino")
-"""Engines with a column for their version."""
+RUNTIMES = {
+    "onnxruntime": ("onnxruntime", "ONNX Runtime"),
+    "openvino": ("openvino", "OpenVINO"),
+    "litert": ("ai-edge-litert", "LiteRT"),
+    "ncnn": ("ncnn", "ncnn"),
+}
+"""Engines with a column for their version: the column, and the name of the engine."""
 
 MIXERS = STYLES | {
     "additive_l2": Style("additive (l2)", VERMILION, "o"),
@@ -63,6 +72,26 @@ NETWORK_ENGINES = {
     OURS: Style(OURS, VERMILION, ""),
 }
 """The styles of the engines of whole networks."""
+
+
+OTHERS = Style("other networks, the fastest of eager PyTorch and runtimes", "#444444", "D")
+PUBLISHED_STYLES = {
+    "fused": Style(f"SwiftFormer, fused by {OURS}", VERMILION, "o"),
+    "other": Style("SwiftFormer, the fastest compiler or runtime", "#0072B2", "s"),
+    "eager": Style("SwiftFormer, eager PyTorch", "#9A9A9A", "^"),
+}
+"""Lines of the picture of published networks, by the fields of `networks.Compared`."""
+RINGS = "other networks, fused, where that is faster"
+
+
+class Point(NamedTuple):
+    """A marker with a name; "" for a place that names do not cover."""
+
+    x: float
+    y: float
+    name: str
+    colour: str
+    bold: bool
 
 
 def draw(folder: Path) -> list[Path]:
@@ -99,11 +128,7 @@ def draw_cpu(folder: Path) -> list[Path]:
     for setting in dict.fromkeys(s.setting for s in found):
         own = [s for s in found if s.setting == setting]
         last = next(row for row in reversed(rows) if setting_of(row) == setting)
-        parts = [
-            _machine(last),
-            *(f"{STYLES[e].name} {last[e]}" for e in RUNTIMES if any(s.engine == e for s in own)),
-            f"{last['isa']} kernels" if last["isa"] else "",
-        ]
+        parts = [_machine(last), *_versions(rows, {s.engine for s in own})]
         title = f"Speed-up of {OURS} on a CPU, {setting.direction}"
         figure = speedups_figure(own, title, ", ".join(filter(None, parts)) + ".")
         paths.append(folder / _speedups_name(setting))
@@ -167,8 +192,7 @@ def networks_figure(rows: Sequence[dict[str, str]]) -> Figure:
     parts = [
         f"timm {last['timm']}'s networks at {last['side']} x {last['side']} pixels",
         _machine(last),
-        *(f"{STYLES[e].name} {last[e]}" for e in RUNTIMES if e in engines),
-        f"{last['isa']} kernels" if last["isa"] else "",
+        *_versions(rows, engines),
     ]
     add_caption(
         figure,
@@ -178,17 +202,159 @@ def networks_figure(rows: Sequence[dict[str, str]]) -> Figure:
     return figure
 
 
+def draw_published(folder: Path, published: Mapping[str, Mapping[str, str]]) -> list[Path]:
+    """Draw the times in published_networks.csv in `folder` into it; returns the paths.
+
+    There is a picture for each side of the images and number of threads.
+
+    Args:
+        folder: of the CSV file.
+        published: accuracies by the names of networks.
+
+    Raises:
+        ValueError: the CSV file is missing or has no rows.
+    """
+    rows = read(folder / PUBLISHED_CSV, "benchmarks.published_networks")
+    paths = []
+    for side, threads in dict.fromkeys((row["side"], row["threads"]) for row in rows):
+        own = [row for row in rows if (row["side"], row["threads"]) == (side, threads)]
+        other_side = f"{side}pixels" if side != "224" else ""
+        paths.append(folder / _name(PUBLISHED, other_side, _threads_name(threads)))
+        save_figure(published_figure(own, published), paths[-1], dpi=200, facecolor="white")
+    return paths
+
+
+def published_figure(
+    rows: Sequence[dict[str, str]], published: Mapping[str, Mapping[str, str]]
+) -> Figure:
+    """Published accuracy against latency by image, one panel for each batch size."""
+    times = networks.times(rows)
+    batches = sorted({problem.batch for problem in times})
+    figure, (panels,) = new_figure(
+        1 + 7 * len(batches), 8.2, columns=len(batches), margins=Margins(bottom=1.6)
+    )
+    for batch, axes in zip(batches, panels, strict=True):
+        _published_panel(figure, axes, _of_batch(times, batch), published)
+        axes.set_xlabel(f"ms for an image, batch {batch}")
+    panels[0].set_ylabel("ImageNet top-1 as published, %")
+    shown: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+        shown.values(), shown.keys(), loc="lower left",
+        bbox_to_anchor=(figure.subplotpars.left - 0.01, 0.72 / figure.get_figheight()),
+        ncols=2 if len(batches) == 1 else 3, fontsize=8, labelcolor=INK, frameon=False,
+    )  # fmt: skip
+    add_title(figure, "Networks on a CPU: published accuracy against measured latency")
+    last = rows[-1]
+    parts = [
+        f"timm {last['timm']}'s networks at {last['side']} x {last['side']} pixels",
+        _machine(last),
+        *_versions(rows, {row["engine"] for row in rows}),
+    ]
+    add_caption(
+        figure,
+        "Accuracies are those that the authors published, not measured here; with a *, for 256 x 256 "
+        "pixels. Latencies are medians, divided by the batch; all engines in turn in one process, "
+        f"each with BatchNorms folded where that is faster. {', '.join(filter(None, parts))}.",
+    )
+    return figure
+
+
+def _of_batch(times: Mapping[Problem, dict[str, float]], batch: int) -> dict[str, dict[str, float]]:
+    """Milliseconds for an image, by networks and engines."""
+    return {
+        problem.network: {e: 1e3 * seconds / batch for e, seconds in engines.items()}
+        for problem, engines in times.items()
+        if problem.batch == batch
+    }
+
+
+def _published_panel(
+    figure: Figure,
+    axes: Axes,
+    times: Mapping[str, dict[str, float]],
+    published: Mapping[str, Mapping[str, str]],
+) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    points: list[Point] = []
+    for family, names in groupby(times, key=lambda name: published[name]["family"]):
+        members = [(times[n], published[n], networks.compared(times[n])) for n in names]
+        if family == "SwiftFormer":
+            for kind, style in PUBLISHED_STYLES.items():
+                line = [
+                    (engines[engine], row)
+                    for engines, row, compared in members
+                    if (engine := getattr(compared, kind))
+                ]
+                named = kind == "fused" or not any(compared.fused for *_, compared in members)
+                points += _published_line(axes, line, style, named, thick=kind == "fused")
+            continue
+        line = []
+        for engines, row, compared in members:
+            best = min(engines[e] for e in (compared.eager, compared.other) if e)
+            line.append((best, row))
+            if compared.fused and engines[OURS] < best:
+                ring, y = engines[OURS], float(row["top1"])
+                axes.plot([ring, best], [y, y], color=VERMILION, linewidth=1, zorder=2)
+                axes.plot(
+                    ring, y, "o", color=VERMILION, markerfacecolor="white", markersize=6,
+                    label=RINGS,
+                )  # fmt: skip
+                points.append(Point(ring, y, "", VERMILION, False))
+        points += _published_line(axes, line, OTHERS, named=True)
+    axes.margins(x=0.1, y=0.07)
+    _label_points(figure, axes, points, [(p.x, p.y, p.x, p.y) for p in points])
+
+
+def _published_line(
+    axes: Axes,
+    line: Sequence[tuple[float, Mapping[str, str]]],
+    style: Style,
+    named: bool,
+    thick: bool = False,
+) -> list[Point]:
+    """Draw the networks of a family, at a latency each; returns what names must not cover."""
+    top1 = [float(row["top1"]) for _, row in line]
+    axes.plot(
+        [latency for latency, _ in line], top1, color=style.colour, marker=style.marker,
+        markersize=8 if thick else 5, markeredgecolor="white", linewidth=2.4 if thick else 0.6,
+        zorder=4 if thick else 3, label=style.name,
+    )  # fmt: skip
+    points = []
+    for (latency, row), y in zip(line, top1, strict=True):
+        name = row["name"] + ("*" if row["trained_side"] != "224" else "")
+        points.append(Point(latency, y, name if named else "", style.colour, thick))
+    if thick:  # places on the line
+        for a, b in pairwise(list(points)):
+            for share in (i / 10 for i in range(1, 10)):
+                x = a.x ** (1 - share) * b.x**share
+                points.append(Point(x, a.y + share * (b.y - a.y), "", style.colour, thick))
+    return points
+
+
 def _speedups_name(setting: Setting) -> str:
     """The name of a plot; only settings other than one thread, float32, forward are in it."""
-    path = Path(CPU_SPEEDUPS)
-    parts = [path.stem]
-    if setting.threads > 1:
-        parts.append(f"{setting.threads}threads")
-    if setting.dtype != "float32":
-        parts.append(setting.dtype)
-    if setting.direction != "forward":
-        parts.append("backward")
-    return "_".join(parts) + path.suffix
+    return _name(
+        CPU_SPEEDUPS,
+        _threads_name(str(setting.threads)),
+        setting.dtype if setting.dtype != "float32" else "",
+        "backward" if setting.direction != "forward" else "",
+    )
+
+
+def _name(name: str, *parts: str) -> str:
+    """The name of a file, with those parts that are not empty."""
+    path = Path(name)
+    return "_".join([path.stem, *filter(None, parts)]) + path.suffix
+
+
+def _threads_name(threads: str) -> str:
+    return f"{threads}threads" if threads not in ("0", "1") else ""
 
 
 def accuracy_latency(rows: Sequence[dict[str, str]]) -> Figure:
@@ -203,7 +369,8 @@ def accuracy_latency(rows: Sequence[dict[str, str]]) -> Figure:
             x = _interval(row, f"batch{batch}_ms")
             mean, sd = 100 * float(row["accuracy_mean"]), 100 * float(row["accuracy_sd"] or 0)
             _point(axes, row["mixer"], x, mean, sd)
-            points.append((row["mixer"], x[1], mean))
+            style, ours = MIXERS[row["mixer"]], row["mixer"].startswith("additive")
+            points.append(Point(x[1], mean, style.name, style.colour, ours))
             boxes.append((x[0], mean - sd, x[2], mean + sd))
         axes.set_xlabel(f"latency of the network at batch {batch}, ms")
         axes.margins(x=0.16, y=0.12)
@@ -289,6 +456,16 @@ def _machine(row: dict[str, str]) -> str:
     return f"{row['device']}, {threads}, {row['clock']}, {row['dtype']}, torch {row['torch']}"
 
 
+def _versions(rows: Sequence[dict[str, str]], engines: Collection[str]) -> list[str]:
+    """Versions of the runtimes among the engines, and the instruction set of the kernels."""
+    found = []
+    for engine, (column, name) in RUNTIMES.items():
+        if engine in engines:
+            last = next(row for row in reversed(rows) if row["engine"] == engine)
+            found.append(f"{name} {last[column]}")
+    return [*found, f"{rows[-1]['isa']} kernels" if rows[-1]["isa"] else ""]
+
+
 def _hollow(mixer: str) -> bool:
     """Whether a marker is hollow, because the points of two poolings nearly coincide."""
     return mixer == "none" or (mixer.startswith("additive") and mixer != "additive_l2")
@@ -316,16 +493,16 @@ def _point(axes: Axes, mixer: str, x: tuple[float, float, float], mean: float, s
 def _label_points(
     figure: Figure,
     axes: Axes,
-    points: Sequence[tuple[str, float, float]],
+    points: Sequence[Point],
     intervals: Sequence[tuple[float, float, float, float]],
 ) -> None:
     """Place each name where it covers the least of the other names, markers and bars."""
     figure.draw_without_rendering()
     frame = axes.get_window_extent()
     taken: list[Bbox] = []
-    for (_, x, y), (x0, y0, x1, y1) in zip(points, intervals, strict=True):
+    for point, (x0, y0, x1, y1) in zip(points, intervals, strict=True):
         (px, py), (left, low), (right, high) = axes.transData.transform(
-            [(x, y), (x0, y0), (x1, y1)]
+            [(point.x, point.y), (x0, y0), (x1, y1)]
         )
         taken += [
             Bbox.from_extents(px - 9, py - 9, px + 9, py + 9),
@@ -333,16 +510,16 @@ def _label_points(
             Bbox.from_extents(px - 2, low, px + 2, high),
         ]
     pixels = figure.dpi / 72
-    for mixer, x, y in points:
+    for point in (point for point in points if point.name):
         style: dict[str, Any] = {
             "fontsize": 9,
-            "fontweight": "bold" if mixer.startswith("additive") else "normal",
-            "color": MIXERS[mixer].colour,
+            "fontweight": "bold" if point.bold else "normal",
+            "color": point.colour,
         }
-        probe = figure.text(0, 0, MIXERS[mixer].name, **style)
+        probe = figure.text(0, 0, point.name, **style)
         size = probe.get_window_extent()
         probe.remove()
-        px, py = axes.transData.transform((x, y))
+        px, py = axes.transData.transform((point.x, point.y))
         spots = []
         for distance, dx, dy in product((8, 16, 26, 38), (1, 0, -1), (0.6, -0.6, 0, 1, -1)):
             left = px + dx * distance * pixels + (dx - 1) / 2 * size.width
@@ -354,20 +531,20 @@ def _label_points(
         _, distance, box = min(spots, key=lambda spot: spot[0])
         taken.append(box)
         axes.annotate(
-            MIXERS[mixer].name,
-            (x, y),
+            point.name,
+            (point.x, point.y),
             xytext=((box.x0 - px) / pixels, (box.y0 - py) / pixels),
             textcoords="offset points",
             zorder=5,
-            arrowprops=_leader(mixer) if distance > 16 else None,
+            arrowprops=_leader(point.colour) if distance > 16 else None,
             **style,
         )
 
 
-def _leader(mixer: str) -> dict[str, Any]:
+def _leader(colour: str) -> dict[str, Any]:
     return {
         "arrowstyle": "-",
-        "color": MIXERS[mixer].colour,
+        "color": colour,
         "linewidth": 0.6,
         "shrinkA": 1,
         "shrinkB": 5,
@@ -412,7 +589,7 @@ def _label_ends(figure: Figure, axes: Axes, ends: dict[str, tuple[int, float]]) 
             fontweight="bold" if ours else "normal",
             color=MIXERS[mixer].colour,
             va="center",
-            arrowprops={**_leader(mixer), "relpos": (0, 0.5)},
+            arrowprops={**_leader(MIXERS[mixer].colour), "relpos": (0, 0.5)},
             annotation_clip=False,
         )
     axes.set_xlim(right=right)

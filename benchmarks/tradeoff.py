@@ -1,7 +1,8 @@
 """Accuracy against latency of small networks that differ only in their token mixer.
 
 `python -m benchmarks.tradeoff` trains each on Fashion-MNIST with several seeds, times the trained
-networks and the bare mixers, and writes tradeoff.csv, tokens.csv and two plots drawn from them.
+networks and the bare mixers, and writes tradeoff.csv, tokens.csv and two plots drawn from them. The
+plots of the documentation come from `--full`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,24 @@ SIDES = (7, 14, 28, 56, 112)
 """Sides of the square grids of tokens at which the bare mixers are timed."""
 LONGEST_CALL = 2.0
 """Seconds. Larger sizes of a mixer are skipped once a call could take longer."""
+
+
+class Extent(NamedTuple):
+    """How much a run does."""
+
+    seeds: int
+    epochs: int
+    per_class: int | None
+    """As in `Settings`."""
+    sides: tuple[int, ...]
+    seconds: float
+
+
+EXTENTS = {
+    "quick": Extent(1, 3, 300, SIDES[:3], 1.0),
+    "default": Extent(2, 5, 300, SIDES[:4], 2.0),
+    "full": Extent(3, 8, None, SIDES, 6.0),
+}
 
 BATCH = 64
 LEARNING_RATE = 5e-3
@@ -364,9 +383,17 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="a short run: fewer images, epochs, seeds and tokens")
-    add("--seeds", type=positive, help="networks per mixer (default 3; quick 2)")
-    add("--epochs", type=positive, help="default 8; quick 5")
+    extent = parser.add_mutually_exclusive_group()
+    quick_help = "fewer images, epochs, seeds and tokens: about a minute"
+    extent.add_argument("--quick", action="store_true", help=quick_help)
+    full_help = "all images, epochs, seeds and tokens: a quarter of an hour"
+    extent.add_argument("--full", action="store_true", help=full_help)
+    names = ", ".join(EXTENTS)
+    seeds, epochs = (
+        "/".join(str(getattr(e, field)) for e in EXTENTS.values()) for field in ("seeds", "epochs")
+    )
+    add("--seeds", type=positive, help=f"networks per mixer ({names}: {seeds})")
+    add("--epochs", type=positive, help=f"({names}: {epochs})")
     add(
         "--mixers",
         nargs="+",
@@ -385,18 +412,19 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     if given.out.exists() and not given.out.is_dir():
         parser.error(f"--out must be a folder; {given.out} is a file.")
     workers = given.workers or (1 if given.device != "cpu" else _cores())
+    chosen = EXTENTS["quick" if given.quick else "full" if given.full else "default"]
     settings = Settings(
         mixers=tuple(dict.fromkeys(given.mixers)),
-        seeds=given.seeds or (2 if given.quick else 3),
-        epochs=given.epochs or (5 if given.quick else 8),
+        seeds=given.seeds or chosen.seeds,
+        epochs=given.epochs or chosen.epochs,
         out=given.out,
         data=given.data,
-        per_class=300 if given.quick else None,
+        per_class=chosen.per_class,
         device=given.device,
         threads=given.threads,
         workers=workers,
-        sides=SIDES[:4] if given.quick else SIDES,
-        seconds=2.0 if given.quick else 6.0,
+        sides=chosen.sides,
+        seconds=chosen.seconds,
     )
     try:
         settings.dataset()

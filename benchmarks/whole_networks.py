@@ -1,9 +1,8 @@
 """Time and memory of complete SwiftFormers on a CPU, by PyTorch, compilers, runtimes, this library.
 
-`python -m benchmarks.whole_networks` needs timm (torchvision may be missing). All engines have the
-weights of timm's model and the same images. Their outputs are compared with float64, then they are
-timed in turn, in one process, by the process time and by wall time. ONNX Runtime and OpenVINO are
-optional. The command writes
+`python -m benchmarks.whole_networks` needs timm (torchvision may be missing). Each engine is
+verified (`benchmarks.timm_networks`). Then they are timed in turn, in one process, by the process
+time and by wall time. ONNX Runtime and OpenVINO are optional. The command writes
 
 * whole_networks.csv: a forward at each batch by every engine, a training step at the largest batch
   by timm's model and the same after `accelerate`, and the peak memory of a forward.
@@ -15,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
-import gc
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -27,15 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import swiftkernels
-from benchmarks import network_blocks, resident
-from swiftkernels.backends import devices
+from benchmarks import network_blocks, resident, timm_networks
+from benchmarks.timm_networks import CLASSES, MODULES, Network, Row, call_of, installed, machine
 from swiftkernels.backends.cpu import library
-from swiftkernels.testing import engines, harness
 from swiftkernels.testing.engines import OURS, Call
+from swiftkernels.testing.networks import seconds_of
 from swiftkernels.testing.ratios import markdown_table
-from swiftkernels.testing.timing import Timing, clock_name, measure_in_turn, process_and_wall_time
-from swiftkernels.testing.tolerance import relative_error
 from swiftkernels.utils.files import read_csv, write_csv
 from swiftkernels.utils.progress import Progress, track
 
@@ -43,67 +37,6 @@ CSV = "whole_networks.csv"
 NAMES = ("xs", "s", "l1", "l3")
 PROFILED = ("xs", "l1")
 DIRECTIONS = ("forward", "training step")
-CLASSES = 1000
-MIN_ROUNDS = 5
-TOLERANCE = 100 * torch.finfo(torch.float32).eps
-"""Largest relative error of an output. An engine that rounded to bfloat16 or TF32 would exceed it:
-their relative precision is 2^-8 and 2^-11."""
-
-Row = dict[str, Any]
-
-
-class Network:
-    """A SwiftFormer of timm in evaluation mode and its images, the same for all engines."""
-
-    def __init__(self, name: str, batch: int, side: int) -> None:
-        self.name, self.side = name, side
-        self.images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
-        self.model = make_model(name).eval()
-
-    @functools.cached_property
-    def exact(self) -> Tensor:
-        """The output in float64."""
-        (out,) = call_of(copy.deepcopy(self.model).double(), self.images.double())()
-        return out
-
-    @functools.cached_property
-    def onnx(self) -> bytes:
-        return engines.onnx_model(self.model, self.images)
-
-    def new_output(self) -> Tensor:
-        return torch.empty(len(self.images), CLASSES)
-
-
-def make_model(name: str) -> nn.Module:
-    """timm's model; layer scales and BatchNorms are such that they hide no error."""
-    from tests.stubs import import_timm
-
-    torch.manual_seed(0)
-    model: nn.Module = import_timm().create_model(f"swiftformer_{name}", num_classes=CLASSES)
-    with torch.no_grad():
-        for key, tensor in model.state_dict().items():
-            if "layer_scale" in key or "running_var" in key:
-                tensor.uniform_(0.5, 1.5)
-            elif "running_mean" in key:
-                tensor.normal_(0, 0.1)
-    return model
-
-
-def accelerated(model: nn.Module) -> nn.Module:
-    """A copy of the model, accelerated."""
-    model = copy.deepcopy(model)
-    swiftkernels.accelerate(model)
-    return model
-
-
-def call_of(module: nn.Module, images: Tensor) -> Call:
-    """The forward of a module."""
-
-    @torch.no_grad()
-    def call() -> list[Tensor]:
-        return [module(images)]
-
-    return call
 
 
 def step_of(module: nn.Module, images: Tensor) -> Call:
@@ -121,38 +54,6 @@ def step_of(module: nn.Module, images: Tensor) -> Call:
     return call
 
 
-def _channels_last(network: Network) -> Call:
-    model: Any = copy.deepcopy(network.model)
-    images = network.images.contiguous(memory_format=torch.channels_last)
-    return call_of(model.to(memory_format=torch.channels_last), images)
-
-
-def _compile(network: Network) -> Call:
-    with torch.no_grad():
-        return engines.compile_frozen(network.model, lambda made: call_of(made, network.images))
-
-
-def _onnxruntime(network: Network) -> Call:
-    return engines.onnxruntime_call(network.onnx, network.images, network.new_output())
-
-
-def _openvino(network: Network) -> Call:
-    return engines.openvino_call(network.onnx, network.images, network.new_output())
-
-
-MODULES: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "timm": lambda model: model,
-    "accelerated": accelerated,
-    OURS: swiftkernels.fuse_for_inference,
-}
-"""Engines that are modules."""
-BUILT: dict[str, Callable[[Network], Call]] = {
-    "channels_last": _channels_last,
-    "compile": _compile,
-    "onnxruntime": _onnxruntime,
-    "openvino": _openvino,
-}
-"""Other engines, of a forward only."""
 ENGINES = ("timm", "channels_last", "compile", "onnxruntime", "openvino", "accelerated", OURS)
 TRAINED = ("timm", "accelerated")
 REMEMBERED = ("timm", OURS)
@@ -160,19 +61,17 @@ REMEMBERED = ("timm", OURS)
 
 
 def build(network: Network, engine: str, direction: str) -> tuple[Call, float]:
-    """An engine's call, and the relative error of its output.
+    """An engine's call, and the relative error of its output in evaluation mode.
 
     Raises:
         RuntimeError: the error is too large.
     """
-    module = MODULES[engine](network.model) if engine in MODULES else None
-    call = BUILT[engine](network) if module is None else call_of(module, network.images)
-    error = relative_error(call()[0], network.exact)
-    if not error <= TOLERANCE:
-        raise RuntimeError(f"its output has a relative error of {error:.1e}")
-    if module is not None and direction != "forward":
-        call = step_of(module, network.images)
-    return call, error
+    if direction == "forward":
+        call = timm_networks.build(network, engine)
+        return call, network.error(call)
+    module = MODULES[engine](network.model)
+    error = network.error(call_of(module, network.images))
+    return step_of(module, network.images), error
 
 
 def measure(
@@ -183,48 +82,18 @@ def measure(
     show: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Row], list[str]]:
     """Build, verify and time engines; returns a row for each one that works, and what failed."""
-    torch.compiler.reset()
-    gc.collect()
-    calls, errors, failures = {}, {}, []
-    for name in names:
-        show(name)
-        try:
-            calls[name], errors[name] = build(network, name, direction)
-        except Exception as error:  # of a compiler, for example; the others are measured
-            failures.append(f"{name}: {harness.first_line(error)}")
+    calls, errors, failures = timm_networks.build_all(
+        names, lambda name: build(network, name, direction), show
+    )
     show("timing")
-    samples = measure_in_turn(calls, process_and_wall_time, seconds, MIN_ROUNDS)
-    common = {
-        "batch": len(network.images),
-        "side": network.side,
-        "dtype": "float32",
-        "direction": direction,
-        "threads": torch.get_num_threads(),
-        "clock": clock_name("cpu"),
-    }
-    rows = []
-    for name, found in samples.items():
-        row: Row = {"network": f"swiftformer_{network.name}", "engine": name, **common}
-        for clock, times in zip(("process", "wall"), zip(*found, strict=True), strict=True):
-            timing = Timing(times)
-            row[f"{clock}_median_seconds"] = timing.median
-            row[f"{clock}_min_seconds"] = timing.minimum
-            row[f"{clock}_spread_seconds"] = timing.spread
-        row |= {"rounds": len(found), "error": errors[name], "peak_bytes": ""}
-        rows.append(row | machine())
+    common = timm_networks.problem_columns(network, direction)
+    rows = [
+        {"network": network.name, "engine": name, **common, **timed, "error": errors[name]}
+        | {"peak_bytes": "", **machine()}
+        for name, timed in timm_networks.time_all(calls, seconds).items()
+    ]
     show("")
     return rows, failures
-
-
-def machine() -> Row:
-    """Hardware and versions."""
-    packages = ("timm", "onnxruntime", "openvino")
-    return {
-        "device": devices.name(torch.device("cpu")),
-        "isa": harness.isa(),
-        "torch": torch.__version__,
-        **{package: harness.version(package) for package in packages},
-    }
 
 
 def peak_bytes_here(network: Network, engine: str) -> int:
@@ -276,8 +145,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             for clock in ("process", "wall")
             for which in ("median", "min")
         ]
-        key, column = tuple(row[k] for k in keys), f"{row['clock'].split()[0]}_median_seconds"
-        ratio = f"{float(row[column]) / float(ours[key][column]):.2f}" if key in ours else ""
+        key = tuple(row[k] for k in keys)
+        ratio = f"{seconds_of(row) / seconds_of(ours[key]):.2f}" if key in ours else ""
         name = f"{row['direction']}, batch {row['batch']}"
         lines.append([key[0], name, row["engine"], *(f"{1e3 * t:.1f}" for t in times), ratio])
     return markdown_table(lines, texts=(0, 1, 2))
@@ -329,18 +198,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return given
 
 
-def installed(names: Sequence[str]) -> list[str]:
-    """The engines that can run here; the others are printed."""
-    present = []
-    for name in names:
-        missing = engines.ENGINES[name].missing() if name in engines.ENGINES else []
-        if missing:
-            print(f"Without {name}. To add it: pip install {' '.join(missing)}")
-        else:
-            present.append(name)
-    return present
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; returns the exit status, 1 if an engine failed."""
     given = parse(arguments)
@@ -349,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     torch.set_num_threads(given.threads)
     if given.memory_of:
-        network = Network(given.networks[0], given.batches[0], given.side)
+        network = Network(f"swiftformer_{given.networks[0]}", given.batches[0], given.side)
         print(peak_bytes_here(network, given.memory_of))
         return 0
     given.out.mkdir(parents=True, exist_ok=True)
@@ -366,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Progress(len(problems) + len(given.profile), "steps") as bar:
         for name, batch, direction in problems:
             bar.show(f"{name}, batch {batch}, {direction}")
-            network = Network(name, batch, given.side)
+            network = Network(f"swiftformer_{name}", batch, given.side)
             chosen = [n for n in names if direction == "forward" or n in TRAINED]
             found, failed = measure(network, direction, chosen, given.seconds, bar.note)
             rows += found
@@ -379,9 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bar.advance()
         for name in given.profile:
             bar.show(f"{name}, blocks")
-            network = Network(name, 1, given.side)
+            network = Network(f"swiftformer_{name}", 1, given.side)
             blocks += [
-                {"network": f"swiftformer_{name}", **row, **machine()}
+                {"network": network.name, **row, **machine()}
                 for row in network_blocks.measure(network.model, network.images, given.seconds)
             ]
             write_csv(given.out / network_blocks.CSV, blocks, digits=6)

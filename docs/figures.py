@@ -14,14 +14,15 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from swiftkernels.testing.engines import OURS
+from swiftkernels.testing.networks import Problem, compared, problem_of, times
 from swiftkernels.testing.ratios import Setting, Speedup, setting_of, speedups
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 RESULTS = DOCS / "results"
+ACCURACIES = ROOT / "benchmarks/data/published_networks.csv"
 
 
 _MARKED = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end of figures -->)", re.S)
@@ -41,6 +42,9 @@ ENGINES = {
 HEADLINE = ("eager", "compile", "onnxruntime", "openvino")
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 """Columns with versions, and their names."""
+PHONES = {"ai-edge-litert": "LiteRT", "ncnn": "ncnn"}
+"""The same for runtimes that are made for phones."""
+PUBLISHED = "published_networks.csv"
 NETWORKS, BLOCKS = "whole_networks.csv", "whole_networks_blocks.csv"
 NETWORK_ENGINES = {
     "timm": "timm, eager",
@@ -51,12 +55,23 @@ NETWORK_ENGINES = {
     OURS: "**fused**",
 }
 """Of whole_networks.csv, with their names in the table, in its order."""
+PUBLISHED_ENGINES = {
+    "timm": "eager",
+    "channels_last": "channels_last",
+    "compile": "torch.compile, frozen",
+    "compile-max": "max-autotune",
+    **RUNTIMES,
+    "litert": "LiteRT",
+    "ncnn": "ncnn",
+    OURS: "**fused**",
+}
+"""Of published_networks.csv, with their names in the table of SwiftFormers, in its order."""
 
 Row = dict[str, str]
 
 
-def rows_of(name: str) -> list[Row]:
-    """The rows of a CSV file in docs/results."""
+def rows_of(name: str | Path) -> list[Row]:
+    """The rows of a CSV file in docs/results, or of one elsewhere."""
     with (RESULTS / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -69,14 +84,14 @@ def headline() -> str:
         if (s.setting.threads, s.setting.dtype) == (1, "float32") and s.engine in HEADLINE
     ]
     lines = []
-    networks = _times(rows_of(NETWORKS))
-    inference = [times for problem, times in networks.items() if problem.direction == "forward"]
+    measured = times(rows_of(NETWORKS))
+    inference = [seconds for problem, seconds in measured.items() if problem.direction == "forward"]
     engines = ("timm", *HEADLINE[1:])
-    ratios = [[times[engine] / times[OURS] for times in inference] for engine in engines]
+    ratios = [[seconds[e] / seconds[OURS] for seconds in inference] for e in engines]
     lines.append(["whole SwiftFormer, inference", *map(_spread, ratios)])
     gains = [
-        times["timm"] / times["accelerated"]
-        for problem, times in networks.items()
+        seconds["timm"] / seconds["accelerated"]
+        for problem, seconds in measured.items()
         if problem.direction != "forward"
     ]
     lines.append(["whole SwiftFormer, training step", _spread(gains), *[""] * 3])
@@ -185,26 +200,8 @@ def operator_memory() -> str:
     )
 
 
-class Problem(NamedTuple):
-    """What the engines of whole networks were timed on."""
-
-    network: str
-    direction: str
-    batch: str
-
-    @property
-    def label(self) -> str:
-        return f"{_short(self.network)}, batch&nbsp;{self.batch}"
-
-
-def _times(rows: Sequence[Row]) -> dict[Problem, dict[str, float]]:
-    """Median seconds of each engine, by the clock that counts."""
-    found: dict[Problem, dict[str, float]] = {}
-    for row in rows:
-        problem = Problem(row["network"], row["direction"], row["batch"])
-        seconds = float(row[f"{row['clock'].split()[0]}_median_seconds"])
-        found.setdefault(problem, {})[row["engine"]] = seconds
-    return found
+def _label(problem: Problem) -> str:
+    return f"{_short(problem.network)}, batch&nbsp;{problem.batch}"
 
 
 def networks() -> str:
@@ -212,10 +209,10 @@ def networks() -> str:
     rows = [row for row in rows_of(NETWORKS) if row["direction"] == "forward"]
     engines = [engine for engine in NETWORK_ENGINES if any(row["engine"] == engine for row in rows)]
     lines = []
-    for problem, times in _times(rows).items():
-        best = min(seconds for engine, seconds in times.items() if engine != OURS)
-        cells = [f"{1e3 * times[e]:.1f}" if e in times else "" for e in engines]
-        lines.append([problem.label, *cells, f"{best / times[OURS]:.2f} x"])
+    for problem, seconds in times(rows).items():
+        best = min(took for engine, took in seconds.items() if engine != OURS)
+        cells = [_ms(seconds.get(engine)) for engine in engines]
+        lines.append([_label(problem), *cells, f"{best / seconds[OURS]:.2f} x"])
     names = [NETWORK_ENGINES[engine] for engine in engines]
     table = _table(["ms", *names, "best other / fused"], lines)
     return f"{table}\n\nMedians of {_only(rows, 'clock')}; {_networks_machine(rows)}"
@@ -226,11 +223,11 @@ def networks_training() -> str:
     rows = [row for row in rows_of(NETWORKS) if row["direction"] != "forward"]
     lines = [
         [
-            problem.label,
-            *(f"{1e3 * times[engine]:.0f} ms" for engine in ("timm", "accelerated")),
-            f"{times['timm'] / times['accelerated']:.2f} x",
+            _label(problem),
+            *(f"{1e3 * seconds[engine]:.0f} ms" for engine in ("timm", "accelerated")),
+            f"{seconds['timm'] / seconds['accelerated']:.2f} x",
         ]
-        for problem, times in _times(rows).items()
+        for problem, seconds in times(rows).items()
     ]
     table = _table(["", "timm", "accelerated", "gain"], lines)
     return f"{table}\n\nMedians of {_only(rows, 'clock')}; {_networks_machine(rows)}"
@@ -243,7 +240,7 @@ def networks_memory() -> str:
     for name in dict.fromkeys(row["network"] for row in rows):
         own = {row["engine"]: row for row in rows if row["network"] == name}
         eager, ours = (int(own[engine]["peak_bytes"]) for engine in ("timm", OURS))
-        label = Problem(name, "forward", own[OURS]["batch"]).label
+        label = _label(problem_of(own[OURS]))
         mib = [f"{n / 2**20:.1f} MiB" for n in (eager, ours)]
         lines.append([label, *mib, f"{eager / ours:.0f} x"])
     table = _table(["", "timm, eager", "fused", "ratio"], lines)
@@ -282,6 +279,83 @@ def network_blocks() -> str:
         f"{_only(rows, 'torch')} ([{BLOCKS}](DOCS/results/{BLOCKS}), by "
         "`python -m benchmarks.whole_networks`)."
     )
+
+
+def published_swiftformers() -> str:
+    """One image in SwiftFormers, in every engine."""
+    rows = [row for row in rows_of(PUBLISHED) if row["network"].startswith("swiftformer")]
+    measured = {p: seconds for p, seconds in times(rows).items() if p.batch == 1}
+    engines = [e for e in PUBLISHED_ENGINES if any(e in found for found in measured.values())]
+    lines = [
+        [
+            f"{_short(problem.network)}, {problem.side} x {problem.side}, {_threads(problem)}",
+            *(_ms(seconds.get(engine)) for engine in engines),
+        ]
+        for problem, seconds in measured.items()
+    ]
+    table = _table(["ms", *(PUBLISHED_ENGINES[engine] for engine in engines)], lines)
+    return f"{table}\n\n{_published_machine(rows)}"
+
+
+def published_networks() -> str:
+    """All networks: published accuracies, and times of the fastest engines of each kind."""
+    rows, accuracies = rows_of(PUBLISHED), _accuracies()
+    measured = times(rows)
+    sizes = sorted({problem[2:] for problem in measured}, key=lambda s: (s[2], s[1], s[0]))
+    head = ["network", "top-1, %"]
+    for batch, side, threads in sizes:
+        size = f"{batch} x {side}²" + (f", {threads} threads" if threads > 1 else "")
+        head += [f"{size}: eager", "best other", "fused"]
+    lines = []
+    for name in dict.fromkeys(problem.network for problem in measured):
+        line = [accuracies[name]["name"], accuracies[name]["top1"]]
+        for size in sizes:
+            seconds = measured.get(Problem(name, "forward", *size), {})
+            eager, other, fused = compared(seconds)
+            by = f" {PUBLISHED_ENGINES[other]}" if other else ""
+            line += [_ms(seconds.get(eager)), _ms(seconds.get(other)) + by]
+            line.append(_ms(seconds.get(fused)))
+        lines.append(line)
+    return f"{_table(head, lines)}\n\n{_published_machine(rows)}"
+
+
+def published_sources() -> str:
+    """Where the published accuracies stand."""
+    lines = [
+        [
+            row["name"],
+            f"`{row['network']}`",
+            row["top1"],
+            row["trained_side"],
+            f"{row['paper']}, [{row['arxiv']}](https://arxiv.org/abs/{row['arxiv']}), "
+            f"{row['where']}",
+            row["note"],
+        ]
+        for row in _accuracies().values()
+    ]
+    return _table(["network", "in timm", "top-1, %", "pixels", "source", "note"], lines)
+
+
+def _accuracies() -> dict[str, Row]:
+    return {row["network"]: row for row in rows_of(ACCURACIES)}
+
+
+def _published_machine(rows: Sequence[Row]) -> str:
+    columns = {"timm": "timm", **RUNTIMES, **PHONES}
+    versions = [f"{name} {_only(rows, c)}" for c, name in columns.items() if _only(rows, c)]
+    return (
+        f"ms: medians of {_only(rows, 'clock')}; {_only(rows, 'dtype')}, {_only(rows, 'device')}, "
+        f"kernels for {_only(rows, 'isa')}, torch {_only(rows, 'torch')}, {', '.join(versions)} "
+        f"([{PUBLISHED}](DOCS/results/{PUBLISHED}), by `python -m benchmarks.published_networks`)."
+    )
+
+
+def _threads(problem: Problem) -> str:
+    return f"{problem.threads} thread" + ("s" if problem.threads > 1 else "")
+
+
+def _ms(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:.1f}"
 
 
 def _short(network: str) -> str:
@@ -358,6 +432,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "networks-training": networks_training,
     "networks-memory": networks_memory,
     "network-blocks": network_blocks,
+    "published-swiftformers": published_swiftformers,
+    "published-networks": published_networks,
+    "published-sources": published_sources,
     "training-memory": training_memory,
     "tradeoff": tradeoff,
 }

@@ -13,12 +13,17 @@ import importlib
 import importlib.util
 import io
 import logging
+import subprocess
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftkernels.ops.additive_attention.benchmark import BENCHMARK as ADDITIVE_ATTENTION
@@ -40,6 +45,14 @@ SLOW_FLOPS = 2e10
 
 EXACT_SCORES = 1 << 24
 """Most N x N scores of self-attention that are computed in float64 at a time."""
+
+RUNTIMES = {
+    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "litert": ("litert_torch", "ai_edge_litert"),
+    "ncnn": ("pnnx", "ncnn"),
+}
+"""The packages of each runtime that models are converted for; each may be missing."""
 
 Call = Callable[[], list[Tensor]]
 """Returns the output and, with a backward, the gradients of x and all parameters."""
@@ -147,6 +160,16 @@ def _call(module: nn.Module, x: Tensor, dout: Tensor, backward: bool) -> Call:
     return forward_and_backward
 
 
+def missing(packages: Sequence[str]) -> list[str]:
+    """The packages of these that are not installed.
+
+    Example:
+        >>> missing(["torch", "no_such_package"])
+        ['no_such_package']
+    """
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
 @dataclass(frozen=True)
 class Engine:
     """A layer, how to run it, and how to judge its results."""
@@ -171,7 +194,7 @@ class Engine:
 
     def missing(self) -> list[str]:
         """Required packages that are not installed."""
-        return [name for name in self.requires if importlib.util.find_spec(name) is None]
+        return missing(self.requires)
 
     def too_slow(self, problem: Problem) -> bool:
         """Whether a call on a CPU could take more than `LONGEST_CALL`, by an estimate."""
@@ -299,6 +322,70 @@ def openvino_call(model: bytes, x: Tensor, out: Tensor) -> Call:
     return call
 
 
+def litert_call(module: nn.Module, x: Tensor) -> Call:
+    """Run a module in LiteRT, converted for the shape of x. Only the output is copied."""
+    litert_torch: Any = importlib.import_module("litert_torch")
+    interpreters: Any = importlib.import_module("ai_edge_litert.interpreter")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as silent:
+        # It prints its steps.
+        silent.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        silent.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        path = Path(folder, "model.tflite")
+        litert_torch.convert(module, (x,)).export(str(path))
+        model = path.read_bytes()
+    interpreter = interpreters.Interpreter(model_content=model, num_threads=torch.get_num_threads())
+    interpreter.allocate_tensors()
+    (output,) = interpreter.get_output_details()
+    # It stays in the interpreter's memory from call to call.
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x.numpy())
+
+    def call() -> list[Tensor]:
+        interpreter.invoke()
+        return [torch.from_numpy(interpreter.get_tensor(output["index"]))]
+
+    return call
+
+
+def ncnn_call(module: nn.Module, x: Tensor) -> Call:
+    """Run a module, converted by pnnx for one input of the shape of x, in ncnn, in float32.
+
+    Raises:
+        ValueError: x has several batch elements, which ncnn does not know.
+    """
+    if len(x) > 1:
+        raise ValueError(f"x must be one batch element, as ncnn takes no batches; got {len(x)}.")
+    pnnx: Any = importlib.import_module("pnnx")
+    ncnn: Any = importlib.import_module("ncnn")
+    net = ncnn.Net()
+    net.opt.num_threads = torch.get_num_threads()
+    for option in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_storage"):
+        setattr(net.opt, f"use_{option}", False)
+    with tempfile.TemporaryDirectory() as folder:
+        # pnnx warns that it cannot convert normalize over the last of two axes, and converts it to
+        # something else.
+        with mock.patch.object(F, "normalize", _normalize), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.trace(module, x).save(str(Path(folder, "model.pt")))
+        shape = ",".join(map(str, x.shape))
+        command = [pnnx.EXEC_PATH, "model.pt", f"inputshape=[{shape}]f32", "fp16=0"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        net.load_param(str(Path(folder, "model.ncnn.param")))
+        net.load_model(str(Path(folder, "model.ncnn.bin")))
+    mat = ncnn.Mat(x[0].numpy())
+
+    def call() -> list[Tensor]:
+        extractor = net.create_extractor()
+        extractor.input("in0", mat)
+        return [torch.from_numpy(extractor.extract("out0")[1].numpy().copy()).unsqueeze(0)]
+
+    return call
+
+
+def _normalize(x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> Tensor:
+    """`F.normalize` in products and sums."""
+    return x * torch.rsqrt((x * x).sum(dim, keepdim=True) + eps**2)
+
+
 def _compile(problem: Problem, module: nn.Module) -> Call:
     return problem.call(compiled(module))
 
@@ -329,11 +416,11 @@ ENGINES = {
     "compile-max": Engine(_eager, build=_compile_max, backward=False),
     "onnxruntime": Engine(
         _published, _eager, _onnxruntime, backward=False, half=False,
-        requires=("onnx", "onnxscript", "onnxruntime"),
+        requires=RUNTIMES["onnxruntime"],
     ),
     "openvino": Engine(
         _published, _eager, _openvino, backward=False, half=False,
-        requires=("onnx", "onnxscript", "openvino"),
+        requires=RUNTIMES["openvino"],
     ),
     **{name: Engine(_peer(make), quadratic=name == "mhsa") for name, make in PEERS.items()},
     "separable_fused": Engine(_separable("auto"), _separable("reference"), fused=True),

@@ -6,6 +6,7 @@ import csv
 import gzip
 import struct
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,7 @@ def test_damaged_idx_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--quick", "--full"], "not allowed with"),
         (["--seeds", "0"], "an integer of at least 1"),
         (["--epochs", "two"], "an integer of at least 1"),
         (["--mixers", "mixup"], "additive_l2"),
@@ -139,6 +141,23 @@ def test_a_small_run_writes_tables_and_plots(
         (elsewhere / name).write_bytes((tmp_path / name).read_bytes())
     for path in plots.draw(elsewhere):
         assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+def test_the_documentation_shows_a_full_run() -> None:
+    with (Path(__file__).parents[2] / "docs/results" / plots.TRADEOFF_CSV).open() as file:
+        rows = list(csv.DictReader(file))
+    full = tradeoff.parse(["--full"])
+    assert full.per_class is None
+    assert {(int(row["seeds"]), int(row["epochs"])) for row in rows} == {(full.seeds, full.epochs)}
+    assert {row["mixer"] for row in rows} <= set(full.mixers)
+
+
+def test_each_extent_does_more_than_the_one_before() -> None:
+    extents = list(tradeoff.EXTENTS.values())
+    for less, more in pairwise(extents):
+        assert (less.seeds, less.epochs, less.seconds) < (more.seeds, more.epochs, more.seconds)
+        assert set(less.sides) < set(more.sides)
+    assert tradeoff.parse([]).epochs == tradeoff.EXTENTS["default"].epochs
 
 
 def test_missing_table_is_named(tmp_path: Path) -> None:
