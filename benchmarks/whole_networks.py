@@ -4,8 +4,8 @@
 verified (`benchmarks.timm_networks`). Then they are timed in turn, in one process, by the process
 time and by wall time. ONNX Runtime and OpenVINO are optional. The command writes
 
-* whole_networks.csv: a forward at each batch by every engine, a training step at the largest batch
-  by timm's model and the same after `accelerate`, and the peak memory of a forward.
+* whole_networks.csv: a forward at each batch by every engine, a training step (forward,
+  cross-entropy, backward, AdamW) by the engines that can train, and the peak memory of a forward.
 * whole_networks_blocks.csv: where the time of a fused network goes (`benchmarks.network_blocks`).
 * whole_networks.png, if matplotlib is installed.
 """
@@ -39,23 +39,44 @@ PROFILED = ("xs", "l1")
 DIRECTIONS = ("forward", "training step")
 
 
-def step_of(module: nn.Module, images: Tensor) -> Call:
+def step_of(module: nn.Module, images: Tensor, compiled: bool = False) -> Call:
     """A training step of a copy of a module, with AdamW."""
     module = copy.deepcopy(module).train()
     optimizer = torch.optim.AdamW(module.parameters(), 1e-5)
+    forward = torch.compile(module) if compiled else module
     labels = torch.arange(len(images)) % CLASSES
 
     def call() -> list[Tensor]:
         optimizer.zero_grad()
-        F.cross_entropy(module(images), labels).backward()
+        F.cross_entropy(forward(images), labels).backward()
         optimizer.step()
         return []
 
     return call
 
 
-ENGINES = ("timm", "channels_last", "compile", "onnxruntime", "openvino", "accelerated", OURS)
-TRAINED = ("timm", "accelerated")
+def _channels_last(module: nn.Module, images: Tensor) -> Call:
+    formatted: Any = copy.deepcopy(module)
+    formatted.to(memory_format=torch.channels_last)
+    return step_of(formatted, images.contiguous(memory_format=torch.channels_last))
+
+
+TRAINED: dict[str, tuple[str, Callable[[nn.Module, Tensor], Call]]] = {
+    "timm": ("timm", step_of),
+    "channels_last": ("timm", _channels_last),
+    "compile": ("timm", lambda module, images: step_of(module, images, compiled=True)),
+    "accelerated": ("accelerated", step_of),
+    "accelerated-channels_last": ("accelerated", _channels_last),
+}
+"""Engines of a training step: the engine in `MODULES` that they train, and how."""
+TRAINING_BATCHES = {"xs": (8, 32), "l1": (8, 32)}
+"""Images in a training step; 8 for other networks."""
+ENGINES = (
+    *("timm", "channels_last", "compile", "onnxruntime", "openvino"),
+    *("accelerated", "accelerated-channels_last", OURS),
+)
+FORWARD = (*MODULES, *timm_networks.BUILT)
+"""Engines of a forward."""
 REMEMBERED = ("timm", OURS)
 """Engines of which the peak memory is measured."""
 
@@ -69,9 +90,12 @@ def build(network: Network, engine: str, direction: str) -> tuple[Call, float]:
     if direction == "forward":
         call = timm_networks.build(network, engine)
         return call, network.error(call)
-    module = MODULES[engine](network.model)
+    trained, make = TRAINED[engine]
+    module = MODULES[trained](network.model)
     error = network.error(call_of(module, network.images))
-    return step_of(module, network.images), error
+    call = make(module, network.images)
+    call()  # compiles
+    return call, error
 
 
 def measure(
@@ -176,6 +200,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="a short run: XS, batch 1, forward, few rounds")
     add("--networks", nargs="+", choices=NAMES, help="(default: all)")
     add("--batches", nargs="+", type=int, help="images (default: 1 16)")
+    add("--training-batches", nargs="+", type=int, help="(default: 8, of XS and L1 also 32)")
     add("--directions", nargs="+", choices=DIRECTIONS, help="(default: both)")
     add("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="(default: all)")
     add("--profile", nargs="*", choices=NAMES, help="networks whose blocks are timed (xs l1)")
@@ -214,8 +239,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems = [
         (name, batch, direction)
         for direction in given.directions
-        for batch in (given.batches if direction == "forward" else given.batches[-1:])
         for name in given.networks
+        for batch in (
+            given.batches
+            if direction == "forward"
+            else given.training_batches or TRAINING_BATCHES.get(name, (8,))
+        )
     ]
     rows: list[Row] = []
     blocks: list[Row] = []
@@ -224,7 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, batch, direction in problems:
             bar.show(f"{name}, batch {batch}, {direction}")
             network = Network(f"swiftformer_{name}", batch, given.side)
-            chosen = [n for n in names if direction == "forward" or n in TRAINED]
+            can = TRAINED if direction != "forward" else FORWARD
+            chosen = [n for n in names if n in can]
             found, failed = measure(network, direction, chosen, given.seconds, bar.note)
             rows += found
             for failure in failed:

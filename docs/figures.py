@@ -55,6 +55,14 @@ NETWORK_ENGINES = {
     OURS: "**fused**",
 }
 """Of whole_networks.csv, with their names in the table, in its order."""
+TRAINING_ENGINES = {
+    "timm": "timm, eager",
+    "channels_last": "channels_last",
+    "compile": "torch.compile",
+    "accelerated": "accelerated",
+    "accelerated-channels_last": "accelerated, channels_last",
+}
+"""The same for a training step."""
 PUBLISHED_ENGINES = {
     "timm": "eager",
     "channels_last": "channels_last",
@@ -90,23 +98,29 @@ def headline() -> str:
     ratios = [[seconds[e] / seconds[OURS] for seconds in inference] for e in engines]
     lines.append(["whole SwiftFormer, inference", *map(_spread, ratios)])
     gains = [
-        seconds["timm"] / seconds["accelerated"]
+        [seconds[engine] / seconds["accelerated"] for engine in ("timm", "compile")]
         for problem, seconds in measured.items()
         if problem.direction != "forward"
     ]
-    lines.append(["whole SwiftFormer, training step", _spread(gains), *[""] * 3])
+    columns = map(_spread, zip(*gains, strict=True))
+    lines.append(["whole SwiftFormer, training step", *columns, *[""] * 2])
     for direction in dict.fromkeys(s.setting.direction for s in found):
         own = [s for s in found if s.setting.direction == direction]
         ratios = [[s.by_median for s in own if s.engine == engine] for engine in HEADLINE]
         lines.append([f"additive attention, {direction}", *map(_spread, ratios)])
     table = _table(["faster than", *(ENGINES[engine] for engine in HEADLINE)], lines)
     rows = rows_of(NETWORKS)
+    inferred, trained = (
+        [row for row in rows if (row["direction"] == "forward") is forward]
+        for forward in (True, False)
+    )
     names = ", ".join(dict.fromkeys(_short(row["network"]) for row in rows))
     return (
         f"{table}\n\nMean (least to most) of ratios of median times on CPUs; float32, 1 thread, "
         f"torch {_only(rows, 'torch')}. Networks: timm's {names} at "
-        f"{_only(rows, 'side')} pixels, batch {_only(rows, 'batch')}, by `fuse_for_inference`, "
-        f"training by `accelerate`; {_only(rows, 'device')} ({_only(rows, 'isa')}), "
+        f"{_only(rows, 'side')} pixels; inference by `fuse_for_inference`, batch "
+        f"{_only(inferred, 'batch')}; training by `accelerate`, batch {_only(trained, 'batch')}; "
+        f"{_only(rows, 'device')} ({_only(rows, 'isa')}), "
         f"[{NETWORKS}](DOCS/results/{NETWORKS}). Attention: {len({s.shape for s in found})} "
         f"shapes, {_only(rows_of('cpu.csv'), 'device')} ({_only(rows_of('cpu.csv'), 'isa')}), "
         "[cpu.csv](DOCS/results/cpu.csv)."
@@ -221,16 +235,16 @@ def networks() -> str:
 def networks_training() -> str:
     """A training step of whole SwiftFormers, before and after `accelerate`."""
     rows = [row for row in rows_of(NETWORKS) if row["direction"] != "forward"]
-    lines = [
-        [
-            _label(problem),
-            *(f"{1e3 * seconds[engine]:.0f} ms" for engine in ("timm", "accelerated")),
-            f"{seconds['timm'] / seconds['accelerated']:.2f} x",
-        ]
-        for problem, seconds in times(rows).items()
-    ]
-    table = _table(["", "timm", "accelerated", "gain"], lines)
-    return f"{table}\n\nMedians of {_only(rows, 'clock')}; {_networks_machine(rows)}"
+    lines = []
+    for problem, seconds in times(rows).items():
+        cells = [f"{1e3 * seconds[engine]:.0f}" for engine in TRAINING_ENGINES]
+        gains = [seconds["timm"] / seconds[e] for e in ("accelerated", "accelerated-channels_last")]
+        lines.append([_label(problem), *cells, *(f"{gain:.2f} x" for gain in gains)])
+    names = [*TRAINING_ENGINES.values(), "gain", "in channels_last"]
+    return (
+        f"{_table(['ms', *names], lines)}\n\nMedians of {_only(rows, 'clock')}; the gains are "
+        f"over timm in eager mode. {_networks_machine(rows)}"
+    )
 
 
 def networks_memory() -> str:
