@@ -257,7 +257,8 @@ def published_figure(
         figure,
         "Accuracies are those that the authors published, not measured here; with a *, for 256 x "
         "256 pixels. Latencies are medians, divided by the batch; all engines in turn in one "
-        f"process, each with BatchNorms folded where that is faster. {', '.join(filter(None, parts))}.",
+        "process, each with BatchNorms folded where that is faster. "
+        f"{', '.join(filter(None, parts))}.",
     )
     return figure
 
