@@ -28,7 +28,8 @@ from swiftkernels.testing.harness import Row
 from swiftkernels.testing.peers import PEERS
 from swiftkernels.testing.ratios import ratio_table, speedups
 from swiftkernels.testing.timing import Stopwatch
-from swiftkernels.utils.files import rounded, write_csv
+from swiftkernels.utils import command
+from swiftkernels.utils.files import append_csv, make_folder, write_csv
 from swiftkernels.utils.progress import track
 
 DTYPES = ("float32", "bfloat16")
@@ -49,12 +50,12 @@ COLUMNS = (
 
 def run(settings: harness.Settings, out: Path) -> list[str]:
     """Measure, write, print and draw; returns the errors, with engine and problem."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", out)
     path = out / plots.CPU_CSV
     check_columns(path)
     rows: list[Row] = []
     for comparison in harness.measure(settings, Stopwatch("cpu"), "cpu", size_tokens):
-        append_rows(path, comparison)
+        append_csv(path, comparison, COLUMNS)
         rows += comparison
     report(out, rows)
     return [harness.message(row) for row in rows if harness.is_error(row)]
@@ -84,15 +85,6 @@ def check_columns(path: Path) -> None:
             raise ValueError(f"{path} has other columns; remove it or choose another --out.")
 
 
-def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Append to the CSV file, after the header if the file is new."""
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerows(map(rounded, rows))
-
-
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of the CSV file.
 
@@ -118,7 +110,7 @@ def measure_memory(settings: harness.Settings, quick: bool) -> list[Row]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments, with `settings`; wrong arguments end the program with a message."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m benchmarks.cpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -203,27 +195,23 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def main() -> None:
+def main() -> int:
+    """Measure, or report; returns the exit status, 1 if an engine was wrong."""
     given = parse()
-    wrong = []
-    try:
-        if given.report:
-            report(given.out, read_rows(given.out / plots.CPU_CSV))
-        elif given.memory:
-            rows = measure_memory(given.settings, given.quick)
-            given.out.mkdir(parents=True, exist_ok=True)
-            write_csv(given.out / memory.CSV, rows, digits=6)
-            print(f"{memory.table(rows)}\n\nWritten: {given.out / memory.CSV}")
-        else:
-            wrong = run(given.settings, given.out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        kept = "nothing was written" if given.memory else "the CSV file has the rows so far"
-        sys.exit(f"\ninterrupted; {kept}")
+    if given.report:
+        report(given.out, read_rows(given.out / plots.CPU_CSV))
+        return 0
+    if given.memory:
+        rows = measure_memory(given.settings, given.quick)
+        make_folder("--out", given.out)
+        write_csv(given.out / memory.CSV, rows, digits=6)
+        print(f"{memory.table(rows)}\n\nWritten: {given.out / memory.CSV}")
+        return 0
+    wrong = run(given.settings, given.out)
     if wrong:
-        sys.exit("\nNot timed, because wrong:\n" + "\n".join(wrong))
+        print("\nNot timed, because wrong:", *wrong, sep="\n", file=sys.stderr)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command.run(main))

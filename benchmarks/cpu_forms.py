@@ -10,10 +10,10 @@ results for this instruction set are written to `cpu/forms.json`, which decides 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -27,6 +27,7 @@ from swiftkernels.backends.cpu import library
 from swiftkernels.ops.additive_attention.cpu import config
 from swiftkernels.ops.additive_attention.cpu.packing import FOLDED, TRIANGULAR
 from swiftkernels.testing.timing import Call, Stopwatch, interleave
+from swiftkernels.utils import command
 from swiftkernels.utils.files import write_text
 from swiftkernels.utils.progress import Progress
 
@@ -103,7 +104,7 @@ def threshold(gains: dict[float, float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = command.Parser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--seconds", type=float, default=0.5, help="per comparison (%(default)s)")
     arguments = parser.parse_args()
     loaded = library.loaded()
@@ -135,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command.run(main))

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import argparse
 import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby, pairwise, product
 from pathlib import Path
@@ -33,6 +33,7 @@ from swiftkernels.testing.plots import (
     speedups_figure,
 )
 from swiftkernels.testing.ratios import Setting, setting_of, speedups
+from swiftkernels.utils import command
 from swiftkernels.utils.files import read_csv, save_figure
 
 TRADEOFF_CSV = "tradeoff.csv"
@@ -598,18 +599,15 @@ def _label_ends(figure: Figure, axes: Axes, ends: dict[str, tuple[int, float]]) 
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the plots from the CSV files in a folder.")
+    parser = command.Parser(description="Draw the plots from the CSV files in a folder.")
     files = f"{TRADEOFF_CSV} and {TOKENS_CSV}, or {CPU_CSV}, or all"
     parser.add_argument("folder", type=Path, help=f"with {files}")
     folder = parser.parse_args().folder
-    try:
-        paths = draw_cpu(folder) if (folder / CPU_CSV).is_file() else []
-        if not paths or (folder / TRADEOFF_CSV).is_file():
-            paths += draw(folder)
-    except ValueError as error:
-        parser.error(str(error))
+    paths = draw_cpu(folder) if (folder / CPU_CSV).is_file() else []
+    if not paths or (folder / TRADEOFF_CSV).is_file():
+        paths += draw(folder)
     print("\n".join(str(path) for path in paths))
 
 
 if __name__ == "__main__":
-    _main()
+    sys.exit(command.run(_main))

@@ -29,8 +29,8 @@ from benchmarks.data import Dataset, Split, load
 from benchmarks.networks import MIXERS, WIDTH, Classifier
 from swiftkernels.backends import devices
 from swiftkernels.testing.timing import Call, Stopwatch, Timing, clock_name, interleave
-from swiftkernels.utils import progress
-from swiftkernels.utils.files import write_csv
+from swiftkernels.utils import command, progress
+from swiftkernels.utils.files import make_folder, write_csv
 
 DEFAULT_MIXERS = tuple(m for m in MIXERS if m not in ("additive_sum", "additive_linear"))
 BATCHES = (1, 32)
@@ -108,7 +108,7 @@ class Trained(NamedTuple):
 def run(settings: Settings) -> None:
     """Train, measure, write the CSV files and the plots, and print the table."""
     dataset = settings.dataset()
-    settings.out.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", settings.out)
     trained = train_all(settings, dataset)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
@@ -377,7 +377,7 @@ def _mean_sd(shares: Sequence[float], form: str) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> Settings:
     """The settings from the command line; wrong arguments end the program with a message."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m benchmarks.tradeoff",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -461,9 +461,4 @@ def _cores() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        run(parse())
-    except OSError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; no CSV file was written")
+    sys.exit(command.run(lambda: run(parse())))

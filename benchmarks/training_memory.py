@@ -26,7 +26,8 @@ from benchmarks import resident
 from swiftkernels import models
 from swiftkernels.backends.cpu import library
 from swiftkernels.testing.harness import isa
-from swiftkernels.utils.files import write_csv
+from swiftkernels.utils import command
+from swiftkernels.utils.files import make_folder, write_csv
 from swiftkernels.utils.progress import track
 
 CSV = "training_memory.csv"
@@ -140,7 +141,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; returns the exit status, 1 if the losses differ."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m benchmarks.training_memory",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -167,11 +168,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if wrong:
         print(f"error: the loss is not timm's for {', '.join(wrong)}", file=sys.stderr)
         return 1
-    given.out.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", given.out)
     write_csv(given.out / CSV, rows, digits=6)
     print(f"Written: {given.out / CSV}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

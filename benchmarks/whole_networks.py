@@ -30,7 +30,8 @@ from swiftkernels.backends.cpu import library
 from swiftkernels.testing.engines import OURS, Call
 from swiftkernels.testing.networks import seconds_of
 from swiftkernels.testing.ratios import markdown_table
-from swiftkernels.utils.files import read_csv, write_csv
+from swiftkernels.utils import command
+from swiftkernels.utils.files import make_folder, read_csv, write_csv
 from swiftkernels.utils.progress import Progress, track
 
 CSV = "whole_networks.csv"
@@ -191,7 +192,7 @@ def report(out: Path) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments, with the engines that are installed."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m benchmarks.whole_networks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -234,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         network = Network(f"swiftformer_{given.networks[0]}", given.batches[0], given.side)
         print(peak_bytes_here(network, given.memory_of))
         return 0
-    given.out.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", given.out)
     names = installed(given.engines)
     problems = [
         (name, batch, direction)
@@ -280,4 +281,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

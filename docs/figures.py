@@ -18,6 +18,8 @@ from pathlib import Path
 from swiftkernels.testing.engines import OURS
 from swiftkernels.testing.networks import Problem, compared, problem_of, times
 from swiftkernels.testing.ratios import Setting, Speedup, setting_of, speedups
+from swiftkernels.utils import command
+from swiftkernels.utils.files import write_text
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -481,7 +483,7 @@ def written(text: str, folder: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write or check; returns the exit status, 1 if a page differs."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing; fail on a difference")
@@ -500,10 +502,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
         else:
-            page.write_text(after)
+            write_text(page, after)
             print(f"Written: {page.relative_to(ROOT)}")
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

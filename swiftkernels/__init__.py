@@ -3,6 +3,10 @@
 import importlib
 import typing
 
+from swiftkernels.utils import command
+
+command.end_quietly_in_imports()  # before PyTorch is imported
+
 from swiftkernels.backends.cache import weights_changed
 from swiftkernels.ops.additive_attention.api import (
     AttentionOutput,

@@ -8,11 +8,13 @@ Usage, with the folder of the four idx files:
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.data import SUBSET, Dataset, checksum, load_full
+from swiftkernels.utils import command
 from swiftkernels.utils.files import replacing
 
 TRAIN_PER_CLASS = 1000
@@ -34,16 +36,15 @@ def make(folder: Path, output: Path) -> str:
     return checksum(subset)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
+def _main() -> None:
+    parser = command.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="folder with Fashion-MNIST's four idx files")
     parser.add_argument("--output", type=Path, default=SUBSET, help="file to write (%(default)s)")
-    arguments = parser.parse_args()
-    try:
-        print(
-            f"{arguments.output}: sha256 of the arrays {make(arguments.folder, arguments.output)}"
-        )
-    except ValueError as error:
-        parser.error(str(error))
+    given = parser.parse_args()
+    print(f"{given.output}: sha256 of the arrays {make(given.folder, given.output)}")
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(_main))

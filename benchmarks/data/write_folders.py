@@ -6,12 +6,13 @@ with.
 
 from __future__ import annotations
 
-import argparse
+import sys
 from pathlib import Path
 
 from PIL import Image
 
 from benchmarks.data import load
+from swiftkernels.utils import command
 from swiftkernels.utils.progress import track
 
 
@@ -31,7 +32,7 @@ def write_folders(folder: Path, per_class: int, side: int) -> None:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data.write_folders")
+    parser = command.Parser(prog="python -m benchmarks.data.write_folders")
     parser.add_argument("folder", type=Path)
     parser.add_argument(
         "--per-class", type=int, default=100, help="training images, at most 1000 (%(default)s)"
@@ -42,4 +43,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    sys.exit(command.run(_main))

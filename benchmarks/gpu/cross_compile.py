@@ -19,6 +19,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ from swiftkernels.backends.triton.sizes import power_of_two
 from swiftkernels.ops.additive_attention.triton import config, launch
 from swiftkernels.ops.types import Pooling
 from swiftkernels.testing.cases import make_mask, make_tensors
+from swiftkernels.utils import command
 from swiftkernels.utils.files import write_text
 from swiftkernels.utils.progress import Progress, track
 
@@ -695,7 +697,7 @@ def _old_facts(found: Facts) -> list[object]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile what has changed, write both files; 1 if a kernel has a problem that is not known."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m benchmarks.gpu.cross_compile",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -731,4 +733,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(command.run(main))

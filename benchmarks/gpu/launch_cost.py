@@ -16,9 +16,9 @@ docs/gpu_evidence.md.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +36,8 @@ from swiftkernels import AdditiveAttention
 from swiftkernels.backends import devices, torch_state
 from swiftkernels.ops.additive_attention.triton import launch
 from swiftkernels.testing.timing import Stopwatch, interleave
-from swiftkernels.utils.files import write_csv
+from swiftkernels.utils import command
+from swiftkernels.utils.files import make_folder, write_csv
 
 WIDTH = 16
 SHAPES = {"tokens": (1, 49, WIDTH), "image": (1, WIDTH, 7, 7)}
@@ -192,12 +193,12 @@ def _turn(what: str, call: Callable[[], object], calls: int = CALLS) -> Callable
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = command.Parser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("docs/results"), help="folder to write to (%(default)s)")
     add("--seconds", type=float, default=3.0, help="for each measurement (%(default)s)")
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", given.out)
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(Driver())
     with mock.patch.object(torch_state, "triton_takes", return_value=True):
@@ -212,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command.run(main))

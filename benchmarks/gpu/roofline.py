@@ -18,8 +18,8 @@ both, and writes the page docs/gpu_evidence.md.
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from benchmarks.gpu.report import (
     LOWER_BOUNDS_CSV,
     TRAFFIC_CSV,
 )
+from swiftkernels.utils import command
 from swiftkernels.utils.files import read_csv, write_csv
 
 KERNELS_JSON = "gpu_kernels.json"
@@ -165,13 +166,10 @@ def run(out: Path) -> None:
 
 def _main() -> None:
     assert __doc__
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="for CSV and PNG")
     out = parser.parse_args().out
-    try:
-        run(out)
-    except ValueError as error:
-        parser.error(str(error))
+    run(out)
     half = [row for row in read_csv(out / LOWER_BOUNDS_CSV) if row["dtype"] == "float16"]
     print("Lower bounds, not times, in microseconds (float16; * where the layer fits in the cache)")
     print(report.bounds_table(half, ("gpu", *report.CASE)))
@@ -180,4 +178,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    sys.exit(command.run(_main))

@@ -38,7 +38,8 @@ from swiftkernels.testing.cases import make_tensors
 from swiftkernels.testing.engines import OURS
 from swiftkernels.testing.peers import PEERS
 from swiftkernels.testing.ratios import Shape
-from swiftkernels.utils.files import read_csv, write_csv
+from swiftkernels.utils import command
+from swiftkernels.utils.files import make_folder, read_csv, write_csv
 from swiftkernels.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ def run(
     shapes: Iterable[Shape], dtypes: Iterable[str], engines: Iterable[str], out: Path
 ) -> list[dict[str, Any]]:
     """Count, and write the CSV files after each row; returns all rows of gpu_traffic.csv."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", out)
     shapes, dtypes, engines = list(shapes), list(dtypes), list(engines)
     cases = [(s, d, b) for s in shapes for d in dtypes for b in (False, True)]
     path = out / TRAFFIC_CSV
@@ -342,10 +343,10 @@ def _shape(text: str) -> Shape:
 def _main() -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         # Triton reads the variable when it is imported, as PyTorch's FLOP counter did above.
-        command = [sys.executable, "-m", "benchmarks.gpu.traffic", *sys.argv[1:]]
-        os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
+        again = [sys.executable, "-m", "benchmarks.gpu.traffic", *sys.argv[1:]]
+        os.execve(sys.executable, again, {**os.environ, "TRITON_INTERPRET": "1"})
     assert __doc__
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="for CSV and PNG")
     parser.add_argument(
         "--shapes", type=_shape, nargs="+", default=SHAPES, help="batch,tokens,width"
@@ -367,4 +368,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    sys.exit(command.run(_main))

@@ -21,7 +21,7 @@ from swiftkernels.testing.engines import COMPARED_PEERS, OURS
 from swiftkernels.testing.harness import Row
 from swiftkernels.testing.ratios import markdown_table, ratio_table, speedups
 from swiftkernels.testing.timing import Stopwatch, clock_name, copy_rate
-from swiftkernels.utils.files import save_figure, write_csv, write_text
+from swiftkernels.utils.files import make_folder, save_figure, write_csv, write_text
 
 CSV = "bench.csv"
 PLOT = "bench.png"
@@ -57,11 +57,9 @@ def run(device: str | None, out: Path, quick: bool = False, threads: int = 1) ->
         ValueError: the device does not exist, or `out` is not a folder.
     """
     where = devices.find(device)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder; {out} is a file. Choose another.")
     if threads < 1:
         raise ValueError(f"--threads must be at least 1; got {threads}.")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", out)
     before = torch.get_num_threads()
     if where.type == "cpu":
         torch.set_num_threads(threads)

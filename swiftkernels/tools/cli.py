@@ -13,7 +13,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +28,9 @@ from swiftkernels.models.family import SOURCES
 from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
 from swiftkernels.ops.types import Backend, Pooling
 from swiftkernels.tools import verify
+from swiftkernels.utils import command
 from swiftkernels.utils.images import CROP
+from swiftkernels.utils.text import shown
 
 SHAPE = (8, 196, 64)
 """Shape of the tokens for which doctor shows the backends, [B, N, C] with E = C."""
@@ -65,33 +66,30 @@ REMEDIES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status: 2 for an error, 130 for an interruption."""
-    parser = argparse.ArgumentParser(prog="swiftkernels", description=swiftkernels.__doc__)
+    """Run a subcommand; returns the exit status, see `swiftkernels.utils.command`."""
+    return command.run(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = command.Parser(prog="swiftkernels", description=swiftkernels.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="show what works here, and how to fix the rest")
     _add_verify(commands.add_parser("verify", help="check all kernels that run here"))
     _add_bench(commands.add_parser("bench", help="time the operator and its alternatives"))
     _add_predict(commands.add_parser("predict", help="classify images, draw token weights"))
-    given = vars(parser.parse_args(arguments))
-    command = given.pop("command")
-    if command == "doctor":
+    options = vars(parser.parse_args(arguments))
+    name = options.pop("command")
+    if name == "doctor":
         return doctor()
-    try:
-        if command == "verify":
-            return verify.run(**given)
-        if command == "bench":
-            from swiftkernels.tools import bench
+    if name == "verify":
+        return verify.run(**options)
+    if name == "bench":
+        from swiftkernels.tools import bench
 
-            return bench.run(**given)
-        from swiftkernels.tools import predict
+        return bench.run(**options)
+    from swiftkernels.tools import predict
 
-        return predict.run(**given)
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+    return predict.run(**options)
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
@@ -370,11 +368,21 @@ def _version(package: str) -> str:
 def _compiler() -> str:
     """The compiler that an installation would use now, as in setup.py."""
     names = ("c++", "g++", "clang++")
-    command = shlex.split(os.environ.get("CXX", "")) or [n for n in names if shutil.which(n)][:1]
-    if not command:
-        return f"none found ({', '.join(names)})"
+    given = os.environ.get("CXX", "")
     try:
-        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"{shlex.join(command)} does not run: {getattr(error, 'strerror', error)}"
-    return f"{shlex.join(command)}: {(done.stdout.splitlines() or [''])[0]}"
+        compiler = shlex.split(given) or [n for n in names if shutil.which(n)][:1]
+    except ValueError as error:
+        return f"CXX={shown(given)} is no command: {error}"
+    if not compiler:
+        return f"none found ({', '.join(names)})"
+    call = shown(shlex.join(compiler))
+    try:
+        done = subprocess.run(
+            [*compiler, "--version"],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+        )  # fmt: skip
+    except OSError as error:
+        return f"{call} does not run: {error.strerror}"
+    if done.returncode:
+        return f"{call} does not run: it ended with status {done.returncode}"
+    return f"{call}: {shown((done.stdout.splitlines() or [''])[0])}"

@@ -21,6 +21,9 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 from swiftkernels.training import Recipe, evaluate_file, train
 from swiftkernels.training.recipe import PUBLISHED
+from swiftkernels.training.trainer import LAST
+from swiftkernels.utils import command
+from swiftkernels.utils.text import shown
 
 
 class Arguments(NamedTuple):
@@ -35,30 +38,32 @@ class Arguments(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train or evaluate; returns the exit status: 2 for an error, 130 for an interruption."""
+    """Train or evaluate; returns the exit status, see `swiftkernels.utils.command`."""
+    return command.run(lambda: _run(*parse(arguments)))
+
+
+def _run(recipe: Recipe, checkpoint: Path | None, ema: bool) -> int:
+    if checkpoint is not None:
+        found = evaluate_file(recipe, checkpoint, ema)
+        print(f"loss {found.loss:.4f}, top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} %")
+        return 0
     try:
-        recipe, checkpoint, ema = parse(arguments)
-        if checkpoint is not None:
-            found = evaluate_file(recipe, checkpoint, ema)
-            print(f"loss {found.loss:.4f}, top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} %")
-            return 0
         last = train(recipe)[-1]
-    except (ValueError, ImportError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; --resume continues from the last checkpoint", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interruption:
+        file = recipe.out / LAST
+        found_there = "--resume continues from" if file.is_file() else "there is no"
+        interruption.args = (f"{found_there} {shown(file)}",)
+        raise
     scores = f"top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} %"
     if "ema_top1" in last:
         scores += f"; averaged weights: {last['ema_top1']:.2f} %, {last['ema_top5']:.2f} %"
-    print(f"{scores}; files in {recipe.out}")
+    print(f"{scores}; files in {shown(recipe.out)}")
     return 0
 
 
 def parse(arguments: Sequence[str] | None = None) -> Arguments:
     """Parse the command line: an option for each field of `Recipe`, and two for evaluation."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m swiftkernels.training",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

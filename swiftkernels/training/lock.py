@@ -11,6 +11,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from swiftkernels.utils.files import make_folder
+from swiftkernels.utils.text import shown
+
 NAME = "lock"
 """Name of the lock file. It stays in the folder; only a lock on it says that the folder is used."""
 
@@ -29,10 +32,10 @@ def locked(folder: Path) -> Iterator[bool]:
         Whether the folder is locked: False where files cannot be locked.
 
     Raises:
-        ValueError: another process has locked it; the message says which.
+        ValueError: another process has locked it, the message says which; or it is a file.
         OSError: the folder or the lock file could not be created.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder("out", folder)
     try:
         import fcntl
     except ImportError:  # Windows
@@ -44,16 +47,16 @@ def locked(folder: Path) -> Iterator[bool]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = path.read_text().strip() or "an unknown process"
+            holder = shown(path.read_text(errors="replace").strip()) or "an unknown process"
             raise ValueError(
-                f"out must be a folder that no other training uses; {folder} is locked by "
+                f"out must be a folder that no other training uses; {shown(folder)} is locked by "
                 f"{holder}. Wait for it, stop it, or choose another folder."
             ) from None
         except OSError as error:
             exclusive = False
             print(
-                f"warning: {path} cannot be locked ({error.strerror}): make sure that no other "
-                f"training writes to {folder}.",
+                f"warning: {shown(path)} cannot be locked ({error.strerror}): make sure that no "
+                f"other training writes to {shown(folder)}.",
                 file=sys.stderr,
             )
         _held.add(file)

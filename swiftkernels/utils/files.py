@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from swiftkernels.utils.text import shown
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -125,6 +127,22 @@ def write_csv(
     write_text(path, text.getvalue())
 
 
+def append_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Append rows to a CSV file, with a header if it is new; errors as in `replacing`.
+
+    The whole file is replaced, so that it never ends within a row. Floats are rounded, and other
+    columns than `columns` are left out.
+    """
+    text = io.StringIO(newline="")
+    lines = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    before = Path(path).read_bytes() if Path(path).exists() else b""
+    if not before:
+        lines.writeheader()
+    lines.writerows(map(rounded, rows))
+    with replacing(path) as file:
+        file.write(before + text.getvalue().encode())
+
+
 def read_csv(path: str | Path) -> list[dict[str, str]]:
     """The rows of a CSV file by column; none if there is no such file."""
     if not Path(path).is_file():
@@ -163,11 +181,11 @@ def check_file(name: str, path: str | Path) -> Path:
     """
     found = _check_path(name, path)
     if found.is_dir():
-        what = f"{found} is a folder" if str(path) else "it is empty"
+        what = f"{shown(found)} is a folder" if str(path) else "it is empty"
         raise ValueError(f"{name} must be the path of a file; {what}. Add a file name.")
     if found.exists() and not found.is_file():
         raise ValueError(
-            f"{name} must be the path of a regular file; {found} is a device or a pipe. "
+            f"{name} must be the path of a regular file; {shown(found)} is a device or a pipe. "
             "Choose another path."
         )
     _check_parent(name, found)
@@ -186,9 +204,28 @@ def check_folder(name: str, path: str | Path) -> Path:
         raise ValueError(f"{name} must be the path of a folder; it is empty. Add a name.")
     if found.exists() and not found.is_dir():
         raise ValueError(
-            f"{name} must be the path of a folder; {found} is a file. Choose another path."
+            f"{name} must be the path of a folder; {shown(found)} is a file. Choose another path."
         )
     _check_parent(name, found)
+    return found
+
+
+def make_folder(name: str, path: str | Path) -> Path:
+    """Create a folder, and the folders that hold it, unless it exists.
+
+    Raises:
+        TypeError: not a path.
+        ValueError: the path, or the start of it, is a file.
+        OSError: the folder could not be created.
+    """
+    found = _check_path(name, path)
+    try:
+        found.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next((p for p in (found, *found.parents) if p.exists() and not p.is_dir()), found)
+        raise ValueError(
+            f"{name} must be a folder; {shown(file)} is a file. Choose another path."
+        ) from error
     return found
 
 
@@ -201,7 +238,7 @@ def _check_path(name: str, path: object) -> Path:
 def _check_parent(name: str, path: Path) -> None:
     if not path.parent.is_dir():
         raise ValueError(
-            f"{name} must be in an existing folder; {path.parent} is not. Create it first."
+            f"{name} must be in an existing folder; {shown(path.parent)} is not. Create it first."
         )
 
 
@@ -238,5 +275,5 @@ def _failure(error: BaseException, raw: _Raw | None, temporary: Path) -> OSError
 def _with_path(failure: OSError, path: str | Path) -> OSError:
     """The same error, with the final path instead of the temporary one."""
     if failure.errno is None:
-        return OSError(f"{path} could not be written: {failure}")
+        return OSError(f"{shown(path)} could not be written: {failure}")
     return OSError(failure.errno, failure.strerror, str(path))
