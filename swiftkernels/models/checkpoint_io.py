@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import pickle
+import pickletools
 import re
-from collections.abc import Mapping
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +33,7 @@ from swiftkernels.ops.types import Pooling
 from swiftkernels.utils import checks
 from swiftkernels.utils.extras import need
 from swiftkernels.utils.files import check_file, replacing
+from swiftkernels.utils.text import shown
 
 WEIGHTS = ("model", "state_dict")
 """Entries in which training scripts store the weights."""
@@ -35,6 +41,25 @@ AVERAGES = ("model_ema", "state_dict_ema")
 """Entries in which they store the exponential moving average of the weights."""
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that DistributedDataParallel and torch.compile add to every name."""
+
+COUNTER = "num_batches_tracked"
+"""End of the names of integer tensors: counters of BatchNorms."""
+COUNTERS = (*checks.DTYPES, torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+"""Types of counters; some training scripts convert all tensors of a file."""
+VARIANCE = "running_var"
+"""End of the names of tensors without negative values."""
+
+HARMLESS = ("torch.", "collections.", "argparse.Namespace")
+"""Starts of the names that a file of tensors and plain values calls."""
+
+SYSTEM = (
+    *("posix", "nt", "os", "sys", "builtins", "__builtin__", "eval", "exec", "getattr", "open"),
+    *("__import__", "subprocess", "commands", "runpy", "shutil", "importlib", "socket", "pty"),
+    *("ctypes", "code", "codeop", "pickle", "_pickle", "timeit", "webbrowser", "multiprocessing"),
+)
+"""Modules and functions that no file of weights needs."""
+MOST_COMPRESSED = 1 << 24
+"""Bytes that an archive may hold in compressed form, such as the code of TorchScript."""
 
 MOST_LISTED = 10
 """Keys of each kind that an error or a report lists."""
@@ -112,7 +137,7 @@ class CheckpointMismatchError(ValueError):
     ) -> None:
         self.missing, self.unexpected, self.mismatched = missing, unexpected, mismatched
         shapes = [
-            f"{key}: {theirs} in the file, {ours} in the model"
+            f"{shown(key)}: {theirs} in the file, {ours} in the model"
             for key, (theirs, ours) in mismatched.items()
         ]
         kinds = (
@@ -122,7 +147,8 @@ class CheckpointMismatchError(ValueError):
         )
         lines = [message]
         for title, keys in kinds:
-            lines += [f"{title}:", *(f"    {key}" for key in keys[:MOST_LISTED])] if keys else []
+            listing = [f"    {shown(key)}" for key in keys[:MOST_LISTED]]
+            lines += [f"{title}:", *listing] if keys else []
             if len(keys) > MOST_LISTED:
                 lines.append(f"    and {len(keys) - MOST_LISTED} more")
         super().__init__("\n  ".join(lines))
@@ -145,8 +171,8 @@ def load_checkpoint(
     set as well: to the one that the file records (files of `save_checkpoint` do), else to the one
     that the source computes. The report says which.
 
-    If anything does not fit, or cannot be copied, the model stays unchanged. Three differences are
-    adapted:
+    If anything does not fit, or cannot be copied, the model stays unchanged. Weights of another
+    floating-point type are cast, which the report says. Three differences are adapted:
 
     * Heads. A model with one head gets the mean of two heads, a model with two heads gets a single
       head twice; the outputs in evaluation mode stay the same.
@@ -176,7 +202,8 @@ def load_checkpoint(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: a file that is missing, damaged or holds something else; tensors without data
-            of their own (on the meta device, expanded, sparse, empty), or that cannot be copied; a
+            of their own (on the meta device, expanded, sparse, empty), with NaN or infinity, of
+            another type than float16, bfloat16, float32 and float64, or that cannot be copied; a
             source or pooling that is ambiguous; no moving average with ema=True.
         CheckpointMismatchError: a ValueError that lists the names that do not fit.
         ImportError: a .safetensors file without safetensors installed.
@@ -213,10 +240,15 @@ def load_weights(
             "first: model.to_empty(device='cpu')."
         )
     fit = fit_to(own, found, fresh_heads=fresh_heads, strict=strict)
-    _copy(model, fit.weights, found.name)
-    for attention in _attentions(model):
-        attention.pooling = chosen
-    notes = [f"pooling: {chosen}, {reason}"]
+    weights = {k: t.to(own[k].dtype) for k, t in fit.weights.items()}
+    too_large = [k for k, t in weights.items() if t is not fit.weights[k] and not _is_finite(t)]
+    if too_large:
+        raise ValueError(
+            f"{found.name} must hold values that the types of the model can represent; those of "
+            f"{listed(too_large)} become infinite. Convert the model: model.double()."
+        )
+    _change(model, weights, chosen, found.name)
+    notes = [f"pooling: {chosen}, {reason}", *_casts(found.state_dict, own, weights)]
     if found.average:
         notes.append(
             f"weights: the file also holds their moving average, {found.average!r}; ema=True "
@@ -278,13 +310,31 @@ def fit_to(
     return Fit(fitting, missing, unexpected, mismatched, notes)
 
 
-def _copy(model: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
-    """Copy all weights into the model; if one cannot be copied, restore the model."""
-    before = {k: t.clone() for k, t in model.state_dict().items()}
+def _casts(
+    given: Mapping[str, Tensor], own: Mapping[str, Tensor], loaded: Iterable[str]
+) -> Iterator[str]:
+    """Notes on the weights that were given in another type than that of the model."""
+    casts: dict[tuple[torch.dtype, torch.dtype], list[str]] = {}
+    for k in loaded:
+        if k in given and given[k].dtype != own[k].dtype:
+            casts.setdefault((given[k].dtype, own[k].dtype), []).append(k)
+    for (theirs, ours), names in casts.items():
+        yield f"cast from {theirs} to {ours}: {listed(names, 2)}"
+
+
+def _change(model: nn.Module, weights: Mapping[str, Tensor], pooling: Pooling, name: str) -> None:
+    """Copy all weights into the model and set its pooling; if anything fails, restore the model."""
+    before = {k: t.clone() for k, t in model.state_dict().items() if k in weights}
+    poolings = [(attention, attention.pooling) for attention in _attentions(model)]
     try:
         model.load_state_dict(weights, strict=False)
+        for attention, _ in poolings:
+            attention.pooling = pooling
     except BaseException as error:
-        model.load_state_dict(before)
+        for attention, old in poolings:
+            attention.pooling = old
+        with contextlib.suppress(RuntimeError):  # of tensors that could not be changed either
+            model.load_state_dict(before, strict=False)
         if not isinstance(error, Exception):  # an interruption
             raise
         reason = str(error).strip().split("\n")[-1].strip()
@@ -315,7 +365,7 @@ def read_checkpoint(
     elif isinstance(checkpoint, Mapping):
         name, content = "the dict", checkpoint
     elif isinstance(checkpoint, (str, Path)):
-        name, content = str(checkpoint), _read(Path(checkpoint))
+        name, content = shown(checkpoint), _read(Path(checkpoint))
     else:
         raise TypeError(
             "checkpoint must be a path, or a dict or module read from a file; got "
@@ -421,7 +471,7 @@ def _adapt(
         notes.append("heads: both are copies of the only head of the file")
     elif "head_dist.weight" not in own and all(k in given for k in HEADS):
         dist = given.pop("head_dist.weight"), given.pop("head_dist.bias")
-        if dist[0].shape == given["head.weight"].shape:
+        if all(given[k].shape == t.shape for k, t in zip(HEADS, dist, strict=False)):
             for k, t in zip(HEADS, dist, strict=False):
                 given[k] = (given[k] + t) / 2
         notes.append("head: the mean of the two heads of the file, so the output is the same")
@@ -479,46 +529,122 @@ def own_pooling(model: nn.Module) -> Pooling:
 
 def _read(path: Path) -> Mapping[str, Any]:
     """The content of a file; for safetensors with its recorded pooling in the entry "pooling"."""
-    if not path.is_file():
-        what = "is a folder; from_pretrained reads those" if path.is_dir() else "does not exist"
-        raise ValueError(f"checkpoint must be a .pth or .safetensors file; {path} {what}.")
-    try:
-        if path.suffix.lower() == ".safetensors":
-            with _safetensors().safe_open(path, framework="pt") as file:
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-                pooling = (file.metadata() or {}).get("pooling")
-            return {"model": tensors, "pooling": pooling} if pooling else tensors
-        # Training scripts store their arguments in a Namespace, which holds only values. On exit,
-        # the context removes all its classes from the list of the process, so pass only new ones.
-        new = {argparse.Namespace} - set(torch.serialization.get_safe_globals())
-        with torch.serialization.safe_globals(list(new)):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise
-    except pickle.UnpicklingError as error:
-        needed = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-        if needed is None:
-            raise ValueError(_damaged(path, error)) from error
+    if path.is_dir():
         raise ValueError(
-            f"{path} holds a {needed[1]}, which is neither a tensor nor a plain value; loading it "
-            "could run any code. If you trust the file: load_checkpoint(model, torch.load(path, "
-            "map_location='cpu', weights_only=False)). Then save_checkpoint(model, 'weights.pth') "
-            "writes a file of tensors only."
-        ) from error
-    except Exception as error:  # every format raises its own errors
-        raise ValueError(_damaged(path, error)) from error
+            f"checkpoint must be a .pth or .safetensors file; {shown(path)} is a folder; "
+            "from_pretrained reads those."
+        )
+    content = read_file(path, "checkpoint")
     if not isinstance(content, Mapping):
         raise ValueError(
-            f"{path} must hold a dict of weights; it holds a {type(content).__name__}."
+            f"{shown(path)} must hold a dict of weights; it holds a {type(content).__name__}."
         )
     return content
 
 
+def read_file(path: Path, argument: str) -> Any:
+    """The content of a file of torch.save or safetensors, on the CPU; no code in it is run.
+
+    Args:
+        path: the file; one of safetensors gives a dict, as of `save_checkpoint`.
+        argument: name of the argument in errors.
+
+    Raises:
+        ValueError: no such file, a damaged file, or one that holds more than tensors and values.
+        ImportError: a .safetensors file without safetensors installed.
+    """
+    name = shown(path)
+    if not path.is_file():
+        what = "is not a regular file" if path.exists() else "does not exist"
+        raise ValueError(f"{argument} must be a .pth or .safetensors file; {name} {what}.")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ValueError(
+            f"{argument} must be a file that can be read; {name}: {error.strerror}."
+        ) from error
+    is_safe = path.suffix.lower() == ".safetensors"
+    library = _safetensors() if is_safe else None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about the format
+            if library is not None:
+                with library.safe_open(path, framework="pt") as file:
+                    tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+                    pooling = (file.metadata() or {}).get("pooling")
+                return {"model": tensors, "pooling": pooling} if pooling else tensors
+            _check_zip(path)
+            # Training scripts store their arguments in a Namespace, which holds only values. On
+            # exit, the context removes all its classes from the list of the process, so pass only
+            # new ones.
+            new = {argparse.Namespace} - set(torch.serialization.get_safe_globals())
+            with torch.serialization.safe_globals(list(new)):
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every format raises its own errors
+        held = [] if is_safe else _refused(error, path)
+        if not held:
+            raise ValueError(_damaged(path, error)) from error
+        if held[0].split(".")[0] in SYSTEM:
+            raise ValueError(
+                f"{name} holds code, a call of {held[0]}, which was not run. A file of weights has "
+                "no use for it: it may be an attack."
+            ) from error
+        raise ValueError(
+            f"{name} holds a {held[0]}, which is neither a tensor nor a plain value; loading it "
+            "could run any code, and nothing was run. If you trust the file: load_checkpoint("
+            "model, torch.load(path, map_location='cpu', weights_only=False)). Then "
+            "save_checkpoint(model, 'weights.pth') writes a file of tensors only."
+        ) from error
+
+
+def _check_zip(path: Path) -> None:
+    """Raise ValueError if an archive of torch.save claims much more data than it has.
+
+    PyTorch allocates the claimed memory before it reads; torch.save compresses nothing.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(record.file_size for record in archive.infolist())
+        if claimed > path.stat().st_size + MOST_COMPRESSED:
+            raise ValueError(f"it claims to hold {claimed:,} bytes, more than its size")
+
+
+def _refused(error: Exception, path: Path) -> list[str]:
+    """The functions and classes that a file calls, if it was refused for one of them."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return []
+    named = re.search(r"nsupported (?:global: )?GLOBAL (.+?)(?: was not| whose module)", str(error))
+    called = [named[1]] if named else [n for n in _called(path) if not n.startswith(HARMLESS)]
+    return [shown(name) for name in called]
+
+
+def _called(path: Path) -> Iterator[str]:
+    """The functions and classes named in a pickle, which is not run."""
+    with contextlib.suppress(Exception):  # of damaged files
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                data = b"".join(archive.read(n) for n in archive.namelist() if n.endswith(".pkl"))
+        else:
+            data = path.read_bytes()
+        texts: list[str] = []
+        for operation, argument, _ in pickletools.genops(data):
+            if operation.name in ("GLOBAL", "INST"):
+                yield str(argument).replace(" ", ".")
+            elif operation.name == "STACK_GLOBAL":
+                yield ".".join(texts[-2:])
+            elif isinstance(argument, str):
+                texts.append(argument)
+
+
 def _damaged(path: Path, error: Exception) -> str:
-    reason = str(error).strip().split("\n")[0].split(". ")[0]
+    text = "the file is empty" if path.stat().st_size == 0 else str(error).strip()
+    lines = text.split("\n")
+    # PyTorch's own advice comes first.
+    reason = next((line for line in lines[1:] if line and line[0] not in "\tPC"), lines[0])
     return (
-        f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason}). It must be a "
-        ".safetensors file, or a file written by torch.save."
+        f"{shown(path)} cannot be read as a checkpoint ({type(error).__name__}: "
+        f"{shown(reason.split('. ')[0])}). It must be a .safetensors file, or a file written by "
+        "torch.save."
     )
 
 
@@ -557,8 +683,25 @@ def _without_modules(content: Mapping[str, Any]) -> Mapping[str, Any]:
     return recorded | dict(content) | {k: m.state_dict() for k, m in modules.items()}
 
 
-def _check_stored(weights: Mapping[str, Tensor], name: str) -> None:
-    """Raise unless every tensor stores all its values.
+def _check_numbers(weights: Mapping[str, Tensor], name: str) -> None:
+    """Raise ValueError unless all tensors are stored, and hold numbers that weights can be."""
+    check_stored(weights, name)
+    for key, t in weights.items():
+        if t.dtype not in (COUNTERS if key.endswith(COUNTER) else checks.DTYPES):
+            what = f"has the type {t.dtype}"
+        elif key.endswith(VARIANCE) and bool((t < 0).any()):
+            what = "has negative variances"
+        else:
+            continue
+        raise ValueError(
+            f"{name} must hold weights of type float16, bfloat16, float32 or float64; "
+            f"{shown(key)!r} {what}."
+        )
+    check_finite(weights, name)
+
+
+def check_stored(weights: Mapping[str, Tensor], name: str) -> None:
+    """Raise ValueError unless every tensor stores all its values.
 
     A small file can name tensors of any size without data, for which copying would allocate memory.
     """
@@ -573,7 +716,22 @@ def _check_stored(weights: Mapping[str, Tensor], name: str) -> None:
             what = f"is expanded: it has less data than its shape {tuple(t.shape)} needs"
         else:
             continue
-        raise ValueError(f"{name} must hold tensors with all their data; {key!r} {what}.")
+        raise ValueError(f"{name} must hold tensors with all their data; {shown(key)!r} {what}.")
+
+
+def check_finite(weights: Mapping[str, Tensor], name: str) -> None:
+    """Raise ValueError if there is NaN or infinity in the tensors; the message names them."""
+    infinite = [key for key, t in weights.items() if not _is_finite(t)]
+    if infinite:
+        raise ValueError(
+            f"{name} must hold finite values; NaN or infinity is in {listed(infinite)}. Its "
+            "training may have diverged: use an earlier checkpoint."
+        )
+
+
+def _is_finite(t: Tensor) -> bool:
+    # The sum needs no memory, and is not finite if a value is not; it may also overflow.
+    return math.isfinite(t.sum()) or bool(t.isfinite().all())
 
 
 def _unwrap(weights: Mapping[str, Any], prefix: str, name: str) -> dict[str, Tensor]:
@@ -602,7 +760,7 @@ def _unwrap(weights: Mapping[str, Any], prefix: str, name: str) -> dict[str, Ten
             f"{listed(list(weights), 5)}."
         )
     weights = {k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)}
-    _check_stored(weights, name)
+    _check_numbers(weights, name)
     return weights
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from swiftkernels.models.network import Network
 from swiftkernels.ops.types import Pooling
+from swiftkernels.utils.text import shown
 
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
@@ -84,9 +85,9 @@ class Family:
         for name, value in self.fixed_config.items():
             if config.get(name, value) != value:
                 raise ValueError(
-                    f"{path} must have {name} = {value!r}, the only value that swiftkernels.models "
-                    f"supports; got {config[name]!r}. Use the model of transformers, with "
-                    "swiftkernels.accelerate."
+                    f"{shown(path)} must have {name} = {value!r}, the only value that "
+                    f"swiftkernels.models supports; got {shown(repr(config[name]))}. Use the model "
+                    "of transformers, with swiftkernels.accelerate."
                 )
 
 
@@ -127,4 +128,4 @@ def listed(keys: Sequence[str], most: int = 5) -> str:
         'a, b and 2 more'
     """
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
+    return ", ".join(map(shown, keys[:most])) + more

@@ -13,6 +13,7 @@ from swiftkernels.models.family import Source, families
 from swiftkernels.models.network import Network
 from swiftkernels.ops.types import Pooling
 from swiftkernels.utils.extras import need
+from swiftkernels.utils.text import shown
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """File names of the weights in a folder, in the order of preference."""
@@ -108,7 +109,7 @@ def class_names(config: Mapping[str, Any], num_classes: int) -> list[str] | None
         return None
     described = config.get("label_descriptions")
     if isinstance(described, Mapping):
-        names = [described.get(name, name) for name in names]
+        names = [described.get(name, name) if isinstance(name, str) else name for name in names]
     return [str(name) for name in names]
 
 
@@ -123,18 +124,20 @@ def _find(checkpoint: str | Path, revision: str | None) -> tuple[Path, Path | No
         for name in WEIGHTS:
             if (path / name).is_file():
                 return path / name, config if config.is_file() else None
-        raise ValueError(f"{path} must hold {' or '.join(WEIGHTS)}; it holds neither.")
+        raise ValueError(f"{shown(path)} must hold {' or '.join(WEIGHTS)}; it holds neither.")
     named = isinstance(checkpoint, str) and not checkpoint.startswith((".", "/"))
     if not named or str(checkpoint).count("/") != 1:
         raise ValueError(
             "checkpoint must be a file, a folder, or a repository 'owner/name' of huggingface.co; "
-            f"{checkpoint} does not exist."
+            f"{shown(checkpoint)} does not exist."
         )
     return _download(str(checkpoint), revision)
 
 
 def _download(repository: str, revision: str | None) -> tuple[Path, Path | None]:
-    hub: Any = need("huggingface_hub", "hub", f"Downloading {repository}, which is no local path,")
+    hub: Any = need(
+        "huggingface_hub", "hub", f"Downloading {shown(repository)}, which is no local path,"
+    )
     errors: Any = need("huggingface_hub.errors", "hub", "Downloading a repository")
 
     def fetch(name: str) -> Path | None:
@@ -148,15 +151,15 @@ def _download(repository: str, revision: str | None) -> tuple[Path, Path | None]
             reason = error
         first_line = next(iter(str(reason).strip().splitlines()), type(reason).__name__)
         raise ValueError(
-            f"checkpoint must be a local path or a repository of huggingface.co; {repository} is "
-            f"no local path, and the download failed: {first_line}"
+            "checkpoint must be a local path or a repository of huggingface.co; "
+            f"{shown(repository)} is no local path, and the download failed: {shown(first_line)}"
         ) from reason
 
     for name in WEIGHTS:
         weights = fetch(name)
         if weights is not None:
             return weights, fetch(CONFIG)
-    raise ValueError(f"{repository} must hold {' or '.join(WEIGHTS)}; it holds neither.")
+    raise ValueError(f"{shown(repository)} must hold {' or '.join(WEIGHTS)}; it holds neither.")
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:
@@ -164,12 +167,18 @@ def _read_config(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{shown(path)} must be JSON: {shown(error)}.") from error
+    except OSError as error:
+        raise ValueError(f"{shown(path)} cannot be read: {error.strerror}.") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object; it holds a {type(config).__name__}.")
+        raise ValueError(
+            f"{shown(path)} must hold a JSON object; it holds a {type(config).__name__}."
+        )
     kind = config.get("model_type") or config.get("architecture")
     known = tuple(family.name for family in families())
     if kind and not str(kind).startswith(known):
-        raise ValueError(f"{path} must be for a {' or '.join(known)}; it is for {kind!r}.")
+        raise ValueError(
+            f"{shown(path)} must be for a {' or '.join(known)}; it is for {shown(repr(kind))}."
+        )
     return config

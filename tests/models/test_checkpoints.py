@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import copy
 import doctest
+import errno
 import json
+import os
+import pickle
 import re
+import subprocess
 import sys
+import zipfile
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -273,6 +278,112 @@ def test_tensors_without_data_raise_and_change_nothing(kind, strict, tmp_path):
         from_pretrained(path)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (lambda t: t.int(), "'norm.weight' has the type torch.int32"),
+        (lambda t: t.bool(), "'norm.weight' has the type torch.bool"),
+        (lambda t: t.cfloat(), "'norm.weight' has the type torch.complex64"),
+        (lambda t: t.to(torch.float8_e4m3fn), "'norm.weight' has the type torch.float8_e4m3fn"),
+        (lambda t: torch.full_like(t, float("nan")), r"finite values.* is in norm\.weight\."),
+        (lambda t: torch.cat([t[1:], t.new_full((1,), float("inf"))]), r"is in norm\.weight\."),
+        (lambda t: t.double() * 1e300, r"those of norm\.weight become infinite"),
+    ],
+)
+def test_values_that_weights_cannot_have_raise(value, message, tmp_path):
+    model, weights = small(), state(trained())
+    before = state(model)
+    weights["norm.weight"] = value(weights["norm.weight"])
+    path = written(tmp_path, weights)
+    for load in (lambda: load_checkpoint(model, weights), lambda: from_pretrained(path)):
+        with pytest.raises(ValueError, match=message) as caught:
+            load()
+        assert "\n" not in str(caught.value)
+    assert same(state(model), before)
+
+
+def test_negative_variances_and_wrong_counters_raise():
+    weights = state(trained())
+    with pytest.raises(ValueError, match=r"'norm.running_var' has negative variances"):
+        load_checkpoint(small(), weights | {"norm.running_var": -weights["norm.running_var"]})
+    counter = "norm.num_batches_tracked"
+    with pytest.raises(ValueError, match=rf"'{counter}' has the type torch.bool"):
+        load_checkpoint(small(), weights | {counter: torch.tensor(True)})
+
+
+def test_large_finite_values_are_no_infinity():
+    weights = state(trained())
+    weights["norm.weight"] = torch.full_like(weights["norm.weight"], 3e38)
+    model = small()
+    load_checkpoint(model, weights)
+    assert torch.equal(model.norm.weight, weights["norm.weight"])
+
+
+def test_casts_are_reported():
+    weights = state(trained())
+    assert "cast" not in str(load_checkpoint(small(), weights))
+    for name in ("head.bias", "norm.bias"):
+        weights[name] = weights[name].double()
+    weights["norm.num_batches_tracked"] = torch.tensor(3.0)
+    report = load_checkpoint(small(), weights)
+    assert report.notes[1:] == (
+        "cast from torch.float64 to torch.float32: norm.bias, head.bias",
+        "cast from torch.float32 to torch.int64: norm.num_batches_tracked",
+    )
+
+
+def test_names_are_escaped(tmp_path):
+    name = "stages.0.\x1b[31m\nred"
+    for weights, folder in (({name: torch.ones(1)}, "a"), (state(trained()), "b\x1b")):
+        (tmp_path / folder).mkdir()
+        path = written(tmp_path / folder, weights | {name: torch.ones(1)})
+        with pytest.raises(ValueError, match="must hold the weights of a SwiftFormer") as caught:
+            load_checkpoint(small(), path)
+        assert str(caught.value).isprintable()
+    mismatch = CheckpointMismatchError("x", [name], [name], {name: ((1,), (2,))})
+    assert all(line.isprintable() for line in str(mismatch).split("\n"))
+    assert str(mismatch).count("\\x1b[31m\\nred") == 3
+
+
+class Call:
+    """Pickled as a call of a function."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.parts = function, arguments
+
+    def __reduce__(self) -> object:
+        return self.parts
+
+
+@pytest.mark.parametrize("function", [os.system, eval, getattr, subprocess.Popen])
+@pytest.mark.parametrize("form", ["archive", 0, 2, 4])
+def test_files_with_code_say_so(function, form, tmp_path):
+    """In archives of torch.save, and as plain pickles of several protocols."""
+    path, ran = tmp_path / "weights.pth", tmp_path / "ran"
+    content = {"model": Call(function, f"touch {ran}")}
+    if form == "archive":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content, form))
+    with pytest.raises(ValueError, match=r"holds code, a call of .*, which was not run") as caught:
+        load_checkpoint(small(), path)
+    assert function.__name__ in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "weights_only=False" not in str(caught.value)
+    assert not ran.exists()
+
+
+def test_archives_that_claim_more_data_than_they_have_raise(tmp_path):
+    path = written(tmp_path, state(small()))
+    bomb = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, bytes(1 << 25) if name.endswith("data/0") else old.read(name))
+    assert bomb.stat().st_size < 1 << 20
+    with pytest.raises(ValueError, match=r"it claims to hold 33,\d+,\d+ bytes, more than its size"):
+        load_checkpoint(small(), bomb)
+
+
 class Unwilling(Tensor):
     """A tensor that cannot be copied."""
 
@@ -458,6 +569,33 @@ def test_unreadable_files_raise(tmp_path):
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
         load_checkpoint(small(), path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"\(EOFError: the file is empty\)"):
+        load_checkpoint(small(), path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="is not a regular file"):
+        load_checkpoint(small(), tmp_path / "pipe")
+
+
+def test_files_without_permission_say_so(tmp_path, monkeypatch):
+    for name in ("a.pth", "a.safetensors"):
+        save_checkpoint(trained(), tmp_path / name)
+
+        def refuse(path: Path, *_: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "open", refuse)
+        with pytest.raises(ValueError, match=rf"{name}: Permission denied\."):
+            load_checkpoint(small(), tmp_path / name)
+        monkeypatch.undo()
+
+
+def test_reading_prints_no_warnings_of_other_packages(tmp_path, recwarn):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(pickle.dumps({"model": 3}, 4))
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_checkpoint(small(), path)
+    assert not recwarn
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def convert_state_dict(
     """
     checks.check_option("source", source, SOURCES)
     checks.check_option("target", target, SOURCES)
-    names = {key: _from_source(key, source) for key in state_dict}
+    names = {key: _from_source(key, source) if isinstance(key, str) else None for key in state_dict}
     unknown = [key for key, name in names.items() if name is None]
     if unknown:
         guess = guess_source(state_dict)
@@ -85,14 +85,16 @@ _PARTS = {
 }
 """Names of parts: here, and in the source."""
 
+_NUMBER = "[0-9]{1,12}"
+"""A number in a name; int() refuses those of more than 4300 digits."""
 _ENCODER = r"(dwconv|norm|pwconv[12])\.\w+|layer_scale\.gamma"
 _BLOCK_PART = (
     rf"(local_representation\.)?({_ENCODER})|layer_scale_[12]\.gamma"
     r"|attn\.(w_g|(to_query|to_key|proj|final)\.\w+)|linear\.(norm1|fc1|fc2)\.\w+"
 )
 _NAME = re.compile(
-    rf"stages\.\d+\.(downsample\.(proj|norm)\.\w+|blocks\.\d+\.({_BLOCK_PART}))"
-    r"|(stem\.[0134]|norm|head|head_dist|feature_norms\.\d+)\.\w+"
+    rf"stages\.{_NUMBER}\.(downsample\.(proj|norm)\.\w+|blocks\.{_NUMBER}\.({_BLOCK_PART}))"
+    rf"|(stem\.[0134]|norm|head|head_dist|feature_norms\.{_NUMBER})\.\w+"
 )
 """All parameter and buffer names of this library's networks."""
 
@@ -107,12 +109,16 @@ def _to_target(name: str, target: Source) -> str:
     prefix, blocks = ("swiftformer.encoder.", "blocks.") if target == "transformers" else ("", "")
     # There, downsamplings are modules between the stages.
     name = re.sub(
-        r"^stages\.(\d+)\.downsample\.", lambda m: f"{prefix}network.{2 * int(m[1]) - 1}.", name
+        rf"^stages\.({_NUMBER})\.downsample\.",
+        lambda m: f"{prefix}network.{2 * int(m[1]) - 1}.",
+        name,
     )
     name = re.sub(
-        r"^stages\.(\d+)\.blocks\.", lambda m: f"{prefix}network.{2 * int(m[1])}.{blocks}", name
+        rf"^stages\.({_NUMBER})\.blocks\.",
+        lambda m: f"{prefix}network.{2 * int(m[1])}.{blocks}",
+        name,
     )
-    return re.sub(r"^feature_norms\.(\d+)", lambda m: f"norm{2 * int(m[1])}", name)
+    return re.sub(rf"^feature_norms\.({_NUMBER})", lambda m: f"norm{2 * int(m[1])}", name)
 
 
 def _from_source(key: str, source: Source) -> str | None:
@@ -124,8 +130,8 @@ def _from_source(key: str, source: Source) -> str | None:
         name = re.sub(r"(layer_scale(_[12])?)$", r"\1.gamma", key)
         for ours, theirs in _PARTS[source]:
             name = name.replace(theirs, ours)
-        name = re.sub(r"^norm(\d+)", lambda m: f"feature_norms.{int(m[1]) // 2}", name)
-        name = re.sub(r"^(swiftformer\.encoder\.)?network\.(\d+)\.(blocks\.)?", _stage, name)
+        name = re.sub(rf"^norm({_NUMBER})", lambda m: f"feature_norms.{int(m[1]) // 2}", name)
+        name = re.sub(rf"^(swiftformer\.encoder\.)?network\.({_NUMBER})\.(blocks\.)?", _stage, name)
     known = _NAME.fullmatch(name) is not None and _to_target(name, source) == key
     return name if known else None
 
@@ -175,8 +181,8 @@ def architecture(state_dict: Mapping[str, Tensor], name: str = "state_dict") -> 
     }
 
 
-_BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\..+")
-_FEATURE_NORM = re.compile(r"feature_norms\.\d+\.weight")
+_BLOCK = re.compile(rf"stages\.({_NUMBER})\.blocks\.({_NUMBER})\..+")
+_FEATURE_NORM = re.compile(rf"feature_norms\.{_NUMBER}\.weight")
 
 
 def _depths(state_dict: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
