@@ -62,8 +62,13 @@ class Garments:
         return image, self.labels[index]
 
 
-def run(name: str, out: Path, kill_after: int = -1, **changes: Any) -> list[dict[str, Any]]:
-    """Train "small" or "xs"; kills this process when it loads image number `kill_after`."""
+def arguments(
+    name: str, out: Path, kill_after: int = -1, **changes: Any
+) -> tuple[Recipe, nn.Module, Garments, Garments]:
+    """The arguments of `train` for "small" or "xs", which change those of `RECIPE`.
+
+    The training kills its process when it loads image number `kill_after`.
+    """
     torch.manual_seed(0)
     if name == "small":
         model: nn.Module = models.SwiftFormer(
@@ -74,8 +79,12 @@ def run(name: str, out: Path, kill_after: int = -1, **changes: Any) -> list[dict
         model = models.swiftformer_xs(num_classes=10, drop_path_rate=0.1, distillation=False)
         side, per_class = 64, 32
     recipe = replace(RECIPE, out=out, **changes)
-    train_set = Garments(side, per_class, True, kill_after)
-    return train(recipe, model, train_set, Garments(side, 4, False))
+    return recipe, model, Garments(side, per_class, True, kill_after), Garments(side, 4, False)
+
+
+def run(name: str, out: Path, kill_after: int = -1, **changes: Any) -> list[dict[str, Any]]:
+    """Train with these arguments."""
+    return train(*arguments(name, out, kill_after, **changes))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from swiftkernels.models.checkpoint_io import check_finite, read_file
+from swiftkernels.models.family import listed
 from swiftkernels.training.recipe import Recipe
 from swiftkernels.utils import checks
 from swiftkernels.utils.extras import need
 from swiftkernels.utils.images import CROP, DEVIATION, MEAN, load_image
+from swiftkernels.utils.text import shown
 
 
 class Draw(NamedTuple):
@@ -110,7 +113,7 @@ def image_folders(recipe: Recipe) -> tuple[Any, Any]:
     if train.classes != val.classes:
         differing = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(
-            f"data must have the same classes in train/ and val/; got {', '.join(differing[:5])} "
+            f"data must have the same classes in train/ and val/; got {listed(differing)} "
             "in only one of them. Rename or remove these folders."
         )
     return train, val
@@ -128,16 +131,30 @@ def validation_folder(recipe: Recipe) -> Any:
 def _folder(recipe: Recipe, part: str, transform: Callable[[Any], Tensor]) -> Any:
     datasets = import_torchvision().datasets
     if recipe.data is None or not (recipe.data / part).is_dir():
-        found = "none" if recipe.data is None else f"{recipe.data}, which has no {part}/"
+        found = "none" if recipe.data is None else f"{shown(recipe.data)}, which has no {part}/"
         raise ValueError(
             f"data must be a folder that holds train/ and val/; got {found}. Put the images into "
             f"{part}/CLASS/."
         )
     try:
-        return datasets.ImageFolder(str(recipe.data / part), transform, loader=load_image)
+        return datasets.ImageFolder(str(recipe.data / part), transform, loader=_load_named)
     except FileNotFoundError as error:
         raise ValueError(
-            f"data must have images in a folder for each class; in {recipe.data / part}: {error}"
+            "data must have images in a folder for each class; in "
+            f"{shown(recipe.data / part)}: {shown(error)}"
+        ) from error
+
+
+def _load_named(path: str) -> Any:
+    """The image of a file; errors name the file."""
+    try:
+        return load_image(path)
+    except ImportError:
+        raise
+    except Exception as error:  # every format raises its own errors
+        reason = shown(str(error) or type(error).__name__)
+        raise ValueError(
+            f"{shown(path)} cannot be read as an image ({reason}). Replace or remove it."
         ) from error
 
 
@@ -197,7 +214,21 @@ def teacher_of(recipe: Recipe, classes: int) -> torch.nn.Module | None:
     path = Path(recipe.teacher_weights)
     if path.is_file():
         teacher = models.get_model(recipe.teacher, weights=None, num_classes=classes)
-        teacher.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        weights = read_file(path, "teacher_weights")
+        if not isinstance(weights, dict):
+            raise ValueError(
+                f"teacher_weights must be a state dict; {shown(path)} holds a "
+                f"{type(weights).__name__}."
+            )
+        try:
+            teacher.load_state_dict(weights)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            reason = shown(" ".join(str(error).split()))
+            raise ValueError(
+                f"teacher_weights must be a state dict of {recipe.teacher} with {classes} classes; "
+                f"{shown(path)} is not: {reason}"
+            ) from error
+        check_finite(weights, shown(path))
     else:
         known = models.get_model_weights(recipe.teacher)
         checks.check_option("teacher_weights", recipe.teacher_weights, tuple(known.__members__))

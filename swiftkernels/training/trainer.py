@@ -27,12 +27,13 @@ from swiftkernels import models
 from swiftkernels.backends import devices
 from swiftkernels.models.checkpoint_io import own_pooling
 from swiftkernels.models.family import constructors
-from swiftkernels.training import data, lock, metrics, optimizer
+from swiftkernels.training import data, lock, metrics, optimizer, resume
 from swiftkernels.training.losses import DistillationLoss
 from swiftkernels.training.recipe import Recipe
 from swiftkernels.utils import files
 from swiftkernels.utils.extras import need
 from swiftkernels.utils.progress import Progress
+from swiftkernels.utils.text import shown
 
 LAST, BEST = "last.pth", "best.pth"
 METRICS, PICTURE = "metrics.csv", "loss.png"
@@ -329,8 +330,8 @@ class _Run:
         if not math.isfinite(self.loss.item()):
             raise FloatingPointError(
                 f"the loss is {self.loss.item()} since step {self.step - self.loss_steps}. Resume "
-                f"from {self.recipe.out / LAST}, if that file exists, or start again with a lower "
-                "lr."
+                f"from {shown(self.recipe.out / LAST)}, if that file exists, or start again with a "
+                "lower lr."
             )
 
     def _save(self, name: str) -> None:
@@ -357,28 +358,34 @@ class _Run:
 
     def _restore(self) -> None:
         """Continue from the last checkpoint, if there is one and the recipe says so."""
+        for name in (LAST, BEST, METRICS, PICTURE):
+            files.check_file("out", self.recipe.out / name)
         path = self.recipe.out / LAST
         if path.is_file():
             if not self.recipe.resume:
                 raise ValueError(
-                    f"out must be a folder without a checkpoint; {path} exists. Pass resume to "
-                    "continue from it, or choose another folder."
+                    f"out must be a folder without a checkpoint; {shown(path)} exists. Pass resume "
+                    "to continue from it, or choose another folder."
                 )
-            try:
-                found = torch.load(path, map_location=self.world.device, weights_only=True)
-            except Exception as error:  # damaged files raise various errors
+            found = resume.read(path)
+            _check_options(found.args, self._args(), path)
+            average = None if self.average is None else self.average.module
+            found.check(path, self.model, average, self.optimizer)
+            is_complete = found.step == self.steps
+            if found.step > self.steps or (is_complete and not found.has_scores()):
                 raise ValueError(
-                    f"{path} cannot be read ({type(error).__name__}: {error}). Restore it from a "
-                    "copy, or start again in another folder."
-                ) from error
-            _check_options(found["args"], self._args(), path)
-            self.model.load_state_dict(found["model"])
-            if self.average is not None:
-                self.average.module.load_state_dict(found["model_ema"])
-                self.average.n_averaged.fill_(found["step"])
-            self.optimizer.load_state_dict(found["optimizer"])
-            self.step, self.rows, self.best = found["step"], found["rows"], found["best"]
-            self.loss, self.loss_steps = found["loss"], found["loss_steps"]
+                    f"{shown(path)} must be of at most step {self.steps}, the last one with these "
+                    f"images, and have scores in its rows; it is of step {found.step}. Resume with "
+                    "the same data, or restore the file from a copy."
+                )
+            self.model.load_state_dict(found.model)
+            if self.average is not None and found.model_ema is not None:
+                self.average.module.load_state_dict(found.model_ema)
+                self.average.n_averaged.fill_(found.step)
+            self.optimizer.load_state_dict(found.optimizer)
+            self.step, self.rows, self.best = found.step, found.rows, found.best
+            self.loss.fill_(found.loss)
+            self.loss_steps = found.loss_steps
             if self.world.rank == 0:  # without rows of steps that will be repeated
                 metrics.write(self.rows, self.recipe.out / METRICS)
         if self.world.processes > 1:
@@ -386,8 +393,8 @@ class _Run:
             dist.all_gather_object(steps, self.step)
             if len(set(steps)) > 1:
                 raise ValueError(
-                    f"out must be the same folder for all processes; in {self.recipe.out} they "
-                    f"found checkpoints of the steps {steps}. Use a shared file system."
+                    f"out must be the same folder for all processes; in {shown(self.recipe.out)} "
+                    f"they found checkpoints of the steps {steps}. Use a shared file system."
                 )
 
     def _args(self) -> dict[str, Any]:
@@ -510,10 +517,11 @@ def _classes(train_set: Sized, model: nn.Module) -> int:
 
 
 def _check_options(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    differing = [k for k in now if k not in CHANGEABLE and before.get(k) != now[k]]
+    # By their text, because the values of a wrong file may be tensors.
+    differing = [k for k in now if k not in CHANGEABLE and repr(before.get(k)) != repr(now[k])]
     if differing:
-        changes = ", ".join(f"{k}={before.get(k)!r}, got {now[k]!r}" for k in differing)
+        changes = ", ".join(f"{k}={shown(repr(before.get(k)))}, got {now[k]!r}" for k in differing)
         raise ValueError(
-            f"resume needs the options of {path}: {changes}. Pass the same options, or start again "
-            "in another folder."
+            f"resume needs the options of {shown(path)}: {changes}. Pass the same options, or "
+            "start again in another folder."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import doctest
 import errno
@@ -375,6 +376,129 @@ def test_existing_checkpoints_and_other_options_raise(tmp_path):
     assert [row["step"] for row in again] == [3]
 
 
+def without(*names: str) -> Any:
+    return lambda found: {k: v for k, v in found.items() if k not in names}
+
+
+def having(**entries: Any) -> Any:
+    return lambda found: found | entries
+
+
+def with_weights(entry: str, change: Any) -> Any:
+    """The last floating-point tensor of an entry, changed."""
+
+    def changed(found: dict[str, Any]) -> dict[str, Any]:
+        name = [k for k, t in found[entry].items() if t.is_floating_point()][-1]
+        return found | {entry: found[entry] | {name: change(found[entry][name])}}
+
+    return changed
+
+
+def with_state(change: Any) -> Any:
+    """The optimizer's state of one parameter, changed."""
+
+    def changed(found: dict[str, Any]) -> dict[str, Any]:
+        optimizer = found["optimizer"]
+        state = {**optimizer["state"], 3: change(optimizer["state"][3])}
+        return found | {"optimizer": {**optimizer, "state": state}}
+
+    return changed
+
+
+WRONG = {
+    "list": (lambda found: [1, 2], "it holds a list"),
+    "tensor": (lambda found: torch.ones(3), "it holds a Tensor"),
+    "weights only": (lambda found: found["model"], "it has no args, model, model_ema"),
+    "no args": (without("args"), "it has no args"),
+    "no model": (without("model"), "it has no model"),
+    "no optimizer": (without("optimizer"), "it has no optimizer"),
+    "args": (having(args=[1]), r"its args is \[1\]"),
+    "tensor in args": (
+        lambda found: found | {"args": found["args"] | {"lr": torch.ones(3)}},
+        "resume needs the options",
+    ),
+    "step": (having(step="x"), "its step is 'x'"),
+    "negative step": (having(step=-3), "its step is -3"),
+    "bool": (having(step=True), "its step is True"),
+    "late step": (having(step=10**9), "of at most step 3"),
+    "rows": (having(rows=None), "its rows is None"),
+    "no scores": (having(rows=[{"step": 3}]), "have scores in its rows"),
+    "columns": (having(rows=[{"a": 1}]), "its rows is"),
+    "best": (having(best="x"), "its best is 'x'"),
+    "loss": (having(loss=torch.ones(2)), "its loss is tensor"),
+    "infinite loss": (having(loss=torch.tensor(math.inf)), "its loss is inf"),
+    "loss_steps": (having(loss_steps=1.5), "its loss_steps is 1.5"),
+    "names": (having(model={"a": torch.ones(1)}), "names in its model differ"),
+    "number": (having(model={3: torch.ones(1)}), "names in its model differ"),
+    "no average": (having(model_ema=None), "its model_ema is None"),
+    "shape": (with_weights("model", lambda t: t[:1].clone()), "head.bias is .* of shape"),
+    "type": (with_weights("model_ema", lambda t: t.double()), "is torch.float64 of shape"),
+    "value": (with_weights("model", lambda t: 3), "is a int"),
+    "nan": (with_weights("model", lambda t: t * math.nan), "finite values; NaN or infinity is in"),
+    "meta": (with_weights("model", lambda t: t.to("meta")), "it is on the meta device"),
+    "expanded": (with_weights("model", lambda t: t[:1].clone().expand(t.shape)), "is expanded"),
+    "groups": (having(optimizer={"param_groups": [], "state": {}}), "has 0 groups of parameters"),
+    "no groups": (having(optimizer={}), "its optimizer has no param_groups"),
+    "state": (with_state(lambda state: {}), "the state of parameter 3 in its optimizer"),
+    "moments": (
+        with_state(lambda state: state | {"exp_avg": torch.ones(7)}),
+        "exp_avg of parameter 3 is",
+    ),
+    "optimizer's nan": (
+        with_state(lambda state: state | {"exp_avg_sq": state["exp_avg_sq"] * math.nan}),
+        "NaN or infinity is in exp_avg_sq",
+    ),
+}  # fmt: skip
+
+
+def test_wrong_checkpoints_raise_one_line_and_change_nothing(tmp_path):
+    training_cases.run("small", tmp_path, epochs=1)
+    path = tmp_path / "last.pth"
+    right = torch.load(path, weights_only=True)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    arguments = training_cases.arguments("small", tmp_path, epochs=1, resume=True)
+    training = trainer._Run(*arguments, trainer.World(0, 1, torch.device("cpu")))
+    state = copy.deepcopy((training.model.state_dict(), training.optimizer.state_dict()))
+    for case, (change, message) in WRONG.items():
+        torch.save(change(copy.deepcopy(right)), path)
+        wrong = path.read_bytes()
+        with pytest.raises(ValueError, match=message) as caught:
+            training.train()
+        assert "\n" not in str(caught.value), case
+        after = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+        assert after == before | {"last.pth": wrong, "lock": after["lock"]}, case
+        now = training.model.state_dict(), training.optimizer.state_dict()
+        torch.testing.assert_close(now, state, rtol=0, atol=0, msg=case)
+    path.write_bytes(before["last.pth"])
+    training.train()
+
+
+@pytest.mark.parametrize("name", ["last.pth", "best.pth", "metrics.csv", "loss.png"])
+def test_folders_with_the_names_of_files_raise_before_training(name, tmp_path):
+    (tmp_path / name).mkdir()
+    for resume in (False, True):
+        with pytest.raises(
+            ValueError, match=f"out must be the path of a file; .*{name} is a folder"
+        ):
+            training_cases.run("small", tmp_path, resume=resume)
+    assert {path.name for path in tmp_path.iterdir()} == {name, lock.NAME}
+
+
+def test_interrupted_training_says_what_is_there(tmp_path, monkeypatch, capsys):
+    from swiftkernels.training import __main__ as command
+
+    def interrupted(recipe: Recipe) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "train", interrupted)
+    path = tmp_path / "last.pth"
+    assert command.main(["--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == f"\ninterrupted; there is no {path}\n"
+    path.touch()
+    assert command.main(["--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == f"\ninterrupted; --resume continues from {path}\n"
+
+
 def test_infinite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path):
     with pytest.raises(FloatingPointError, match="lower lr"):
         training_cases.run("small", tmp_path, lr=1e30, clip=0.0, save_every=1)
@@ -574,7 +698,7 @@ def test_torchvision_for_another_torch_raises(monkeypatch):
         data.image_folders(Recipe(data=Path()))
 
 
-def test_wrong_teachers_raise():
+def test_wrong_teachers_raise(tmp_path):
     import_torchvision()
     from swiftkernels.training.data import teacher_of
 
@@ -587,6 +711,17 @@ def test_wrong_teachers_raise():
     ):
         with pytest.raises(ValueError, match=message):
             teacher_of(Recipe(**options | changes), 3)
+    path = tmp_path / "teacher.pth"
+    for content, message in (
+        ([1], "holds a list"),
+        ({3: torch.ones(1)}, "must be a state dict of squeezenet1_1 with 3 classes"),
+        ({"a": torch.ones(1)}, "must be a state dict of squeezenet1_1 .* Missing key"),
+        (Path("x"), "neither a tensor nor a plain value"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=message) as caught:
+            teacher_of(Recipe(**options, teacher_weights=str(path)), 3)
+        assert "\n" not in str(caught.value)
 
 
 def test_evaluation_uses_the_centre_of_the_image(tmp_path):
