@@ -176,11 +176,19 @@ def logarithmic(axes: Axes, steps: Sequence[float] = (1, 2, 5)) -> None:
 def add_title(figure: Figure, text: str) -> None:
     """A title at the top left."""
     x, y = figure.subplotpars.left, 1 - 0.18 / figure.get_figheight()
-    figure.text(x, y, text, fontsize=12, fontweight="bold", color=INK, va="top")
+    figure.text(x, y, text, fontsize=12, fontweight="bold", color=INK, va="top", parse_math=False)
 
 
 def add_caption(figure: Figure, text: str) -> None:
     """A wrapped caption at the bottom left."""
     wrapped = textwrap.fill(text, int(figure.get_figwidth() * 15.5))
     y = 0.12 / figure.get_figheight()
-    figure.text(figure.subplotpars.left, y, wrapped, fontsize=8, color="#666666", va="bottom")
+    figure.text(
+        figure.subplotpars.left,
+        y,
+        wrapped,
+        fontsize=8,
+        color="#666666",
+        va="bottom",
+        parse_math=False,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import re
 import sys
@@ -21,8 +22,9 @@ from swiftkernels.models.network import Network
 from swiftkernels.ops.types import Pooling
 from swiftkernels.utils import checks
 from swiftkernels.utils.extras import need
-from swiftkernels.utils.files import save_figure
+from swiftkernels.utils.files import make_folder, save_figure
 from swiftkernels.utils.images import CROP, DEVIATION, MEAN, load_image
+from swiftkernels.utils.text import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,7 +96,7 @@ def run(
         _check_names(paths)
     target = devices.find(device)
     if attention or features:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder("--out", out)
     try:
         model = from_pretrained(checkpoint, source=source, prefix=prefix, ema=ema, pooling=pooling)
     except ValueError as error:
@@ -115,31 +117,44 @@ def run(
                 warnings.simplefilter("always")
                 image = cropped(load_image(path), (size[0], size[-1]), crop)
         except Exception as error:  # every format raises its own errors
-            reason = str(error) or type(error).__name__
-            print(f"{path}: cannot be read as an image ({reason})\n", file=sys.stderr)
+            _skip(path, f"cannot be read as an image ({shown(error) or type(error).__name__})")
             failed = 1
             continue
         for warning in caught[:1]:
-            print(f"{path}: warning: {warning.message}", file=sys.stderr)
+            print(f"{shown(path)}: warning: {shown(warning.message)}", file=sys.stderr)
         pixels = to_tensor(image).unsqueeze(0).to(target)
-        print(path)
+        print(shown(path))
         if model.num_classes:
             with torch.no_grad():
                 p = model(pixels)[0].softmax(0)
+            if not p.isfinite().all():
+                _skip(path, "the output of the model is NaN or infinite")
+                failed = 1
+                continue
             for probability, index in zip(*p.topk(min(top or TOP, len(p))), strict=True):
-                print(f"  {probability:6.1%}  {names[int(index)]}")
-        if attention:
-            weights = [a[0].cpu() for a in token_weights(model, pixels).values()]
-            figure = attention_figure(image, path.name, weights, report.pooling)
-            print(f"  {_saved(figure, out, path, 'attention')}")
-        if features:
-            with torch.no_grad():
-                found = model.forward_intermediates(pixels, intermediates_only=True)
-                maps = [m[0].cpu() for m in found]
-            figure = features_figure(image, path.name, maps)
-            print(f"  {_saved(figure, out, path, 'features')}")
+                print(f"  {probability:6.1%}  {shown(names[int(index)])}")
+        try:
+            if attention:
+                weights = [a[0].cpu() for a in token_weights(model, pixels).values()]
+                figure = attention_figure(image, path.name, weights, report.pooling)
+                print(f"  {shown(_saved(figure, out, path, 'attention'))}")
+            if features:
+                with torch.no_grad():
+                    found = model.forward_intermediates(pixels, intermediates_only=True)
+                    maps = [m[0].cpu() for m in found]
+                figure = features_figure(image, path.name, maps)
+                print(f"  {shown(_saved(figure, out, path, 'features'))}")
+        except (OSError, ValueError, torch.linalg.LinAlgError) as error:
+            if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+                raise  # it would be the same for all images
+            _skip(path, f"cannot be drawn ({shown(error)})")
+            failed = 1
         print()
     return failed
+
+
+def _skip(path: Path, reason: str) -> None:
+    print(f"{shown(path)}: {reason}\n", file=sys.stderr)
 
 
 def _as_options(text: str) -> str:
@@ -294,12 +309,14 @@ def _figure(
 
 
 def _title(axes: Axes, text: str) -> None:
-    axes.set_title(text, fontsize=9.5, color=INK, pad=5)
+    axes.set_title(shown(text), fontsize=9.5, color=INK, pad=5, parse_math=False)
 
 
 def _saved(figure: Figure, out: Path, image: Path, kind: str) -> Path:
     path = out / f"{image.stem}_{kind}.png"
-    save_figure(figure, path, dpi=160, facecolor="white")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about letters that the font lacks
+        save_figure(figure, path, dpi=160, facecolor="white")
     return path
 
 
@@ -340,8 +357,9 @@ def _check_names(paths: Sequence[Path]) -> None:
         other = first.setdefault(path.stem, path)
         if other != path:
             raise ValueError(
-                f"images must have different names for drawing; {other} and {path} would be "
-                "written to the same file. Draw them in separate runs, with different --out."
+                f"images must have different names for drawing; {shown(other)} and {shown(path)} "
+                "would be written to the same file. Draw them in separate runs, with different "
+                "--out."
             )
 
 
@@ -367,7 +385,7 @@ def _class_names(
 ) -> tuple[list[str], str]:
     """The names of the classes, and a sentence on their origin."""
     if labels is not None:
-        return _labels(labels, num_classes), f"Class names: from {labels}."
+        return _labels(labels, num_classes), f"Class names: from {shown(labels)}."
     if configured is not None:
         return configured, "Class names: from config.json."
     if num_classes == IMAGENET_CLASSES:
@@ -388,16 +406,16 @@ def imagenet_names() -> list[str]:
 def _labels(path: Path, num_classes: int) -> list[str]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"--labels must be a file with one name a line; {path} {what}.")
+        raise ValueError(f"--labels must be a file with one name a line; {shown(path)} {what}.")
     try:
         names = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"--labels must be a text file in UTF-8; {path} is not ({error}). Convert it."
+            f"--labels must be a text file in UTF-8; {shown(path)} is not ({error}). Convert it."
         ) from error
     if len(names) != num_classes:
         raise ValueError(
-            f"--labels must have one line for each of the {num_classes} classes; {path} has "
+            f"--labels must have one line for each of the {num_classes} classes; {shown(path)} has "
             f"{len(names)}."
         )
     return names
@@ -414,5 +432,7 @@ def _image_files(given: Sequence[Path]) -> Iterator[Path]:
             continue
         inside = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
         if not inside:
-            raise ValueError(f"images must be image files or folders of them; {path} has none.")
+            raise ValueError(
+                f"images must be image files or folders of them; {shown(path)} has none."
+            )
         yield from inside

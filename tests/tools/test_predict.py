@@ -301,6 +301,71 @@ def test_unreadable_images_are_skipped(folder, checkpoint, capsys):
     assert "class " in captured.out.split("a.png")[1]
 
 
+NAMES = ("$x_{y$.png", "esc\x1b[31m.png", "new\nline.png", "\udcff.png", "größe.png")
+
+
+def test_any_file_name_is_printed_and_drawn(folder, checkpoint, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for name in NAMES:
+        (folder / name).write_bytes((folder / "a.png").read_bytes())
+    (folder / "broken\x1b[2J.png").write_bytes(b"no image")
+    labels = tmp_path / "labels.txt"
+    labels.write_text("cat\x1b[31m\ndog\nhen\ncow\nbee\n")
+    out = tmp_path / "out"
+    given = ("--size", 32, "--attention", "--features", "--labels", labels, "--out", out)
+    assert run(checkpoint, folder, *given) == 1
+    captured = capsys.readouterr()
+    for line in (captured.out + captured.err).splitlines():
+        assert line.isprintable()
+    for name in ("$x_{y$.png", "esc\\x1b[31m.png", "new\\nline.png", "\\udcff.png", "größe.png"):
+        assert f"{folder}/{name}\n" in captured.out
+    assert "cat\\x1b[31m\n" in captured.out
+    assert len(captured.err.splitlines()) == 2  # the broken image, and an empty line
+    drawn = {path.name for path in out.iterdir()}
+    assert drawn >= {
+        f"{Path(n).stem}_{kind}.png" for n in NAMES for kind in ("attention", "features")
+    }
+
+
+def test_one_image_that_cannot_be_drawn_does_not_stop_the_others(
+    folder, checkpoint, tmp_path, capsys
+):
+    pytest.importorskip("matplotlib")
+    long = folder / f"{250 * 'a'}.png"
+    (folder / "b.png").rename(long)
+    out = tmp_path / "out"
+    assert run(checkpoint, long, folder / "a.png", "--size", 32, "--features", "--out", out) == 1
+    captured = capsys.readouterr()
+    assert "cannot be drawn ([Errno 36] File name too long" in captured.err
+    assert captured.out.count("class ") == 10
+    assert [path.name for path in out.iterdir()] == ["a_features.png"]
+
+
+def test_outputs_that_are_not_finite_are_reported(folder, tmp_path, capsys):
+    model = trained()
+    with torch.no_grad():
+        for head in (model.head, model.head_dist):
+            head.weight.fill_(3e38)
+    save_checkpoint(model, tmp_path / "huge.pth")
+    assert run(tmp_path / "huge.pth", folder, "--size", 32) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("the output of the model is NaN or infinite") == 2
+    assert "nan%" not in captured.out
+
+
+def test_images_that_need_too_much_memory_are_reported(folder, checkpoint, monkeypatch, capsys):
+    PIL.open(folder / "b.png").convert("RGBA").save(folder / "rgba.png")
+    monkeypatch.setattr("swiftkernels.utils.images.MOST_BYTES", 4 * 64 * 80)
+    assert run(checkpoint, folder / "a.png", folder / "b.png", "--size", 32) == 0
+    monkeypatch.setattr("swiftkernels.utils.images.MOST_BYTES", 4 * 40 * 60)
+    assert run(checkpoint, folder, "--size", 32) == 1
+    err = capsys.readouterr().err
+    assert len(err.split()) > 0
+    assert "a.png: cannot be read as an image (64 x 80 pixels would need 0 MB of memory" in err
+    assert "rgba.png: cannot be read as an image (60 x 40 pixels" in err
+    assert "b.png:" not in err.replace("rgba.png", "")
+
+
 def test_too_large_images_are_reported_in_one_line_each(folder, checkpoint, monkeypatch, capsys):
     given = (checkpoint, folder / "b.png", folder / "a.png", "--size", 32)  # 2400, 5120 pixels
     monkeypatch.setattr(PIL, "MAX_IMAGE_PIXELS", 2500)
@@ -439,8 +504,12 @@ def test_unsuitable_models_and_folders_raise(folder, checkpoint, tmp_path, capsy
 
 def test_folder_that_cannot_be_created_raises(folder, checkpoint, capsys):
     pytest.importorskip("matplotlib")
-    assert run(checkpoint, folder / "a.png", "--features", "--out", folder / "a.png") == 2
-    assert "a.png" in capsys.readouterr().err
+    for out in (folder / "a.png", folder / "a.png" / "new" / "out"):
+        assert run(checkpoint, folder / "a.png", "--features", "--out", out) == 2
+        err = capsys.readouterr().err
+        assert err == (
+            f"error: --out must be a folder; {folder / 'a.png'} is a file. Choose another path.\n"
+        )
 
 
 def test_missing_packages_are_reported_with_their_extra(folder, checkpoint, monkeypatch, capsys):
