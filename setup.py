@@ -10,6 +10,7 @@ Environment: CXX, CXXFLAGS, LDFLAGS; SWIFTKERNELS_BUILD=0 skips the kernels.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -66,24 +68,28 @@ class BuildKernels(build_ext):
         directory = PACKAGE if self.inplace else Path(self.build_lib) / PACKAGE
         directory.mkdir(parents=True, exist_ok=True)
         record_path = directory / "_build.json"
-        old = json.loads(record_path.read_text()) if record_path.exists() else {}
+        old = read_record(record_path)
         compiler, version, error = find_compiler()
-        new = {"compiler": version, "error": error, "libraries": {}}
+        try:
+            own = {name: shlex.split(os.environ.get(name, "")) for name in ("CXXFLAGS", "LDFLAGS")}
+        except ValueError as reason:
+            own, error = {}, error or f"CXXFLAGS or LDFLAGS cannot be split into words: {reason}"
+        new = {"compiler": "" if error else version, "error": error, "libraries": {}}
         common = FLAGS.split()
-        if compiler and openmp_works(compiler):
+        if not error and openmp_works(compiler):
             common.append("-fopenmp")
         newest = max(os.stat(path).st_mtime for path in (*SOURCES, *HEADERS, "setup.py"))
 
         def build(isa: str) -> None:
             target = directory / f"_kernels_{isa}.so"
             # The user's flags come first, so that a -march in them does not replace the library's.
-            flags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *common, *ISAS[isa].split()]
+            flags = [*own.get("CXXFLAGS", ()), *common, *ISAS[isa].split()]
             command = [*compiler, *flags, f"-DSWIFTKERNELS_ISA_{isa.upper()}=1", *SOURCES]
-            command += shlex.split(os.environ.get("LDFLAGS", ""))
+            command += own.get("LDFLAGS", ())
             record = {"command": shlex.join(command), "error": error}
             new["libraries"][isa] = record
             fresh = target.exists() and target.stat().st_mtime > newest
-            same = old.get("libraries", {}).get(isa) == record and old["compiler"] == version
+            same = old["libraries"].get(isa) == record and old["compiler"] == version
             if not error and not (fresh and same):
                 record["error"] = compile_library(command, target)
             if record["error"]:
@@ -111,20 +117,42 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of the last build; an empty one if there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and isinstance(found.get("libraries"), dict):
+            return {"compiler": "", **found}
+    return {"compiler": "", "libraries": {}}
+
+
 def find_compiler() -> tuple[list[str], str, str]:
     """The command of the compiler and its version, or the reason why there is none."""
     if os.environ.get("SWIFTKERNELS_BUILD") == "0":
         return [], "", "SWIFTKERNELS_BUILD=0 was set"
     names = ("c++", "g++", "clang++")
-    command = shlex.split(os.environ.get("CXX", "")) or [n for n in names if shutil.which(n)][:1]
+    given = os.environ.get("CXX", "")
+    try:
+        command = shlex.split(given) or [n for n in names if shutil.which(n)][:1]
+    except ValueError as error:
+        return [], "", f"CXX={given} is no command: {error}"
     if not command:
         return [], "", f"no C++ compiler was found ({', '.join(names)})"
     try:
-        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "strerror", error)
+        done = call([*command, "--version"])
+        reason = f"it ended with status {done.returncode}" if done.returncode else ""
+    except OSError as error:
+        reason = str(error.strerror)
+    if reason:
         return [], "", f"the C++ compiler {shlex.join(command)} does not run: {reason}"
     return command, (done.stdout.splitlines() or [""])[0], ""
+
+
+def call(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a compiler; its output may have any encoding."""
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+    )
 
 
 def openmp_works(compiler: list[str]) -> bool:
@@ -140,11 +168,16 @@ def compile_library(command: list[str], target: Path) -> str:
     """Compile to `target`; returns the first lines of the compiler's errors, or ""."""
     # Not written in place, because processes may have the old library mapped.
     made = target.with_suffix(f".{os.getpid()}.tmp")
-    done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+    try:
+        done = call([*command, "-o", str(made)])
+    except OSError as error:
+        return f"the compiler does not run: {error.strerror}"
     if done.returncode:
         made.unlink(missing_ok=True)
         errors = "\n".join(done.stderr.splitlines()[:ERROR_LINES])
         return errors or f"the compiler ended with status {done.returncode}"
+    if not made.is_file():
+        return "the compiler wrote no file; is it a C++ compiler?"
     made.replace(target)
     return ""
 

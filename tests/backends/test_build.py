@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -25,7 +26,15 @@ from tests.builds import (
 )
 
 OPERATOR = Path("swiftkernels", "ops", "additive_attention", "csrc")
-NO_COMPILER = ({"PATH": "/nonexistent", "CXX": ""}, {"CXX": "/nonexistent/c++"})
+NO_COMPILER = (
+    {"PATH": "/nonexistent", "CXX": ""},
+    {"CXX": "/nonexistent/c++"},
+    {"CXX": "'"},
+    {"CXX": "/"},
+    {"CXX": "false"},
+    {"CXXFLAGS": "'"},
+    {"LDFLAGS": '"'},
+)
 
 
 @pytest.fixture
@@ -72,6 +81,19 @@ def test_without_a_compiler_the_package_is_built_pure(project, environment):
     assert said.startswith("None needs the compiled kernels, which were not built")
     assert record["error"] in said
     assert "reinstall: pip install" in said
+
+
+@pytest.mark.parametrize("compiler", ["echo", "true"])
+def test_a_program_that_is_no_compiler_leaves_the_kernels_out(compiler, project):
+    record_path = project / LIBRARIES / "_build.json"
+    record_path.write_text('{"libraries": [')  # of a build that was killed
+    log = build_in_place(project, CXX=compiler)
+    assert "the compiler wrote no file" in log
+    record = json.loads(record_path.read_text())
+    assert all("wrote no file" in made["error"] for made in record["libraries"].values())
+    text = run(project, "-m", "swiftkernels", "doctor", status=1, CXX="'").stdout
+    assert "the compiler wrote no file; is it a C++ compiler?" in text
+    assert "CXX=' is no command: No closing quotation" in text
 
 
 @needs_compiler
@@ -158,18 +180,39 @@ def test_a_wheel_with_libraries_is_for_one_platform_and_every_python(project):
     assert "swiftkernels/backends/cpu/_build.json" in names
 
 
-def test_the_sdist_has_every_source(tmp_path):
-    project = copy_project(tmp_path / "project", with_kernels=True)
+def files_of(folder: Path) -> set[str]:
+    """The files of the project in a folder, without what was made there."""
+    made = {".git", ".nox", ".venv", "__pycache__", "build", "dist", "results", "mathematics"}
+    caches = (".so", "_build.json", ".tmp", ".pyc")
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file()
+        and not made & {*path.relative_to(folder).parts}
+        and not any(p.endswith(("_cache", "egg-info", "_build")) for p in path.parts)
+        and ".benchmarks" not in path.parts
+        and not path.name.endswith(caches)
+    }
+
+
+def test_the_sdist_is_whole(tmp_path):
+    """It has all files of the project, so that its tests can run."""
+    project, names = tmp_path / "project", files_of(ROOT)
+    for name in names:
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, project / name)
+    (project / LIBRARIES / "_kernels_portable.so").touch()
+    (project / LIBRARIES / "_build.json").touch()
     run(project, "setup.py", "-q", "sdist")
     (sdist,) = (project / "dist").glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    paths = project.glob("swiftkernels/**/csrc/*")
-    sources = {path.relative_to(project).as_posix() for path in paths}
-    assert {f"{OPERATOR.as_posix()}/forward.cpp", f"{CSRC.as_posix()}/simd.h"} <= sources
-    assert sources <= names
-    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
-    assert not [n for n in names if n.endswith((".so", "_build.json"))]
+        found = {name.split("/", 1)[-1] for name in archive.getnames() if "." in name}
+        archive.extractall(tmp_path, filter="data")
+    assert {f"{OPERATOR.as_posix()}/forward.cpp", "tests/conftest.py", "constraints.txt"} <= names
+    assert names - found - {"PKG-INFO", "setup.cfg"} == set()
+    assert not [name for name in found if name.endswith((".so", "_build.json", ".pyc"))]
+    unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
+    assert files_of(unpacked) - {"PKG-INFO", "setup.cfg"} == names - {"PKG-INFO", "setup.cfg"}
 
 
 @needs_compiler
