@@ -214,8 +214,19 @@ def accelerate(
             "fork with other names of the parts of the attention, pass them: names={'to_query': "
             "..., ...}."
         )
-    # All layers are inspected before the first one changes.
-    undo = [replacement.make() for replacement in replacements]
+    # All layers are inspected before the first one changes. Either all change, or none.
+    undo: list[Callable[[], None]] = []
+    try:
+        for replacement in replacements:
+            undo.append(replacement.make())
+    except BaseException as error:
+        Undoable(undo).undo()
+        if not isinstance(error, TypeError):  # of Python, about the class
+            raise
+        raise ValueError(
+            "model must hold layers whose class can be replaced; "
+            f"{type(replacement.module).__name__} cannot ({error}). The model is unchanged."
+        ) from error
     return Acceleration(layers, reports, undo)
 
 
@@ -250,8 +261,8 @@ class _Replacement(NamedTuple):
         before = {name: vars(module)[name] for name in attributes if name in vars(module)}
         changed = _with_base(type(module), kind, accelerated)
         assert changed is not None
-        vars(module).update(attributes)
         module.__class__ = changed
+        vars(module).update(attributes)
 
         def undo() -> None:
             restored = _with_base(type(module), accelerated, kind)

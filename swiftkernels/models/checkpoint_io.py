@@ -240,15 +240,18 @@ def load_weights(
             "first: model.to_empty(device='cpu')."
         )
     fit = fit_to(own, found, fresh_heads=fresh_heads, strict=strict)
-    weights = {k: t.to(own[k].dtype) for k, t in fit.weights.items()}
-    too_large = [k for k, t in weights.items() if t is not fit.weights[k] and not _is_finite(t)]
+    too_large = [
+        k
+        for k, t in fit.weights.items()
+        if _is_narrower(own[k].dtype, t.dtype) and not _is_finite(t.to(own[k].dtype))
+    ]
     if too_large:
         raise ValueError(
             f"{found.name} must hold values that the types of the model can represent; those of "
             f"{listed(too_large)} become infinite. Convert the model: model.double()."
         )
-    _change(model, weights, chosen, found.name)
-    notes = [f"pooling: {chosen}, {reason}", *_casts(found.state_dict, own, weights)]
+    _change(model, own, fit.weights, chosen, found.name)
+    notes = [f"pooling: {chosen}, {reason}", *_casts(found.state_dict, own, fit.weights)]
     if found.average:
         notes.append(
             f"weights: the file also holds their moving average, {found.average!r}; ema=True "
@@ -322,19 +325,38 @@ def _casts(
         yield f"cast from {theirs} to {ours}: {listed(names, 2)}"
 
 
-def _change(model: nn.Module, weights: Mapping[str, Tensor], pooling: Pooling, name: str) -> None:
-    """Copy all weights into the model and set its pooling; if anything fails, restore the model."""
-    before = {k: t.clone() for k, t in model.state_dict().items() if k in weights}
+def _is_narrower(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a type has infinities where another one has finite values."""
+    if not (dtype.is_floating_point and other.is_floating_point):
+        return False
+    return torch.finfo(dtype).max < torch.finfo(other).max
+
+
+@torch.no_grad()
+def _change(
+    model: nn.Module,
+    own: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    pooling: Pooling,
+    name: str,
+) -> None:
+    """Copy weights into a model with the state dict `own`, and set its pooling.
+
+    If anything fails, or is interrupted, the model is restored.
+    """
+    before = {k: own[k].clone() for k in weights}
     poolings = [(attention, attention.pooling) for attention in _attentions(model)]
     try:
-        model.load_state_dict(weights, strict=False)
+        for k, t in weights.items():
+            own[k].copy_(t)
         for attention, _ in poolings:
             attention.pooling = pooling
     except BaseException as error:
         for attention, old in poolings:
             attention.pooling = old
-        with contextlib.suppress(RuntimeError):  # of tensors that could not be changed either
-            model.load_state_dict(before, strict=False)
+        for k, t in before.items():
+            with contextlib.suppress(RuntimeError):  # of a tensor that was not changed either
+                own[k].copy_(t)
         if not isinstance(error, Exception):  # an interruption
             raise
         reason = str(error).strip().split("\n")[-1].strip()

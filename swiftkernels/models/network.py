@@ -146,8 +146,8 @@ class Network(nn.Module):
         else:
             self.norm: nn.Module = nn.BatchNorm2d(last, **factory)
             self.head_drop = nn.Dropout(drop_rate)
-            self.head = self._new_head(**factory)
-            self.head_dist = self._new_head(**factory) if distillation else None
+            self.head = self._new_head(num_classes, **factory)
+            self.head_dist = self._new_head(num_classes, **factory) if distillation else None
 
     # forward and forward_head have no return types: TorchScript compiles the branch that a network
     # takes, and infers the type from it.
@@ -334,13 +334,17 @@ class Network(nn.Module):
         """
         self._check_heads()
         check_classes(num_classes)
-        if global_pool is not None:
-            self.global_pool = _checked_pool(global_pool)
-        self.num_classes = num_classes
+        pool = self.global_pool if global_pool is None else _checked_pool(global_pool)
         like = next(self.parameters())
-        self.head = self._new_head(device=like.device, dtype=like.dtype)
-        if self.head_dist is not None:
-            self.head_dist = self._new_head(device=like.device, dtype=like.dtype)
+        count = 1 if self.head_dist is None else 2
+        # Heads of many classes may exceed the memory: nothing has changed then.
+        head, *others = (
+            self._new_head(num_classes, device=like.device, dtype=like.dtype) for _ in range(count)
+        )
+        self.global_pool, self.num_classes = pool, num_classes
+        self.head = head
+        if others:
+            self.head_dist = others[0]
 
     def set_distilled_training(self, enable: bool = True) -> None:
         """In training, return the outputs of both heads (`Logits`) instead of their mean.
@@ -403,10 +407,10 @@ class Network(nn.Module):
                 maps.append(x)
         return maps
 
-    def _new_head(self, **factory: Any) -> nn.Module:
-        if self.num_classes == 0:
+    def _new_head(self, num_classes: int, **factory: Any) -> nn.Module:
+        if num_classes == 0:
             return nn.Identity()
-        head = nn.Linear(self.num_features, self.num_classes, **factory)
+        head = nn.Linear(self.num_features, num_classes, **factory)
         return head.apply(initialise).train(self.training)
 
     def _check_heads(self) -> None:
