@@ -1,0 +1,150 @@
+"""The operators: sizes, strides, dtypes, values, masks and options, against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("hypothesis")
+
+import torch
+from hypothesis import event, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from swiftkernels.ops.operator import Call, Operator
+from swiftkernels.testing.tolerance import relative_error
+from tests.contract.cases import (
+    DRAWS,
+    Implementation,
+    beyond,
+    cast,
+    definition,
+    draw,
+    errors,
+    implementations,
+    public,
+    random_dout,
+    with_tensors,
+)
+
+FOUND = [i for i in implementations() if i.backend != "reference"]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FINITE = ("none", "zeros", "negative zeros", "subnormal", "large", "65504", "equal", "tiny")
+INFINITE = ("inf", "-inf", "nan")
+
+sizes = st.tuples(
+    st.integers(0, 5) | st.just(1),
+    st.integers(1, 70) | st.sampled_from([1, 49, 64, 65, 196]),
+    st.integers(1, 40) | st.sampled_from([16, 48, 64, 65]),
+    st.integers(1, 40) | st.sampled_from([16, 48, 64, 65, 96]),
+)
+
+
+@st.composite
+def cases(draw_: Any) -> tuple[Implementation, torch.dtype, Any, str, str, str]:
+    implementation = draw_(st.sampled_from(FOUND))
+    dtype = draw_(st.sampled_from([t for t in DTYPES if implementation.takes(t)]))
+    variant = draw_(st.sampled_from(["", *implementation.operator.variants]))
+    values = draw_(st.sampled_from([*FINITE, *FINITE, *INFINITE]))
+    strides = draw_(st.sampled_from(["none", "transposed", "sliced", "reversed", "expanded"]))
+    event(f"operator: {implementation}")
+    event(f"values: {values}")
+    return implementation, dtype, draw_(sizes), variant, values, strides
+
+
+def with_values(x: Tensor, values: str, seed: int) -> Tensor:
+    """Some elements have another value."""
+    if values == "none" or x.numel() == 0:
+        return x
+    if values == "equal":
+        return torch.ones_like(x)
+    chosen = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) < 0.2
+    info = torch.finfo(x.dtype)
+    value = {
+        "zeros": 0.0,
+        "negative zeros": -0.0,
+        "subnormal": info.smallest_normal / 4,
+        "large": 100.0,
+        "65504": 65504.0,
+        "tiny": info.smallest_normal * 8,
+    }
+    return x.masked_fill(chosen.to(x.device), value.get(values) or 0.0)
+
+
+def with_strides(x: Tensor, strides: str) -> Tensor:
+    """The same values, elsewhere in memory."""
+    if strides == "transposed" and x.dim() > 1:
+        return x.mT.contiguous().mT
+    if strides == "sliced":
+        return torch.cat([x, x], -1)[..., : x.shape[-1]]
+    if strides == "reversed" and x.dim() > 2:
+        return x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
+    if strides == "expanded" and x.shape[0] > 0:
+        return x[:1].expand(x.shape)
+    return x
+
+
+def make(case: Any, seed: int) -> Call | None:
+    implementation, dtype, size, variant, values, strides = case
+    call = draw(implementation, dtype, size, variant, seed)
+    if call is None:
+        return None
+    inputs = tuple(with_strides(with_values(t, values, seed), strides) for t in call.inputs)
+    return call._replace(inputs=inputs)
+
+
+def is_comparable(operator: Operator, call: Call) -> bool:
+    """Whether output and gradients of eager PyTorch are finite, and of float64."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in call.tensors()]
+    out = definition(operator)(with_tensors(call, leaves))
+    return bool(out.isfinite().all())
+
+
+@given(cases())
+def test_errors_are_at_most_twice_those_of_eager(case):
+    operator = case[0].operator
+    if case[4] in INFINITE:
+        return
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(DRAWS):
+        call = make(case, seed)
+        if call is None or not is_comparable(operator, call):
+            event("not comparable" if call else "not supported")
+            return
+        found = errors(operator, call, operator, random_dout(operator, call, seed))
+        for name, pair in found.items():
+            if pair[1] == pair[1]:  # eager's gradient may be NaN
+                pairs.setdefault(name, []).append(pair)
+        if seed == 0 and not beyond(pairs, case[1]):
+            break
+    assert not beyond(pairs, case[1])
+    with torch.no_grad():
+        out = public(operator)(call)
+        assert torch.equal(out, public(operator)(call))
+        assert relative_error(out, operator(call)) <= 64 * torch.finfo(case[1]).eps
+
+
+@given(cases())
+def test_values_that_are_not_finite_stay_in_their_batch_element(case):
+    implementation, dtype, size, variant, values, strides = case
+    if values not in INFINITE or size[0] < 2 or strides == "expanded":
+        return
+    operator = implementation.operator
+    call = draw(implementation, dtype, size, variant, 0)
+    if call is None:
+        return
+    clean = public(operator)(call)
+    inputs = []
+    for t in call.inputs:
+        changed = t.clone()
+        changed[0].view(-1)[0] = float(values)
+        inputs.append(with_strides(changed, strides))
+    call = call._replace(inputs=tuple(inputs))
+    out = public(operator)(call)
+    eager = definition(operator)(cast(call, torch.float64))
+    event(f"in float64 {'finite' if eager[0].isfinite().all() else 'not finite'}")
+    assert torch.equal(out[1:], clean[1:])
+    wrong = out[0].isfinite() & ~eager[0].isfinite()
+    assert not wrong.any()
