@@ -5,6 +5,9 @@ with the oldest and the newest Triton, `nox -s "kernels-3.9.0"` with one of them
 environment in .nox. No GPU is needed: the kernels are cross-compiled, and run in Triton's
 interpreter.
 
+`nox -s python` runs all tests with the oldest and the newest Python, `nox -s "python-3.13"` with
+one of them.
+
 `nox -s wheel` builds a wheel for Linux, repairs it, and tests it in an environment without a
 compiler. The wheel is in dist.
 """
@@ -29,6 +32,13 @@ def oldest(session: nox.Session) -> None:
     """`nox -s oldest -- tests/integrations/test_export.py` runs some of the tests."""
     models = ("timm==1.0.31", "transformers==5.23.0")
     session.install(*OLDEST, *models, "-e", ".[bench,compare,coreml,export,predict,test]")
+    session.run("pytest", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(python=["3.10", "3.13"])
+def python(session: nox.Session) -> None:
+    """`nox -s python-3.10 -- tests/utils` runs some of the tests."""
+    session.install("-c", "constraints.txt", "-e", ".[bench,compare,hub,predict,test]")
     session.run("pytest", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 

@@ -45,6 +45,9 @@ SMALLEST_CROP = 0.1
 MOST_PIXELS = 4096**2
 """Largest input of the model; SwiftFormer-L3 needs several GB of memory for it."""
 
+MOST_COPIED = 4096**2
+"""Pixels of an image up to which the part that is resized is copied first."""
+
 ATTENTION = "Weights of the tokens in the global query, pooling "
 UNITS = {
     "l2": ", in units of 1 / sqrt(N): equal weights would all be 1 or -1",
@@ -181,10 +184,13 @@ def cropped(image: Image, size: tuple[int, int] = (224, 224), crop: float = CROP
     # The smallest factor with which both sides are long enough.
     factor = max(int(height / crop) / image.height, int(width / crop) / image.width)
     sides = (image.width, width, factor), (image.height, height, factor)
-    (left, right, *across), (upper, lower, *along) = (_window(*side) for side in sides)
-    box = across[0], along[0], across[1], along[1]
-    part = image.crop((left, upper, right, lower))
-    return part.resize((width, height), Resampling.BICUBIC, box=box)
+    (left, right, x, x_end), (upper, lower, y, y_end) = (_window(*side) for side in sides)
+    box = x, y, x_end, y_end
+    if (right - left) * (lower - upper) > MOST_COPIED:
+        box = left + x, upper + y, left + x_end, upper + y_end
+    else:  # Pillow rounds the numbers of a box to float32
+        image = image.crop((left, upper, right, lower))
+    return image.resize((width, height), Resampling.BICUBIC, box=box)
 
 
 def _window(length: int, result: int, factor: float) -> tuple[int, int, float, float]:

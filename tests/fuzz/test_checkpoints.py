@@ -106,7 +106,8 @@ def tensors(draw: Any, like: Tensor) -> Any:
 def contents(draw: Any) -> Any:
     """What a file holds."""
     source = draw(st.sampled_from(["", "", *OTHERS]))
-    weights: dict[Any, Any] = dict(OTHERS[source] if source else WEIGHTS)
+    originals = OTHERS[source] if source else WEIGHTS
+    weights: dict[Any, Any] = dict(originals)
     for _ in range(draw(st.integers(0, 3))):
         name = draw(st.sampled_from(list(weights)))
         action = draw(st.sampled_from(["delete", "rename", "replace", "replace", "add", "copy"]))
@@ -114,8 +115,8 @@ def contents(draw: Any) -> Any:
             del weights[name]
         elif action == "rename":
             weights[draw(keys)] = weights.pop(name)
-        elif action == "replace" and isinstance(weights[name], Tensor):
-            weights[name] = draw(tensors(weights[name]))
+        elif action == "replace" and name in originals:
+            weights[name] = draw(tensors(originals[name]))
         elif action == "add":
             weights[draw(keys)] = draw(plain)
         else:

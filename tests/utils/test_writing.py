@@ -5,11 +5,10 @@ from __future__ import annotations
 import doctest
 import errno
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from swiftkernels.training import metrics
 from swiftkernels.utils import files
 from tests.builds import ROOT
 from tests.conftest import DISK_BYTES
+from tests.disks import file_system
 
 
 def toy() -> SwiftFormer:
@@ -135,26 +135,10 @@ def test_file_size_limit_of_the_system(tmp_path):
     assert_old_files_stay(limit, errno.EFBIG, tmp_path)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB, if mounting is permitted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount, unmount = shutil.which("mount"), shutil.which("umount")
-    if mount is None or unmount is None:
-        pytest.skip("needs mount")
-    command = [mount, "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting is not permitted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run([unmount, str(folder)], check=True)
-
-
-def test_full_file_system(small_disk):
+def test_full_file_system(tmp_path):
     pytest.importorskip("safetensors")
-    assert_old_files_stay("", errno.ENOSPC, small_disk)
+    with file_system(tmp_path / "disk", "64k") as folder:
+        assert_old_files_stay("", errno.ENOSPC, folder)
 
 
 def test_new_files_have_the_default_mode(tmp_path):
