@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swiftkernels.ops.operator import Call, Operator
+from swiftkernels.ops.operator import Call
 from swiftkernels.testing.tolerance import relative_error
 from tests.contract.cases import (
     DRAWS,
@@ -27,7 +28,6 @@ from tests.contract.cases import (
     parameters,
     public,
     random_dout,
-    with_tensors,
 )
 
 FOUND = [i for i in implementations() if i.backend != "reference"]
@@ -96,13 +96,6 @@ def make(case: Any, seed: int) -> Call | None:
     return call._replace(inputs=inputs)
 
 
-def is_comparable(operator: Operator, call: Call) -> bool:
-    """Whether output and gradients of eager PyTorch are finite, and of float64."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in call.tensors()]
-    out = definition(operator)(with_tensors(call, leaves))
-    return bool(out.isfinite().all())
-
-
 @given(cases())
 def test_errors_are_at_most_twice_those_of_eager(case):
     operator = case[0].operator
@@ -111,13 +104,15 @@ def test_errors_are_at_most_twice_those_of_eager(case):
     pairs: dict[str, list[tuple[float, float]]] = {}
     for seed in range(DRAWS):
         call = make(case, seed)
-        if call is None or not is_comparable(operator, call):
-            event("not comparable" if call else "not supported")
+        if call is None:
+            event("not supported")
             return
         found = errors(operator, call, operator, random_dout(operator, call, seed), False)
+        if not all(math.isfinite(eager) for _, eager in found.values()):
+            event("eager PyTorch overflows")
+            return
         for name, pair in found.items():
-            if pair[1] == pair[1]:  # eager's gradient may be NaN
-                pairs.setdefault(name, []).append(pair)
+            pairs.setdefault(name, []).append(pair)
         if seed == 0 and not beyond(pairs, case[1]):
             break
     assert not beyond(pairs, case[1])
