@@ -87,7 +87,7 @@ def _are_rows(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(row, dict)
         and set(row) <= set(metrics.COLUMNS)
-        and all(map(_is_number, row.values()))
+        and all(isinstance(v, (int, float)) for v in row.values())  # NaN too: scores may be
         for row in value
     )
 

@@ -30,10 +30,8 @@ NO_COMPILER = (
     {"PATH": "/nonexistent", "CXX": ""},
     {"CXX": "/nonexistent/c++"},
     {"CXX": "'"},
-    {"CXX": "/"},
     {"CXX": "false"},
     {"CXXFLAGS": "'"},
-    {"LDFLAGS": '"'},
 )
 
 
@@ -83,11 +81,10 @@ def test_without_a_compiler_the_package_is_built_pure(project, environment):
     assert "reinstall: pip install" in said
 
 
-@pytest.mark.parametrize("compiler", ["echo", "true"])
-def test_a_program_that_is_no_compiler_leaves_the_kernels_out(compiler, project):
+def test_a_program_that_is_no_compiler_leaves_the_kernels_out(project):
     record_path = project / LIBRARIES / "_build.json"
     record_path.write_text('{"libraries": [')  # of a build that was killed
-    log = build_in_place(project, CXX=compiler)
+    log = build_in_place(project, CXX="echo")
     assert "the compiler wrote no file" in log
     record = json.loads(record_path.read_text())
     assert all("wrote no file" in made["error"] for made in record["libraries"].values())
@@ -182,16 +179,16 @@ def test_a_wheel_with_libraries_is_for_one_platform_and_every_python(project):
 
 def files_of(folder: Path) -> set[str]:
     """The files of the project in a folder, without what was made there."""
-    made = {".git", ".nox", ".venv", "__pycache__", "build", "dist", "results", "mathematics"}
-    caches = (".so", "_build.json", ".tmp", ".pyc")
+    made = {"__pycache__", "_build", "mathematics"}
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file()
-        and not made & {*path.relative_to(folder).parts}
-        and not any(p.endswith(("_cache", "egg-info", "_build")) for p in path.parts)
-        and ".benchmarks" not in path.parts
-        and not path.name.endswith(caches)
+        path.as_posix()
+        for path in found
+        if not made & {*path.parts}
+        and path.parts[0] not in ("build", "dist", "results")
+        and not any(p.startswith(".") and p != ".ci" for p in path.parts[:-1])
+        and not any(p.endswith(".egg-info") for p in path.parts)
+        and not path.name.endswith((".so", "_build.json", ".tmp", ".pyc"))
     }
 
 

@@ -111,8 +111,11 @@ def test_errors_are_at_most_twice_those_of_eager(case):
         if not all(math.isfinite(eager) for _, eager in found.values()):
             event("eager PyTorch overflows")
             return
-        for name, pair in found.items():
-            pairs.setdefault(name, []).append(pair)
+        for name, (error, eager) in found.items():
+            # PyTorch chooses the order of the sums over the tokens by the sizes.
+            order = case[2][1] ** 0.5 * torch.finfo(torch.float32).eps
+            allowed = order if case[0].multiplies_by_torch(name) else 0.0
+            pairs.setdefault(name, []).append((error - allowed, eager))
         if seed == 0 and not beyond(pairs, case[1]):
             break
     assert not beyond(pairs, case[1])
@@ -141,7 +144,7 @@ def test_values_that_are_not_finite_stay_in_their_batch_element(case):
     inputs = []
     for t in call.inputs:
         changed = t.clone()
-        changed[0].view(-1)[0] = float(values)
+        changed[(0,) * changed.dim()] = float(values)
         inputs.append(with_strides(changed, strides))
     call = call._replace(inputs=tuple(inputs))
     out = operator(call)
