@@ -179,7 +179,7 @@ def test_a_wheel_with_libraries_is_for_one_platform_and_every_python(project):
 
 def files_of(folder: Path) -> set[str]:
     """The files of the project in a folder, without what was made there."""
-    made = {"__pycache__", "_build", "mathematics"}
+    made = {".git", "__pycache__", "_build", "mathematics"}
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return {
         path.as_posix()
