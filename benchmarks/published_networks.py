@@ -37,7 +37,8 @@ from swiftkernels.testing import networks
 from swiftkernels.testing.engines import OURS, Call
 from swiftkernels.testing.networks import Problem
 from swiftkernels.testing.ratios import markdown_table
-from swiftkernels.utils.files import read_csv, write_csv
+from swiftkernels.utils import command
+from swiftkernels.utils.files import make_folder, read_csv, write_csv
 from swiftkernels.utils.progress import Progress
 
 CSV = "published_networks.csv"
@@ -233,7 +234,7 @@ def report(out: Path) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments, with the defaults of a short or quick run."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m benchmarks.published_networks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -321,15 +322,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     failures = []
     if not given.report:
-        given.out.mkdir(parents=True, exist_ok=True)
+        make_folder("--out", given.out)
         try:
             failures = run(given)
-        except KeyboardInterrupt:
-            print("\nInterrupted. To measure what is missing, add --resume.", file=sys.stderr)
-            return 130
+        except KeyboardInterrupt as interruption:
+            interruption.args = ("to measure what is missing, add --resume",)
+            raise
     report(given.out)
     return int(bool(failures))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))
