@@ -61,7 +61,7 @@ class Architecture(NamedTuple):
 
     @property
     def class_(self) -> str:
-        """As `config.architecture` has it."""
+        """As `sizes.architecture` has it."""
         if not self.is_cuda:
             return "amd"
         return "small" if self.shared_memory < 150_000 else "large"
@@ -146,7 +146,7 @@ def launches_of(
 ) -> list[Launch]:
     """The launches of a forward and a backward with all gradients, C = E = D = width.
 
-    `class_` is the class of the GPU: see `config.architecture`. The tokens are [2, 64, width],
+    `class_` is the class of the GPU: see `sizes.architecture`. The tokens are [2, 64, width],
     contiguous or, with `images`, a transposed [2, width, 64]. The kernels do not depend on the 2
     and the 64.
     """
@@ -157,7 +157,7 @@ def launches_of(
     if images:
         tensors[0] = x.transpose(1, 2).contiguous().transpose(1, 2)
     mask = make_mask(2, 64) if masked else None
-    on_class = mock.patch.object(config, "architecture", return_value=class_)
+    on_class = mock.patch.object(launch, "architecture", return_value=class_)
     launch.forget_launches()  # their key has the device, which is always the CPU here
     with on_class, recorded_launches() as launches:
         calls.forward(tensors, mask, pooling)()

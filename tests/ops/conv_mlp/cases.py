@@ -70,3 +70,45 @@ def kernels_in_use(handle: Any) -> Iterator[None]:
     with mock.patch.object(cpu, "kernels", return_value=handle):
         yield
     _known.clear()
+
+
+def identity(x: Tensor, activation: str, backend: str) -> Tensor:
+    """The activation of x [N], by the operator with weights of 1."""
+    tensors: Tensors = [x.view(1, 1, 1, -1), None, None, x.new_ones(1, 1), None]
+    return run(*tensors, x.new_ones(1, 1), None, activation=activation, residual=False,
+               backend=backend).flatten()  # fmt: skip
+
+
+# How x lies in memory.
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    """Between all elements NaN, which must not be read."""
+    wide = x.new_full([2 * n for n in x.shape], float("nan"))
+    view = wide[tuple(slice(None, None, 2) for _ in x.shape)]
+    return view.copy_(x)
+
+
+def part_of_channels(x: Tensor) -> Tensor:
+    """Pixels of full vectors with a gap behind each: they are read in place."""
+    batch, channels, rows, columns = x.shape
+    wide = x.new_full((batch, rows, columns, channels + 16), float("nan"))
+    return wide[..., :channels].copy_(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def crop(x: Tensor) -> Tensor:
+    """A part of a larger image, with a gap behind each row."""
+    batch, channels, rows, columns = x.shape
+    wide = channels_last(x.new_full((batch, channels, rows + 3, columns + 2), float("nan")))
+    return wide[:, :, 1 : rows + 1, 2:].copy_(x)
+
+
+def expanded(x: Tensor) -> Tensor:
+    return x[:1, :, :1].expand(x.shape)
+
+
+LAYOUTS = (torch.Tensor.contiguous, channels_last, with_gaps, part_of_channels, crop, expanded)

@@ -19,8 +19,10 @@ from tests.ops.conv_mlp.cases import (
     HIDDEN,
     IMAGES,
     KERNELS,
-    Tensors,
+    LAYOUTS,
     assert_accurate,
+    channels_last,
+    identity,
     kernels_in_use,
     make_tensors,
     run,
@@ -63,38 +65,6 @@ def test_odd_sizes(image: tuple[int, int]) -> None:
 def test_other_widths_of_the_output(kernel: int | None) -> None:
     for D in (1, 16, 50):
         assert_accurate(make_tensors((1, 24, 6, 7), 64, kernel, out_dims=D))
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def with_gaps(x: Tensor) -> Tensor:
-    """Between all elements NaN, which must not be read."""
-    wide = x.new_full([2 * n for n in x.shape], float("nan"))
-    view = wide[tuple(slice(None, None, 2) for _ in x.shape)]
-    return view.copy_(x)
-
-
-def part_of_channels(x: Tensor) -> Tensor:
-    """Pixels of full vectors with a gap behind each: they are read in place."""
-    batch, channels, rows, columns = x.shape
-    wide = x.new_full((batch, rows, columns, channels + 16), float("nan"))
-    return wide[..., :channels].copy_(x.movedim(1, -1)).movedim(-1, 1)
-
-
-def crop(x: Tensor) -> Tensor:
-    """A part of a larger image, with a gap behind each row."""
-    batch, channels, rows, columns = x.shape
-    wide = channels_last(x.new_full((batch, channels, rows + 3, columns + 2), float("nan")))
-    return wide[:, :, 1 : rows + 1, 2:].copy_(x)
-
-
-def expanded(x: Tensor) -> Tensor:
-    return x[:1, :, :1].expand(x.shape)
-
-
-LAYOUTS = (torch.Tensor.contiguous, channels_last, with_gaps, part_of_channels, crop, expanded)
 
 
 @pytest.mark.usefixtures("isa")
@@ -180,13 +150,6 @@ def test_what_is_not_finite_stays_within_reach_of_the_convolution(
         assert not out[near].isfinite().any()
         if bad != bad:
             assert out[near].isnan().all()
-
-
-def identity(x: Tensor, activation: str, backend: str) -> Tensor:
-    """The activation of x [N], by the operator with weights of 1."""
-    tensors: Tensors = [x.view(1, 1, 1, -1), None, None, x.new_ones(1, 1), None]
-    return run(*tensors, x.new_ones(1, 1), None, activation=activation, residual=False,
-               backend=backend).flatten()  # fmt: skip
 
 
 VALUES = torch.cat([torch.linspace(-20, 20, 100_001), torch.logspace(-30, 30, 1001),

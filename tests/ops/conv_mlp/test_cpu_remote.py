@@ -17,11 +17,11 @@ from tests.ops.conv_mlp.cases import (
     HIDDEN,
     IMAGES,
     KERNELS,
+    LAYOUTS,
     assert_accurate,
     kernels_in_use,
     make_tensors,
 )
-from tests.ops.conv_mlp.test_cpu import LAYOUTS
 
 PROCESSES = [
     *(pytest.param(build, marks=sanitizers.pytestmark) for build in sanitizers.BUILDS),
