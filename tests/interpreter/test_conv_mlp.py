@@ -91,10 +91,9 @@ def test_kernels_and_activations(activation: str, kernel: int | None) -> None:
     assert_exact(train("triton", tensors, **options), train("reference", tensors, **options))
 
 
-@pytest.mark.parametrize("image", [(1, 1), (1, 9), (9, 1), (7, 7), (14, 15)])
+@pytest.mark.parametrize("image", [(1, 1), (1, 9), (9, 1), (9, 10)])
 def test_odd_sizes(image: tuple[int, int]) -> None:
-    """In the last one, gradients of the weights are partial sums."""
-    for batch, kernel in ((2, 3), (1, 5), (3, None)):
+    for batch, kernel in ((2, 3), (1, 7), (3, None)):
         tensors = make_tensors((batch, 16, *image), 24, kernel)
         assert_exact(train("triton", tensors), train("reference", tensors))
 
@@ -132,7 +131,7 @@ def test_strides(layout: Callable[[Tensor], Tensor]) -> None:
 
 def test_images_of_a_batch_share_tiles() -> None:
     """If their pixels have one stride; their neighbours are outside all the same."""
-    tensors = make_tensors((9, 16, 2, 3), 24, 5)
+    tensors = make_tensors((7, 16, 2, 3), 24, 5)
     for layout in (channels_last, Tensor.contiguous):
         tensors[0] = layout(tensors[0])
         expected = torch.cat([infer("reference", [x, *tensors[1:]]) for x in tensors[0].split(1)])

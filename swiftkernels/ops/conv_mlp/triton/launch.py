@@ -214,7 +214,7 @@ class InferencePlan:
 
     Args:
         x: an input of the calls.
-        tensors: `Weights`, then `Norm`. The plan is called with these.
+        tensors: `Weights`, then `Norm` or nothing. The plan is called with these.
         eps: of the BatchNorm.
         options: of the operator.
     """
@@ -227,7 +227,7 @@ class InferencePlan:
         self._eps, self._options = eps, options
         self._places = cache.places(cache.present(tuple(tensors)))
         self._precision = precision(x.dtype)
-        weights, norm = Weights._make(tensors[:6]), Norm._make(tensors[6:])
+        weights, norm = Weights(*tensors[:6]), Norm(*tensors[6:])  # type: ignore[arg-type]
         self._out = output_like(x, weights.token_dim)
         self._launch: KernelLaunch | None = None
         if x.numel() > 0:
@@ -246,7 +246,7 @@ class InferencePlan:
             return None  # PyTorch's setting has changed
         launch = self._launch
         if launch is None or not launch.ready or not fits_kernels(x):
-            weights, norm = Weights._make(tensors[:6]), Norm._make(tensors[6:])
+            weights, norm = Weights(*tensors[:6]), Norm(*tensors[6:])  # type: ignore[arg-type]
             return infer(x, weights, norm, self._eps, self._options)
         out = torch.empty_strided(*self._out, dtype=x.dtype, device=x.device)
         with device_guard(x):
