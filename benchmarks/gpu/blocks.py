@@ -26,7 +26,7 @@ import functools
 import importlib.metadata
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -66,10 +66,10 @@ class Count:
     layer: str
     dtype: str
     direction: str
-    batch: int
-    tokens: int
+    batch: str
+    tokens: str
     """Pixels of an image."""
-    width: int
+    width: str
     launches: int
     """Kernels of all kinds."""
     bytes: int
@@ -80,11 +80,6 @@ class Count:
     """For the backward, besides the parameters; of eager and of our kernels only."""
     torch: str
     triton: str
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """What identifies a row."""
-        return tuple(map(str, astuple(self)[:7]))
 
 
 def cases() -> list[Case]:
@@ -149,10 +144,12 @@ def _images(case: Case) -> Tensor:
 def minimum_bytes(case: Case) -> int:
     """Bytes of a layer that reads every input and writes every output once."""
     layer, x = layer_and_input(case)
+    with torch.no_grad():
+        out = layer(x)
     weights = sum(t.numel() for t in (*layer.parameters(), *layer.buffers()) if t.dim())
-    elements = 2 * x.numel() + weights
+    elements = x.numel() + out.numel() + weights
     if case.backward:
-        elements += 3 * x.numel() + 2 * weights
+        elements += 2 * x.numel() + out.numel() + 2 * weights
     return elements * x.element_size()
 
 
@@ -169,19 +166,29 @@ def kept_by_eager(case: Case) -> int:
 def run(engines: Sequence[str], wanted: Sequence[Case], out: Path) -> list[dict[str, str]]:
     """Count, and write the CSV file after each row; returns all rows."""
     path = out / BLOCKS_CSV
-    rows = {tuple(list(row.values())[:7]): row for row in read_csv(path)}
+    rows: dict[tuple[str, ...], dict[str, str]] = {
+        tuple(list(row.values())[:7]): row for row in read_csv(path)
+    }
+    order = [_key(engine, case) for case in cases() for engine in ENGINES]
     with Progress(len(wanted) * len(engines), "counts") as progress:
         for engine in engines:
             for case, (launches, moved) in _counted(engine, wanted):
                 count = Count(
-                    engine, case.layer, case.dtype, BOTH if case.backward else FORWARD, case.batch,
-                    case.tokens, case.width, launches, moved, minimum_bytes(case),
-                    _kept(case, engine), torch.__version__, importlib.metadata.version("triton"),
+                    *_key(engine, case), launches, moved, minimum_bytes(case), _kept(case, engine),
+                    torch.__version__, importlib.metadata.version("triton"),
                 )  # fmt: skip
-                rows[count.key] = {name: str(value) for name, value in vars(count).items()}
-                write_csv(path, list(rows.values()), digits=6)
+                row = {name: str(value) for name, value in vars(count).items()}
+                rows[_key(engine, case)] = row
+                write_csv(path, [rows[key] for key in order if key in rows], digits=6)
                 progress.advance()
-    return list(rows.values())
+    return read_csv(path)
+
+
+def _key(engine: str, case: Case) -> tuple[str, str, str, str, str, str, str]:
+    """The first columns of a row, which identify it."""
+    direction = BOTH if case.backward else FORWARD
+    sizes = str(case.batch), str(case.tokens), str(case.width)
+    return engine, case.layer, case.dtype, direction, *sizes
 
 
 def _counted(engine: str, wanted: Sequence[Case]) -> Iterator[tuple[Case, tuple[int, int]]]:
