@@ -1,10 +1,10 @@
 """Cross-compile every Triton kernel, and read what the binaries use. Needs neither GPU nor driver.
 
-`python -m benchmarks.gpu.cross_compile` records the launches of additive attention for each width
-and dtype, and compiles them for each architecture with Triton's own ptxas and LLVM. It writes the
-results to docs/results/gpu_kernels.json: registers, spills, shared memory, tensor-core
-instructions, the widest loads and stores. A second run compiles only what has changed. From that
-file it writes the tables of docs/gpu_kernels.md.
+`python -m benchmarks.gpu.cross_compile` records the launches of additive attention and of conv_mlp
+for each width and dtype, and compiles them for each architecture with Triton's own ptxas and LLVM.
+It writes the results to docs/results/gpu_kernels.json: registers, spills, shared memory,
+tensor-core instructions, the widest loads and stores. A second run compiles only what has changed.
+From that file it writes the tables of docs/gpu_kernels.md.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.gpu import calls
 from swiftkernels.backends.triton.sizes import power_of_two
 from swiftkernels.ops.additive_attention.triton import config, launch
+from swiftkernels.ops.conv_mlp.triton import launch as conv_mlp_launch
 from swiftkernels.ops.types import Pooling
 from swiftkernels.testing.cases import make_mask, make_tensors
 from swiftkernels.utils import command
@@ -63,7 +64,7 @@ class Architecture(NamedTuple):
 
     @property
     def class_(self) -> str:
-        """As `config.architecture` has it."""
+        """As `sizes.architecture` has it."""
         if not self.is_cuda:
             return "amd"
         return "small" if self.shared_memory < 150_000 else "large"
@@ -106,6 +107,9 @@ ODD_WIDTHS = (37, 40)
 
 UNSUPPORTED_WIDTHS = (48, 128)
 
+BLOCK_ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+"""For which conv_mlp is compiled; the others are alike."""
+
 
 class Launch(NamedTuple):
     """A launch with its arguments."""
@@ -115,8 +119,13 @@ class Launch(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Of the kernel; those of conv_mlp begin with "block", or "mlp" without a depthwise
+        convolution."""
         name: str = self.kernel.__name__
-        return name.removeprefix("_").removesuffix("_kernel")
+        name = name.removeprefix("_").removesuffix("_kernel")
+        if ".conv_mlp." not in self.kernel.fn.__module__:
+            return name
+        return f"block_{name}" if self.arguments.get("KERNEL") else f"mlp_{name}"
 
 
 @contextlib.contextmanager
@@ -148,7 +157,7 @@ def launches_of(
 ) -> list[Launch]:
     """The launches of a forward and a backward with all gradients, C = E = D = width.
 
-    `class_` is the class of the GPU: see `config.architecture`. The tokens are [2, 64, width],
+    `class_` is the class of the GPU: see `sizes.architecture`. The tokens are [2, 64, width],
     contiguous or, with `images`, a transposed [2, width, 64]. The kernels do not depend on the 2
     and the 64.
     """
@@ -159,10 +168,30 @@ def launches_of(
     if images:
         tensors[0] = x.transpose(1, 2).contiguous().transpose(1, 2)
     mask = make_mask(2, 64) if masked else None
-    on_class = mock.patch.object(config, "architecture", return_value=class_)
+    on_class = mock.patch.object(launch, "architecture", return_value=class_)
     launch.forget_launches()  # their key has the device, which is always the CPU here
     with on_class, recorded_launches() as launches:
         calls.forward(tensors, mask, pooling)()
+    return launches
+
+
+@functools.cache
+def block_launches_of(
+    width: int, dtype: torch.dtype, *, class_: str = "large", images: bool = False
+) -> list[Launch]:
+    """The launches of conv_mlp with 4 x width hidden channels: in inference with a 3 x 3 depthwise
+    convolution and BatchNorm, and a forward and backward without.
+
+    The images are [8, width, 14, 14] in channels_last memory format or, with `images`, contiguous.
+    """
+    x = torch.zeros(8, width, 14, 14, dtype=dtype)
+    if not images:
+        x = x.contiguous(memory_format=torch.channels_last)
+    conv_mlp_launch.forget_launches()
+    on_class = mock.patch.object(conv_mlp_launch, "architecture", return_value=class_)
+    with on_class, recorded_launches() as launches:
+        calls.block(x, 4 * width, 3, infer=True)
+        calls.block(x, 4 * width, None)()
     return launches
 
 
@@ -299,16 +328,21 @@ def _amd_bits(op: str) -> int:
     return 16 if "short" in op or "b16" in op else 8
 
 
+OPERATORS = {"additive_attention": launches_of, "conv_mlp": block_launches_of}
+
+
 class Cell(NamedTuple):
     """All launches of one forward and backward, which are compiled and judged together."""
 
     architecture: Architecture
     dtype: str
     width: int
+    operator: str = "additive_attention"
 
     @property
     def launches(self) -> list[Launch]:
-        return launches_of(self.width, DTYPES[self.dtype], class_=self.architecture.class_)
+        launches = OPERATORS[self.operator]
+        return launches(self.width, DTYPES[self.dtype], class_=self.architecture.class_)
 
     def key(self, recorded: Launch) -> str:
         return f"{recorded.name} {self.architecture.name} {self.dtype} {self.width}"
@@ -321,10 +355,13 @@ def grid(
 ) -> list[Cell]:
     """All combinations of these that are compiled."""
     return [
-        Cell(ARCHITECTURES[architecture], dtype, width)
-        for architecture, dtype, width in itertools.product(architectures, dtypes, widths)
+        Cell(ARCHITECTURES[architecture], dtype, width, operator)
+        for operator, architecture, dtype, width in itertools.product(
+            OPERATORS, architectures, dtypes, widths
+        )
         if (architecture not in UNSUPPORTED or (width in UNSUPPORTED_WIDTHS and dtype != "bf16"))
         and (architecture == "sm_80" or width not in ODD_WIDTHS)
+        and (operator != "conv_mlp" or architecture in BLOCK_ARCHITECTURES)
     ]
 
 
@@ -351,7 +388,8 @@ def problems(cell: Cell, recorded: Launch, found: Facts) -> list[str]:
         wrong.append("over shared memory")
     if found["spills"] or found["stack"]:
         wrong.append("spills")
-    if cell.dtype != "fp32" and not found["tensor"] and recorded.name != "finish_backward":
+    sums = recorded.name.endswith("finish_backward")
+    if cell.dtype != "fp32" and not found["tensor"] and not sums:
         wrong.append("no tensor cores")
     if found["load"] < row_alignment(cell.width, cell.dtype):
         wrong.append("narrow loads")
@@ -499,21 +537,25 @@ def compile_all(cells: Sequence[Cell], results: Results) -> None:
 
 def report(results: Results) -> str:
     """docs/gpu_kernels.md from what is in the file, judged by the kernels as they are now."""
-    judged = [
+    everything = [
         (cell, recorded, results.get(cell, recorded))
         for cell in grid()
         for recorded in cell.launches
     ]
+    judged, blocks = (
+        [one for one in everything if one[0].operator == operator] for operator in OPERATORS
+    )
     verdicts = _verdict_table(judged)
-    versions = sorted({found["triton"] for _, _, found in judged if found}) or ["none"]
+    versions = sorted({found["triton"] for _, _, found in everything if found}) or ["none"]
     return f"""\
 # What the compiled GPU kernels use
 
 Written by `python -m benchmarks.gpu.cross_compile` from
 [results/gpu_kernels.json](results/gpu_kernels.json); do not edit it. The kernels are cross-compiled
-by Triton {", ".join(versions)}, with the arguments that the library launches them with: forward and
-backward of a layer with C = E = D = width, tokens [B, N, C], pooling l2, no mask, all gradients.
-Nothing here ran on a GPU, and nothing here is a time.
+by Triton {", ".join(versions)}, with the arguments that the library launches them with. Nothing
+here ran on a GPU, and nothing here is a time. The first sections are about additive attention:
+forward and backward of a layer with C = E = D = width, tokens [B, N, C], pooling l2, no mask, all
+gradients. The last one is about `conv_mlp`.
 
 ## Which form a width takes
 
@@ -552,6 +594,16 @@ width is padded to the next power of two inside the tiles, and the padding is co
 The library uses its other backends there. Compiled for sm_75 (T4) nevertheless:
 
 {_old_gpus(judged)}
+
+## Convolutional blocks and MLPs
+
+`conv_mlp` with 4 C hidden channels, GELU and a residual branch, images in channels_last memory
+format. `block_forward` is a block in inference, with a 3 x 3 depthwise convolution and BatchNorm;
+`mlp_forward` and the three kernels of the backward are without these.
+
+{_verdict_table(blocks)}
+
+{_exceptions(blocks)}
 """
 
 

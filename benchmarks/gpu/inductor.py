@@ -6,40 +6,81 @@ count of the buffers that each kernel reads and writes.
 
     python -m benchmarks.gpu.inductor '[[8, 3136, 48, "float16", false]]'
 
-takes cases [batch, tokens, width, dtype, backward] and prints one JSON object per case. It patches
-much of PyTorch and must not see Triton's interpreter, so `count` runs it in a new process. A
-forward and its backward are compiled as one graph. The graph need not write and read again what a
+takes cases [batch, tokens, width, dtype, backward, layer] and prints one JSON object per case. It
+patches much of PyTorch and must not see Triton's interpreter, so `count` runs it in a new process.
+A forward and its backward are compiled as one graph. The graph need not write and read again what a
 backward keeps of a forward, so the counts are underestimates.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from swiftkernels import AdditiveAttention
+from swiftkernels import AdditiveAttention, ConvMlp, models
 
 
 class Case(NamedTuple):
-    """A call of the layer; arguments of the command in this order."""
+    """A call of a layer; arguments of the command in this order."""
 
     batch: int
     tokens: int
     width: int
     dtype: str
     backward: bool
+    layer: str = "attention"
+    """A key of `LAYERS`. All but attention take square images, of as many pixels as `tokens`."""
+
+
+def _network(name: str, _: int, dtype: torch.dtype) -> nn.Module:
+    """A whole network; its width is the 3 channels of its images."""
+    with torch.device("meta"):
+        network: nn.Module = getattr(models, name)()
+    return network.to(dtype).eval()
+
+
+LAYERS: dict[str, Callable[[int, torch.dtype], nn.Module]] = {
+    "attention": lambda width, dtype: AdditiveAttention(
+        width, width, 1, backend="reference", device="meta", dtype=dtype
+    ),
+    "encoder": lambda width, dtype: ConvMlp(
+        width, backend="reference", device="meta", dtype=dtype
+    ).eval(),
+    "mlp": lambda width, dtype: ConvMlp(
+        width, kernel_size=None, norm=False, layer_scale=None, backend="reference", device="meta",
+        dtype=dtype,
+    ),
+    **{
+        f"swiftformer_{size}": functools.partial(_network, f"swiftformer_{size}")
+        for size in ("xs", "s", "l1", "l3")
+    },
+}  # fmt: skip
+"""Makes the eager layer of a width, in eval mode if it has a BatchNorm."""
+
+
+def layer_and_input(case: Case) -> tuple[nn.Module, Tensor]:
+    """The eager layer of a case and its input, on the device "meta"."""
+    dtype = getattr(torch, case.dtype)
+    layer = LAYERS[case.layer](case.width, dtype)
+    if case.layer == "attention":
+        return layer, torch.empty(case.batch, case.tokens, case.width, dtype=dtype, device="meta")
+    side = math.isqrt(case.tokens)
+    x = torch.empty(case.batch, case.width, side, side, dtype=dtype, device="meta")
+    return layer, x.contiguous(memory_format=torch.channels_last)
 
 
 class Counted(NamedTuple):
@@ -94,11 +135,10 @@ def _traced(case: Case) -> tuple[torch.fx.GraphModule, list[Tensor]]:
     """The eager layer as a graph of operators, and its inputs as meta tensors."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    dtype = getattr(torch, case.dtype)
-    module = AdditiveAttention(
-        case.width, case.width, 1, backend="reference", device="meta", dtype=dtype
-    )
-    names = [name for name, _ in module.named_parameters()]
+    module, x = layer_and_input(case)
+    tensors: dict[str, Tensor] = dict(module.named_parameters())
+    tensors |= {name: t for name, t in module.named_buffers() if t.is_floating_point()}
+    names = list(tensors)
 
     def call(x: Tensor, *parameters: Tensor) -> Tensor:
         out: Tensor = torch.func.functional_call(
@@ -112,8 +152,7 @@ def _traced(case: Case) -> tuple[torch.fx.GraphModule, list[Tensor]]:
             out = call(*leaves)
             return out, *torch.autograd.grad(out, leaves, dout)
 
-    x = torch.empty(case.batch, case.tokens, case.width, dtype=dtype, device="meta")
-    inputs = [x, *(p.detach() for p in module.parameters())]
+    inputs = [x, *(t.detach() for t in tensors.values())]
     if case.backward:
         inputs = [torch.empty_like(x), *inputs]
     with torch.no_grad():
@@ -142,7 +181,7 @@ def _counting(found: list[Counted]) -> Iterator[None]:
         code: Any = getattr(written[0], "value", written[0])
         body = code.split("def call(", 1)[1]
         kernels = re.findall(r"^\s+triton_\w+\.run\(", body, re.M)
-        libraries = re.findall(r"^\s+extern_kernels\.\w+\(", body, re.M)
+        libraries = re.findall(r"^\s+(?:\w+ = )?extern_kernels\.\w+\(", body, re.M)
         others = re.findall(r"^\s+(?:\w+ = )?torch\.ops\.(?!inductor)\S+\(", body, re.M)
         launches = len(kernels) + len(libraries) + len(others)
         found.append(Counted(launches, len(libraries), int(self.count_bytes()[0])))

@@ -12,9 +12,12 @@ from swiftkernels.utils.files import read_csv, write_text
 PAGE = "gpu_evidence.md"
 TRAFFIC_CSV = "gpu_traffic.csv"
 LAUNCHES_CSV = "gpu_launches.csv"
+BLOCKS_CSV = "gpu_blocks.csv"
 LOWER_BOUNDS_CSV = "gpu_lower_bounds.csv"
 GRID_FILL_CSV = "gpu_grid_fill.csv"
 LAUNCH_COST_CSV = "gpu_launch_cost.csv"
+FORWARD, BOTH = "forward", "forward+backward"
+"""Names of the directions."""
 ENGINES = (OURS, "eager", "inductor", "mhsa", "separable", "linear")
 """In the order of the tables."""
 NAMES = {"inductor": "torch.compile", "mhsa": "self-attention"}
@@ -30,10 +33,11 @@ _INTRODUCTION = """\
 
 Nothing on this page was measured on a GPU. The figures are counts, lower bounds, or times of the
 host.
-Three commands write the page, its tables and its pictures from the CSV files in `docs/results`:
+Four commands write the page, its tables and its pictures from the CSV files in `docs/results`:
 
 ```sh
 python -m benchmarks.gpu.traffic        # half an hour on one core
+python -m benchmarks.gpu.blocks         # a quarter of an hour
 python -m benchmarks.gpu.roofline       # a moment
 python -m benchmarks.gpu.launch_cost    # two minutes
 ```
@@ -73,6 +77,22 @@ the same program, shared-memory limits, or rounding to tf32.
 These are not bytes of DRAM traffic: caches may hold some of them from one kernel to the next.
 
 ![Bytes that cross the boundaries of kernels, and launches](results/gpu_traffic.png)
+"""
+
+_BLOCKS = """\
+## Whole networks, convolutional blocks and MLPs
+
+SwiftFormers in inference on images of 224 x 224 pixels, of {ours} by `fuse_for_inference`; and
+`conv_mlp` at the stages of XS. `encoder`: the convolutional block in inference, with a 3 x 3
+depthwise convolution, BatchNorm, 4 C hidden channels, GELU, layer scale and residual. `mlp`: two
+pointwise convolutions with GELU between them, 4 C hidden channels and residual. Kernels launched,
+and MB, in float16; what float32 moves is in [gpu_blocks.csv](results/gpu_blocks.csv). A launch of
+{ours} counts the bytes of its tensors: it touches all of them once, as the trace shows.
+"""
+
+_BLOCKS_NOTE = """\
+A block reads x once and writes its output once; the hidden channels stay on chip. For the backward
+of `mlp`, {ours} keeps x: {kept}.
 """
 
 _BOUNDS = """\
@@ -140,6 +160,9 @@ def write(results: Path) -> Path:
         parts.append(_TRAFFIC_NOTE)
         parts.append(traffic_table(half))
         parts.append(_promises(traffic))
+    blocks = read_csv(results / BLOCKS_CSV)
+    if blocks:
+        parts += [_BLOCKS.format(ours=OURS), blocks_table(blocks), _blocks_note(blocks)]
     if bounds:
         parts += [_BOUNDS.format(ours=OURS), _BOUNDS_NOTE.format(gpu=SHOWN_GPU)]
         own = [row for row in bounds if row["dtype"] == "float16" and row["gpu"] == SHOWN_GPU]
@@ -168,17 +191,45 @@ def traffic_table(rows: Sequence[Row], case: Sequence[str] = CASE) -> str:
     """Launches, MB, and in brackets requested MB of every engine: a Markdown table."""
 
     def cell(row: Row) -> str:
-        star = "\\*" if " " in row["counted_batches"] else ""
+        star = "\\*" if " " in row.get("counted_batches", "") else ""
         text = f"{row['launches']}: {_mega(row['bytes'])}{star}"
-        return text + (f" ({_mega(row['requested_bytes'])})" if row["requested_bytes"] else "")
+        requested = row.get("requested_bytes")
+        return text + (f" ({_mega(requested)})" if requested else "")
 
     minimum = [("minimum", lambda row: _mega(row["minimum_bytes"]))]
     lines = _table(rows, case, engines_in(rows), cell, minimum)
-    starred = any(" " in row["counted_batches"] for row in rows)
+    starred = any(" " in row.get("counted_batches", "") for row in rows)
     note = (
         "\n\\* counted at batches 1 and 2 and extrapolated: affine in the batch up to width 64.\n"
     )
     return lines + (note if starred else "")
+
+
+def blocks_table(rows: Sequence[Row]) -> str:
+    """As `traffic_table`, of the blocks in float16, with their bytes / torch.compile's."""
+    half = [row for row in rows if row["dtype"] == "float16"]
+    case = ("layer", *CASE)
+    moved = {(row["engine"], *(row[n] for n in case)): int(row["bytes"]) for row in half}
+    ratios = ["bytes / torch.compile's", "---"]
+    for values in dict.fromkeys(tuple(row[n] for n in case) for row in half):
+        ours, compiled = moved.get((OURS, *values)), moved.get(("inductor", *values))
+        ratios.append(f"{ours / compiled:.2f}" if ours and compiled else "")
+    lines = traffic_table(half, case).splitlines()
+    return "".join(f"{line} {ratio} |\n" for line, ratio in zip(lines, ratios, strict=True))
+
+
+def _blocks_note(rows: Sequence[Row]) -> str:
+    kept = {
+        (row["engine"], row["tokens"], row["width"]): row["kept_bytes"]
+        for row in rows
+        if (row["dtype"], row["batch"], row["direction"]) == ("float16", "8", BOTH)
+    }
+    texts = []
+    for (engine, tokens, width), ours in kept.items():
+        eager = kept.get(("eager", tokens, width))
+        if engine == OURS and eager:
+            texts.append(f"{_mega(ours)} MB where eager keeps {_mega(eager)} (batch 8, C {width})")
+    return _BLOCKS_NOTE.format(ours=OURS, kept=", ".join(texts))
 
 
 def _promises(rows: Sequence[Row]) -> str:

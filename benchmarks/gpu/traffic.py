@@ -32,7 +32,7 @@ from torch import nn
 
 from benchmarks.gpu import eager, inductor, plots, report
 from benchmarks.gpu.eager import EagerTraffic, Operator
-from benchmarks.gpu.report import ENGINES, LAUNCHES_CSV, TRAFFIC_CSV
+from benchmarks.gpu.report import BOTH, ENGINES, FORWARD, LAUNCHES_CSV, TRAFFIC_CSV
 from swiftkernels import AdditiveAttention
 from swiftkernels.testing.cases import make_tensors
 from swiftkernels.testing.engines import OURS
@@ -53,9 +53,6 @@ number is no affine function of the batch."""
 
 LONG_INPUT = 784
 """Tokens from which the counts of a batch are extrapolated from batches 1 and 2."""
-
-FORWARD, BOTH = "forward", "forward+backward"
-
 
 SHAPES = tuple(
     Shape(*shape)

@@ -19,14 +19,14 @@ from swiftkernels.fusion.steps import Step
 Runner = Callable[[tuple[Step, ...], Tensor, "Slot"], Tensor]
 """Runs steps on x, and keeps what it prepares for later calls in the slot.
 
-x [B, C, H, W] is on the CPU, not empty, of the type of the steps (float32, bfloat16 or float16),
-with the channels of the first step; its strides are any, as are those of the tensors. Several
-threads may call it with one slot.
+x [B, C, H, W] is on the device of the steps, not empty, of their type (float32, bfloat16 or
+float16), with the channels of the first step; its strides are any, as are those of the tensors.
+Several threads may call it with one slot.
 """
 
 
 class Slot:
-    """Where the compiled program of a chain keeps its packed weights.
+    """Where the program of a chain keeps its packed weights and plans.
 
     A chain has a new, empty slot whenever its tensors may have changed.
     """
@@ -37,9 +37,10 @@ class Slot:
 class FusedChain(nn.Module):
     """Several steps, one after the other, as one program.
 
-    On a CPU the compiled kernels run the chain. Where they cannot (other devices, float64, other
-    processors) and where PyTorch has to see operators (export, compilation, tracing, gradients), it
-    computes `plain`, the same in PyTorch's operators.
+    On a CPU the compiled kernels run the chain; on a GPU Triton kernels run its blocks and its
+    attention, and PyTorch's operators the rest. Where there are no kernels (float64, other devices
+    and processors) and where PyTorch has to see operators (export, compilation, tracing,
+    gradients), it computes `plain`, the same in PyTorch's operators.
 
     The tensors of the steps are buffers, named by step: `conv_mlp3_weight1`. New values are used
     from the next call on, except those written through `.data`.
@@ -123,7 +124,7 @@ class FusedChain(nn.Module):
                 f"x must have shape [B, {self.in_channels or 'C'}, H, W]; got {tuple(x.shape)}. "
                 "Pass what the first of the fused blocks takes."
             )
-        run = _runner()
+        run = _runner(x.device)
         if run is None:
             return self.plain(x)
         steps = self.steps  # first: it renews the slot
@@ -193,26 +194,29 @@ def _may_run(x: Tensor, chain: FusedChain) -> bool:
         torch_state.nothing_listens()
         and not torch_state.being_exported()
         and torch_state.is_plain(x)
-        and x.device.type == "cpu"
+        and x.device == like.device
         and x.dtype in library.TYPES
         and x.layout is torch.strided
         and x.numel() > 0
         and x.dtype is like.dtype
-        and like.device.type == "cpu"
         and not (x.requires_grad and torch.is_grad_enabled())
         and not getattr(_local, "plain", False)
     )
 
 
-def _runner() -> Runner | None:
-    """The compiled program; None where there is none."""
-    run = _program()
+def _runner(device: torch.device) -> Runner | None:
+    """What runs a chain on that device; None where there is nothing."""
+    if not torch_state.why_not_triton(device):
+        return _program("swiftkernels.fusion.triton")
+    if device.type != "cpu":
+        return None
+    run = _program("swiftkernels.fusion.cpu")
     # Asked after the import, which may declare what the library has to contain.
     return None if library.why_not() else run
 
 
 @functools.cache
-def _program() -> Runner:
+def _program(module: str) -> Runner:
     # At the first use, because a library is compared with what its module declares.
-    found: Runner = importlib.import_module("swiftkernels.fusion.cpu").run
+    found: Runner = importlib.import_module(module).run
     return found

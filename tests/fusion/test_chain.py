@@ -71,7 +71,7 @@ def runs(monkeypatch) -> list[Slot]:
             x = step.plain(x)
         return x
 
-    monkeypatch.setattr(chains, "_program", lambda: run)
+    monkeypatch.setattr(chains, "_program", lambda _: run)
     monkeypatch.setattr(chains.library, "why_not", lambda: "")
     return used
 

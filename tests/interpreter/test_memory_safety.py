@@ -11,10 +11,10 @@ import importlib
 import itertools
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -24,16 +24,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import swiftkernels.backends.triton
 import swiftkernels.ops.additive_attention.triton
-from swiftkernels.ops.additive_attention.triton import launch
+import swiftkernels.ops.conv_mlp.triton
 from swiftkernels.ops.additive_attention.weights import Options
+from swiftkernels.ops.conv_mlp import weights as conv_mlp
+from swiftkernels.ops.operator import Needs
 from swiftkernels.testing.cases import (
     backward_by,
+    convert,
     forward_by,
     make_mask,
     make_query_key_tensors,
     make_tensors,
 )
 from swiftkernels.testing.triton_trace import Launch, MemoryFaultError, trace
+from tests.ops.conv_mlp.cases import make_tensors as make_conv_mlp_tensors
 
 BLOCK = 16
 
@@ -374,10 +378,70 @@ RUNS: dict[str, Run] = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_the_kernels_are_clean(name):
+def conv_mlp_run(
+    channels: int,
+    kernel: int | None,
+    image: tuple[int, int] = (5, 4),
+    out_dims: int = 0,
+    images: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Run:
+    """conv_mlp in training and, with a BatchNorm and a layer scale, in inference."""
+    D = out_dims or channels
+    x, *tensors = convert(make_conv_mlp_tensors((3, channels, *image), 40, kernel, D), dtype)
+    assert x is not None
+    if not images:
+        x = x.contiguous(memory_format=torch.channels_last)
+    weights = conv_mlp.Weights(*tensors)
+    options = conv_mlp.Options("gelu", channels == D)
+    norm = [torch.rand(channels) for _ in range(4)]
+
+    def run(module: ModuleType) -> None:
+        out, saved = module.forward((x,), weights, None, options, "statistics")
+        if kernel is None:
+            module.backward(out, (x,), weights, None, saved, options, Needs(True, True))
+        module.infer(x, weights, module.Norm(*norm, torch.rand(D)), 1e-5, options)
+
+    return run
+
+
+CONV_MLP_RUNS: dict[str, Run] = {
+    "3 x 3": conv_mlp_run(20, 3),
+    "5 x 5, images": conv_mlp_run(37, 5, images=True, dtype=torch.float16),
+    "pointwise": conv_mlp_run(24, None, (1, 3)),
+    "pointwise, images, D 70, splits": conv_mlp_run(12, None, (7, 19), 70, images=True),
+}
+
+
+class Library(NamedTuple):
+    """The Triton kernels of an operator, and runs of them."""
+
+    package: ModuleType
+    runs: dict[str, Run]
+
+    @property
+    def sources(self) -> list[Path]:
+        return sorted(p for package in (self.package, SHARED) for p in _modules(package))
+
+
+def _modules(package: ModuleType) -> Iterable[Path]:
+    return Path(package.__path__[0]).glob("[!_]*.py")
+
+
+SHARED = swiftkernels.backends.triton
+LIBRARIES = {
+    "additive_attention": Library(swiftkernels.ops.additive_attention.triton, RUNS),
+    "conv_mlp": Library(swiftkernels.ops.conv_mlp.triton, CONV_MLP_RUNS),
+}
+
+
+@pytest.mark.parametrize(
+    ("library", "name"), [(key, name) for key, one in LIBRARIES.items() for name in one.runs]
+)
+def test_the_kernels_are_clean(library, name):
+    one = LIBRARIES[library]
     with trace() as launches:
-        RUNS[name](launch)
+        one.runs[name](importlib.import_module(f"{one.package.__name__}.launch"))
     assert launches
 
 
@@ -397,22 +461,33 @@ class _DropMask(ast.NodeTransformer):
         return node
 
 
-PACKAGES = (swiftkernels.ops.additive_attention.triton, swiftkernels.backends.triton)
-SOURCES = sorted(p for package in PACKAGES for p in Path(package.__path__[0]).glob("[!_]*.py"))
+Mask = tuple[str, str, int, int]
+"""Of a load or store with a mask: library, file, line, column."""
 
 
-def masks() -> list[tuple[str, int, int]]:
-    """(file, line, column) of every load and store with a mask in the library's kernels."""
-    return [
-        (source.name, node.lineno, node.col_offset)
-        for source in SOURCES
-        for node in ast.walk(ast.parse(source.read_text()))
-        if isinstance(node, ast.Call) and any(k.arg == "mask" for k in node.keywords)
-        and isinstance(node.func, ast.Attribute) and node.func.attr in ("load", "store")
-    ]  # fmt: skip
+def masks() -> list[Mask]:
+    """All of them; those of the files that the libraries share only once."""
+    found: dict[tuple[str, int, int], str] = {}
+    for key, library in LIBRARIES.items():
+        for source in library.sources:
+            for node in ast.walk(ast.parse(source.read_text())):
+                if (
+                    isinstance(node, ast.Call)
+                    and any(k.arg == "mask" for k in node.keywords)
+                    and isinstance(node.func, ast.Attribute)
+                    and node.func.attr in ("load", "store")
+                ):
+                    found.setdefault((str(source), node.lineno, node.col_offset), key)
+    return [(key, Path(file).name, *place) for (file, *place), key in found.items()]
 
 
 MASKS = masks()
+SOME_MASKS = [
+    mask
+    for key, count in zip(LIBRARIES, (4, 3), strict=True)
+    for own in [[mask for mask in MASKS if mask[0] == key]]
+    for mask in own[:: max(len(own) // count, 1)]
+]
 _numbers = itertools.count()
 
 
@@ -421,17 +496,17 @@ def mutate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     """Makes copies of the Triton code without one mask, and imports their `launch`."""
     names: list[str] = []
 
-    def make(file: str, line: int, column: int) -> ModuleType:
+    def make(key: str, file: str, line: int, column: int) -> ModuleType:
         name = f"mutant_{next(_numbers)}"
         names.append(name)
         folder = tmp_path / name
         folder.mkdir()
-        for source in SOURCES:
+        for source in LIBRARIES[key].sources:
             text = source.read_text()
             if source.name == file:
                 tree = _DropMask((line, column)).visit(ast.parse(text))
                 text = ast.unparse(tree)
-            for package in PACKAGES:
+            for package in (LIBRARIES[key].package, SHARED):
                 text = text.replace(package.__name__, name)
             (folder / source.name).write_text(text)
         monkeypatch.syspath_prepend(str(tmp_path))
@@ -444,30 +519,34 @@ def mutate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     shutil.rmtree(tmp_path)
 
 
-def faults(module: ModuleType) -> Iterator[Launch]:
+def faults(module: ModuleType, runs: dict[str, Run]) -> Iterator[Launch]:
     """Launches with findings, of all runs, one after the other."""
-    for run in RUNS.values():
+    for run in runs.values():
         with trace(check=False) as launches:
             run(module)
         yield from (one for one in launches if one.findings)
 
 
-def check_mutant(mutate: Callable[..., ModuleType], mask: tuple[str, int, int]) -> None:
-    fault = next(faults(mutate(*mask)), None)
-    assert fault is not None, "no run needs the mask at {}:{}:{}".format(*mask)
+def check_mutant(mutate: Callable[..., ModuleType], mask: Mask) -> None:
+    fault = next(faults(mutate(*mask), LIBRARIES[mask[0]].runs), None)
+    assert fault is not None, "no run of {} needs the mask at {}:{}:{}".format(*mask)
 
 
-@pytest.mark.parametrize("mask", MASKS[:: max(len(MASKS) // 4, 1)], ids="{0[0]}:{0[1]}".format)
+@pytest.mark.parametrize("mask", SOME_MASKS, ids="{0[0]}:{0[1]}:{0[2]}".format)
 def test_some_missing_masks_are_found(mutate, mask):
     check_mutant(mutate, mask)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", MASKS, ids="{0[0]}:{0[1]}:{0[2]}".format)
+@pytest.mark.parametrize("mask", MASKS, ids="{0[0]}:{0[1]}:{0[2]}:{0[3]}".format)
 def test_every_missing_mask_is_found(mutate, mask):
     check_mutant(mutate, mask)
 
 
-def test_a_mutant_without_mutation_is_clean(mutate):
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [("additive_attention", "E 24, images, masked"), ("conv_mlp", "3 x 3")],
+)
+def test_a_mutant_without_mutation_is_clean(mutate, library, name):
     with trace():
-        RUNS["E 24, images, masked"](mutate("", 0, 0))
+        LIBRARIES[library].runs[name](mutate(library, "", 0, 0))

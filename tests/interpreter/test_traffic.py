@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
+from benchmarks.gpu import calls
 from benchmarks.gpu.traffic import Shape, count_ours, extrapolate, minimum_bytes
 from swiftkernels import AdditiveAttention
+from swiftkernels.backends.triton.kernel_launch import KernelLaunch
 from swiftkernels.testing.triton_trace import SECTOR, trace
 
 TENSORS = 8
@@ -54,3 +57,24 @@ def test_forward_and_backward_are_six_launches_and_gemms_on_weights(width):
     assert sum(len(part.launches) for part in parts) + len(others) <= 6
     for operator in operators:
         assert all(max(shape) <= width for shape in operator.shapes), operator
+
+
+@pytest.mark.parametrize(("layer", "side"), [("encoder", 9), ("mlp", 4), ("mlp", 15)])
+def test_the_kernels_of_a_block_touch_their_tensors_once(layer, side, monkeypatch):
+    """What `benchmarks.gpu.blocks` counts: the bytes of a launch are those of its tensors."""
+    tensors: list[Tensor] = []
+    launch = KernelLaunch.__call__
+
+    def recording(self: KernelLaunch, *pointers: Tensor | None) -> None:
+        tensors.extend(t for t in pointers if t is not None)
+        launch(self, *pointers)
+
+    monkeypatch.setattr(KernelLaunch, "__call__", recording)
+    x = torch.zeros(2, side, side, 24, dtype=torch.float16).movedim(-1, 1)
+    with trace() as launches:
+        backward = calls.block(x, 48, 3 if layer == "encoder" else None, infer=layer == "encoder")
+        if layer == "mlp":
+            backward()
+    assert len(launches) == {("encoder", 9): 1, ("mlp", 4): 3, ("mlp", 15): 4}[layer, side]
+    given = sum(t.nbytes for t in tensors)
+    assert given <= sum(one.distinct for one in launches) <= given + SECTOR * len(tensors)

@@ -6,6 +6,10 @@ sequence does not depend on its batch.
 
 from __future__ import annotations
 
+import functools
+
+import torch
+
 PROGRAMS = 128
 """About as many programs fill a GPU."""
 
@@ -56,3 +60,18 @@ def sum_tile(width: int) -> tuple[int, int]:
     """(columns, partial sums) of the tiles in which partial sums of `width` numbers are added."""
     columns = min(max(64, power_of_two(width // PROGRAMS)), 4096)
     return columns, min(32, MAX_SUM_TILE // columns)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The class of a GPU: "amd", "small" (99 KiB of shared memory for a block), or "large"."""
+    if torch.version.hip is not None:
+        return "amd"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) in _SMALL:
+        return "small"
+    return "large"
+
+
+_SMALL = ((8, 6), (8, 9), (12, 0), (12, 1))
+"""Compute capabilities of desktop GPUs: 99 KiB of shared memory, where those of servers have 163
+or more."""

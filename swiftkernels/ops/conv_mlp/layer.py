@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from swiftkernels.backends import torch_state
 from swiftkernels.ops import folding, linear_parts
 from swiftkernels.ops.conv_mlp.op import BACKENDS, CONV_MLP, check, conv_mlp
 from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
@@ -30,6 +31,8 @@ _NAMES = {
 IMAGES = 4
 """Axes of x [B, C, H, W]."""
 
+_AROUND = ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "layer_scale")
+"""What a block has besides the weights of the operator."""
 
 Settings = tuple[Any, ...]
 """The class of a module and its numbers and strings, such as the rate of a dropout."""
@@ -162,11 +165,15 @@ class ConvMlpForward(KeepsPlans, nn.Module):
 
     def _infer_anew(self, x: Tensor, tensors: tuple[Tensor | None, ...], key: Any) -> Tensor:
         """The output by a new plan, which is kept, or by the operator with weights folded now."""
-        if self._choose_backend(x, tensors[2:6]) == "reference":
+        backend = self._choose_backend(x, tensors[2:6])
+        if backend == "reference":
             return self._call_parts(x)
         form = self._form()
         options = Options(form.activation, form.residual)
-        if key is not None:
+        plain = torch_state.nothing_listens() and torch_state.is_plain(x, *tensors)
+        if backend == "triton" and plain:
+            return self._infer_by_triton(x, tensors, options, key)
+        if backend == "cpu" and key is not None:
             check(x, Weights(*tensors[:6]), options)  # type: ignore[arg-type]
             plans, pack = self._plans(), CONV_MLP.implementation("cpu").packed_plan
             while plan := pack(x, tensors, self._folded, x.shape[1], options, plans):
@@ -175,6 +182,25 @@ class ConvMlpForward(KeepsPlans, nn.Module):
                     plans.keep(key, plan)
                     return out  # else the weights were written meanwhile: pack them again
         return conv_mlp(x, *self._folded(), **options._asdict(), backend=self.backend)
+
+    def _infer_by_triton(
+        self, x: Tensor, tensors: tuple[Tensor | None, ...], options: Options, key: Any
+    ) -> Tensor:
+        """The output by a kernel that reads the tensors as they are, so that nothing is folded."""
+        weights, around = tensors[:6], tensors[6:]
+        if (dtype := torch_state.autocast_dtype(x)) is not None:
+            x, weights = x.to(dtype), tuple(None if w is None else w.to(dtype) for w in weights)
+        check(x, Weights(*weights), options)  # type: ignore[arg-type]
+        for name, t in zip(_AROUND, around, strict=True):
+            if t is not None:
+                checks.check_device(name, t, "x", x)
+        kernels = CONV_MLP.implementation("triton")
+        eps = getattr(self._part(self._form().norm), "eps", 0.0)
+        plan = kernels.InferencePlan(x, (*weights, *around), eps, options)
+        if key is not None:
+            self._plans().keep(key, plan)
+        out: Tensor = plan(x, (*weights, *around), None, None)
+        return out
 
     def _form(self) -> Form:
         assert self.form is not None
@@ -299,7 +325,8 @@ class ConvMlp(ConvMlpForward):
         layer_scale: initial factor of every channel of the branch; None: there is none.
         norm: whether a BatchNorm precedes pwconv1.
         bias: whether the convolutions have biases.
-        backend: "auto", "cpu" or "reference". Only "auto" chooses; the others never fall back.
+        backend: "auto", "triton", "cpu" or "reference". Only "auto" chooses; the others never
+            fall back.
         device, dtype: of the parameters.
 
     In evaluation (of the BatchNorm), where no gradient is wanted, it is one operator: BatchNorm and

@@ -17,7 +17,17 @@ from swiftkernels.ops.conv_mlp.weights import KERNEL_SIZES, Options, Weights
 from swiftkernels.ops.operator import Backend, Call, Operator, needs_gradient
 from swiftkernels.utils import checks
 
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "triton", "cpu", "reference")
+
+MAX_TRITON_WIDTH = 512
+"""Widest C that the Triton kernels take: a tile of pixels has to fit on chip."""
+
+
+def _why_not_triton(x: Tensor, width: int) -> str:
+    reason = torch_state.why_not_triton(x.device)
+    if not reason and width > MAX_TRITON_WIDTH:
+        return f"takes up to {MAX_TRITON_WIDTH} channels; got {width}"
+    return reason
 
 
 def _flops(shapes: Mapping[str, Sequence[int]]) -> int:
@@ -77,7 +87,15 @@ CONV_MLP = Operator(
     options=Options,
     reference=reference.conv_mlp,
     backends={
-        "cpu": Backend(f"{_PACKAGE}.cpu", lambda x, _: library.why_not_for(x), torch_gradients=True)
+        "triton": Backend(
+            f"{_PACKAGE}.triton.launch",
+            _why_not_triton,
+            torch_state.triton_is_automatic,
+            torch_gradients=True,
+        ),
+        "cpu": Backend(
+            f"{_PACKAGE}.cpu", lambda x, _: library.why_not_for(x), torch_gradients=True
+        ),
     },
     eager=lambda x, _: "reference",
     flops=_flops,
@@ -120,10 +138,11 @@ def conv_mlp(
         weight2, bias2: the same from H to D channels, [D, H] (or [D, H, 1, 1]) and [D] or None.
         activation: between the two: "gelu", "gelu_tanh", "relu", "silu", "hardswish" or "none".
         residual: whether x is added; D must be C.
-        backend: "auto", "cpu" or "reference". Only "auto" chooses; the others never fall back.
+        backend: "auto", "triton", "cpu" or "reference". Only "auto" chooses; the others never
+            fall back.
 
     Returns:
-        The output [B, D, H, W]; that of "cpu" is in channels_last memory format.
+        The output [B, D, H, W]; that of "triton" and "cpu" is in channels_last memory format.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, with the

@@ -113,6 +113,16 @@ def kernels_in_use(handle: Any) -> Iterator[None]:
     _known.clear()
 
 
+def identity(x: Tensor, activation: str, backend: str) -> Tensor:
+    """The activation of x [N], by the operator with weights of 1."""
+    tensors: Tensors = [x.view(1, 1, 1, -1), None, None, x.new_ones(1, 1), None]
+    return run(*tensors, x.new_ones(1, 1), None, activation=activation, residual=False,
+               backend=backend).flatten()  # fmt: skip
+
+
+# How x lies in memory.
+
+
 def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 

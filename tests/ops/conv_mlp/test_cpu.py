@@ -20,9 +20,9 @@ from tests.ops.conv_mlp.cases import (
     IMAGES,
     KERNELS,
     LAYOUTS,
-    Tensors,
     assert_accurate,
     channels_last,
+    identity,
     make_tensors,
     run,
 )
@@ -140,13 +140,6 @@ def test_what_is_not_finite_stays_within_reach_of_the_convolution(
         assert not out[near].isfinite().any()
         if bad != bad:
             assert out[near].isnan().all()
-
-
-def identity(x: Tensor, activation: str, backend: str) -> Tensor:
-    """The activation of x [N], by the operator with weights of 1."""
-    tensors: Tensors = [x.view(1, 1, 1, -1), None, None, x.new_ones(1, 1), None]
-    return run(*tensors, x.new_ones(1, 1), None, activation=activation, residual=False,
-               backend=backend).flatten()  # fmt: skip
 
 
 VALUES = torch.cat([torch.linspace(-20, 20, 100_001), torch.logspace(-30, 30, 1001),

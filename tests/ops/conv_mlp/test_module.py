@@ -259,6 +259,6 @@ def test_errors_say_what_to_do() -> None:
         with pytest.raises(ValueError, match=message):
             ConvMlp(*arguments)
     with pytest.raises(ValueError, match="backend must be one of"):
-        ConvMlp(8, backend="triton")
+        ConvMlp(8, backend="fast")
     with torch.no_grad(), pytest.raises(ValueError, match=r"x must be \[B, 8, H, W\]"):
         ConvMlp(8, backend="cpu").eval()(images(1, 9, 5, 5))

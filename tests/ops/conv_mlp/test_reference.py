@@ -60,7 +60,7 @@ def test_errors_say_what_to_do() -> None:
         (lambda: conv_mlp(x, dw[..., 1:], db, w1, b1, w2, b2), "with k 3, 5 or 7; got shape"),
         (lambda: conv_mlp(x, None, db, w1, b1, w2, b2), "must be None without depthwise_weight"),
         (lambda: conv_mlp(x, dw, db, w1, b1, w2, b2, activation="tanh"), "activation must be one"),
-        (lambda: conv_mlp(x, dw, db, w1, b1, w2, b2, backend="triton"), "backend must be one of"),
+        (lambda: conv_mlp(x, dw, db, w1, b1, w2, b2, backend="fast"), "backend must be one of"),
         (lambda: conv_mlp(x, dw, db, w1, b1, w2, b2, backend="cpu"), "got float64"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -6,7 +6,6 @@ batch element does not depend on the batch.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -71,21 +70,6 @@ _TABLE = {
 def max_width(dtype: torch.dtype) -> int:
     """The widest E that the kernels take in that type."""
     return MAX_WIDTH if dtype in HALVES else MAX_WIDTH // 2
-
-
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """The class of a GPU: "amd", "small" (99 KiB of shared memory for a block), or "large"."""
-    if torch.version.hip is not None:
-        return "amd"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) in _SMALL:
-        return "small"
-    return "large"
-
-
-_SMALL = ((8, 6), (8, 9), (12, 0), (12, 1))
-"""Compute capabilities of desktop GPUs: 99 KiB of shared memory, where those of servers have 163
-or more."""
 
 
 def choose_config(width: int, dtype: torch.dtype, architecture: str = "large") -> Config:

@@ -25,6 +25,7 @@ from swiftkernels.backends.layouts import (
 from swiftkernels.backends.torch_state import device_guard, fits_kernels
 from swiftkernels.backends.triton.kernel_launch import KernelLaunch, Pointer
 from swiftkernels.backends.triton.sizes import (
+    architecture,
     cdiv,
     power_of_two,
     split_batch,
@@ -236,7 +237,7 @@ class _ForwardLaunches:
     def __init__(self, key: _LaunchKey) -> None:
         batch, n_tokens, in_dims, width, token_dim = key[:5]
         tokens, dtype, options = key.tokens, key.dtype, key.options
-        cfg = config.choose_config(width, dtype, config.architecture(key.device))
+        cfg = config.choose_config(width, dtype, architecture(key.device))
         # Without tokens there is nothing to pool, but a backward may need M, G and statistics.
         splits, tiles_per_split = split_tokens(max(n_tokens, 1), cfg.block_n)
         self.splits = splits
@@ -400,7 +401,7 @@ class _BackwardLaunches:
         of = key.forward
         batch, n_tokens, in_dims, width, token_dim = of[:5]
         tokens, dtype, options = of.tokens, of.dtype, of.options
-        cfg = config.choose_config(width, dtype, config.architecture(of.device))
+        cfg = config.choose_config(width, dtype, architecture(of.device))
         widest = max(in_dims, token_dim, width)
         project, needs_weights = of.project, key.needs_weights
         self.fuses = needs_weights and project and widest <= config.MAX_FUSED_WIDTH
