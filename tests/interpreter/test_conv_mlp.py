@@ -32,7 +32,7 @@ from tests.ops.conv_mlp.cases import (
     identity,
     make_tensors,
 )
-from tests.ops.conv_mlp.test_module import FORMS, images, is_fused, randomised
+from tests.ops.conv_mlp.test_module import FORMS, fused, images, randomised
 
 NAMES = ("x", *Weights._fields)
 WIDTHS = (1, 48, 112)
@@ -188,7 +188,7 @@ def test_a_layer_is_as_good_as_its_parts(options: dict[str, Any]) -> None:
     x = images(1, 20, 3, 7).half()
     with torch.no_grad(), count_launches() as launches:
         first = block(x)
-        assert is_fused(block, x)
+        assert fused(block, x) == "all"
         assert torch.equal(block(x), first)
         eager = block._call_parts(x)
         exact = copy.deepcopy(block).double()._call_parts(x.double())
@@ -220,10 +220,12 @@ def test_a_layer_takes_the_kernel_by_itself_and_notices_other_tensors() -> None:
             assert launches == ["_forward_kernel"]
             torch.testing.assert_close(out, block._call_parts(x))
         block.norm.to("meta")
-        tensors = block._plain_tensors()
-        assert tensors is not None
+        pair, around = block._pair(), block._around()
+        assert pair is not None
+        assert around is not None
+        tensors = (*around[:2], *pair, *around[2:])
         with pytest.raises(ValueError, match=r"norm.weight must be on the device of x"):
-            block._by_triton(x, tensors, Options("gelu", True), None)
+            block._infer_by_triton(x, tensors, Options("gelu", True), None)
 
 
 # What a call costs.
