@@ -23,7 +23,7 @@ from swiftkernels.backends import torch_state
 from swiftkernels.fusion import find
 from swiftkernels.fusion.chain import FusedChain, Passed, plain_chains
 from swiftkernels.fusion.find import LeftBlock, Unit
-from swiftkernels.fusion.steps import Linear, Pool, Step
+from swiftkernels.fusion.steps import Attention, ConvMlp, Convolution, Linear, Pool, Stem, Step
 from swiftkernels.integrations import probe
 from swiftkernels.ops import folding, linear_parts
 from swiftkernels.ops.plan import KeepsPlans
@@ -31,8 +31,17 @@ from swiftkernels.utils import checks
 
 TOLERANCE = 1e-6
 """Largest relative error, in float64, between the outputs of the model and of a candidate."""
-SIZES = ((2, 64, 64), (1, 97, 70), (1, 96, 128), (1, 224, 224))
-"""Batch, height and width of the images of the probes: the first two that the model takes."""
+SIZES = (
+    (2, 64, 64),
+    (1, 97, 70),
+    (1, 96, 128),
+    (1, 224, 224),
+    (2, 224, 224),
+    (1, 256, 256),
+    (2, 256, 256),
+)
+"""Batch, height and width of the images of the probes: the first two that the model takes. Some
+models take one size only, mostly 224 x 224."""
 KNOWN = ("swiftkernels.models.swiftformer.network", "timm.models.swiftformer")
 """Modules of networks whose forward does nothing besides what a chain with heads computes. Others
 may treat other images otherwise than those of the probes."""
@@ -212,11 +221,31 @@ class _Run:
     def names(self) -> tuple[str, ...]:
         return tuple(name for part in self.parts for name in part.names)
 
+    def is_worthwhile(self, network: nn.Module) -> bool:
+        """Whether a chain can win what its entry and the change of memory formats cost.
+
+        PyTorch computes convolutions over all channels as fast.
+        """
+        steps = self.steps(network)
+        return any(isinstance(step, (Stem, ConvMlp, Attention)) for step in steps) or (
+            len(steps) > 1 and not all(isinstance(step, Convolution) for step in steps)
+        )
+
+    def steps(self, network: nn.Module) -> list[Step]:
+        """The steps with the weights that the network has now, in float64."""
+        found: list[Step] = []
+        for part in self.parts:
+            for step in part.steps(network):
+                # The stem reads the images themselves.
+                split = found and isinstance(step, Stem)
+                found += step.convolutions if split else [step]  # type: ignore[attr-defined]
+        return found
+
     def modules(
         self, network: nn.Module, cast_to: Callable[[Tensor], Tensor] | None = None
     ) -> dict[str, nn.Module]:
         """The chain, and what takes the place of the other modules, by name."""
-        found = [step for part in self.parts for step in part.steps(network)]
+        found = self.steps(network)
         if cast_to is not None:
             found = [
                 step.with_tensors(
@@ -267,7 +296,7 @@ def fuse_for_inference(model: nn.Module, *, example: Tensor | None = None) -> Fu
         (8, 0)
     """
     _check(model, example)
-    if "forward" in vars(model):
+    if find.forward_was_replaced(model):
         kind = type(model).__name__
         raise ValueError(_nothing(model, [LeftBlock("", kind, "its forward was replaced")]))
     with _isolated():
@@ -325,7 +354,7 @@ class _Search:
         """Chains to try, from the longest to the shortest."""
         tried: list[list[_Run]] = []
         for cuts in (self._no_cuts, self._cuts_by_use, self._cuts_by_parent, self._all_cuts):
-            runs = self._runs(cuts())
+            runs = [run for run in self._runs(cuts()) if run.is_worthwhile(self.clone)]
             if runs not in tried:
                 tried.append(runs)
                 yield from self._with_ends(runs)
@@ -485,7 +514,7 @@ class _Search:
         return [n for n in around if n and torch_state.has_hooks(self.model.get_submodule(n))]
 
     def _under_replaced(self, name: str) -> bool:
-        return any("forward" in vars(self.model.get_submodule(n)) for n in _around(name))
+        return any(find.forward_was_replaced(self.model.get_submodule(n)) for n in _around(name))
 
     def _like(self, unit: Unit) -> tuple[torch.dtype, torch.device]:
         like = _first_tensor(self.model.get_submodule(unit.names[0]))
@@ -558,7 +587,8 @@ def _clone(model: nn.Module) -> nn.Module:
             "quantised."
         ) from error
     for part in clone.modules():
-        vars(part).pop("forward", None)
+        if find.forward_was_replaced(part):
+            del part.forward
         if isinstance(part, KeepsPlans):
             part.backend = "reference"  # the kernels take no float64
     return clone
@@ -797,8 +827,10 @@ def _fused(
 def _nothing(model: nn.Module, left: Sequence[LeftBlock]) -> str:
     seen = "".join(f"\n  {block}" for block in left[:20]) or " no blocks"
     return (
-        "model must hold blocks of a SwiftFormer that can be fused; in "
-        f"{type(model).__name__} were seen:{seen}\nRemove hooks, merge adapters and "
+        "model must hold blocks that can be fused: [depthwise convolution ->] pointwise convolution "
+        "-> activation -> pointwise convolution with BatchNorms around, additive attention, or "
+        f"several of the convolutions between; in {type(model).__name__} were seen:{seen}\n"
+        "Remove hooks, merge adapters and "
         "parametrizations, fuse before torch.compile, or use swiftkernels.accelerate(model)."
     )
 

@@ -8,7 +8,7 @@ into the weights (`ops/folding.py`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,9 +17,15 @@ from torch import Tensor
 
 from swiftkernels.ops.additive_attention import reference
 from swiftkernels.ops.additive_attention.weights import Options, Weights
-from swiftkernels.ops.conv_mlp.reference import conv_mlp
+from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS, conv_mlp
 from swiftkernels.ops.conv_mlp.weights import Options as ConvMlpOptions
 from swiftkernels.ops.conv_mlp.weights import Weights as ConvMlpWeights
+
+GATES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": F.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+}
+"""Of a squeeze and excitation, in the order of their numbers in C++, `Gate` in csrc/abi.h."""
 
 Tensors = Mapping[str, Any]
 """The tensors of a step by name, None where it has none."""
@@ -59,7 +65,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Stem(Step):
-    """Two times a 3 x 3 convolution of stride 2 and padding 1, and ReLU."""
+    """Two times a 3 x 3 convolution of stride 2 and padding 1, and an activation."""
 
     kind = "stem"
 
@@ -71,10 +77,23 @@ class Stem(Step):
     """[D, C1, 3, 3]"""
     bias2: Tensor
     """[D]"""
+    activation1: str = "relu"
+    """A key of `ACTIVATIONS` in `ops/conv_mlp/reference.py`."""
+    activation2: str = "relu"
 
     def compute(self, x: Tensor, t: Tensors) -> Tensor:
-        x = F.relu(F.conv2d(x, t["weight1"], t["bias1"], stride=2, padding=1))
-        return F.relu(F.conv2d(x, t["weight2"], t["bias2"], stride=2, padding=1))
+        x = F.conv2d(x, t["weight1"], t["bias1"], stride=2, padding=1)
+        x = ACTIVATIONS[self.activation1](x)
+        x = F.conv2d(x, t["weight2"], t["bias2"], stride=2, padding=1)
+        return ACTIVATIONS[self.activation2](x)
+
+    @property
+    def convolutions(self) -> tuple[Convolution, Convolution]:
+        """The same as two steps."""
+        return (
+            Convolution(self.weight1, self.bias1, 2, 1, self.activation1),
+            Convolution(self.weight2, self.bias2, 2, 1, self.activation2),
+        )
 
     @property
     def in_channels(self) -> int:
@@ -83,21 +102,104 @@ class Stem(Step):
 
 @dataclass(frozen=True, eq=False)
 class Convolution(Step):
-    """A 3 x 3 convolution of stride 2 and padding 1: a downsampling."""
+    """A convolution of k x k with zeros around the image, and an activation or x, which is added."""
 
     kind = "convolution"
 
     weight: Tensor
-    """[D, C, 3, 3]"""
+    """[D, C, k, k]"""
     bias: Tensor
     """[D]"""
+    stride: int = 2
+    padding: int = 1
+    activation: str = "none"
+    residual: bool = False
+    """With k 1, stride 1, D = C and no activation."""
 
     def compute(self, x: Tensor, t: Tensors) -> Tensor:
-        return F.conv2d(x, t["weight"], t["bias"], stride=2, padding=1)
+        out = F.conv2d(x, t["weight"], t["bias"], stride=self.stride, padding=self.padding)
+        out = ACTIVATIONS[self.activation](out)
+        return x + out if self.residual else out
 
     @property
     def in_channels(self) -> int:
         return self.weight.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Depthwise(Step):
+    """A convolution of every channel by itself, with k // 2 zeros around the image, and an
+    activation."""
+
+    kind = "depthwise"
+
+    weight: Tensor
+    """[C, 1, k, k], with k of `KERNEL_SIZES` in `ops/conv_mlp/weights.py`."""
+    bias: Tensor
+    """[C]"""
+    stride: int = 1
+    activation: str = "none"
+
+    def compute(self, x: Tensor, t: Tensors) -> Tensor:
+        weight = t["weight"]
+        out = F.conv2d(
+            x, weight, t["bias"], self.stride, padding=weight.shape[-1] // 2, groups=len(weight)
+        )
+        return ACTIVATIONS[self.activation](out)
+
+    @property
+    def in_channels(self) -> int:
+        return len(self.weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Average(Step):
+    """x + scale * (mean - x), where mean is that of the k x k pixels around, as far as they are in
+    the image: the pooling of PoolFormer with its residual branch."""
+
+    kind = "average"
+
+    scale: Tensor
+    """[C]"""
+    kernel: int
+
+    def compute(self, x: Tensor, t: Tensors) -> Tensor:
+        k = self.kernel
+        mean = F.avg_pool2d(x, k, 1, k // 2, count_include_pad=False)
+        return x + t["scale"].view(-1, 1, 1) * (mean - x)
+
+    @property
+    def in_channels(self) -> int:
+        return len(self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class SqueezeExcite(Step):
+    """x * gate(W2 activation(W1 mean(x))), with the mean over the pixels."""
+
+    kind = "squeeze_excite"
+
+    weight1: Tensor
+    """[R, C]"""
+    bias1: Tensor
+    """[R]"""
+    weight2: Tensor
+    """[C, R]"""
+    bias2: Tensor
+    """[C]"""
+    activation: str
+    gate: str
+    """A key of `GATES`."""
+
+    def compute(self, x: Tensor, t: Tensors) -> Tensor:
+        hidden = F.linear(x.mean((2, 3)), t["weight1"], t["bias1"])
+        hidden = ACTIVATIONS[self.activation](hidden)
+        gate = GATES[self.gate](F.linear(hidden, t["weight2"], t["bias2"]))
+        return x * gate[:, :, None, None]
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight1.shape[1]
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,16 +5,25 @@ namespace swiftkernels::fusion {
 
 /// `revision` is raised with every change of the interface that the other numbers do not show.
 EXPORT const AbiEntry* swiftkernels_network_abi() {
-  static constexpr AbiEntry entries[] = {{"revision", 1},
+  static constexpr AbiEntry entries[] = {{"revision", 2},
                                          {"sizeof(Product)", sizeof(Product)},
                                          {"sizeof(Stem)", sizeof(Stem)},
+                                         {"sizeof(DepthwiseWeights)", sizeof(DepthwiseWeights)},
+                                         {"sizeof(AverageWeights)", sizeof(AverageWeights)},
+                                         {"sizeof(SqueezeExciteWeights)",
+                                          sizeof(SqueezeExciteWeights)},
                                          {"sizeof(Step)", sizeof(Step)},
                                          {"sizeof(Program)", sizeof(Program)},
                                          {"sizeof(Call)", sizeof(Call)},
                                          {"STEM", STEM},
                                          {"CONVOLUTION", CONVOLUTION},
+                                         {"DEPTHWISE", DEPTHWISE},
                                          {"CONV_MLP", CONV_MLP},
                                          {"ATTENTION", ATTENTION},
+                                         {"AVERAGE", AVERAGE},
+                                         {"SQUEEZE_EXCITE", SQUEEZE_EXCITE},
+                                         {"sigmoid", SIGMOID},
+                                         {"hardsigmoid", HARDSIGMOID},
                                          {"POOL", POOL},
                                          {"LINEAR", LINEAR},
                                          {nullptr, 0}};

@@ -11,7 +11,7 @@
 
 #include "../../ops/additive_attention/csrc/passes.h"
 #include "../../ops/conv_mlp/csrc/tiles.h"
-#include "convolution.h"
+#include "maps.h"
 #include "parallel.h"
 #include "tasks.h"
 #if !defined(_WIN32)
@@ -32,7 +32,11 @@ enum class Work {
   LOAD,
   STEM,
   CONVOLUTION,
+  DEPTHWISE,
   CONV_MLP,
+  AVERAGE,
+  SQUEEZE,
+  EXCITE,
   SCORE,
   FINISH,
   FOLD,
@@ -53,6 +57,7 @@ struct Phase {
   int64_t reach;  // rows around a tile that it reads
   bool local;     // waits only for the tiles before that it reads or whose input it overwrites
   int64_t first_task;
+  float* gates;  // of a squeeze and excitation
 
   /// The first row of a tile of complete rows; of the number of tiles, the end.
   int64_t first_row(int64_t tile) const { return out.height * tile / tiles; }
@@ -145,7 +150,7 @@ class Lane {
     const auto add = [&](Work work, int64_t step, Map out, int64_t dims, int64_t tiles) -> Phase& {
       const int64_t first = phases_.empty() ? 0 : phases_.back().first_task + phases_.back().tiles;
       const void* weights = step >= 0 ? program_.steps[step].weights : nullptr;
-      phases_.push_back({work, step, weights, nullptr, tiles, in, out, dims, 0, false, first});
+      phases_.push_back({work, step, weights, nullptr, tiles, in, out, dims, 0, false, first, nullptr});
       return phases_.back();
     };
     const auto scratch_of = [&](auto make) {
@@ -173,21 +178,39 @@ class Lane {
           break;
         }
         case CONVOLUTION: {
-          const int64_t tiles = conv_mlp::tiles_of(pixels, convolution_tile(channels), threads_);
-          add(Work::CONVOLUTION, i, out, dims, tiles);
-          scratch_of([&](Arena& a) { patch_tile((pixels + tiles - 1) / tiles, channels, a); });
+          const auto& p = as<Product>(step.weights);
+          const int64_t most = p.is_pointwise() ? conv_mlp::TILE : convolution_tile(p.depth());
+          const int64_t tiles = conv_mlp::tiles_of(pixels, most, threads_);
+          add(Work::CONVOLUTION, i, out, dims, tiles).reach = p.kernel;
+          if (p.is_pointwise()) keep_local(0);
+          scratch_of([&](Arena& a) { patch_tile(p, (pixels + tiles - 1) / tiles, a); });
+          break;
+        }
+        case DEPTHWISE: {
+          const auto& d = as<DepthwiseWeights>(step.weights);
+          const int64_t tiles = conv_mlp::tiles_of(pixels, conv_mlp::TILE, threads_);
+          add(Work::DEPTHWISE, i, out, dims, tiles).reach = d.kernel;
+          if (d.stride == 1) keep_local(d.kernel / 2);
           break;
         }
         case CONV_MLP: {
           const auto& w = as<conv_mlp::PackedWeights>(step.weights);
           const int64_t tiles = conv_mlp::tiles_of(pixels, conv_mlp::TILE, threads_);
-          const bool follows = !phases_.empty() && (phases_.back().work == Work::CONV_MLP ||
-                                                    phases_.back().work == Work::OUTPUT);
-          Phase& phase = add(Work::CONV_MLP, i, out, dims, tiles);
-          phase.reach = w.kernel / 2;
-          phase.local = follows;
+          add(Work::CONV_MLP, i, out, dims, tiles);
+          keep_local(w.kernel / 2);
           scratch_of(
               [&](Arena& a) { conv_mlp::Workspace::make(w, (pixels + tiles - 1) / tiles, a); });
+          break;
+        }
+        case AVERAGE:
+          add(Work::AVERAGE, i, out, dims, conv_mlp::tiles_of(pixels, conv_mlp::TILE, threads_));
+          keep_local(as<AverageWeights>(step.weights).kernel / 2);
+          break;
+        case SQUEEZE_EXCITE: {
+          const int64_t tiles = conv_mlp::tiles_of(pixels, conv_mlp::TILE, threads_);
+          float* gates = arena.take(squeeze_floats(as<SqueezeExciteWeights>(step.weights)));
+          add(Work::SQUEEZE, i, in, dims, 1).gates = gates;
+          add(Work::EXCITE, i, out, dims, tiles).gates = gates;
           break;
         }
         case ATTENTION:
@@ -208,6 +231,20 @@ class Lane {
     if (!workspaces_) return;
     for (size_t i = 0; i < attentions_.size(); i++)
       attentions_[i]->use(workspaces_, scratch_, states_[i]);
+  }
+
+  /// Let the last phase wait only for the tiles of the phase before that it needs, where both have
+  /// the same pixels and write rows of the same length.
+  void keep_local(int64_t reach) {
+    Phase& phase = phases_.back();
+    phase.reach = reach;
+    if (phases_.size() < 2) return;
+    const Phase& before = phases_[phases_.size() - 2];
+    constexpr Work tiled[] = {Work::CONVOLUTION, Work::DEPTHWISE, Work::CONV_MLP,
+                              Work::AVERAGE,     Work::EXCITE,    Work::OUTPUT};
+    phase.local = std::find(std::begin(tiled), std::end(tiled), before.work) != std::end(tiled) &&
+                  before.in.pixels() == phase.out.pixels() &&
+                  before.in.stride == phase.out.stride;
   }
 
   template <class Add>
@@ -242,6 +279,8 @@ class Lane {
       case CONVOLUTION:
       case LINEAR:
         return as<Product>(step.weights).out_dims;
+      case DEPTHWISE:
+        return as<DepthwiseWeights>(step.weights).channels;
       case CONV_MLP:
         return as<conv_mlp::PackedWeights>(step.weights).out_dims;
       default:
@@ -256,9 +295,17 @@ class Lane {
     for (int64_t i = 0; i < program_.count; i++) {
       const Step& step = program_.steps[i];
       channels = dims_of(step, channels);
-      if (step.kind == STEM) height = halved(height), width = halved(width);
-      if (step.kind == STEM || step.kind == CONVOLUTION)
-        height = halved(height), width = halved(width);
+      if (step.kind == STEM) height = halved(halved(height)), width = halved(halved(width));
+      if (step.kind == CONVOLUTION) {
+        const auto& p = as<Product>(step.weights);
+        height = convolved(height, p.kernel, p.stride, p.padding);
+        width = convolved(width, p.kernel, p.stride, p.padding);
+      }
+      if (step.kind == DEPTHWISE) {
+        const auto& d = as<DepthwiseWeights>(step.weights);
+        height = convolved(height, d.kernel, d.stride, d.kernel / 2);
+        width = convolved(width, d.kernel, d.stride, d.kernel / 2);
+      }
       if (step.kind == POOL) height = width = 1;
       use(i, Map{nullptr, height, width, padded(channels)});
     }
@@ -289,14 +336,29 @@ class Lane {
       case Work::CONVOLUTION: {
         const auto& p = as<Product>(phase.weights);
         const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
-        return convolve_tile(p, IDENTITY, in, 0, in.height, first, end, rows.from(first),
-                             patch_tile(end - first, p.in_dims, arena));
+        return convolve_tile(p, in, 0, in.height, first, end, rows.from(first),
+                             patch_tile(p, end - first, arena));
+      }
+      case Work::DEPTHWISE: {
+        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+        return depthwise_tile(in, as<DepthwiseWeights>(phase.weights), first, end,
+                              rows.from(first));
       }
       case Work::CONV_MLP: {
         const auto& w = as<conv_mlp::PackedWeights>(phase.weights);
         const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
         return conv_mlp::run_tile(w, in, first, end, rows.from(first),
                                   conv_mlp::Workspace::make(w, end - first, arena));
+      }
+      case Work::AVERAGE: {
+        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+        return average_tile(in, as<AverageWeights>(phase.weights), first, end, rows.from(first));
+      }
+      case Work::SQUEEZE:
+        return squeeze(in, as<SqueezeExciteWeights>(phase.weights), phase.gates);
+      case Work::EXCITE: {
+        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+        return excite_tile(in, phase.out_dims, phase.gates, first, end, rows.from(first));
       }
       case Work::SCORE:
         return phase.passes->score(tile, thread);
@@ -321,21 +383,6 @@ class Lane {
           store_tile(rows.from(y * out.width), out.width, phase.out_dims,
                      call_.out.row(image, y, call_.type), 0, 0);
         return;
-    }
-  }
-
-  /// The mean over the pixels; sums of 64 pixels are summed.
-  static void pool(const Map& in, int64_t channels, float* mean) {
-    const int64_t pixels = in.pixels();
-    for (int64_t c = 0; c < channels; c += LANES) {
-      vec total{};
-      for (int64_t first = 0; first < pixels; first += MAX_CHAIN) {
-        vec sum{};
-        for (int64_t i = first; i < std::min(pixels, first + MAX_CHAIN); i++)
-          sum += load(in.pixel(i) + c);
-        total += sum;
-      }
-      store(mean + c, total / static_cast<float>(pixels));
     }
   }
 

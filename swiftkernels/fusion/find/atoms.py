@@ -1,0 +1,264 @@
+"""The parts of a block that are read as one: layers, and modules that compute what a layer does."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swiftkernels.fusion.find import lower, parts, probes
+from swiftkernels.fusion.find.attention import AttentionRecipe
+from swiftkernels.fusion.find.lower import Item
+from swiftkernels.fusion.steps import GATES, SqueezeExcite
+from swiftkernels.ops import folding
+from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
+
+MAX_BRANCHES = 12
+"""Layers in the largest module that is merged to one convolution."""
+
+
+class Atom(Protocol):
+    """How a part of a block is read."""
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Channels of its input and output."""
+
+    def items(self, name: str, module: nn.Module) -> list[Item]:
+        """What it computes, with the weights that it has now, in float64."""
+
+
+def of_layer(module: nn.Module) -> Atom | None:
+    """A convolution, a linear layer or a BatchNorm."""
+    if parts.is_conv(module):
+        conv: Any = module
+        return Layer((conv.in_channels, conv.out_channels))
+    if parts.is_linear(module):
+        linear: Any = module
+        return Layer((linear.in_features, linear.out_features))
+    activation = parts.norm_activation(module)
+    if activation is None:
+        return None
+    return Norm((cast(Any, module).num_features,) * 2, activation)
+
+
+def of_module(module: nn.Module) -> Atom | None:
+    """A module whose parts are not called one after the other, but that computes a known form."""
+    for match in (_pooling, _squeeze_excite, _merged):
+        found = match(module)
+        if found is not None:
+            return found
+    return None
+
+
+@dataclass(frozen=True)
+class Layer:
+    channels: tuple[int, int]
+
+    def items(self, name: str, module: nn.Module) -> list[Item]:
+        weight, bias = folding.weight_and_bias(module)
+        if isinstance(module, nn.Conv2d):
+            padding = cast(int, parts.padding_of(module))
+            return [lower.Layer(name, weight, bias, module.stride[0], padding, module.groups)]
+        return [lower.Layer(name, weight[:, :, None, None], bias)]
+
+
+@dataclass(frozen=True)
+class Norm:
+    channels: tuple[int, int]
+    activation: str
+
+    def items(self, name: str, module: nn.Module) -> list[Item]:
+        affine = lower.Affine(name, *folding.affine(module))
+        return [affine] if self.activation == "none" else [affine, lower.Activate(self.activation)]
+
+
+@dataclass(frozen=True)
+class Attention:
+    recipe: AttentionRecipe
+    channels: tuple[int, int]
+
+    def items(self, name: str, module: nn.Module) -> list[Item]:
+        return [lower.Ready(self.recipe.step(module))]
+
+
+# The pooling of PoolFormer.
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """The mean of the pixels around minus x; channels 0 for any number."""
+
+    kernel: int
+    channels: tuple[int, int] = (0, 0)
+
+    def items(self, name: str, module: nn.Module) -> list[Item]:
+        return [lower.Pooling(self.kernel, self.channels[0])]
+
+
+def _pooling(module: nn.Module) -> Pooling | None:
+    if parts.tensors_of(module):
+        return None
+    pools = [part for part in module.modules() if isinstance(part, nn.AvgPool2d)]
+    if len(pools) != 1:
+        return None
+    kernel = pools[0].kernel_size
+    k = kernel if isinstance(kernel, int) else kernel[0]
+    x = probes.random(2, 3, 9, 7)
+
+    def difference(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, k, 1, k // 2, count_include_pad=False) - x
+
+    out = probes.output(module, x)
+    fits = k % 2 == 1 and out is not None and probes.fits(out, difference, x)
+    return Pooling(k) if fits else None
+
+
+# Squeeze and excitation.
+
+
+@dataclass(frozen=True)
+class Excite:
+    names: tuple[str, str]
+    activation: str
+    gate: str
+    channels: tuple[int, int]
+
+    def items(self, name: str, module: nn.Module) -> list[Item]:
+        return [lower.Ready(self.step(module))]
+
+    def step(self, module: nn.Module) -> SqueezeExcite:
+        first, second = (folding.weight_and_bias(module.get_submodule(n)) for n in self.names)
+        return SqueezeExcite(
+            first[0].flatten(1), first[1], second[0].flatten(1), second[1], self.activation,
+            self.gate,
+        )  # fmt: skip
+
+
+def _squeeze_excite(module: nn.Module) -> Excite | None:
+    layers = [
+        (name, cast(Any, part))
+        for name, part in module.named_modules()
+        if name and (parts.is_conv(part) or parts.is_linear(part))
+    ]
+    if len(layers) != 2 or len(parts.tensors_of(module)) > 4:
+        return None
+    for (first, up), (second, down) in (layers, layers[::-1]):
+        (hidden, channels), (out, columns) = up.weight.shape[:2], down.weight.shape[:2]
+        if out != channels or columns != hidden or up.weight[0].numel() != channels:
+            continue
+        if down.weight[0].numel() != hidden:
+            continue
+        x = probes.random(2, channels, 7, 5)
+        result = probes.output(module, x)
+        if result is None or result.shape != x.shape:
+            continue
+        for activation, gate in itertools.product(ACTIVATIONS, GATES):
+            found = Excite((first, second), activation, gate, (channels, channels))
+            if probes.fits(result, found.step(module).plain, x):
+                return found
+    return None
+
+
+# Several convolutions and BatchNorms side by side, as while training a reparametrised network.
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A module that computes one convolution, whose kernel is what it makes of single pixels."""
+
+    kernel: int
+    stride: int
+    groups: int
+    channels: tuple[int, int]
+
+    def items(self, name: str, module: nn.Module) -> list[Item]:
+        return [self.layer(name, module)]
+
+    def layer(self, name: str, module: nn.Module) -> lower.Layer:
+        """The convolution.
+
+        With stride s and padding p, output pixel o reads input pixel s o - p + t with number t of
+        the kernel. So a pixel at i shows the numbers t = i + p - s o of the kernel for all o.
+        """
+        k, s, p = self.kernel, self.stride, self.kernel // 2
+        inputs, outputs = self.channels
+        per_group = inputs // self.groups
+        side = s * (2 * k + 2)
+        middle = s * k
+        zeros = torch.zeros(1, inputs, side, side, dtype=torch.float64)
+        bias = module(zeros.clone())[0, :, k, k].clone()
+        weight = torch.zeros(outputs, per_group, k, k, dtype=torch.float64)
+        for c in range(per_group):
+            for dy, dx in itertools.product(range(s), repeat=2):
+                x = zeros.clone()
+                x[:, c::per_group, middle + dy, middle + dx] = 1
+                out = module(x)[0] - bias[:, None, None]
+                for i, j in itertools.product(range(k), repeat=2):
+                    y, rest_y = divmod(middle + dy + p - i, s)
+                    z, rest_x = divmod(middle + dx + p - j, s)
+                    if rest_y == rest_x == 0:
+                        weight[:, c, i, j] = out[:, y, z]
+        return lower.Layer(name, weight, bias, s, p, self.groups)
+
+
+def _merged(module: nn.Module) -> Merged | None:
+    layers: list[nn.Module] = []
+    norms = 0
+    for part in module.modules():
+        if parts.is_conv(part):
+            layers.append(part)
+        elif parts.is_norm(part) or parts.norm_activation(part) == "none":
+            norms += 1
+        elif not part._modules and parts.own_tensors(part):
+            if not all(map(parts.is_scale, parts.own_tensors(part).values())):
+                return None
+    convs = [cast(nn.Conv2d, layer) for layer in layers]
+    if not convs or len(convs) + norms > MAX_BRANCHES:
+        return None
+    largest = max(convs, key=lambda conv: conv.kernel_size[0])
+    k, s = largest.kernel_size[0], largest.stride[0]
+    channels = largest.in_channels, largest.out_channels
+    if k % 2 == 0 or (largest.groups == 1 and k > 1 and channels[0] > 64):
+        return None  # each number of the kernel takes a run of the module
+    found = Merged(k, s, largest.groups, channels)
+    if channels[0] // largest.groups > 1024 or not _is_linear(module, channels[0]):
+        return None
+    try:
+        layer = found.layer("", module)
+    except Exception:  # an unknown module may raise anything
+        return None
+    for batch, height, width in probes.SIZES:
+        x = probes.random(batch, channels[0], height, width)
+        out = probes.output(module, x)
+        expected = F.conv2d(x, layer.weight, layer.bias, s, layer.padding, groups=layer.groups)
+        if out is None or not probes.is_near(out, expected):
+            return None
+    return found
+
+
+def _is_linear(module: nn.Module, channels: int) -> bool:
+    """Whether a module seems to add and scale its inputs only."""
+    x = probes.random(1, channels, 5, 5)
+    zero, one, two = (probes.output(module, factor * x) for factor in (0, 1, 2))
+    if zero is None or one is None or two is None:
+        return False
+    return zero.shape == one.shape and probes.is_near(two - zero, 2 * (one - zero))
+
+
+def with_channels(atom: Atom, channels: int) -> Atom:
+    """The atom for a map of that many channels, if it takes any."""
+    if isinstance(atom, Pooling):
+        return dataclasses.replace(atom, channels=(channels, channels))
+    return atom
+
+
+def widths(atoms: Sequence[Atom]) -> list[int]:
+    """All channels of inputs, without repetitions."""
+    return list(dict.fromkeys(atom.channels[0] for atom in atoms if atom.channels[0]))
