@@ -23,16 +23,17 @@ from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
 from swiftkernels.ops.conv_mlp.weights import Weights as ConvMlpWeights
 
 # The structs of csrc/abi.h, and `StepKind`.
-_PRODUCT = struct.Struct("7q2P")
-_DEPTHWISE = struct.Struct("4q2P")
+_PRODUCT = struct.Struct("6q2P")
+_COUNT = struct.Struct("q")
+_DEPTHWISE = struct.Struct("5q2P")
+_NORMALISE = struct.Struct("2qd2P")
 _AVERAGE = struct.Struct("2qP")
-_GATE = struct.Struct("q")
-_STEP = struct.Struct("qPq")
+_STEP = struct.Struct("qP2q")
 _PROGRAM = struct.Struct("3qP")
 _CALL = struct.Struct("5qP4qP4qP")
 _KINDS: tuple[type[Step], ...] = (
-    of.Stem, of.Convolution, of.Depthwise, of.ConvMlp, of.Attention, of.Average, of.SqueezeExcite,
-    of.Pool, of.Linear,
+    of.Stem, of.Convolution, of.PartialConvolution, of.Depthwise, of.Normalise, of.ConvMlp,
+    of.Attention, of.Average, of.SqueezeExcite, of.Pool, of.Linear,
 )  # fmt: skip
 
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -47,8 +48,10 @@ library.register_interface(
         "sizeof(Product)": _PRODUCT.size,
         "sizeof(Stem)": 2 * _PRODUCT.size,
         "sizeof(DepthwiseWeights)": _DEPTHWISE.size,
+        "sizeof(PartialWeights)": _PRODUCT.size + _COUNT.size,
+        "sizeof(NormaliseWeights)": _NORMALISE.size,
         "sizeof(AverageWeights)": _AVERAGE.size,
-        "sizeof(SqueezeExciteWeights)": 2 * _PRODUCT.size + _GATE.size,
+        "sizeof(SqueezeExciteWeights)": 2 * _PRODUCT.size + _COUNT.size,
         "sizeof(Step)": _STEP.size,
         "sizeof(Program)": _PROGRAM.size,
         "sizeof(Call)": _CALL.size,
@@ -189,7 +192,8 @@ def _pack(steps: Sequence[Step], forms: Sequence[int]) -> Packed:
         form = next(remaining) if isinstance(step, of.Attention) else 0
         weights = ctypes.create_string_buffer(_weights(packer, step, form) or b"\0")
         memory.append(weights)
-        fields.append(_STEP.pack(_KINDS.index(type(step)), ctypes.addressof(weights), form))
+        code = _KINDS.index(type(step))
+        fields.append(_STEP.pack(code, ctypes.addressof(weights), form, step.adds))
     array = ctypes.create_string_buffer(b"".join(fields))
     memory.append(array)
     channels = out_channels = steps[0].in_channels
@@ -200,7 +204,7 @@ def _pack(steps: Sequence[Step], forms: Sequence[int]) -> Packed:
 
 
 def _out_channels(step: Step, channels: int) -> int:
-    if isinstance(step, (of.Convolution, of.Linear)):
+    if isinstance(step, (of.Convolution, of.Depthwise, of.Linear)):
         return step.weight.shape[0]
     return step.weight2.shape[0] if isinstance(step, (of.Stem, of.ConvMlp)) else channels
 
@@ -216,15 +220,22 @@ def _weights(packer: Packer, step: Step, form: int) -> bytes:
     if isinstance(step, of.Depthwise):
         channels, kernel = len(step.weight), step.weight.shape[-1]
         return _DEPTHWISE.pack(
-            channels, kernel, step.stride, _CODES[step.activation],
+            channels, kernel, step.stride, step.multiplier, _CODES[step.activation],
             packer.rows(step.weight.flatten(1).t()), packer.vector(step.bias, channels),
         )  # fmt: skip
+    if isinstance(step, of.PartialConvolution):
+        kernel = step.weight.shape[-1]
+        whole = of.Convolution(step.weight, step.bias, 1, kernel // 2)
+        return _convolution(packer, whole) + _COUNT.pack(step.channels)
+    if isinstance(step, of.Normalise):
+        vectors = [packer.vector(t, step.in_channels) for t in (step.weight, step.bias)]
+        return _NORMALISE.pack(step.in_channels, step.over_image, step.eps, *vectors)
     if isinstance(step, of.Average):
         channels = len(step.scale)
         return _AVERAGE.pack(channels, step.kernel, packer.vector(step.scale, channels))
     if isinstance(step, of.SqueezeExcite):
         first_layer = _product(packer, step.weight1, step.bias1, activation=step.activation)
-        gate = _GATE.pack(list(of.GATES).index(step.gate))
+        gate = _COUNT.pack(list(of.GATES).index(step.gate))
         return first_layer + _product(packer, step.weight2, step.bias2) + gate
     if isinstance(step, of.ConvMlp):
         weights = ConvMlpWeights(**step.tensors())  # type: ignore[arg-type]
@@ -242,7 +253,7 @@ def _convolution(packer: Packer, step: of.Convolution, rows: Tensor | None = Non
         rows = step.weight.permute(0, 2, 3, 1).flatten(1)  # [D, k k C], in the order y, x, channel
     kernel, in_dims = step.weight.shape[-1], step.weight.shape[1]
     sizes = in_dims, kernel, step.stride, step.padding
-    return _product(packer, rows, step.bias, sizes, step.activation, step.residual)
+    return _product(packer, rows, step.bias, sizes, step.activation)
 
 
 def _product(
@@ -251,11 +262,10 @@ def _product(
     bias: Tensor,
     sizes: tuple[int, int, int, int] | None = None,
     activation: str = "none",
-    residual: bool = False,
 ) -> bytes:
     """`struct Product` of a matrix [D, K]; `sizes`: channels, kernel, stride and padding."""
     in_dims, *window = sizes or (rows.shape[1], 1, 1, 0)
     return _PRODUCT.pack(
-        in_dims, len(rows), *window, _CODES[activation], residual, packer.matrix(rows.t()),
+        in_dims, len(rows), *window, _CODES[activation], packer.matrix(rows.t()),
         packer.vector(bias, len(rows)),
     )  # fmt: skip

@@ -8,10 +8,11 @@ into the weights (`ops/folding.py`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,12 +47,18 @@ class Step:
         return dataclasses.replace(self, **tensors)
 
     def plain(self, x: Tensor) -> Tensor:
-        """What the step computes, in PyTorch's operators, [B, C, H, W] -> [B, D, H', W']."""
+        """What the step alone computes, in PyTorch's operators, [B, C, H, W] -> [B, D, H', W']."""
         return self.compute(x, self.tensors())
 
     def compute(self, x: Tensor, t: Tensors) -> Tensor:
         """As `plain`, with these tensors instead of those of the step."""
         raise NotImplementedError
+
+    @property
+    def adds(self) -> int:
+        """The number of steps from the one whose input is added to the output on to this one, which
+        is one of them; 0 if nothing is added, or only by `compute`."""
+        return 0
 
     @property
     def in_channels(self) -> int:
@@ -102,7 +109,7 @@ class Stem(Step):
 
 @dataclass(frozen=True, eq=False)
 class Convolution(Step):
-    """A convolution of k x k with zeros around the image, and an activation or x, which is added."""
+    """A convolution of k x k with zeros around the image, an activation, and an earlier map."""
 
     kind = "convolution"
 
@@ -113,13 +120,12 @@ class Convolution(Step):
     stride: int = 2
     padding: int = 1
     activation: str = "none"
-    residual: bool = False
-    """With k 1, stride 1, D = C and no activation."""
+    adds: int = 0
+    """See `Step.adds`; only without activation."""
 
     def compute(self, x: Tensor, t: Tensors) -> Tensor:
         out = F.conv2d(x, t["weight"], t["bias"], stride=self.stride, padding=self.padding)
-        out = ACTIVATIONS[self.activation](out)
-        return x + out if self.residual else out
+        return ACTIVATIONS[self.activation](out)
 
     @property
     def in_channels(self) -> int:
@@ -127,25 +133,76 @@ class Convolution(Step):
 
 
 @dataclass(frozen=True, eq=False)
+class PartialConvolution(Step):
+    """A 3 x 3 convolution, like `Convolution`, of the first c channels; the others stay."""
+
+    kind = "partial_convolution"
+
+    weight: Tensor
+    """[c, c, k, k]"""
+    bias: Tensor
+    """[c]"""
+    channels: int
+    """C"""
+
+    def compute(self, x: Tensor, t: Tensors) -> Tensor:
+        weight = t["weight"]
+        first, others = x.split([len(weight), x.shape[1] - len(weight)], dim=1)
+        first = F.conv2d(first, weight, t["bias"], padding=weight.shape[-1] // 2)
+        return torch.cat([first, others], dim=1)
+
+    @property
+    def in_channels(self) -> int:
+        return self.channels
+
+
+@dataclass(frozen=True, eq=False)
 class Depthwise(Step):
-    """A convolution of every channel by itself, with k // 2 zeros around the image, and an
-    activation."""
+    """A convolution of every channel by itself to m channels, with k // 2 zeros around the image,
+    and an activation."""
 
     kind = "depthwise"
 
     weight: Tensor
-    """[C, 1, k, k], with k of `KERNEL_SIZES` in `ops/conv_mlp/weights.py`."""
+    """[m C, 1, k, k], with k of `KERNEL_SIZES` in `ops/conv_mlp/weights.py`."""
     bias: Tensor
-    """[C]"""
+    """[m C]"""
     stride: int = 1
     activation: str = "none"
+    multiplier: int = 1
+    """m"""
 
     def compute(self, x: Tensor, t: Tensors) -> Tensor:
         weight = t["weight"]
-        out = F.conv2d(
-            x, weight, t["bias"], self.stride, padding=weight.shape[-1] // 2, groups=len(weight)
-        )
+        padding = weight.shape[-1] // 2
+        out = F.conv2d(x, weight, t["bias"], self.stride, padding, groups=x.shape[1])
         return ACTIVATIONS[self.activation](out)
+
+    @property
+    def in_channels(self) -> int:
+        return len(self.weight) // self.multiplier
+
+
+@dataclass(frozen=True, eq=False)
+class Normalise(Step):
+    """weight * (x - mean) / sqrt(variance + eps) + bias: LayerNorm over the channels of each pixel, or
+    over all numbers of an image (GroupNorm with one group)."""
+
+    kind = "normalise"
+
+    weight: Tensor
+    """[C]"""
+    bias: Tensor
+    """[C]"""
+    eps: float
+    over_image: bool
+
+    def compute(self, x: Tensor, t: Tensors) -> Tensor:
+        if self.over_image:
+            return F.group_norm(x, 1, t["weight"], t["bias"], self.eps)
+        pixels = x.permute(0, 2, 3, 1)
+        out = F.layer_norm(pixels, pixels.shape[-1:], t["weight"], t["bias"], self.eps)
+        return out.permute(0, 3, 1, 2)
 
     @property
     def in_channels(self) -> int:
@@ -154,19 +211,21 @@ class Depthwise(Step):
 
 @dataclass(frozen=True, eq=False)
 class Average(Step):
-    """x + scale * (mean - x), where mean is that of the k x k pixels around, as far as they are in
-    the image: the pooling of PoolFormer with its residual branch."""
+    """scale * (mean - x), where mean is that of the k x k pixels around, as far as they are in the
+    image, and an earlier map: the pooling of PoolFormer."""
 
     kind = "average"
 
     scale: Tensor
     """[C]"""
     kernel: int
+    adds: int = 0
+    """See `Step.adds`."""
 
     def compute(self, x: Tensor, t: Tensors) -> Tensor:
         k = self.kernel
         mean = F.avg_pool2d(x, k, 1, k // 2, count_include_pad=False)
-        return x + t["scale"].view(-1, 1, 1) * (mean - x)
+        return t["scale"].view(-1, 1, 1) * (mean - x)
 
     @property
     def in_channels(self) -> int:
@@ -223,6 +282,8 @@ class ConvMlp(Step):
     activation: str
     """A key of `ACTIVATIONS` in `ops/conv_mlp/reference.py`."""
     residual: bool
+    adds: int = 0
+    """See `Step.adds`; of a map before the input, which `residual` adds."""
 
     @property
     def options(self) -> ConvMlpOptions:
@@ -298,3 +359,18 @@ class Linear(Step):
     @property
     def in_channels(self) -> int:
         return self.weight.shape[1]
+
+
+def run(steps: Sequence[Step], x: Tensor, tensors: Sequence[Tensors] | None = None) -> Tensor:
+    """What steps compute one after the other, in PyTorch's operators.
+
+    Args:
+        steps: of a chain or a block.
+        x: [B, C, H, W]
+        tensors: of the steps, instead of their own.
+    """
+    maps = [x]
+    for number, step in enumerate(steps):
+        out = step.compute(maps[-1], step.tensors() if tensors is None else tensors[number])
+        maps.append(maps[-step.adds] + out if step.adds else out)
+    return maps[-1]

@@ -10,7 +10,9 @@ namespace swiftkernels::fusion {
 enum StepKind : int64_t {
   STEM,
   CONVOLUTION,
+  PARTIAL_CONVOLUTION,
   DEPTHWISE,
+  NORMALISE,
   CONV_MLP,
   ATTENTION,
   AVERAGE,
@@ -26,7 +28,6 @@ struct Product {
   int64_t in_dims, out_dims;
   int64_t kernel, stride, padding;
   int64_t activation;  // Activation
-  int64_t residual;    // the input is added; D = C, k = 1, stride 1, no activation
   const float* panels;
   const float* bias;
 
@@ -40,15 +41,31 @@ struct Stem {
   Product first, second;
 };
 
-/// A convolution of every channel, with k / 2 zeros around the image.
+/// A convolution of the first channels; the others stay.
+struct PartialWeights {
+  Product product;
+  int64_t channels;  // of all
+};
+
+/// A convolution of every channel to `multiplier` channels, with k / 2 zeros around the image.
 struct DepthwiseWeights {
-  int64_t channels, kernel, stride;
+  int64_t channels;  // of the output
+  int64_t kernel, stride, multiplier;
   int64_t activation;  // Activation
   const float* weights;  // [k, k, C]
   const float* bias;     // [C]
 };
 
-/// x + scale (mean - x), with the mean of the k x k pixels around, as far as they are in the image.
+/// weight (x - mean) / sqrt(variance + eps) + bias, over the channels of a pixel or a whole image.
+struct NormaliseWeights {
+  int64_t channels;
+  int64_t over_image;
+  double eps;
+  const float* weight;  // [C]
+  const float* bias;    // [C]
+};
+
+/// scale (mean - x), with the mean of the k x k pixels around, as far as they are in the image.
 struct AverageWeights {
   int64_t channels, kernel;
   const float* scale;  // [C]
@@ -64,10 +81,11 @@ struct SqueezeExciteWeights {
 
 struct Step {
   int64_t kind;
-  /// Stem; Product; DepthwiseWeights; conv_mlp::PackedWeights; additive::PackedWeights;
-  /// AverageWeights; SqueezeExciteWeights; null; Product.
+  /// Stem; Product; PartialWeights; DepthwiseWeights; NormaliseWeights; conv_mlp::PackedWeights;
+  /// additive::PackedWeights; AverageWeights; SqueezeExciteWeights; null; Product.
   const void* weights;
   int64_t form;  // of an attention, additive::FormCode
+  int64_t adds;  // the input of the step adds - 1 steps before is added to the output; 0: nothing
 };
 
 struct Program {

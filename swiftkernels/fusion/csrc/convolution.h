@@ -50,14 +50,14 @@ inline void gather(const Product& p, const Map& map, int64_t above, int64_t heig
   }
 }
 
-/// out = the output pixels [first, end); arguments as in `gather`.
+/// out = `added` + the output pixels [first, end); arguments as in `gather`.
 inline void convolve_tile(const Product& p, const Map& map, int64_t above, int64_t height,
-                          int64_t first, int64_t end, Tile out, Tile patches) {
+                          int64_t first, int64_t end, Tile out, Tile patches, Tile added = {}) {
   const Tile pixels{map.pixel(first), map.stride};
   if (!p.is_pointwise()) gather(p, map, above, height, first, end, patches);
   gemm_and(p.is_pointwise() ? pixels : patches, end - first,
            Matrix::packed(p.panels, p.depth(), p.out_dims), p.bias, out, nullptr,
-           p.residual ? pixels : Tile{}, true,
+           added, true,
            [&](Tile part, int64_t rows, int64_t width) INLINE_LAMBDA {
              activate(static_cast<Activation>(p.activation), part, rows, width);
            });

@@ -1,5 +1,5 @@
-// What else chains do with maps: depthwise convolutions, averages of neighbours, and squeeze and
-// excitation.
+// What else chains do with maps: partial and depthwise convolutions, norms, averages of neighbours,
+// and squeeze and excitation.
 #pragma once
 
 #include <cmath>
@@ -7,6 +7,74 @@
 #include "convolution.h"
 
 namespace swiftkernels::fusion {
+
+/// out = the pixels [first, end) of a partial convolution.
+inline void partial_tile(const Map& x, const PartialWeights& w, int64_t first, int64_t end,
+                         Tile out, Tile patches) {
+  convolve_tile(w.product, x, 0, x.height, first, end, out, patches);
+  // The product has written full vectors, so the first channels of these follow it.
+  for (int64_t pixel = first; pixel < end; pixel++)
+    std::copy(x.pixel(pixel) + w.product.out_dims, x.pixel(pixel) + padded(w.channels),
+              out.row(pixel - first) + w.product.out_dims);
+}
+
+/// out = the pixels [first, end) with each channel `multiplier` times.
+inline void repeat_tile(const Map& x, const DepthwiseWeights& d, int64_t first, int64_t end,
+                        Tile out) {
+  for (int64_t pixel = first; pixel < end; pixel++) {
+    const float* in = x.pixel(pixel);
+    float* row = out.row(pixel - first);
+    for (int64_t c = 0; c < d.channels / d.multiplier; c++)
+      for (int64_t i = 0; i < d.multiplier; i++) *row++ = in[c];
+    std::fill(row, out.row(pixel - first) + padded(d.channels), 0.f);
+  }
+}
+
+/// The sum of function(numbers) over a row of `channels` numbers.
+template <class Function>
+INLINE float sum_of_row(const float* row, int64_t channels, Function function) {
+  vec total{};
+  int64_t c = 0;
+  for (; c + LANES <= channels; c += LANES) total += function(load(row + c));
+  if (c < channels) {
+    alignas(sizeof(vec)) float last[LANES];
+    store(last, function(load(row + c)));
+    std::fill(last + (channels - c), last + LANES, 0.f);
+    total += load(last);
+  }
+  return sum(total);
+}
+
+/// Mean and 1 / sqrt(variance + eps) of some pixels.
+inline void moments(const Map& x, const NormaliseWeights& w, int64_t first, int64_t end,
+                    float* mean, float* scale) {
+  const double count = static_cast<double>(end - first) * static_cast<double>(w.channels);
+  double total = 0., squares = 0.;
+  for (int64_t pixel = first; pixel < end; pixel++)
+    total += sum_of_row(x.pixel(pixel), w.channels, [](vec v) INLINE_LAMBDA { return v; });
+  const float m = static_cast<float>(total / count);
+  for (int64_t pixel = first; pixel < end; pixel++)
+    squares += sum_of_row(x.pixel(pixel), w.channels,
+                          [&](vec v) INLINE_LAMBDA { return (v - m) * (v - m); });
+  *mean = m;
+  *scale = static_cast<float>(1. / std::sqrt(squares / count + w.eps));
+}
+
+/// out = the pixels [first, end), normalised; `of_image`: mean and scale of the image, or null.
+inline void normalise_tile(const Map& x, const NormaliseWeights& w, const float* of_image,
+                           int64_t first, int64_t end, Tile out) {
+  for (int64_t pixel = first; pixel < end; pixel++) {
+    float mean, scale;
+    if (of_image)
+      mean = of_image[0], scale = of_image[1];
+    else
+      moments(x, w, pixel, pixel + 1, &mean, &scale);
+    const float* in = x.pixel(pixel);
+    float* row = out.row(pixel - first);
+    for (int64_t c = 0; c < padded(w.channels); c += LANES)
+      store(row + c, (load(in + c) - mean) * scale * load(w.weight + c) + load(w.bias + c));
+  }
+}
 
 /// Pixels of a depthwise convolution that are computed together.
 constexpr int PIXELS = 4;
@@ -66,9 +134,9 @@ inline void depthwise_tile(const Map& x, const DepthwiseWeights& d, int64_t firs
   activate(static_cast<Activation>(d.activation), out, end - first, padded(d.channels));
 }
 
-/// out = the pixels [first, end) of x + scale (mean - x).
+/// out = the pixels [first, end) of `added` + scale (mean - x).
 inline void average_tile(const Map& x, const AverageWeights& a, int64_t first, int64_t end,
-                         Tile out) {
+                         Tile out, Tile added) {
   const int64_t reach = a.kernel / 2;
   for (int64_t pixel = first; pixel < end; pixel++) {
     const int64_t y = pixel / x.width, column = pixel % x.width;
@@ -80,8 +148,9 @@ inline void average_tile(const Map& x, const AverageWeights& a, int64_t first, i
       vec sum{};
       for (int64_t i = top; i < bottom; i++)
         for (int64_t j = left; j < right; j++) sum += load(x.pixel(i * x.width + j) + c);
-      const vec own = load(x.pixel(pixel) + c);
-      store(out.row(pixel - first) + c, own + load(a.scale + c) * (sum * share - own));
+      const vec difference = sum * share - load(x.pixel(pixel) + c);
+      const vec base = added.data ? load(added.row(pixel - first) + c) : vec{};
+      store(out.row(pixel - first) + c, base + load(a.scale + c) * difference);
     }
   }
 }

@@ -32,7 +32,11 @@ enum class Work {
   LOAD,
   STEM,
   CONVOLUTION,
+  PARTIAL,
+  REPEAT,
   DEPTHWISE,
+  MOMENTS,
+  NORMALISE,
   CONV_MLP,
   AVERAGE,
   SQUEEZE,
@@ -57,7 +61,8 @@ struct Phase {
   int64_t reach;  // rows around a tile that it reads
   bool local;     // waits only for the tiles before that it reads or whose input it overwrites
   int64_t first_task;
-  float* gates;  // of a squeeze and excitation
+  float* state;  // gates of a squeeze and excitation; mean and scale of an image
+  Map added;     // a map that is added to the output, or without data
 
   /// The first row of a tile of complete rows; of the number of tiles, the end.
   int64_t first_row(int64_t tile) const { return out.height * tile / tiles; }
@@ -139,18 +144,23 @@ class Lane {
     int64_t channels = program_.in_dims, scratch = 0;
     const bool loads = program_.steps[0].kind != STEM;
     Map in{nullptr, call_.height, call_.width, padded(channels)};
-    // The maps of all steps lie in two buffers in turn.
+    // The maps of all steps lie in two buffers in turn, or in more where maps are added later.
     int64_t largest = loads ? in.pixels() * in.stride : 0;
     for_each_map(
         [&](int64_t, const Map& map) { largest = std::max(largest, map.pixels() * map.stride); });
-    float* const buffers[] = {arena.take(largest), arena.take(largest)};
+    const std::vector<int> places = places_of_maps();
+    std::vector<float*> buffers;
+    for (int i = *std::max_element(places.begin(), places.end()); i >= 0; i--)
+      buffers.push_back(arena.take(largest));
     phases_.clear();
-    in.data = buffers[0];
-    int next = 0;
+    in.data = buffers[places[0]];
+    std::vector<Map> maps{in};
+    last_in_.assign(buffers.size(), Map{});
+    last_in_[places[0]] = in;
     const auto add = [&](Work work, int64_t step, Map out, int64_t dims, int64_t tiles) -> Phase& {
       const int64_t first = phases_.empty() ? 0 : phases_.back().first_task + phases_.back().tiles;
       const void* weights = step >= 0 ? program_.steps[step].weights : nullptr;
-      phases_.push_back({work, step, weights, nullptr, tiles, in, out, dims, 0, false, first, nullptr});
+      phases_.push_back({work, step, weights, nullptr, tiles, in, out, dims, 0, false, first, nullptr, {}});
       return phases_.back();
     };
     const auto scratch_of = [&](auto make) {
@@ -160,12 +170,12 @@ class Lane {
     };
     if (loads) {
       add(Work::LOAD, -1, in, channels, std::min<int64_t>(in.height, 4 * threads_));
-      next = 1;
     }
     for_each_map([&](int64_t i, const Map& map) {
       const Step& step = program_.steps[i];
       Map out = map;
-      out.data = buffers[next];
+      out.data = buffers[places[i + 1]];
+      before_ = last_in_[places[i + 1]];
       const int64_t dims = dims_of(step, channels), pixels = out.pixels();
       switch (step.kind) {
         case STEM: {
@@ -186,11 +196,39 @@ class Lane {
           scratch_of([&](Arena& a) { patch_tile(p, (pixels + tiles - 1) / tiles, a); });
           break;
         }
+        case PARTIAL_CONVOLUTION: {
+          const auto& p = as<PartialWeights>(step.weights).product;
+          const int64_t tiles =
+              conv_mlp::tiles_of(pixels, convolution_tile(p.depth()), threads_);
+          add(Work::PARTIAL, i, out, dims, tiles);
+          keep_local(p.kernel / 2);
+          scratch_of([&](Arena& a) { patch_tile(p, (pixels + tiles - 1) / tiles, a); });
+          break;
+        }
+        case NORMALISE: {
+          float* moments = nullptr;
+          if (as<NormaliseWeights>(step.weights).over_image) {
+            moments = arena.take(2);
+            add(Work::MOMENTS, i, in, dims, 1).state = moments;
+          }
+          const int64_t tiles = conv_mlp::tiles_of(pixels, conv_mlp::TILE, threads_);
+          add(Work::NORMALISE, i, out, dims, tiles).state = moments;
+          keep_local(0);
+          break;
+        }
         case DEPTHWISE: {
           const auto& d = as<DepthwiseWeights>(step.weights);
+          if (d.multiplier > 1) {
+            const Map more{nullptr, in.height, in.width, padded(dims)};
+            Map repeated = more;
+            repeated.data = arena.take(more.pixels() * more.stride);
+            add(Work::REPEAT, i, repeated, dims,
+                conv_mlp::tiles_of(more.pixels(), conv_mlp::TILE, threads_));
+            in = repeated;
+          }
           const int64_t tiles = conv_mlp::tiles_of(pixels, conv_mlp::TILE, threads_);
           add(Work::DEPTHWISE, i, out, dims, tiles).reach = d.kernel;
-          if (d.stride == 1) keep_local(d.kernel / 2);
+          if (d.multiplier == 1 && d.stride == 1) keep_local(d.kernel / 2);
           break;
         }
         case CONV_MLP: {
@@ -209,8 +247,8 @@ class Lane {
         case SQUEEZE_EXCITE: {
           const int64_t tiles = conv_mlp::tiles_of(pixels, conv_mlp::TILE, threads_);
           float* gates = arena.take(squeeze_floats(as<SqueezeExciteWeights>(step.weights)));
-          add(Work::SQUEEZE, i, in, dims, 1).gates = gates;
-          add(Work::EXCITE, i, out, dims, tiles).gates = gates;
+          add(Work::SQUEEZE, i, in, dims, 1).state = gates;
+          add(Work::EXCITE, i, out, dims, tiles).state = gates;
           break;
         }
         case ATTENTION:
@@ -222,8 +260,10 @@ class Lane {
         default:
           add(Work::LINEAR, i, out, dims, 1);
       }
+      if (step.adds) phases_.back().added = maps[i + 1 - step.adds];
       in = out, channels = dims;
-      next = 1 - next;
+      maps.push_back(out);
+      last_in_[places[i + 1]] = out;
     });
     add(Work::STORE, -1, in, channels, std::min<int64_t>(in.height, 4 * threads_));
     scratch_ = round_up(scratch, 16);
@@ -233,18 +273,39 @@ class Lane {
       attentions_[i]->use(workspaces_, scratch_, states_[i]);
   }
 
+  /// The buffer of each map: of the input, and of the output of each step. A buffer is used again
+  /// when the last step that reads its map is done.
+  std::vector<int> places_of_maps() const {
+    std::vector<int64_t> last(program_.count + 1);
+    for (int64_t i = 0; i < program_.count; i++) {
+      last[i] = std::max(last[i], i);
+      if (const int64_t adds = program_.steps[i].adds) last[i + 1 - adds] = i;
+    }
+    std::vector<int> places(program_.count + 1);
+    for (int64_t i = 1; i <= program_.count; i++) {
+      const auto taken = [&](int place) {
+        for (int64_t j = 0; j < i; j++)
+          if (places[j] == place && last[j] >= i - 1) return true;
+        return false;
+      };
+      while (taken(places[i])) places[i]++;
+    }
+    return places;
+  }
+
   /// Let the last phase wait only for the tiles of the phase before that it needs, where both have
-  /// the same pixels and write rows of the same length.
+  /// the same pixels, and the map that it overwrites has rows of the same length.
   void keep_local(int64_t reach) {
     Phase& phase = phases_.back();
     phase.reach = reach;
     if (phases_.size() < 2) return;
     const Phase& before = phases_[phases_.size() - 2];
-    constexpr Work tiled[] = {Work::CONVOLUTION, Work::DEPTHWISE, Work::CONV_MLP,
-                              Work::AVERAGE,     Work::EXCITE,    Work::OUTPUT};
+    constexpr Work tiled[] = {Work::CONVOLUTION, Work::PARTIAL,  Work::DEPTHWISE,
+                              Work::NORMALISE,   Work::CONV_MLP, Work::AVERAGE,
+                              Work::EXCITE,      Work::OUTPUT};
     phase.local = std::find(std::begin(tiled), std::end(tiled), before.work) != std::end(tiled) &&
                   before.in.pixels() == phase.out.pixels() &&
-                  before.in.stride == phase.out.stride;
+                  before_.pixels() == phase.out.pixels() && before_.stride == phase.out.stride;
   }
 
   template <class Add>
@@ -279,6 +340,8 @@ class Lane {
       case CONVOLUTION:
       case LINEAR:
         return as<Product>(step.weights).out_dims;
+      case PARTIAL_CONVOLUTION:
+        return as<PartialWeights>(step.weights).channels;
       case DEPTHWISE:
         return as<DepthwiseWeights>(step.weights).channels;
       case CONV_MLP:
@@ -322,6 +385,9 @@ class Lane {
     Arena arena(workspaces_ + thread * scratch_);
     const Map &in = phase.in, &out = phase.out;
     const Tile rows{out.data, out.stride};
+    const auto added = [&](int64_t first) {
+      return phase.added.data ? Tile{phase.added.pixel(first), phase.added.stride} : Tile{};
+    };
     switch (phase.work) {
       case Work::LOAD:
         for (int64_t y = phase.first_row(tile); y < phase.first_row(tile + 1); y++)
@@ -337,7 +403,25 @@ class Lane {
         const auto& p = as<Product>(phase.weights);
         const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
         return convolve_tile(p, in, 0, in.height, first, end, rows.from(first),
-                             patch_tile(p, end - first, arena));
+                             patch_tile(p, end - first, arena), added(first));
+      }
+      case Work::PARTIAL: {
+        const auto& w = as<PartialWeights>(phase.weights);
+        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+        return partial_tile(in, w, first, end, rows.from(first),
+                            patch_tile(w.product, end - first, arena));
+      }
+      case Work::REPEAT: {
+        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+        return repeat_tile(in, as<DepthwiseWeights>(phase.weights), first, end, rows.from(first));
+      }
+      case Work::MOMENTS:
+        return moments(in, as<NormaliseWeights>(phase.weights), 0, in.pixels(), phase.state,
+                       phase.state + 1);
+      case Work::NORMALISE: {
+        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+        return normalise_tile(in, as<NormaliseWeights>(phase.weights), phase.state, first, end,
+                              rows.from(first));
       }
       case Work::DEPTHWISE: {
         const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
@@ -348,17 +432,18 @@ class Lane {
         const auto& w = as<conv_mlp::PackedWeights>(phase.weights);
         const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
         return conv_mlp::run_tile(w, in, first, end, rows.from(first),
-                                  conv_mlp::Workspace::make(w, end - first, arena));
+                                  conv_mlp::Workspace::make(w, end - first, arena), added(first));
       }
       case Work::AVERAGE: {
         const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
-        return average_tile(in, as<AverageWeights>(phase.weights), first, end, rows.from(first));
+        return average_tile(in, as<AverageWeights>(phase.weights), first, end, rows.from(first),
+                            added(first));
       }
       case Work::SQUEEZE:
-        return squeeze(in, as<SqueezeExciteWeights>(phase.weights), phase.gates);
+        return squeeze(in, as<SqueezeExciteWeights>(phase.weights), phase.state);
       case Work::EXCITE: {
         const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
-        return excite_tile(in, phase.out_dims, phase.gates, first, end, rows.from(first));
+        return excite_tile(in, phase.out_dims, phase.state, first, end, rows.from(first));
       }
       case Work::SCORE:
         return phase.passes->score(tile, thread);
@@ -392,6 +477,8 @@ class Lane {
   int64_t floats_ = 0, scratch_ = 0;
   float* workspaces_ = nullptr;
   std::vector<Phase> phases_;
+  std::vector<Map> last_in_;  // while laying out: the last map in each buffer
+  Map before_{};              // and that which the next step overwrites
   std::vector<std::unique_ptr<additive::Call>> calls_;
   std::vector<std::unique_ptr<additive::Passes>> attentions_;
   std::vector<float*> states_;

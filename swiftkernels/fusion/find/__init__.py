@@ -166,7 +166,9 @@ class _Finder:
         own: dict[str, Atom] = {}
         scales: dict[str, Tensor] = {}
         unknown = self._gather(module, "", own, scales)
-        if not own or len(own) > MAX_ATOMS:
+        if not own:
+            return _Match(atoms.of_module(module))
+        if len(own) > MAX_ATOMS:
             return _Match()
         try:
             if unknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from swiftkernels.fusion.find import lower, parts, probes
 from swiftkernels.fusion.find.attention import AttentionRecipe
 from swiftkernels.fusion.find.lower import Item
-from swiftkernels.fusion.steps import GATES, SqueezeExcite
+from swiftkernels.fusion.steps import GATES, Normalise, PartialConvolution, SqueezeExcite
 from swiftkernels.ops import folding
 from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
 
@@ -43,14 +44,14 @@ def of_layer(module: nn.Module) -> Atom | None:
         linear: Any = module
         return Layer((linear.in_features, linear.out_features))
     activation = parts.norm_activation(module)
-    if activation is None:
-        return None
-    return Norm((cast(Any, module).num_features,) * 2, activation)
+    if activation is not None:
+        return Norm((cast(Any, module).num_features,) * 2, activation)
+    return _normalising(module)
 
 
 def of_module(module: nn.Module) -> Atom | None:
     """A module whose parts are not called one after the other, but that computes a known form."""
-    for match in (_pooling, _squeeze_excite, _merged):
+    for match in (_pooling, _partial, _squeeze_excite, _merged):
         found = match(module)
         if found is not None:
             return found
@@ -77,6 +78,52 @@ class Norm:
     def items(self, name: str, module: nn.Module) -> list[Item]:
         affine = lower.Affine(name, *folding.affine(module))
         return [affine] if self.activation == "none" else [affine, lower.Activate(self.activation)]
+
+
+@dataclass(frozen=True)
+class Normalising:
+    """A norm of each pixel, or of each image."""
+
+    channels: tuple[int, int]
+    eps: float
+    over_image: bool
+
+    def items(self, name: str, module: nn.Module) -> list[Item]:
+        return [lower.Ready(self.step(module))]
+
+    def step(self, module: nn.Module) -> Normalise:
+        weight, bias = (module._parameters.get(key) for key in ("weight", "bias"))
+        ones = torch.ones(self.channels[0], dtype=torch.float64)
+        weight, bias = (ones * t.detach() if t is not None else None for t in (weight, bias))
+        return Normalise(
+            ones if weight is None else weight, 0 * ones if bias is None else bias, self.eps,
+            self.over_image,
+        )  # fmt: skip
+
+
+def _normalising(module: nn.Module) -> Normalising | None:
+    own = parts.own_tensors(module)
+    eps = getattr(module, "eps", None)
+    if module._modules or not {"weight"} <= {*own} <= {"weight", "bias"}:
+        return None
+    if not isinstance(eps, float) or any(t.dim() != 1 for t in own.values()):
+        return None
+    channels = len(own["weight"])
+    # Tiny numbers show another eps.
+    x = 1e-2 * probes.random(2, channels, 7, 5)
+    for over_image in (False, True):
+        found = Normalising((channels, channels), eps, over_image)
+        expected = found.step(module).plain(x)
+        for out in (probes.output(module, x), _output_last(module, x)):
+            if out is not None and probes.is_near(out, expected):
+                return found
+    return None
+
+
+def _output_last(module: nn.Module, x: Tensor) -> Tensor | None:
+    """The output of a module that takes the channels as the last axis."""
+    out = probes.output(module, x.movedim(1, -1))
+    return None if out is None or out.dim() != 4 else out.movedim(-1, 1)
 
 
 @dataclass(frozen=True)
@@ -118,6 +165,50 @@ def _pooling(module: nn.Module) -> Pooling | None:
     out = probes.output(module, x)
     fits = k % 2 == 1 and out is not None and probes.fits(out, difference, x)
     return Pooling(k) if fits else None
+
+
+# The partial convolution of FasterNet.
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A convolution of the first channels; channels 0 for any number."""
+
+    conv: str
+    channels: tuple[int, int] = (0, 0)
+
+    def items(self, name: str, module: nn.Module) -> list[Item]:
+        weight, bias = folding.weight_and_bias(module.get_submodule(self.conv))
+        return [lower.Ready(PartialConvolution(weight, bias, self.channels[0]))]
+
+
+def _partial(module: nn.Module) -> Partial | None:
+    convs = [(name, part) for name, part in module.named_modules() if parts.is_conv(part)]
+    if len(convs) != 1 or len(parts.tensors_of(module)) != len(parts.tensors_of(convs[0][1])):
+        return None
+    name, conv = convs[0][0], cast(nn.Conv2d, convs[0][1])
+    k = conv.kernel_size[0]
+    if not name or k % 2 == 0 or conv.in_channels != conv.out_channels:
+        return None
+    if (conv.stride, conv.groups, parts.padding_of(conv)) != ((1, 1), 1, k // 2):
+        return None
+    more = dict.fromkeys((_attribute(module, "dim"), *(n * conv.in_channels for n in (2, 3, 4, 8))))
+    for channels in more:
+        if channels is None or channels <= conv.in_channels:
+            continue
+        found = Partial(name, (channels, channels))
+        (item,) = found.items("", module)
+        assert isinstance(item, lower.Ready)
+        x = probes.random(2, channels, 7, 5)
+        out = probes.output(module, x)
+        if out is not None and probes.fits(out, item.step.plain, x):
+            return found
+    return None
+
+
+def _attribute(module: nn.Module, name: str) -> int | None:
+    value = getattr(module, name, None)
+    return value if type(value) is int else None
 
 
 # Squeeze and excitation.
@@ -171,18 +262,21 @@ def _squeeze_excite(module: nn.Module) -> Excite | None:
 
 @dataclass(frozen=True)
 class Merged:
-    """A module that computes one convolution, whose kernel is what it makes of single pixels."""
+    """A module that computes one convolution and an activation. The kernel is what the module,
+    without activation, makes of single pixels."""
 
     kernel: int
     stride: int
     groups: int
     channels: tuple[int, int]
+    activation: str
 
     def items(self, name: str, module: nn.Module) -> list[Item]:
-        return [self.layer(name, module)]
+        layer = self.layer(name, _without_activations(module))
+        return [layer] if self.activation == "none" else [layer, lower.Activate(self.activation)]
 
     def layer(self, name: str, module: nn.Module) -> lower.Layer:
-        """The convolution.
+        """The convolution that a module without activations computes.
 
         With stride s and padding p, output pixel o reads input pixel s o - p + t with number t of
         the kernel. So a pixel at i shows the numbers t = i + p - s o of the kernel for all o.
@@ -209,38 +303,55 @@ class Merged:
 
 
 def _merged(module: nn.Module) -> Merged | None:
-    layers: list[nn.Module] = []
+    convs: list[nn.Conv2d] = []
     norms = 0
     for part in module.modules():
         if parts.is_conv(part):
-            layers.append(part)
-        elif parts.is_norm(part) or parts.norm_activation(part) == "none":
+            convs.append(cast(nn.Conv2d, part))
+        elif parts.norm_activation(part) == "none":
             norms += 1
-        elif not part._modules and parts.own_tensors(part):
-            if not all(map(parts.is_scale, parts.own_tensors(part).values())):
-                return None
-    convs = [cast(nn.Conv2d, layer) for layer in layers]
+        elif not part._modules and not all(map(parts.is_scale, parts.own_tensors(part).values())):
+            return None
     if not convs or len(convs) + norms > MAX_BRANCHES:
         return None
     largest = max(convs, key=lambda conv: conv.kernel_size[0])
     k, s = largest.kernel_size[0], largest.stride[0]
     channels = largest.in_channels, largest.out_channels
-    if k % 2 == 0 or (largest.groups == 1 and k > 1 and channels[0] > 64):
-        return None  # each number of the kernel takes a run of the module
-    found = Merged(k, s, largest.groups, channels)
-    if channels[0] // largest.groups > 1024 or not _is_linear(module, channels[0]):
+    per_group = channels[0] // largest.groups
+    # Each input channel of a group takes a run of the module.
+    if k % 2 == 0 or per_group > 1024 or (k > 1 and per_group > 64):
         return None
+    linear = _without_activations(module)
+    if not _is_linear(linear, channels[0]):
+        return None
+    found = Merged(k, s, largest.groups, channels, "none")
     try:
-        layer = found.layer("", module)
+        layer = found.layer("", linear)
     except Exception:  # an unknown module may raise anything
         return None
+    activations = set(ACTIVATIONS)
     for batch, height, width in probes.SIZES:
-        x = probes.random(batch, channels[0], height, width)
-        out = probes.output(module, x)
-        expected = F.conv2d(x, layer.weight, layer.bias, s, layer.padding, groups=layer.groups)
-        if out is None or not probes.is_near(out, expected):
+        x = 4 * probes.random(batch, channels[0], height, width)
+        result = probes.output(module, x)
+        out = F.conv2d(x, layer.weight, layer.bias, s, layer.padding, groups=layer.groups)
+        if result is None:
             return None
-    return found
+        activations &= {n for n, act in ACTIVATIONS.items() if probes.is_near(result, act(out))}
+    if not activations:
+        return None
+    return dataclasses.replace(found, activation=min(activations, key=list(ACTIVATIONS).index))
+
+
+def _without_activations(module: nn.Module) -> nn.Module:
+    """A copy in which the modules that are activations return their input."""
+    clone = copy.deepcopy(module)
+    for part in list(clone.modules()):
+        for name, child in part._modules.items():
+            if child is None or child._modules or parts.tensors_of(child):
+                continue
+            if parts.activation_of(child) not in (None, "none"):
+                part._modules[name] = nn.Identity()
+    return clone
 
 
 def _is_linear(module: nn.Module, channels: int) -> bool:

@@ -20,7 +20,6 @@ from swiftkernels.fusion.steps import (
     ConvMlp,
     Convolution,
     Depthwise,
-    SqueezeExcite,
     Stem,
     Step,
 )
@@ -56,7 +55,7 @@ class Layer:
     @property
     def is_depthwise(self) -> bool:
         return (
-            self.groups == len(self.weight) > 1
+            self.groups > 1
             and self.weight.shape[1] == 1
             and self.kernel in KERNEL_SIZES
             and self.padding == self.kernel // 2
@@ -125,17 +124,17 @@ def lower(items: Sequence[Item]) -> tuple[Step, ...]:
             saved[items[0].number] = len(steps)
             items = items[1:]
         elif isinstance(items[0], Add):
-            if not steps or saved[items[0].number] != len(steps) - 1:
-                raise UnsupportedError("it adds an earlier map behind several steps")
-            steps[-1] = _with_residual(steps[-1])
+            steps[-1] = _adding(steps[-1], len(steps) - saved[items[0].number])
             items = items[1:]
         else:
             step, count = _first_step(items)
             items = items[count:]
             steps.append(step)
             follows = items[0] if items else None
-            if isinstance(step, (Attention, Average)) and not isinstance(follows, Add):
-                raise UnsupportedError(f"its {step.kind} does not add its input")
+            if isinstance(step, Attention) and not (
+                isinstance(follows, Add) and saved[follows.number] == len(steps) - 1
+            ):
+                raise UnsupportedError("its attention does not add its input")
     return tuple(steps)
 
 
@@ -184,20 +183,23 @@ def _takes_scale(item: Item) -> bool:
     return isinstance(item, Pooling) or (isinstance(item, Ready) and item.step.kind == "attention")
 
 
-def _with_residual(step: Step) -> Step:
-    """x + step(x)"""
-    if isinstance(step, (Attention, Average)):
-        return step  # they add it anyway
-    if isinstance(step, ConvMlp) and len(step.weight2) == step.in_channels:
-        return dataclasses.replace(step, residual=True)
-    if isinstance(step, Convolution) and (step.residual, step.activation) == (False, "none"):
-        if step.stride == 1 and step.weight.shape[2:] == (1, 1):
-            return dataclasses.replace(step, residual=True)
-    if isinstance(step, Depthwise) and (step.stride, step.activation) == (1, "none"):
-        weight = step.weight.clone()
+def _adding(step: Step, count: int) -> Step:
+    """The step that also adds the input of the step `count - 1` steps before."""
+    if isinstance(step, Attention):
+        return step  # it does
+    if isinstance(step, ConvMlp) and not (step.residual or step.adds):
+        own = count == 1
+        return dataclasses.replace(step, residual=own, adds=0 if own else count)
+    if isinstance(step, Convolution) and (step.adds, step.activation) == (0, "none"):
+        return dataclasses.replace(step, adds=count)
+    if isinstance(step, Average) and not step.adds:
+        return dataclasses.replace(step, adds=count)
+    plain = isinstance(step, Depthwise) and (step.stride, step.activation) == (1, "none")
+    if plain and count == 1 and step.multiplier == 1:  # type: ignore[attr-defined]
+        weight = step.weight.clone()  # type: ignore[attr-defined]
         weight[:, 0, weight.shape[2] // 2, weight.shape[3] // 2] += 1
-        return dataclasses.replace(step, weight=weight)
-    raise UnsupportedError(f"it adds its input to a {step.kind}, which has no such branch")
+        return dataclasses.replace(step, weight=weight)  # type: ignore[call-arg]
+    raise UnsupportedError(f"it adds a map to its {step.kind}")
 
 
 def _first_step(items: Sequence[Item]) -> tuple[Step, int]:
@@ -244,7 +246,7 @@ def _is_halving(item: Item | None) -> bool:
 def _conv_mlp(items: Sequence[Item]) -> tuple[Step, int] | None:
     first = items[0]
     at, weight, bias = 0, None, None
-    if isinstance(first, Layer) and first.is_depthwise and first.stride == 1:
+    if isinstance(first, Layer) and first.is_depthwise and first.stride == 1 and first.groups == len(first.weight):
         at, weight, bias = 1, first.weight, first.bias
     up = items[at] if at < len(items) else None
     activation, at = _activation(items, at + 1)
@@ -265,7 +267,8 @@ def _depthwise(items: Sequence[Item]) -> tuple[Step, int] | None:
     if not isinstance(first, Layer) or not first.is_depthwise:
         return None
     activation, at = _activation(items, 1)
-    return Depthwise(first.weight, first.bias, first.stride, activation), at
+    multiplier = len(first.weight) // first.groups
+    return Depthwise(first.weight, first.bias, first.stride, activation, multiplier), at
 
 
 def _convolution(items: Sequence[Item]) -> tuple[Step, int] | None:
@@ -295,14 +298,12 @@ def _average(items: Sequence[Item]) -> tuple[Step, int] | None:
     return Average(torch.ones(first.channels, dtype=torch.float64), first.kernel), 1
 
 
-def _squeeze_excite(items: Sequence[Item]) -> tuple[Step, int] | None:
+def _ready(items: Sequence[Item]) -> tuple[Step, int] | None:
     first = items[0]
-    if isinstance(first, Ready) and isinstance(first.step, SqueezeExcite):
-        return first.step, 1
-    return None
+    return (first.step, 1) if isinstance(first, Ready) else None
 
 
 FORMS: tuple[Form, ...] = (
-    _stem, _conv_mlp, _depthwise, _convolution, _attention, _average, _squeeze_excite,
+    _stem, _conv_mlp, _depthwise, _convolution, _attention, _average, _ready,
 )  # fmt: skip
 """The forms of steps. Each takes the first items of a list, as many as it can."""
