@@ -15,11 +15,10 @@ from swiftkernels.backends.cpu.library import CANCELLATION, TYPES
 from swiftkernels.backends.cpu.packing import NEVER_STALE, Packer
 from swiftkernels.backends.layouts import image_strides
 from swiftkernels.fusion import steps as of
-from swiftkernels.fusion.steps import Step
+from swiftkernels.fusion.steps import ACTIVATIONS, Step
 from swiftkernels.ops.additive_attention.cpu import config
 from swiftkernels.ops.additive_attention.cpu import packing as attention
 from swiftkernels.ops.conv_mlp.cpu import pack as pack_conv_mlp
-from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
 from swiftkernels.ops.conv_mlp.weights import Weights as ConvMlpWeights
 
 # The structs of csrc/abi.h, and `StepKind`.
@@ -36,10 +35,10 @@ _KINDS: tuple[type[Step], ...] = (
     of.Attention, of.Average, of.SqueezeExcite, of.Pool, of.Linear,
 )  # fmt: skip
 
-_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
-
 MAX_SIZES = 256
 """Sizes of images for which the form of each attention is remembered."""
+
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 library.register_interface(
     "network",
@@ -57,6 +56,7 @@ library.register_interface(
         "sizeof(Call)": _CALL.size,
         **{kind.kind.upper(): code for code, kind in enumerate(_KINDS)},
         **{gate: code for code, gate in enumerate(of.GATES)},
+        **_CODES,
     },
 )
 

@@ -18,15 +18,20 @@ from torch import Tensor
 
 from swiftkernels.ops.additive_attention import reference
 from swiftkernels.ops.additive_attention.weights import Options, Weights
-from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS, conv_mlp
+from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS as CONV_MLP_ACTIVATIONS
+from swiftkernels.ops.conv_mlp.reference import conv_mlp
 from swiftkernels.ops.conv_mlp.weights import Options as ConvMlpOptions
 from swiftkernels.ops.conv_mlp.weights import Weights as ConvMlpWeights
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {**CONV_MLP_ACTIVATIONS, "relu6": F.relu6}
+"""Of the steps besides `ConvMlp`, in the order of their numbers in C++, `Activation` in
+backends/cpu/csrc/activation.h."""
 
 GATES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": F.sigmoid,
     "hardsigmoid": F.hardsigmoid,
 }
-"""Of a squeeze and excitation, in the order of their numbers in C++, `Gate` in csrc/abi.h."""
+"""Of `SqueezeExcite`, in the order of their numbers in C++, `Gate` in csrc/abi.h."""
 
 Tensors = Mapping[str, Any]
 """The tensors of a step by name, None where it has none."""
@@ -85,7 +90,7 @@ class Stem(Step):
     bias2: Tensor
     """[D]"""
     activation1: str = "relu"
-    """A key of `ACTIVATIONS` in `ops/conv_mlp/reference.py`."""
+    """A key of `ACTIVATIONS`."""
     activation2: str = "relu"
 
     def compute(self, x: Tensor, t: Tensors) -> Tensor:

@@ -1,6 +1,8 @@
 // Exported numbers that Python has to agree with.
 #include "abi.h"
 
+#include "activation.h"
+
 namespace swiftkernels::fusion {
 
 /// `revision` is raised with every change of the interface that the other numbers do not show.
@@ -28,6 +30,13 @@ EXPORT const AbiEntry* swiftkernels_network_abi() {
                                          {"SQUEEZE_EXCITE", SQUEEZE_EXCITE},
                                          {"sigmoid", SIGMOID},
                                          {"hardsigmoid", HARDSIGMOID},
+                                         {"none", IDENTITY},
+                                         {"relu", RELU},
+                                         {"gelu", GELU},
+                                         {"gelu_tanh", GELU_TANH},
+                                         {"silu", SILU},
+                                         {"hardswish", HARDSWISH},
+                                         {"relu6", RELU6},
                                          {"POOL", POOL},
                                          {"LINEAR", LINEAR},
                                          {nullptr, 0}};

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from swiftkernels.fusion.find import lower, parts, probes
 from swiftkernels.fusion.find.attention import AttentionRecipe
 from swiftkernels.fusion.find.lower import Item
-from swiftkernels.fusion.steps import GATES, Normalise, PartialConvolution, SqueezeExcite
+from swiftkernels.fusion.steps import ACTIVATIONS, GATES, Normalise, PartialConvolution, SqueezeExcite
 from swiftkernels.ops import folding
-from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
 
 MAX_BRANCHES = 12
 """Layers in the largest module that is merged to one convolution."""
@@ -330,8 +329,8 @@ def _merged(module: nn.Module) -> Merged | None:
     except Exception:  # an unknown module may raise anything
         return None
     activations = set(ACTIVATIONS)
-    for batch, height, width in probes.SIZES:
-        x = 4 * probes.random(batch, channels[0], height, width)
+    for batch, height, width, size in probes.INPUTS:
+        x = size * probes.random(batch, channels[0], height, width)
         result = probes.output(module, x)
         out = F.conv2d(x, layer.weight, layer.bias, s, layer.padding, groups=layer.groups)
         if result is None:

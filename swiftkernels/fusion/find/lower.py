@@ -24,6 +24,7 @@ from swiftkernels.fusion.steps import (
     Step,
 )
 from swiftkernels.ops import folding
+from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
 from swiftkernels.ops.conv_mlp.weights import KERNEL_SIZES
 
 
@@ -253,7 +254,7 @@ def _conv_mlp(items: Sequence[Item]) -> tuple[Step, int] | None:
     down = items[at] if at < len(items) else None
     if not (isinstance(up, Layer) and isinstance(down, Layer)):
         return None
-    if not (up.is_pointwise and down.is_pointwise) or _activation(items, at + 1)[0] != "none":
+    if activation not in ACTIVATIONS or not (up.is_pointwise and down.is_pointwise) or _activation(items, at + 1)[0] != "none":
         return None
     step = ConvMlp(
         weight, bias, up.weight.flatten(1), up.bias, down.weight.flatten(1), down.bias,

@@ -10,8 +10,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from swiftkernels.backends import torch_state
 from swiftkernels.fusion.find import probes
+from swiftkernels.fusion.steps import ACTIVATIONS
 from swiftkernels.ops import folding
-from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
 
 
 def why_left(module: nn.Module) -> str:
@@ -100,7 +100,7 @@ def norm_activation(part: nn.Module) -> str | None:
         return None
     if type(part).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward):
         return "none" if not part._modules else None
-    x = 4 * probes.random(2, part.num_features, 7, 5)
+    x = 30 * probes.random(2, part.num_features, 7, 5)
     out = probes.output(part, x)
     scale, shift = (t.view(-1, 1, 1) for t in folding.affine(part))
     return None if out is None else activation_between(x * scale + shift, out)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 TOLERANCE = 1e-6
 """Largest relative error, in float64, between a block and the steps that replace it."""
-SIZES = ((2, 11, 7), (1, 9, 13))
-"""Batch, height and width of the random inputs of blocks."""
+INPUTS = ((2, 11, 7, 4.0), (1, 9, 13, 1000.0))
+"""Batch, height, width and scale of the random inputs of blocks. Large numbers show functions that
+differ there only, such as ReLU and ReLU6."""
 
 
 def randomise(network: nn.Module) -> None:

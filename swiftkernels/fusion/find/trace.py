@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from swiftkernels.fusion.find import lower, parts, probes
 from swiftkernels.fusion.find.atoms import Atom, widths, with_channels
 from swiftkernels.fusion.find.lower import Item, UnsupportedError
-from swiftkernels.fusion.steps import Step, run
-from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
+from swiftkernels.fusion.steps import ACTIVATIONS, Step, run
 
 MAX_SCALES = 2
 """Scales between two parts, such as one in a branch and one behind it."""
@@ -64,7 +63,7 @@ def program_of(
     """
     reason = "it runs on no map [B, C, H, W]"
     for channels in widths(list(atoms.values())):
-        inputs = [4 * probes.random(b, channels, h, w) for b, h, w in _sizes(atoms)]
+        inputs = [size * probes.random(b, channels, h, w) for b, h, w, size in _inputs(atoms)]
         outputs = [probes.output(module, x) for x in inputs]
         if any(out is None or out.dim() != 4 for out in outputs):
             continue
@@ -77,14 +76,14 @@ def program_of(
     raise UnsupportedError(reason)
 
 
-def _sizes(atoms: Mapping[str, Atom]) -> list[tuple[int, int, int]]:
-    """Sizes of images in which no axis is as long as that of the channels."""
+def _inputs(atoms: Mapping[str, Atom]) -> list[tuple[int, int, int, float]]:
+    """`probes.INPUTS` for images in which no axis is as long as that of the channels."""
     taken = {channels for atom in atoms.values() for channels in atom.channels}
     found = []
-    for batch, height, width in probes.SIZES:
+    for batch, height, width, size in probes.INPUTS:
         while not taken.isdisjoint((height, width, height * width)):
             height, width = height + 1, width + 1
-        found.append((batch, height, width))
+        found.append((batch, height, width, size))
     return found
 
 
@@ -180,17 +179,20 @@ def _relation(
         UnsupportedError: nothing that is known does.
     """
     name, f = before
+    known = [parts.activation_of(module.get_submodule(n)) for n in between]
     for operations, branch in _branches(f, scales):
         if probes.is_near(branch, z):
-            return operations
+            # Small numbers do not show the difference.
+            relu6 = operations == [("activation", "relu")] and "relu6" in known
+            return [("activation", "relu6")] if relu6 else operations
         for number in reversed(range(len(states))):
             x = states[number]
             # A sum with a map of all zeros, or of one pixel, would have another shape.
             if x.shape == z.shape == branch.shape and probes.is_near(x + branch, z):
                 return [*operations, ("add", number)]
-    for layer in between:
+    for layer, activation in zip(between, known, strict=True):
         part = module.get_submodule(layer)
-        if parts.tensors_of(part) or parts.activation_of(part) is None:
+        if activation is None:
             raise UnsupportedError(f"its part {layer} is a {type(part).__name__}")
     if any(x.shape == z.shape and probes.is_near(x, z) for x in states):
         raise UnsupportedError(f"its parts {name} and {following} are called side by side")
