@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from swiftkernels.backends import cache, torch_state
 from swiftkernels.backends.cpu import library
-from swiftkernels.fusion.steps import Step, run
+from swiftkernels.fusion.steps import ACTIVATIONS, Step, run
 
 Runner = Callable[[tuple[Step, ...], Tensor, "Slot"], Tensor]
 """Runs steps on x, and keeps what it prepares for later calls in the slot.
@@ -167,6 +167,21 @@ class Passed(nn.Module):
 
     def extra_repr(self) -> str:
         return f"computed by {self.computed_by or 'the chain'}"
+
+
+class Activation(nn.Module):
+    """An activation of `ACTIVATIONS`: what is left of a BatchNorm with an activation."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """activation(x)"""
+        return ACTIVATIONS[self.name](x)
+
+    def extra_repr(self) -> str:
+        return self.name
 
 
 _local = threading.local()

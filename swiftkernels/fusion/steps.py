@@ -190,8 +190,8 @@ class Depthwise(Step):
 
 @dataclass(frozen=True, eq=False)
 class Normalise(Step):
-    """weight * (x - mean) / sqrt(variance + eps) + bias: LayerNorm over the channels of each pixel, or
-    over all numbers of an image (GroupNorm with one group)."""
+    """weight * (x - mean) / sqrt(variance + eps) + bias, over the channels of each pixel, as
+    LayerNorm, or over all numbers of an image, as GroupNorm with one group."""
 
     kind = "normalise"
 

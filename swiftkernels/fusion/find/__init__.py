@@ -22,8 +22,10 @@ from swiftkernels.fusion.find.lower import UnsupportedError
 from swiftkernels.fusion.find.parts import (
     forward_was_replaced,
     holds_weights,
+    is_conv,
     is_linear,
     is_norm,
+    norm_activation,
     why_left,
 )
 from swiftkernels.fusion.find.probes import randomise
@@ -31,8 +33,8 @@ from swiftkernels.fusion.find.trace import Program, program_of
 from swiftkernels.fusion.steps import Step
 
 __all__ = [
-    "Found", "LeftBlock", "Unit", "find", "forward_was_replaced", "holds_weights", "is_linear",
-    "is_norm", "randomise", "rows", "why_left",
+    "Found", "LeftBlock", "Unit", "find", "forward_was_replaced", "holds_weights", "is_conv",
+    "is_linear", "is_norm", "norm_activation", "randomise", "rows", "why_left",
 ]  # fmt: skip
 
 MAX_ATOMS = 24
@@ -129,10 +131,9 @@ class _Finder:
         reason = match.reason
         if match.program is not None or match.atom is not None:
             reason = why_left(original) or reason
-        if match.program is not None and not reason:
-            if not self._is_pipeline(module):
-                self.found.units.append(Unit((name,), kind, match.program))
-                return
+        if match.program is not None and not reason and not self._is_pipeline(module):
+            self.found.units.append(Unit((name,), kind, match.program))
+            return
         if looks_like_attention(module):
             self.found.left.append(LeftBlock(name, kind, reason))
             return
@@ -161,8 +162,10 @@ class _Finder:
             if isinstance(recipe, str):
                 return _Match(reason=recipe)
             weights = recipe.step(module).weights
-            atom = atoms.Attention(recipe, (weights.in_dims, weights.token_dim))
-            return _Match(atom, reason="it is an additive attention whose block has another form")
+            return _Match(
+                atoms.Attention(recipe, (weights.in_dims, weights.token_dim)),
+                reason="it is an additive attention whose block has another form",
+            )
         own: dict[str, Atom] = {}
         scales: dict[str, Tensor] = {}
         unknown = self._gather(module, "", own, scales)

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from swiftkernels.fusion.find import lower, parts, probes
 from swiftkernels.fusion.find.attention import AttentionRecipe
 from swiftkernels.fusion.find.lower import Item
-from swiftkernels.fusion.steps import ACTIVATIONS, GATES, Normalise, PartialConvolution, SqueezeExcite
+from swiftkernels.fusion.steps import (
+    ACTIVATIONS,
+    GATES,
+    Normalise,
+    PartialConvolution,
+    SqueezeExcite,
+)
 from swiftkernels.ops import folding
 
 MAX_BRANCHES = 12
@@ -91,13 +97,10 @@ class Normalising:
         return [lower.Ready(self.step(module))]
 
     def step(self, module: nn.Module) -> Normalise:
-        weight, bias = (module._parameters.get(key) for key in ("weight", "bias"))
-        ones = torch.ones(self.channels[0], dtype=torch.float64)
-        weight, bias = (ones * t.detach() if t is not None else None for t in (weight, bias))
-        return Normalise(
-            ones if weight is None else weight, 0 * ones if bias is None else bias, self.eps,
-            self.over_image,
-        )  # fmt: skip
+        own = parts.own_tensors(module)
+        weight = own["weight"].detach().double()
+        bias = own["bias"].detach().double() if "bias" in own else torch.zeros_like(weight)
+        return Normalise(weight, bias, self.eps, self.over_image)
 
 
 def _normalising(module: nn.Module) -> Normalising | None:

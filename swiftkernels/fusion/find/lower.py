@@ -247,14 +247,23 @@ def _is_halving(item: Item | None) -> bool:
 def _conv_mlp(items: Sequence[Item]) -> tuple[Step, int] | None:
     first = items[0]
     at, weight, bias = 0, None, None
-    if isinstance(first, Layer) and first.is_depthwise and first.stride == 1 and first.groups == len(first.weight):
+    if (
+        isinstance(first, Layer)
+        and first.is_depthwise
+        and first.stride == 1
+        and first.groups == len(first.weight)
+    ):
         at, weight, bias = 1, first.weight, first.bias
     up = items[at] if at < len(items) else None
     activation, at = _activation(items, at + 1)
     down = items[at] if at < len(items) else None
     if not (isinstance(up, Layer) and isinstance(down, Layer)):
         return None
-    if activation not in ACTIVATIONS or not (up.is_pointwise and down.is_pointwise) or _activation(items, at + 1)[0] != "none":
+    if (
+        activation not in ACTIVATIONS
+        or not (up.is_pointwise and down.is_pointwise)
+        or _activation(items, at + 1)[0] != "none"
+    ):
         return None
     step = ConvMlp(
         weight, bias, up.weight.flatten(1), up.bias, down.weight.flatten(1), down.bias,

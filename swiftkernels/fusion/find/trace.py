@@ -129,8 +129,8 @@ def _record(
             if len(args) != 1 or len(tensors) != 2:
                 raise UnsupportedError(f"its part {name} takes or returns more than one map")
             channels = atoms[name].channels
-            maps = [_as_map(t, c) for t, c in zip(tensors, channels, strict=True)]
-            calls.append(_Call(name, *maps, list(between)))
+            x, result = (_as_map(t, c) for t, c in zip(tensors, channels, strict=True))
+            calls.append(_Call(name, x, result, list(between)))
             between.clear()
 
         return hook
