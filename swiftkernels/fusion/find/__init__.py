@@ -30,7 +30,7 @@ from swiftkernels.fusion.find.parts import (
 )
 from swiftkernels.fusion.find.probes import randomise
 from swiftkernels.fusion.find.trace import Program, program_of
-from swiftkernels.fusion.steps import Step
+from swiftkernels.fusion.steps import Convolution, Step
 
 __all__ = [
     "Found", "LeftBlock", "Unit", "find", "forward_was_replaced", "holds_weights", "is_conv",
@@ -137,11 +137,14 @@ class _Finder:
         if looks_like_attention(module):
             self.found.left.append(LeftBlock(name, kind, reason))
             return
-        before = len(self.found.units) + len(self.found.left)
+        units, left = len(self.found.units), len(self.found.left)
         for child in module._modules:
             if module._modules[child] is not None:
                 self.select(f"{name}.{child}" if name else child, visited)
-        if reason and len(self.found.units) + len(self.found.left) == before:
+        # If only single convolutions of it were found, the block is named.
+        found = [unit.steps(self.clone) for unit in self.found.units[units:]]
+        parts_found = any(len(s) > 1 or not isinstance(s[0], Convolution) for s in found)
+        if reason and not parts_found and len(self.found.left) == left:
             self.found.left.append(LeftBlock(name, kind, reason))
 
     def match(self, module: nn.Module) -> _Match:

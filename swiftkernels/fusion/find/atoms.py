@@ -248,13 +248,13 @@ def _squeeze_excite(module: nn.Module) -> Excite | None:
             continue
         if down.weight[0].numel() != hidden:
             continue
-        x = probes.random(2, channels, 7, 5)
-        result = probes.output(module, x)
-        if result is None or result.shape != x.shape:
-            continue
+        inputs = [size * probes.random(b, channels, h, w) for b, h, w, size in probes.INPUTS]
+        outputs = [probes.output(module, x) for x in inputs]
         for activation, gate in itertools.product(ACTIVATIONS, GATES):
             found = Excite((first, second), activation, gate, (channels, channels))
-            if probes.fits(result, found.step(module).plain, x):
+            compute = found.step(module).plain
+            pairs = zip(inputs, outputs, strict=True)
+            if all(out is not None and probes.fits(out, compute, x) for x, out in pairs):
                 return found
     return None
 
