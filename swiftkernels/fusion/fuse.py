@@ -40,10 +40,12 @@ def fuse_for_inference(model: nn.Module, *, example: Tensor | None = None) -> Fu
     """A network for inference that computes the same, with chains of its blocks fused.
 
     For SwiftFormers of this library, timm, transformers, the official code and forks with other
-    names: blocks are found by their parts. Each block is compared with the steps that replace it,
-    and the fused network with the model, in float64 on random images of two sizes; the largest
+    names, and for networks of convolutions such as RepViT, FastViT, EfficientFormer, ConvNeXt and
+    MobileNet: blocks are found by what they compute. Each block is compared with the steps that
+    replace it, and the fused network with the model, in float64 on random images; the largest
     chains that change no output are taken. On a CPU a chain runs as one compiled program; elsewhere
-    in PyTorch's operators.
+    in PyTorch's operators. Outside of the chains BatchNorms are folded into the convolutions before
+    them.
 
     Blocks with hooks, replaced forwards, adapters, parametrizations or quantised layers stay as
     they are, and chains end at modules with hooks; the report says why. Hooks are copied as by

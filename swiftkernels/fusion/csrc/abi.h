@@ -51,7 +51,7 @@ struct PartialWeights {
 struct DepthwiseWeights {
   int64_t channels;  // of the output
   int64_t kernel, stride, multiplier;
-  int64_t activation;  // Activation
+  int64_t activation;    // Activation
   const float* weights;  // [k, k, C]
   const float* bias;     // [C]
 };

@@ -56,8 +56,7 @@ inline void convolve_tile(const Product& p, const Map& map, int64_t above, int64
   const Tile pixels{map.pixel(first), map.stride};
   if (!p.is_pointwise()) gather(p, map, above, height, first, end, patches);
   gemm_and(p.is_pointwise() ? pixels : patches, end - first,
-           Matrix::packed(p.panels, p.depth(), p.out_dims), p.bias, out, nullptr,
-           added, true,
+           Matrix::packed(p.panels, p.depth(), p.out_dims), p.bias, out, nullptr, added, true,
            [&](Tile part, int64_t rows, int64_t width) INLINE_LAMBDA {
              activate(static_cast<Activation>(p.activation), part, rows, width);
            });
@@ -114,8 +113,8 @@ class StemRows {
       for (int64_t i = 0; i < 3; i++) copy_line(image, c, 2 * y - 1 + i, s.lines.row(c * 3 + i));
     const Rows patches(s.lines.data, 2, 3 * p.in_dims, s.lines.stride);
     const Tile out{middle.pixel(row * middle.width), middle.stride};
-    gemm_and(patches, middle.width, Matrix::packed(p.panels, p.depth(), p.out_dims), p.bias,
-             out, nullptr, {}, true, [&](Tile part, int64_t rows, int64_t width) INLINE_LAMBDA {
+    gemm_and(patches, middle.width, Matrix::packed(p.panels, p.depth(), p.out_dims), p.bias, out,
+             nullptr, {}, true, [&](Tile part, int64_t rows, int64_t width) INLINE_LAMBDA {
                activate(static_cast<Activation>(p.activation), part, rows, width);
              });
   }

@@ -160,7 +160,8 @@ class Lane {
     const auto add = [&](Work work, int64_t step, Map out, int64_t dims, int64_t tiles) -> Phase& {
       const int64_t first = phases_.empty() ? 0 : phases_.back().first_task + phases_.back().tiles;
       const void* weights = step >= 0 ? program_.steps[step].weights : nullptr;
-      phases_.push_back({work, step, weights, nullptr, tiles, in, out, dims, 0, false, first, nullptr, {}});
+      phases_.push_back(
+          {work, step, weights, nullptr, tiles, in, out, dims, 0, false, first, nullptr, {}});
       return phases_.back();
     };
     const auto scratch_of = [&](auto make) {
@@ -198,8 +199,7 @@ class Lane {
         }
         case PARTIAL_CONVOLUTION: {
           const auto& p = as<PartialWeights>(step.weights).product;
-          const int64_t tiles =
-              conv_mlp::tiles_of(pixels, convolution_tile(p.depth()), threads_);
+          const int64_t tiles = conv_mlp::tiles_of(pixels, convolution_tile(p.depth()), threads_);
           add(Work::PARTIAL, i, out, dims, tiles);
           keep_local(p.kernel / 2);
           scratch_of([&](Arena& a) { patch_tile(p, (pixels + tiles - 1) / tiles, a); });
@@ -300,9 +300,8 @@ class Lane {
     phase.reach = reach;
     if (phases_.size() < 2) return;
     const Phase& before = phases_[phases_.size() - 2];
-    constexpr Work tiled[] = {Work::CONVOLUTION, Work::PARTIAL,  Work::DEPTHWISE,
-                              Work::NORMALISE,   Work::CONV_MLP, Work::AVERAGE,
-                              Work::EXCITE,      Work::OUTPUT};
+    constexpr Work tiled[] = {Work::CONVOLUTION, Work::PARTIAL, Work::DEPTHWISE, Work::NORMALISE,
+                              Work::CONV_MLP,    Work::AVERAGE, Work::EXCITE,    Work::OUTPUT};
     phase.local = std::find(std::begin(tiled), std::end(tiled), before.work) != std::end(tiled) &&
                   before.in.pixels() == phase.out.pixels() &&
                   before_.pixels() == phase.out.pixels() && before_.stride == phase.out.stride;

@@ -34,8 +34,8 @@ struct Workspace {
   }
 };
 
-/// out = the pixels [first, end) of the operator on an image, in rows of full vectors. `added`: of a
-/// map that is added without being the input.
+/// out = the pixels [first, end) of the operator on an image, in rows of full vectors. `added`: of
+/// a map that is added without being the input.
 inline void run_tile(const PackedWeights& w, const Map& x, int64_t first, int64_t end, Tile out,
                      const Workspace& s, Tile added = {}) {
   const int64_t pixels = end - first;
