@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 import swiftkernels
-from benchmarks.whole_networks import TOLERANCE, call_of, hide_nothing, machine
+from benchmarks import timm_networks
+from benchmarks.timm_networks import TOLERANCE, call_of, machine
 from swiftkernels.fusion.network import FusionReport
 from swiftkernels.testing.engines import OURS
 from swiftkernels.testing.ratios import markdown_table
@@ -75,12 +76,7 @@ def make_model(name: str) -> nn.Module:
     The BatchNorms have the statistics of random images. With others, maps of deep networks grow
     until attentions magnify rounding errors a thousandfold.
     """
-    from tests.stubs import import_timm
-
-    torch.manual_seed(0)
-    model: nn.Module = import_timm().create_model(name)
-    hide_nothing(model)
-    model.eval()
+    model = timm_networks.make_model(name)
     norms = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.train().reset_running_stats()
@@ -148,7 +144,7 @@ def measure(family: str, name: str, seconds: float) -> Row:
     row["ratio"] = ratio(row, "eager")
     row |= {"batch": 1, "side": SIDE, "dtype": "float32", "threads": torch.get_num_threads()}
     row |= {"clock": clock_name("cpu"), "rounds": len(samples["eager"])}
-    return row | {key: value for key, value in machine().items() if not key.startswith("o")}
+    return row | {key: machine()[key] for key in ("device", "isa", "torch", "timm")}
 
 
 def ratio(row: Mapping[str, Any], column: str) -> float | str:

@@ -357,6 +357,8 @@ def _threads(problem: Problem) -> str:
 
 def _ms(seconds: float | None) -> str:
     return "" if seconds is None else f"{1e3 * seconds:.1f}"
+
+
 def families() -> str:
     """What the networks of other families gain."""
     rows = rows_of(FAMILIES)

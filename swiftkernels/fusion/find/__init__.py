@@ -20,6 +20,7 @@ from swiftkernels.fusion.find.atoms import Atom
 from swiftkernels.fusion.find.attention import looks_like_attention, match_attention
 from swiftkernels.fusion.find.lower import UnsupportedError
 from swiftkernels.fusion.find.parts import (
+    activation_of,
     forward_was_replaced,
     holds_weights,
     is_conv,
@@ -28,13 +29,14 @@ from swiftkernels.fusion.find.parts import (
     norm_activation,
     why_left,
 )
-from swiftkernels.fusion.find.probes import randomise
+from swiftkernels.fusion.find.probes import is_near, random_input, randomise
 from swiftkernels.fusion.find.trace import Program, program_of
 from swiftkernels.fusion.steps import Convolution, Step
 
 __all__ = [
-    "Found", "LeftBlock", "Unit", "find", "forward_was_replaced", "holds_weights", "is_conv",
-    "is_linear", "is_norm", "norm_activation", "randomise", "rows", "why_left",
+    "Found", "LeftBlock", "Unit", "activation_of", "find", "forward_was_replaced", "holds_weights",
+    "is_conv", "is_linear", "is_near", "is_norm", "norm_activation", "random_input", "randomise",
+    "rows", "why_left",
 ]  # fmt: skip
 
 MAX_ATOMS = 24
@@ -221,7 +223,7 @@ class _Finder:
         for block in blocks:
             if atoms.of_layer(block) is not None or self.match(block).program is None:
                 return False
-        x = probes.random(2, self._in_channels(module), 7, 5)
+        x = probes.random_input(2, self._in_channels(module), 7, 5)
         calls: list[tuple[Tensor, Tensor]] = []
         handles = [
             block.register_forward_hook(lambda _, args, out: calls.append((args[0].clone(), out)))

@@ -112,7 +112,7 @@ def _normalising(module: nn.Module) -> Normalising | None:
         return None
     channels = len(own["weight"])
     # Tiny numbers show another eps.
-    x = 1e-2 * probes.random(2, channels, 7, 5)
+    x = 1e-2 * probes.random_input(2, channels, 7, 5)
     for over_image in (False, True):
         found = Normalising((channels, channels), eps, over_image)
         expected = found.step(module).plain(x)
@@ -159,7 +159,7 @@ def _pooling(module: nn.Module) -> Pooling | None:
         return None
     kernel = pools[0].kernel_size
     k = kernel if isinstance(kernel, int) else kernel[0]
-    x = probes.random(2, 3, 9, 7)
+    x = probes.random_input(2, 3, 9, 7)
 
     def difference(x: Tensor) -> Tensor:
         return F.avg_pool2d(x, k, 1, k // 2, count_include_pad=False) - x
@@ -201,7 +201,7 @@ def _partial(module: nn.Module) -> Partial | None:
         found = Partial(name, (channels, channels))
         (item,) = found.items("", module)
         assert isinstance(item, lower.Ready)
-        x = probes.random(2, channels, 7, 5)
+        x = probes.random_input(2, channels, 7, 5)
         out = probes.output(module, x)
         if out is not None and probes.fits(out, item.step.plain, x):
             return found
@@ -248,7 +248,7 @@ def _squeeze_excite(module: nn.Module) -> Excite | None:
             continue
         if down.weight[0].numel() != hidden:
             continue
-        inputs = [size * probes.random(b, channels, h, w) for b, h, w, size in probes.INPUTS]
+        inputs = [size * probes.random_input(b, channels, h, w) for b, h, w, size in probes.INPUTS]
         outputs = [probes.output(module, x) for x in inputs]
         for activation, gate in itertools.product(ACTIVATIONS, GATES):
             found = Excite((first, second), activation, gate, (channels, channels))
@@ -333,7 +333,7 @@ def _merged(module: nn.Module) -> Merged | None:
         return None
     activations = set(ACTIVATIONS)
     for batch, height, width, size in probes.INPUTS:
-        x = size * probes.random(batch, channels[0], height, width)
+        x = size * probes.random_input(batch, channels[0], height, width)
         result = probes.output(module, x)
         out = F.conv2d(x, layer.weight, layer.bias, s, layer.padding, groups=layer.groups)
         if result is None:
@@ -358,7 +358,7 @@ def _without_activations(module: nn.Module) -> nn.Module:
 
 def _is_linear(module: nn.Module, channels: int) -> bool:
     """Whether a module seems to add and scale its inputs only."""
-    x = probes.random(1, channels, 5, 5)
+    x = probes.random_input(1, channels, 5, 5)
     zero, one, two = (probes.output(module, factor * x) for factor in (0, 1, 2))
     if zero is None or one is None or two is None:
         return False

@@ -75,7 +75,7 @@ def match_attention(module: nn.Module) -> AttentionRecipe | str:
     inputs = []
     for batch, tokens, size in INPUTS:
         layer = module if size == 1 else _without_biases(module)
-        x = size * probes.random(batch, tokens, width(module.get_submodule(orders[0][0]), -1))
+        x = size * probes.random_input(batch, tokens, width(module.get_submodule(orders[0][0]), -1))
         outputs = _attention_outputs(layer, x)
         if not outputs:
             return "it takes neither tokens [B, N, C] nor images [B, C, H, W]"

@@ -76,7 +76,7 @@ def is_linear(part: nn.Module) -> bool:
     if type(part).forward is nn.Linear.forward:
         return True
     try:  # a class derived from nn.Linear may compute the same, as that of timm does
-        x = probes.random(3, part.in_features).to(part.weight)
+        x = probes.random_input(3, part.in_features).to(part.weight)
         return probes.is_near(part(x), nn.Linear.forward(part, x))
     except Exception:  # an unknown module may raise anything
         return False
@@ -100,7 +100,7 @@ def norm_activation(part: nn.Module) -> str | None:
         return None
     if type(part).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward):
         return "none" if not part._modules else None
-    x = 30 * probes.random(2, part.num_features, 7, 5)
+    x = 30 * probes.random_input(2, part.num_features, 7, 5)
     out = probes.output(part, x)
     scale, shift = (t.view(-1, 1, 1) for t in folding.affine(part))
     return None if out is None else activation_between(x * scale + shift, out)

@@ -29,8 +29,8 @@ def randomise(network: nn.Module) -> None:
                 p.copy_(0.2 + 0.4 * torch.rand(p.shape, generator=generator))
 
 
-def random(*shape: int) -> Tensor:
-    """Normal random numbers in float64."""
+def random_input(*shape: int) -> Tensor:
+    """Normal random numbers in float64, the same at every call with this shape."""
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 

@@ -63,7 +63,7 @@ def program_of(
     """
     reason = "it runs on no map [B, C, H, W]"
     for channels in widths(list(atoms.values())):
-        inputs = [size * probes.random(b, channels, h, w) for b, h, w, size in _inputs(atoms)]
+        inputs = [size * probes.random_input(b, channels, h, w) for b, h, w, size in _inputs(atoms)]
         outputs = [probes.output(module, x) for x in inputs]
         if any(out is None or out.dim() != 4 for out in outputs):
             continue

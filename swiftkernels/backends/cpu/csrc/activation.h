@@ -151,6 +151,8 @@ inline void differentiate(Activation activation, Tile c, Tile gradients, int64_t
       return run([](vec x) INLINE_LAMBDA { return silu_slope(x); });
     case HARDSWISH:
       return run([](vec x) INLINE_LAMBDA { return hardswish_slope(x); });
+    case RELU6:  // of fused networks only, which are not trained
+      return;
   }
 }
 
