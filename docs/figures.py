@@ -48,6 +48,7 @@ PHONES = {"ai-edge-litert": "LiteRT", "ncnn": "ncnn"}
 """The same for runtimes that are made for phones."""
 PUBLISHED = "published_networks.csv"
 NETWORKS, BLOCKS = "whole_networks.csv", "whole_networks_blocks.csv"
+FAMILIES = "families.csv"
 NETWORK_ENGINES = {
     "timm": "timm, eager",
     "channels_last": "channels_last",
@@ -374,6 +375,39 @@ def _ms(seconds: float | None) -> str:
     return "" if seconds is None else f"{1e3 * seconds:.1f}"
 
 
+def families() -> str:
+    """What the networks of other families gain."""
+    rows = rows_of(FAMILIES)
+    lines = []
+    for row in rows:
+        names = [row["family"], f"`{row['model']}`"]
+        counts = [row["blocks_found"], row["blocks_fused"]]
+        if not row["fused_median_seconds"]:
+            lines.append([*names, *counts, "", "", _with_least(row, "eager"), "", "", "", ""])
+            continue
+        errors = [f"{float(row[k]):.0e}" for k in ("fused_error", "eager_error")]
+        times = [_with_least(row, which) for which in ("eager", "merged", "fused")]
+        ours = float(row["fused_median_seconds"])
+        others = (row["eager_median_seconds"], row["merged_median_seconds"])
+        gains = [f"{float(other) / ours:.2f}" if other else "" for other in others]
+        lines.append([*names, *counts, *errors, *times, *gains])
+    head = ["family", "model", "blocks", "fused", "error", "error, eager", "eager, ms"]
+    head += ["merged, ms", "fused, ms", "gain", "gain, merged"]
+    return (
+        f"{_table(head, lines)}\n\nMedians of process time, least in brackets; batch "
+        f"{_only(rows, 'batch')}, {_only(rows, 'side')} x {_only(rows, 'side')} pixels, "
+        f"{_only(rows, 'dtype')}, {_only(rows, 'threads')} thread; {_only(rows, 'device')}, "
+        f"kernels for {_only(rows, 'isa')}, torch {_only(rows, 'torch')}, timm "
+        f"{_only(rows, 'timm')} ([{FAMILIES}](DOCS/results/{FAMILIES}), by "
+        "`python -m benchmarks.families`)."
+    )
+
+
+def _with_least(row: Row, which: str) -> str:
+    median, least = row[f"{which}_median_seconds"], row[f"{which}_min_seconds"]
+    return f"{1e3 * float(median):.1f} ({1e3 * float(least):.1f})" if median else ""
+
+
 def _short(network: str) -> str:
     return network.removeprefix("swiftformer_").upper()
 
@@ -451,6 +485,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "published-swiftformers": published_swiftformers,
     "published-networks": published_networks,
     "published-sources": published_sources,
+    "families": families,
     "training-memory": training_memory,
     "tradeoff": tradeoff,
 }

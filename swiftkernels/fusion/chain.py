@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from swiftkernels.backends import cache, torch_state
 from swiftkernels.backends.cpu import library
-from swiftkernels.fusion.steps import Step
+from swiftkernels.fusion.steps import ACTIVATIONS, Step, run
 
 Runner = Callable[[tuple[Step, ...], Tensor, "Slot"], Tensor]
 """Runs steps on x, and keeps what it prepares for later calls in the slot.
@@ -124,18 +124,16 @@ class FusedChain(nn.Module):
                 f"x must have shape [B, {self.in_channels or 'C'}, H, W]; got {tuple(x.shape)}. "
                 "Pass what the first of the fused blocks takes."
             )
-        run = _runner(x.device)
-        if run is None:
+        runner = _runner(x.device)
+        if runner is None:
             return self.plain(x)
         steps = self.steps  # first: it renews the slot
-        return run(steps, x, self.slot)
+        return runner(steps, x, self.slot)
 
     def plain(self, x: Tensor) -> Tensor:
         """The same in PyTorch's operators."""
         # Not by `steps`: a trace has to find the tensors as buffers of this module.
-        for form, names in zip(self._forms, self._names, strict=True):
-            x = form.compute(x, self._tensors(names))
-        return x
+        return run(self._forms, x, [self._tensors(names) for names in self._names])
 
     def _tensors(self, names: dict[str, str | None]) -> dict[str, Tensor | None]:
         """The tensors of a step, of which these are the names here."""
@@ -170,6 +168,21 @@ class Passed(nn.Module):
 
     def extra_repr(self) -> str:
         return f"computed by {self.computed_by or 'the chain'}"
+
+
+class Activation(nn.Module):
+    """An activation of `ACTIVATIONS`: what is left of a BatchNorm with an activation."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """activation(x)"""
+        return ACTIVATIONS[self.name](x)
+
+    def extra_repr(self) -> str:
+        return self.name
 
 
 _local = threading.local()

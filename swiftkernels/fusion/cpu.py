@@ -15,34 +15,48 @@ from swiftkernels.backends.cpu.library import CANCELLATION, TYPES
 from swiftkernels.backends.cpu.packing import NEVER_STALE, Packer
 from swiftkernels.backends.layouts import image_strides
 from swiftkernels.fusion import steps as of
-from swiftkernels.fusion.steps import Step
+from swiftkernels.fusion.steps import ACTIVATIONS, Step
 from swiftkernels.ops.additive_attention.cpu import config
 from swiftkernels.ops.additive_attention.cpu import packing as attention
 from swiftkernels.ops.conv_mlp.cpu import pack as pack_conv_mlp
 from swiftkernels.ops.conv_mlp.weights import Weights as ConvMlpWeights
 
 # The structs of csrc/abi.h, and `StepKind`.
-_PRODUCT = struct.Struct("2q2P")
-_STEP = struct.Struct("qPq")
+_PRODUCT = struct.Struct("6q2P")
+_COUNT = struct.Struct("q")
+_DEPTHWISE = struct.Struct("5q2P")
+_NORMALISE = struct.Struct("2qd2P")
+_AVERAGE = struct.Struct("2qP")
+_STEP = struct.Struct("qP2q")
 _PROGRAM = struct.Struct("3qP")
 _CALL = struct.Struct("5qP4qP4qP")
 _KINDS: tuple[type[Step], ...] = (
-    of.Stem, of.Convolution, of.ConvMlp, of.Attention, of.Pool, of.Linear,
+    of.Stem, of.Convolution, of.PartialConvolution, of.Depthwise, of.Normalise, of.ConvMlp,
+    of.Attention, of.Average, of.SqueezeExcite, of.Pool, of.Linear,
 )  # fmt: skip
 
 MAX_SIZES = 256
 """Sizes of images for which the form of each attention is remembered."""
 
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+
 library.register_interface(
     "network",
     {
-        "revision": 1,
+        "revision": 2,
         "sizeof(Product)": _PRODUCT.size,
         "sizeof(Stem)": 2 * _PRODUCT.size,
+        "sizeof(DepthwiseWeights)": _DEPTHWISE.size,
+        "sizeof(PartialWeights)": _PRODUCT.size + _COUNT.size,
+        "sizeof(NormaliseWeights)": _NORMALISE.size,
+        "sizeof(AverageWeights)": _AVERAGE.size,
+        "sizeof(SqueezeExciteWeights)": 2 * _PRODUCT.size + _COUNT.size,
         "sizeof(Step)": _STEP.size,
         "sizeof(Program)": _PROGRAM.size,
         "sizeof(Call)": _CALL.size,
         **{kind.kind.upper(): code for code, kind in enumerate(_KINDS)},
+        **{gate: code for code, gate in enumerate(of.GATES)},
+        **_CODES,
     },
 )
 
@@ -101,12 +115,29 @@ class Programs:
 
 
 def size_after(step: Step, height: int, width: int) -> tuple[int, int]:
-    """Height and width of the map that a step makes."""
+    """Height and width of the map that a step makes.
+
+    Raises:
+        ValueError: a kernel is larger than the map.
+    """
     if isinstance(step, of.Pool):
         return 1, 1
-    for _ in range({of.Stem: 2, of.Convolution: 1}.get(type(step), 0)):
-        height, width = (height + 1) // 2, (width + 1) // 2
-    return height, width
+    if isinstance(step, of.Stem):
+        for half in step.convolutions:
+            height, width = size_after(half, height, width)
+        return height, width
+    if not isinstance(step, (of.Convolution, of.Depthwise)):
+        return height, width
+    kernel, stride = step.weight.shape[-1], step.stride
+    padding = step.padding if isinstance(step, of.Convolution) else kernel // 2
+    if min(height, width) + 2 * padding < kernel:
+        raise ValueError(
+            f"x must be large enough for a convolution of {kernel} x {kernel} pixels; its map has "
+            f"{height} x {width}. Pass larger images."
+        )
+    return (height + 2 * padding - kernel) // stride + 1, (
+        width + 2 * padding - kernel
+    ) // stride + 1
 
 
 def run(steps: tuple[Step, ...], x: Tensor, slot: Any) -> Tensor:
@@ -161,7 +192,8 @@ def _pack(steps: Sequence[Step], forms: Sequence[int]) -> Packed:
         form = next(remaining) if isinstance(step, of.Attention) else 0
         weights = ctypes.create_string_buffer(_weights(packer, step, form) or b"\0")
         memory.append(weights)
-        fields.append(_STEP.pack(_KINDS.index(type(step)), ctypes.addressof(weights), form))
+        code = _KINDS.index(type(step))
+        fields.append(_STEP.pack(code, ctypes.addressof(weights), form, step.adds))
     array = ctypes.create_string_buffer(b"".join(fields))
     memory.append(array)
     channels = out_channels = steps[0].in_channels
@@ -172,7 +204,7 @@ def _pack(steps: Sequence[Step], forms: Sequence[int]) -> Packed:
 
 
 def _out_channels(step: Step, channels: int) -> int:
-    if isinstance(step, (of.Convolution, of.Linear)):
+    if isinstance(step, (of.Convolution, of.Depthwise, of.Linear)):
         return step.weight.shape[0]
     return step.weight2.shape[0] if isinstance(step, (of.Stem, of.ConvMlp)) else channels
 
@@ -180,11 +212,31 @@ def _out_channels(step: Step, channels: int) -> int:
 def _weights(packer: Packer, step: Step, form: int) -> bytes:
     """The struct of the weights of a step."""
     if isinstance(step, of.Stem):
+        first, second = step.convolutions
         # The first convolution reads the channels of x one by one, the second channels_last maps.
-        first = _product(packer, step.weight1.flatten(1), step.bias1, step.weight1.shape[1])
-        return first + _convolution(packer, step.weight2, step.bias2)
+        return _convolution(packer, first, step.weight1.flatten(1)) + _convolution(packer, second)
     if isinstance(step, of.Convolution):
-        return _convolution(packer, step.weight, step.bias)
+        return _convolution(packer, step)
+    if isinstance(step, of.Depthwise):
+        channels, kernel = len(step.weight), step.weight.shape[-1]
+        return _DEPTHWISE.pack(
+            channels, kernel, step.stride, step.multiplier, _CODES[step.activation],
+            packer.rows(step.weight.flatten(1).t()), packer.vector(step.bias, channels),
+        )  # fmt: skip
+    if isinstance(step, of.PartialConvolution):
+        kernel = step.weight.shape[-1]
+        whole = of.Convolution(step.weight, step.bias, 1, kernel // 2)
+        return _convolution(packer, whole) + _COUNT.pack(step.channels)
+    if isinstance(step, of.Normalise):
+        vectors = [packer.vector(t, step.in_channels) for t in (step.weight, step.bias)]
+        return _NORMALISE.pack(step.in_channels, step.over_image, step.eps, *vectors)
+    if isinstance(step, of.Average):
+        channels = len(step.scale)
+        return _AVERAGE.pack(channels, step.kernel, packer.vector(step.scale, channels))
+    if isinstance(step, of.SqueezeExcite):
+        first_layer = _product(packer, step.weight1, step.bias1, activation=step.activation)
+        gate = _COUNT.pack(list(of.GATES).index(step.gate))
+        return first_layer + _product(packer, step.weight2, step.bias2) + gate
     if isinstance(step, of.ConvMlp):
         weights = ConvMlpWeights(**step.tensors())  # type: ignore[arg-type]
         return pack_conv_mlp(packer, weights, step.options) + NEVER_STALE
@@ -192,17 +244,28 @@ def _weights(packer: Packer, step: Step, form: int) -> bytes:
         fields = attention.pack(packer, step.weights, step.residual_scale, step.options, form)
         return fields + NEVER_STALE
     if isinstance(step, of.Linear):
-        return _product(packer, step.weight, step.bias, step.weight.shape[1])
+        return _product(packer, step.weight, step.bias)
     return b""
 
 
-def _convolution(packer: Packer, weight: Tensor, bias: Tensor) -> bytes:
-    rows = weight.permute(0, 2, 3, 1).flatten(1)  # [D, 9 C], in the order y, x, channel
-    return _product(packer, rows, bias, weight.shape[1])
+def _convolution(packer: Packer, step: of.Convolution, rows: Tensor | None = None) -> bytes:
+    if rows is None:
+        rows = step.weight.permute(0, 2, 3, 1).flatten(1)  # [D, k k C], in the order y, x, channel
+    kernel, in_dims = step.weight.shape[-1], step.weight.shape[1]
+    sizes = in_dims, kernel, step.stride, step.padding
+    return _product(packer, rows, step.bias, sizes, step.activation)
 
 
-def _product(packer: Packer, rows: Tensor, bias: Tensor, in_dims: int) -> bytes:
-    """`struct Product` of a matrix [D, K]."""
+def _product(
+    packer: Packer,
+    rows: Tensor,
+    bias: Tensor,
+    sizes: tuple[int, int, int, int] | None = None,
+    activation: str = "none",
+) -> bytes:
+    """`struct Product` of a matrix [D, K]; `sizes`: channels, kernel, stride and padding."""
+    in_dims, *window = sizes or (rows.shape[1], 1, 1, 0)
     return _PRODUCT.pack(
-        in_dims, len(rows), packer.matrix(rows.t()), packer.vector(bias, len(rows))
-    )
+        in_dims, len(rows), *window, _CODES[activation], packer.matrix(rows.t()),
+        packer.vector(bias, len(rows)),
+    )  # fmt: skip

@@ -7,6 +7,7 @@ with weights in channels_last return it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,10 +33,13 @@ def run(steps: Sequence[Step], x: Tensor, slot: Any) -> Tensor:
     program: list[Compute] | None = slot.program
     if program is None:
         program = slot.program = [_prepared(step, x) for step in steps]
-    x = x.contiguous(memory_format=torch.channels_last)
-    for compute in program:
-        x = compute(x)
-    return x
+    # The maps that later steps may add, of which the last is the input of the next step.
+    maps: deque[Tensor] = deque(maxlen=max(1, *(step.adds for step in steps)))
+    maps.append(x.contiguous(memory_format=torch.channels_last))
+    for step, compute in zip(steps, program, strict=True):
+        out = compute(maps[-1])
+        maps.append(maps[-step.adds] + out if step.adds else out)
+    return maps[-1]
 
 
 def _prepared(step: Step, x: Tensor) -> Compute:

@@ -29,6 +29,8 @@ from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
 MOST = 6
 """Layers with weights in a module that may be a block: two adapters have four."""
 PAIR = 2
+SIZES = ((2, 7, 5), (1, 9, 13))
+"""Batch, height and width of the random inputs of blocks."""
 
 MakeClass = Callable[[type[nn.Module]], type[nn.Module]]
 
@@ -191,18 +193,18 @@ def _match(clone: nn.Module, parts: _Parts, make_class: MakeClass) -> Form | str
     ours.__class__ = make_class(type_before_parametrizations(clone))
     activations = {name: find.activation_of(theirs.get_submodule(name)) for name in parts.plain}
     for name, activation in activations.items():
-        if activation is None:
+        if activation not in ACTIVATIONS:
             kind = type(theirs.get_submodule(name)).__name__
             return f"its part {name} is a {kind}, not one of {', '.join(_KNOWN)}"
     forms = _forms(theirs, parts, {a for a in activations.values() if a != "none"})
-    form = next((f for f in forms if all(_gives(theirs, ours, f, s) for s in find.SIZES)), None)
+    form = next((f for f in forms if all(_gives(theirs, ours, f, s) for s in SIZES)), None)
     if form is None:
         return "no arrangement of its parts gives its output"
     theirs.train()
     ours.train()
     for drop in ("", *(name for name, activation in activations.items() if activation == "none")):
         form = _with_skipped(theirs, form._replace(drop=drop))
-        if all(_gives(theirs, ours, form, shape) for shape in find.SIZES):
+        if all(_gives(theirs, ours, form, shape) for shape in SIZES):
             return form
     return "its output in training is another: a dropout stands between its layers"
 

@@ -127,7 +127,7 @@ class Double(nn.Module):
 
 OTHERS = [
     ("act", nn.Mish(), "its part act is a Mish"),
-    ("act", nn.PReLU(), "no arrangement of its parts gives its output"),
+    ("act", nn.PReLU(), "its part act is a PReLU"),
     ("act", Double(), "its part act is a Double"),
     ("norm", nn.GroupNorm(2, DIM), "its part norm is a GroupNorm"),
     ("norm", nn.BatchNorm2d(DIM, track_running_stats=False), "its part norm is a BatchNorm2d"),
@@ -136,8 +136,8 @@ OTHERS = [
         nn.Conv2d(DIM, DIM, 3, padding=2, dilation=2, groups=DIM),
         "its part depthwise is a Conv2d",
     ),
-    ("extra", nn.Conv2d(DIM, DIM, 3), "it has other convolutions than those of a known block"),
-    ("extra", nn.BatchNorm2d(DIM), "it has 2 BatchNorms, one is supported"),
+    ("extra", nn.Conv2d(DIM, DIM, 3), "its part extra is called 0 times"),
+    ("extra", nn.BatchNorm2d(DIM), "its part extra is called 0 times"),
 ]
 
 

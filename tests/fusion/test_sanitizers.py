@@ -13,20 +13,50 @@ from tests.builds import CSRC, LIBRARIES, ROOT, copy_project, run
 SCRIPT = """
 import random, torch
 from swiftkernels import fuse_for_inference
+from swiftkernels.fusion import steps as of
+from swiftkernels.fusion.chain import FusedChain
 from swiftkernels.models import SwiftFormer
 
 torch.manual_seed(0)
 model = SwiftFormer((16, 40, 24, 56), (2, 1, 2, 3), num_classes=7).eval()
 fused = fuse_for_inference(model)
 generator = random.Random(0)
-for number in range(60):
+
+def check(fused, channels, number, least=1):
     torch.set_num_threads(1 + number % 3)
-    batch, height, width = (generator.randint(1, most) for most in (5, 130, 130))
-    x = torch.randn(batch, 3, height, width)
+    batch, height, width = (generator.randint(least, most) for most in (5, 130, 130))
+    x = torch.randn(batch, channels, height, width)
     if number % 2:
         x = x.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         torch.testing.assert_close(fused(x), fused.plain(x), rtol=1e-3, atol=1e-4)
+
+for number in range(60):
+    check(fused, 3, number)
+
+def randn(*shape):
+    return torch.randn(shape) / max(1, torch.Size(shape[1:]).numel()) ** 0.5
+
+def chain(c, d, kernel):
+    m = 2 * c
+    return FusedChain([
+        of.Convolution(randn(c, c, 4, 4), randn(c), 2, 3, "relu6"),
+        of.PartialConvolution(randn(2, 2, 3, 3), randn(2), c),
+        of.Normalise(1 + randn(c), randn(c), 1e-5, True),
+        of.Average(randn(c), 3, adds=2),
+        of.Depthwise(randn(m, 1, kernel, kernel), randn(m), 2, "gelu", 2),
+        of.SqueezeExcite(randn(5, m), randn(5), randn(m, 5), randn(m), "relu", "sigmoid"),
+        of.Convolution(randn(d, m, 1, 1), randn(d), 1, 0, "silu"),
+        of.Depthwise(randn(d, 1, kernel, kernel), randn(d), 1, "hardswish"),
+        of.Normalise(1 + randn(d), randn(d), 1e-6, False),
+        of.ConvMlp(None, None, randn(3 * d, d), randn(3 * d), randn(d, 3 * d), randn(d), "gelu",
+                   False, adds=3),
+        of.Convolution(randn(c, d, 1, 1), randn(c), 1, 0),
+    ]).eval()
+
+for number in range(60):
+    check(chain(3 + 7 * number % 41, 2 + 5 * number % 37, (3, 5, 7)[number % 3]),
+          3 + 7 * number % 41, number, least=2)
 print("done")
 """
 

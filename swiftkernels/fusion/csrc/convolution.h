@@ -1,5 +1,5 @@
-// Convolutions 3 x 3 of stride 2 as products: the pixels that a tile of output pixels reads are
-// gathered to rows of 9 C numbers.
+// Convolutions as products: the pixels that a tile of output pixels reads are gathered to rows of
+// k k C numbers.
 #pragma once
 
 #include "../../ops/conv_mlp/csrc/depthwise.h"
@@ -12,46 +12,53 @@ namespace swiftkernels::fusion {
 
 using conv_mlp::Map;
 
-/// Rows and columns of the output.
-constexpr int64_t halved(int64_t n) { return (n + 1) / 2; }
+/// Rows or columns of the output of a convolution.
+constexpr int64_t convolved(int64_t n, int64_t kernel, int64_t stride, int64_t padding) {
+  return (n + 2 * padding - kernel) / stride + 1;
+}
+constexpr int64_t halved(int64_t n) { return convolved(n, 3, 2, 1); }
 
 /// Pixels of a tile: their patches (384 KB) stay in the second-level cache.
-inline int64_t convolution_tile(int64_t in_dims) {
-  return std::min<int64_t>(96, std::max<int64_t>(12, 98304 / (9 * in_dims) / 12 * 12));
+inline int64_t convolution_tile(int64_t depth) {
+  return std::min<int64_t>(96, std::max<int64_t>(12, 98304 / depth / 12 * 12));
 }
 
 /// A tile of patches; full vectors are written, so rows need room for one more.
-inline Tile patch_tile(int64_t pixels, int64_t in_dims, Arena& arena) {
-  return arena.tile(pixels, 9 * in_dims + LANES);
+inline Tile patch_tile(const Product& p, int64_t pixels, Arena& arena) {
+  return p.is_pointwise() ? Tile{} : arena.tile(pixels, p.depth() + LANES);
 }
 
-/// to[i] = the 9 C numbers that the output pixel first + i reads. `above`: rows of the image above
-/// the map, `height`: of the image.
-inline void gather(const Map& map, int64_t above, int64_t height, int64_t channels, int64_t first,
+/// to[i] = the k k C numbers that the output pixel first + i reads. `above`: rows of the image
+/// above the map, `height`: of the image.
+inline void gather(const Product& p, const Map& map, int64_t above, int64_t height, int64_t first,
                    int64_t end, Tile to) {
-  const int64_t width = halved(map.width);
+  const int64_t width = convolved(map.width, p.kernel, p.stride, p.padding);
   for (int64_t pixel = first; pixel < end; pixel++) {
-    const int64_t y = pixel / width * 2 - 1, x = pixel % width * 2 - 1;
+    const int64_t y = pixel / width * p.stride - p.padding;
+    const int64_t x = pixel % width * p.stride - p.padding;
     float* row = to.row(pixel - first);
-    for (int64_t i = 0; i < 9; i++, row += channels) {
-      const int64_t from_y = y + i / 3, from_x = x + i % 3;
-      if (from_y < 0 || from_y >= height || from_x < 0 || from_x >= map.width) {
-        for (int64_t c = 0; c < channels; c += LANES) store(row + c, vec{});
-        continue;
+    for (int64_t i = 0; i < p.kernel; i++)
+      for (int64_t j = 0; j < p.kernel; j++, row += p.in_dims) {
+        const int64_t from_y = y + i, from_x = x + j;
+        if (from_y < 0 || from_y >= height || from_x < 0 || from_x >= map.width) {
+          for (int64_t c = 0; c < p.in_dims; c += LANES) store(row + c, vec{});
+          continue;
+        }
+        const float* from = map.pixel((from_y - above) * map.width + from_x);
+        for (int64_t c = 0; c < p.in_dims; c += LANES) store(row + c, load(from + c));
       }
-      const float* from = map.pixel((from_y - above) * map.width + from_x);
-      for (int64_t c = 0; c < channels; c += LANES) store(row + c, load(from + c));
-    }
   }
 }
 
-/// out = activation(the output pixels [first, end)); arguments as in `gather`.
-inline void convolve_tile(const Product& p, Activation activation, const Map& map, int64_t above,
-                          int64_t height, int64_t first, int64_t end, Tile out, Tile patches) {
-  gather(map, above, height, p.in_dims, first, end, patches);
-  gemm_and(patches, end - first, Matrix::packed(p.panels, 9 * p.in_dims, p.out_dims), p.bias, out,
-           nullptr, {}, true, [&](Tile part, int64_t rows, int64_t width) INLINE_LAMBDA {
-             activate(activation, part, rows, width);
+/// out = `added` + the output pixels [first, end); arguments as in `gather`.
+inline void convolve_tile(const Product& p, const Map& map, int64_t above, int64_t height,
+                          int64_t first, int64_t end, Tile out, Tile patches, Tile added = {}) {
+  const Tile pixels{map.pixel(first), map.stride};
+  if (!p.is_pointwise()) gather(p, map, above, height, first, end, patches);
+  gemm_and(p.is_pointwise() ? pixels : patches, end - first,
+           Matrix::packed(p.panels, p.depth(), p.out_dims), p.bias, out, nullptr, added, true,
+           [&](Tile part, int64_t rows, int64_t width) INLINE_LAMBDA {
+             activate(static_cast<Activation>(p.activation), part, rows, width);
            });
 }
 
@@ -75,7 +82,7 @@ class StemRows {
     Workspace s;
     s.lines = arena.matrix(3 * stem_.first.in_dims, width_ + 2 + LANES);
     s.middle = arena.matrix((2 * band + 1) * halved(width_), stem_.first.out_dims);
-    s.patches = patch_tile(group() * out_width(), stem_.first.out_dims, arena);
+    s.patches = patch_tile(stem_.second, group() * out_width(), arena);
     return s;
   }
 
@@ -87,7 +94,7 @@ class StemRows {
     for (int64_t y = above; y < below; y++) middle_row(image, y, s, middle, y - above);
     for (int64_t y = first; y < end; y += group()) {
       const int64_t last = std::min(end, y + group());
-      convolve_tile(stem_.second, RELU, middle, above, halved(height_), y * out_width(),
+      convolve_tile(stem_.second, middle, above, halved(height_), y * out_width(),
                     last * out_width(), out.from(y * out_width()), s.patches);
     }
   }
@@ -106,9 +113,9 @@ class StemRows {
       for (int64_t i = 0; i < 3; i++) copy_line(image, c, 2 * y - 1 + i, s.lines.row(c * 3 + i));
     const Rows patches(s.lines.data, 2, 3 * p.in_dims, s.lines.stride);
     const Tile out{middle.pixel(row * middle.width), middle.stride};
-    gemm_and(patches, middle.width, Matrix::packed(p.panels, 9 * p.in_dims, p.out_dims), p.bias,
-             out, nullptr, {}, true, [](Tile part, int64_t rows, int64_t width) INLINE_LAMBDA {
-               activate(RELU, part, rows, width);
+    gemm_and(patches, middle.width, Matrix::packed(p.panels, p.depth(), p.out_dims), p.bias, out,
+             nullptr, {}, true, [&](Tile part, int64_t rows, int64_t width) INLINE_LAMBDA {
+               activate(static_cast<Activation>(p.activation), part, rows, width);
              });
   }
 

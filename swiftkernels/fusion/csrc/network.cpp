@@ -11,7 +11,7 @@
 
 #include "../../ops/additive_attention/csrc/passes.h"
 #include "../../ops/conv_mlp/csrc/tiles.h"
-#include "convolution.h"
+#include "maps.h"
 #include "parallel.h"
 #include "tasks.h"
 #if !defined(_WIN32)
@@ -32,7 +32,15 @@ enum class Work {
   LOAD,
   STEM,
   CONVOLUTION,
+  PARTIAL,
+  REPEAT,
+  DEPTHWISE,
+  MOMENTS,
+  NORMALISE,
   CONV_MLP,
+  AVERAGE,
+  SQUEEZE,
+  EXCITE,
   SCORE,
   FINISH,
   FOLD,
@@ -53,6 +61,8 @@ struct Phase {
   int64_t reach;  // rows around a tile that it reads
   bool local;     // waits only for the tiles before that it reads or whose input it overwrites
   int64_t first_task;
+  float* state;  // gates of a squeeze and excitation; mean and scale of an image
+  Map added;     // a map that is added to the output, or without data
 
   /// The first row of a tile of complete rows; of the number of tiles, the end.
   int64_t first_row(int64_t tile) const { return out.height * tile / tiles; }
@@ -134,18 +144,24 @@ class Lane {
     int64_t channels = program_.in_dims, scratch = 0;
     const bool loads = program_.steps[0].kind != STEM;
     Map in{nullptr, call_.height, call_.width, padded(channels)};
-    // The maps of all steps lie in two buffers in turn.
+    // The maps of all steps lie in two buffers in turn, or in more where maps are added later.
     int64_t largest = loads ? in.pixels() * in.stride : 0;
     for_each_map(
         [&](int64_t, const Map& map) { largest = std::max(largest, map.pixels() * map.stride); });
-    float* const buffers[] = {arena.take(largest), arena.take(largest)};
+    const std::vector<int> places = places_of_maps();
+    std::vector<float*> buffers;
+    for (int i = *std::max_element(places.begin(), places.end()); i >= 0; i--)
+      buffers.push_back(arena.take(largest));
     phases_.clear();
-    in.data = buffers[0];
-    int next = 0;
+    in.data = buffers[places[0]];
+    std::vector<Map> maps{in};
+    last_in_.assign(buffers.size(), Map{});
+    last_in_[places[0]] = in;
     const auto add = [&](Work work, int64_t step, Map out, int64_t dims, int64_t tiles) -> Phase& {
       const int64_t first = phases_.empty() ? 0 : phases_.back().first_task + phases_.back().tiles;
       const void* weights = step >= 0 ? program_.steps[step].weights : nullptr;
-      phases_.push_back({work, step, weights, nullptr, tiles, in, out, dims, 0, false, first});
+      phases_.push_back(
+          {work, step, weights, nullptr, tiles, in, out, dims, 0, false, first, nullptr, {}});
       return phases_.back();
     };
     const auto scratch_of = [&](auto make) {
@@ -155,12 +171,12 @@ class Lane {
     };
     if (loads) {
       add(Work::LOAD, -1, in, channels, std::min<int64_t>(in.height, 4 * threads_));
-      next = 1;
     }
     for_each_map([&](int64_t i, const Map& map) {
       const Step& step = program_.steps[i];
       Map out = map;
-      out.data = buffers[next];
+      out.data = buffers[places[i + 1]];
+      before_ = last_in_[places[i + 1]];
       const int64_t dims = dims_of(step, channels), pixels = out.pixels();
       switch (step.kind) {
         case STEM: {
@@ -173,21 +189,66 @@ class Lane {
           break;
         }
         case CONVOLUTION: {
-          const int64_t tiles = conv_mlp::tiles_of(pixels, convolution_tile(channels), threads_);
-          add(Work::CONVOLUTION, i, out, dims, tiles);
-          scratch_of([&](Arena& a) { patch_tile((pixels + tiles - 1) / tiles, channels, a); });
+          const auto& p = as<Product>(step.weights);
+          const int64_t most = p.is_pointwise() ? conv_mlp::TILE : convolution_tile(p.depth());
+          const int64_t tiles = conv_mlp::tiles_of(pixels, most, threads_);
+          add(Work::CONVOLUTION, i, out, dims, tiles).reach = p.kernel;
+          if (p.is_pointwise()) keep_local(0);
+          scratch_of([&](Arena& a) { patch_tile(p, (pixels + tiles - 1) / tiles, a); });
+          break;
+        }
+        case PARTIAL_CONVOLUTION: {
+          const auto& p = as<PartialWeights>(step.weights).product;
+          const int64_t tiles = conv_mlp::tiles_of(pixels, convolution_tile(p.depth()), threads_);
+          add(Work::PARTIAL, i, out, dims, tiles);
+          keep_local(p.kernel / 2);
+          scratch_of([&](Arena& a) { patch_tile(p, (pixels + tiles - 1) / tiles, a); });
+          break;
+        }
+        case NORMALISE: {
+          float* moments = nullptr;
+          if (as<NormaliseWeights>(step.weights).over_image) {
+            moments = arena.take(2);
+            add(Work::MOMENTS, i, in, dims, 1).state = moments;
+          }
+          const int64_t tiles = conv_mlp::tiles_of(pixels, conv_mlp::TILE, threads_);
+          add(Work::NORMALISE, i, out, dims, tiles).state = moments;
+          keep_local(0);
+          break;
+        }
+        case DEPTHWISE: {
+          const auto& d = as<DepthwiseWeights>(step.weights);
+          if (d.multiplier > 1) {
+            const Map more{nullptr, in.height, in.width, padded(dims)};
+            Map repeated = more;
+            repeated.data = arena.take(more.pixels() * more.stride);
+            add(Work::REPEAT, i, repeated, dims,
+                conv_mlp::tiles_of(more.pixels(), conv_mlp::TILE, threads_));
+            in = repeated;
+          }
+          const int64_t tiles = conv_mlp::tiles_of(pixels, conv_mlp::TILE, threads_);
+          add(Work::DEPTHWISE, i, out, dims, tiles).reach = d.kernel;
+          if (d.multiplier == 1 && d.stride == 1) keep_local(d.kernel / 2);
           break;
         }
         case CONV_MLP: {
           const auto& w = as<conv_mlp::PackedWeights>(step.weights);
           const int64_t tiles = conv_mlp::tiles_of(pixels, conv_mlp::TILE, threads_);
-          const bool follows = !phases_.empty() && (phases_.back().work == Work::CONV_MLP ||
-                                                    phases_.back().work == Work::OUTPUT);
-          Phase& phase = add(Work::CONV_MLP, i, out, dims, tiles);
-          phase.reach = w.kernel / 2;
-          phase.local = follows;
+          add(Work::CONV_MLP, i, out, dims, tiles);
+          keep_local(w.kernel / 2);
           scratch_of(
               [&](Arena& a) { conv_mlp::Workspace::make(w, (pixels + tiles - 1) / tiles, a); });
+          break;
+        }
+        case AVERAGE:
+          add(Work::AVERAGE, i, out, dims, conv_mlp::tiles_of(pixels, conv_mlp::TILE, threads_));
+          keep_local(as<AverageWeights>(step.weights).kernel / 2);
+          break;
+        case SQUEEZE_EXCITE: {
+          const int64_t tiles = conv_mlp::tiles_of(pixels, conv_mlp::TILE, threads_);
+          float* gates = arena.take(squeeze_floats(as<SqueezeExciteWeights>(step.weights)));
+          add(Work::SQUEEZE, i, in, dims, 1).state = gates;
+          add(Work::EXCITE, i, out, dims, tiles).state = gates;
           break;
         }
         case ATTENTION:
@@ -199,8 +260,10 @@ class Lane {
         default:
           add(Work::LINEAR, i, out, dims, 1);
       }
+      if (step.adds) phases_.back().added = maps[i + 1 - step.adds];
       in = out, channels = dims;
-      next = 1 - next;
+      maps.push_back(out);
+      last_in_[places[i + 1]] = out;
     });
     add(Work::STORE, -1, in, channels, std::min<int64_t>(in.height, 4 * threads_));
     scratch_ = round_up(scratch, 16);
@@ -208,6 +271,40 @@ class Lane {
     if (!workspaces_) return;
     for (size_t i = 0; i < attentions_.size(); i++)
       attentions_[i]->use(workspaces_, scratch_, states_[i]);
+  }
+
+  /// The buffer of each map: of the input, and of the output of each step. A buffer is used again
+  /// when the last step that reads its map is done.
+  std::vector<int> places_of_maps() const {
+    std::vector<int64_t> last(program_.count + 1);
+    for (int64_t i = 0; i < program_.count; i++) {
+      last[i] = std::max(last[i], i);
+      if (const int64_t adds = program_.steps[i].adds) last[i + 1 - adds] = i;
+    }
+    std::vector<int> places(program_.count + 1);
+    for (int64_t i = 1; i <= program_.count; i++) {
+      const auto taken = [&](int place) {
+        for (int64_t j = 0; j < i; j++)
+          if (places[j] == place && last[j] >= i - 1) return true;
+        return false;
+      };
+      while (taken(places[i])) places[i]++;
+    }
+    return places;
+  }
+
+  /// Let the last phase wait only for the tiles of the phase before that it needs, where both have
+  /// the same pixels, and the map that it overwrites has rows of the same length.
+  void keep_local(int64_t reach) {
+    Phase& phase = phases_.back();
+    phase.reach = reach;
+    if (phases_.size() < 2) return;
+    const Phase& before = phases_[phases_.size() - 2];
+    constexpr Work tiled[] = {Work::CONVOLUTION, Work::PARTIAL, Work::DEPTHWISE, Work::NORMALISE,
+                              Work::CONV_MLP,    Work::AVERAGE, Work::EXCITE,    Work::OUTPUT};
+    phase.local = std::find(std::begin(tiled), std::end(tiled), before.work) != std::end(tiled) &&
+                  before.in.pixels() == phase.out.pixels() &&
+                  before_.pixels() == phase.out.pixels() && before_.stride == phase.out.stride;
   }
 
   template <class Add>
@@ -242,6 +339,10 @@ class Lane {
       case CONVOLUTION:
       case LINEAR:
         return as<Product>(step.weights).out_dims;
+      case PARTIAL_CONVOLUTION:
+        return as<PartialWeights>(step.weights).channels;
+      case DEPTHWISE:
+        return as<DepthwiseWeights>(step.weights).channels;
       case CONV_MLP:
         return as<conv_mlp::PackedWeights>(step.weights).out_dims;
       default:
@@ -256,9 +357,17 @@ class Lane {
     for (int64_t i = 0; i < program_.count; i++) {
       const Step& step = program_.steps[i];
       channels = dims_of(step, channels);
-      if (step.kind == STEM) height = halved(height), width = halved(width);
-      if (step.kind == STEM || step.kind == CONVOLUTION)
-        height = halved(height), width = halved(width);
+      if (step.kind == STEM) height = halved(halved(height)), width = halved(halved(width));
+      if (step.kind == CONVOLUTION) {
+        const auto& p = as<Product>(step.weights);
+        height = convolved(height, p.kernel, p.stride, p.padding);
+        width = convolved(width, p.kernel, p.stride, p.padding);
+      }
+      if (step.kind == DEPTHWISE) {
+        const auto& d = as<DepthwiseWeights>(step.weights);
+        height = convolved(height, d.kernel, d.stride, d.kernel / 2);
+        width = convolved(width, d.kernel, d.stride, d.kernel / 2);
+      }
       if (step.kind == POOL) height = width = 1;
       use(i, Map{nullptr, height, width, padded(channels)});
     }
@@ -275,6 +384,9 @@ class Lane {
     Arena arena(workspaces_ + thread * scratch_);
     const Map &in = phase.in, &out = phase.out;
     const Tile rows{out.data, out.stride};
+    const auto added = [&](int64_t first) {
+      return phase.added.data ? Tile{phase.added.pixel(first), phase.added.stride} : Tile{};
+    };
     switch (phase.work) {
       case Work::LOAD:
         for (int64_t y = phase.first_row(tile); y < phase.first_row(tile + 1); y++)
@@ -289,14 +401,48 @@ class Lane {
       case Work::CONVOLUTION: {
         const auto& p = as<Product>(phase.weights);
         const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
-        return convolve_tile(p, IDENTITY, in, 0, in.height, first, end, rows.from(first),
-                             patch_tile(end - first, p.in_dims, arena));
+        return convolve_tile(p, in, 0, in.height, first, end, rows.from(first),
+                             patch_tile(p, end - first, arena), added(first));
+      }
+      case Work::PARTIAL: {
+        const auto& w = as<PartialWeights>(phase.weights);
+        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+        return partial_tile(in, w, first, end, rows.from(first),
+                            patch_tile(w.product, end - first, arena));
+      }
+      case Work::REPEAT: {
+        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+        return repeat_tile(in, as<DepthwiseWeights>(phase.weights), first, end, rows.from(first));
+      }
+      case Work::MOMENTS:
+        return moments(in, as<NormaliseWeights>(phase.weights), 0, in.pixels(), phase.state,
+                       phase.state + 1);
+      case Work::NORMALISE: {
+        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+        return normalise_tile(in, as<NormaliseWeights>(phase.weights), phase.state, first, end,
+                              rows.from(first));
+      }
+      case Work::DEPTHWISE: {
+        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+        return depthwise_tile(in, as<DepthwiseWeights>(phase.weights), first, end,
+                              rows.from(first));
       }
       case Work::CONV_MLP: {
         const auto& w = as<conv_mlp::PackedWeights>(phase.weights);
         const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
         return conv_mlp::run_tile(w, in, first, end, rows.from(first),
-                                  conv_mlp::Workspace::make(w, end - first, arena));
+                                  conv_mlp::Workspace::make(w, end - first, arena), added(first));
+      }
+      case Work::AVERAGE: {
+        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+        return average_tile(in, as<AverageWeights>(phase.weights), first, end, rows.from(first),
+                            added(first));
+      }
+      case Work::SQUEEZE:
+        return squeeze(in, as<SqueezeExciteWeights>(phase.weights), phase.state);
+      case Work::EXCITE: {
+        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+        return excite_tile(in, phase.out_dims, phase.state, first, end, rows.from(first));
       }
       case Work::SCORE:
         return phase.passes->score(tile, thread);
@@ -324,27 +470,14 @@ class Lane {
     }
   }
 
-  /// The mean over the pixels; sums of 64 pixels are summed.
-  static void pool(const Map& in, int64_t channels, float* mean) {
-    const int64_t pixels = in.pixels();
-    for (int64_t c = 0; c < channels; c += LANES) {
-      vec total{};
-      for (int64_t first = 0; first < pixels; first += MAX_CHAIN) {
-        vec sum{};
-        for (int64_t i = first; i < std::min(pixels, first + MAX_CHAIN); i++)
-          sum += load(in.pixel(i) + c);
-        total += sum;
-      }
-      store(mean + c, total / static_cast<float>(pixels));
-    }
-  }
-
   const Program& program_;
   const Call& call_;
   const int threads_;
   int64_t floats_ = 0, scratch_ = 0;
   float* workspaces_ = nullptr;
   std::vector<Phase> phases_;
+  std::vector<Map> last_in_;  // while laying out: the last map in each buffer
+  Map before_{};              // and that which the next step overwrites
   std::vector<std::unique_ptr<additive::Call>> calls_;
   std::vector<std::unique_ptr<additive::Passes>> attentions_;
   std::vector<float*> states_;

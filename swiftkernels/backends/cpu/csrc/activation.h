@@ -5,7 +5,7 @@
 
 namespace swiftkernels {
 
-enum Activation : int64_t { IDENTITY, RELU, GELU, GELU_TANH, SILU, HARDSWISH };
+enum Activation : int64_t { IDENTITY, RELU, GELU, GELU_TANH, SILU, HARDSWISH, RELU6 };
 
 /// max(x, 0); NaN stays NaN.
 INLINE vec relu(vec x) { return max(vec{}, x); }
@@ -62,6 +62,9 @@ inline void activate(Activation activation, Tile c, int64_t rows, int64_t width)
       return for_each_vector(c, rows, width, [](vec x) INLINE_LAMBDA { return x * sigmoid(x); });
     case HARDSWISH:
       return for_each_vector(c, rows, width, [](vec x) INLINE_LAMBDA { return hardswish(x); });
+    case RELU6:
+      return for_each_vector(c, rows, width,
+                             [](vec x) INLINE_LAMBDA { return min(broadcast(6.f), relu(x)); });
   }
 }
 
@@ -148,6 +151,8 @@ inline void differentiate(Activation activation, Tile c, Tile gradients, int64_t
       return run([](vec x) INLINE_LAMBDA { return silu_slope(x); });
     case HARDSWISH:
       return run([](vec x) INLINE_LAMBDA { return hardswish_slope(x); });
+    case RELU6:  // of fused networks only, which are not trained
+      return;
   }
 }
 

@@ -34,9 +34,10 @@ struct Workspace {
   }
 };
 
-/// out = the pixels [first, end) of the operator on an image, in rows of full vectors.
+/// out = the pixels [first, end) of the operator on an image, in rows of full vectors. `added`: of
+/// a map that is added without being the input.
 inline void run_tile(const PackedWeights& w, const Map& x, int64_t first, int64_t end, Tile out,
-                     const Workspace& s) {
+                     const Workspace& s, Tile added = {}) {
   const int64_t pixels = end - first;
   const Tile input{x.pixel(first), x.stride};
   if (w.kernel)
@@ -52,7 +53,7 @@ inline void run_tile(const PackedWeights& w, const Map& x, int64_t first, int64_
              true, [&](Tile part, int64_t rows, int64_t width) INLINE_LAMBDA {
                activate(static_cast<Activation>(w.activation), part, rows, width);
              });
-    const Tile so_far = at > 0 ? out : w.residual ? input : Tile{};
+    const Tile so_far = at > 0 ? out : w.residual ? input : added;
     gemm(s.hidden, pixels, down, at > 0 ? nullptr : w.second_bias, out, nullptr, so_far);
   }
 }
