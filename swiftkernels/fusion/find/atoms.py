@@ -194,10 +194,10 @@ def _partial(module: nn.Module) -> Partial | None:
         return None
     if (conv.stride, conv.groups, parts.padding_of(conv)) != ((1, 1), 1, k // 2):
         return None
-    more = dict.fromkeys((_attribute(module, "dim"), *(n * conv.in_channels for n in (2, 3, 4, 8))))
-    for channels in more:
-        if channels is None or channels <= conv.in_channels:
-            continue
+    width = conv.in_channels
+    own = [value for value in vars(module).values() if type(value) is int]
+    totals = (*own, *(width + n for n in own), *(width * n for n in (2, 3, 4, 8)))
+    for channels in dict.fromkeys(n for n in totals if n > width):
         found = Partial(name, (channels, channels))
         (item,) = found.items("", module)
         assert isinstance(item, lower.Ready)
@@ -206,11 +206,6 @@ def _partial(module: nn.Module) -> Partial | None:
         if out is not None and probes.fits(out, item.step.plain, x):
             return found
     return None
-
-
-def _attribute(module: nn.Module, name: str) -> int | None:
-    value = getattr(module, name, None)
-    return value if type(value) is int else None
 
 
 # Squeeze and excitation.
