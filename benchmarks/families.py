@@ -28,7 +28,8 @@ from swiftkernels.testing.engines import OURS
 from swiftkernels.testing.ratios import markdown_table
 from swiftkernels.testing.timing import Timing, clock_name, measure_in_turn, process_and_wall_time
 from swiftkernels.testing.tolerance import relative_error
-from swiftkernels.utils.files import read_csv, write_csv
+from swiftkernels.utils import command
+from swiftkernels.utils.files import make_folder, read_csv, write_csv
 from swiftkernels.utils.progress import Progress
 
 CSV = "families.csv"
@@ -180,7 +181,7 @@ def merge(path: Path, rows: Sequence[Row]) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; returns the exit status, 1 if a network failed."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m benchmarks.families",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -195,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", type=Path, default=Path("results"), help="folder to write to (%(default)s)")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    given.out.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", given.out)
     chosen = [short.get(family, family) for family in given.families or FAMILIES]
     models = [(family, name) for family in chosen for name in FAMILIES[family]]
     if given.models:
@@ -222,4 +223,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))
