@@ -21,10 +21,10 @@ the same case.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.metadata
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,7 @@ from swiftkernels.fusion import triton
 from swiftkernels.fusion.chain import FusedChain, Slot
 from swiftkernels.testing.costs import saved_bytes
 from swiftkernels.testing.engines import OURS
+from swiftkernels.utils import command
 from swiftkernels.utils.files import read_csv, write_csv
 from swiftkernels.utils.progress import Progress
 
@@ -215,7 +216,7 @@ def _kept(case: Case, engine: str) -> int | str:
 
 def _main() -> None:
     assert __doc__
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="for the CSV")
     parser.add_argument("--engines", choices=ENGINES, nargs="+", default=ENGINES)
     layers = (*KERNELS, *NETWORKS)
@@ -228,4 +229,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    sys.exit(command.run(_main))
