@@ -117,12 +117,15 @@ def headline() -> str:
         [row for row in rows if (row["direction"] == "forward") is forward]
         for forward in (True, False)
     )
-    names = ", ".join(dict.fromkeys(_short(row["network"]) for row in rows))
+    names, trained_names = (
+        ", ".join(dict.fromkeys(_short(row["network"]) for row in of)) for of in (inferred, trained)
+    )
     return (
         f"{table}\n\nMean (least to most) of ratios of median times on CPUs; float32, 1 thread, "
         f"torch {_only(rows, 'torch')}. Networks: timm's {names} at "
         f"{_only(rows, 'side')} pixels; inference by `fuse_for_inference`, batch "
-        f"{_only(inferred, 'batch')}; training by `accelerate`, batch {_only(trained, 'batch')}; "
+        f"{_only(inferred, 'batch')}; training of {trained_names} by `accelerate`, batch "
+        f"{_only(trained, 'batch')}; "
         f"{_only(rows, 'device')} ({_only(rows, 'isa')}), "
         f"[{NETWORKS}](DOCS/results/{NETWORKS}). Attention: {len({s.shape for s in found})} "
         f"shapes, {_only(rows_of('cpu.csv'), 'device')} ({_only(rows_of('cpu.csv'), 'isa')}), "

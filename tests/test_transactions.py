@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from swiftkernels import accelerate, fuse_for_inference, register
-from swiftkernels.fusion import find, fuse
+from swiftkernels.fusion import find, fuse, search
 from swiftkernels.integrations import accelerate as accelerating
 from swiftkernels.integrations import probe
 from swiftkernels.models import SwiftFormer, load_checkpoint, network
@@ -112,7 +112,7 @@ def test_failing_accelerate_changes_nothing(owner, name, call, error, monkeypatc
         (fuse, "_clone", 1),
         (fuse, "_run_on_examples", 1),
         (find, "find", 1),
-        (fuse, "_record", 1),
+        (search, "_record", 1),
         (fuse, "_gives", 2),
         (fuse, "_fused", 1),
         (copy, "deepcopy", 2),
