@@ -480,6 +480,25 @@ KNOWN = (
         "rows of an odd width are loaded one number at a time, each with an address of its own",
         widths=(37,),
     ),
+    Known(
+        "spills",
+        ("block_forward", "mlp_input_backward"),
+        CUDA,
+        "as above, rows of an odd width",
+        widths=(37,),
+    ),
+    Known(
+        "spills",
+        ("mlp_weights_backward", "mlp_finish_backward"),
+        ("sm_100",),
+        "two to ten instructions, above the 128 registers that ptxas keeps to there",
+    ),
+    Known(
+        "spills",
+        ("mlp_input_backward", "mlp_weights_backward"),
+        ("sm_120",),
+        "three to five instructions; the tiles are those that fit on sm_80 and sm_90",
+    ),
 )
 
 
