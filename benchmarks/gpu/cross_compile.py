@@ -482,7 +482,7 @@ KNOWN = (
     ),
     Known(
         "spills",
-        ("block_forward", "mlp_input_backward"),
+        ("block_forward", "mlp_input_backward", "mlp_weights_backward"),
         CUDA,
         "as above, rows of an odd width",
         widths=(37,),
