@@ -484,7 +484,7 @@ KNOWN = (
         "spills",
         ("block_forward", "mlp_input_backward", "mlp_weights_backward"),
         CUDA,
-        "as above, rows of an odd width",
+        "rows of an odd width are loaded one number at a time, each at an address of its own",
         widths=(37,),
     ),
     Known(
@@ -497,7 +497,7 @@ KNOWN = (
         "spills",
         ("mlp_input_backward", "mlp_weights_backward"),
         ("sm_120",),
-        "three to five instructions; the tiles are those that fit on sm_80 and sm_90",
+        "two to nine instructions; the tiles are those that fit on sm_80 and sm_90",
     ),
 )
 
