@@ -47,12 +47,12 @@ def peak_growth(call: Callable[[], Result]) -> tuple[int, Result]:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     result = call()
-    return _status("VmHWM") - before, result
+    return status("VmHWM") - before, result
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     """Bytes, from /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
