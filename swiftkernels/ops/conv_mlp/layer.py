@@ -56,7 +56,7 @@ class Form(NamedTuple):
     activation: str
     """A key of `reference.ACTIVATIONS`."""
     residual: bool
-    skipped: tuple[tuple[str, Settings], ...] = ()
+    skipped: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     """Modules that are not called, such as the activation. If one changes, all parts are called."""
 
 
