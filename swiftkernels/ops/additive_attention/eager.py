@@ -59,7 +59,7 @@ def _operand(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t in the storage type. float16 saturates, so that no inf * 0 becomes NaN."""
     if dtype == torch.float16:
         limit = torch.finfo(dtype).max
-        t = t.clamp(-limit, limit)
+        t = torch.where(t.isinf(), t, t.clamp(-limit, limit))  # infinity was in the input
     return t.to(dtype)
 
 

@@ -422,3 +422,16 @@ def test_the_result_is_that_of_the_written_out_layer():
     a = F.normalize(q @ layer.w_g * 5**-0.5, dim=1)
     G = (a * q).sum(1, keepdim=True)
     assert relative_error(layer(x), layer.final(layer.proj(G * k) + q)) <= EXACT
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_aten_shows_queries_that_are_not_finite(dtype, value):
+    """float16 saturates finite values only."""
+    q, k, *weights = convert(make_query_key_tensors(2, 9, 16, 16), dtype)
+    q[0, 3, 5] = value
+    options = {"pooling": "sum", "backend": "aten"}
+    out = additive_attention(q, k, *weights, **options)
+    assert not out[0].isfinite().any()
+    q[0] = 0
+    assert torch.equal(out[1], additive_attention(q, k, *weights, **options)[1])
