@@ -89,13 +89,10 @@ def make_model(name: str) -> nn.Module:
 
 def merged(model: nn.Module) -> nn.Module | None:
     """A copy with its branches merged by its own method; None if it has none."""
-    from timm.utils.model import reparameterize_model
-
     methods = ("fuse", "reparameterize", "switch_to_deploy")
     if not any(hasattr(part, name) for part in model.modules() for name in methods):
         return None
-    result: nn.Module = reparameterize_model(copy.deepcopy(model))
-    return result.eval()
+    return timm_networks.merged(model)
 
 
 def blocks(report: FusionReport) -> Row:

@@ -189,12 +189,7 @@ def networks_figure(rows: Sequence[dict[str, str]]) -> Figure:
         labelcolor=INK, frameon=False,
     )  # fmt: skip
     add_title(figure, f"Inference of SwiftFormers on a CPU: {OURS}.fuse_for_inference")
-    last = rows[-1]
-    parts = [
-        f"timm {last['timm']}'s networks at {last['side']} x {last['side']} pixels",
-        _machine(last),
-        *_versions(rows, engines),
-    ]
+    parts = _network_parts(rows, engines)
     add_caption(
         figure,
         "Lower is better. Medians, divided by the batch; all engines in turn in one process. "
@@ -248,12 +243,7 @@ def published_figure(
         ncols=2 if len(batches) == 1 else 3, fontsize=8, labelcolor=INK, frameon=False,
     )  # fmt: skip
     add_title(figure, "Networks on a CPU: published accuracy against measured latency")
-    last = rows[-1]
-    parts = [
-        f"timm {last['timm']}'s networks at {last['side']} x {last['side']} pixels",
-        _machine(last),
-        *_versions(rows, {row["engine"] for row in rows}),
-    ]
+    parts = _network_parts(rows, {row["engine"] for row in rows})
     add_caption(
         figure,
         "Accuracies are those that the authors published, not measured here; with a *, for 256 x "
@@ -451,6 +441,13 @@ def _interval(row: dict[str, str], column: str) -> tuple[float, float, float]:
 
 def _lengths(intervals: Sequence[tuple[float, float, float]]) -> list[list[float]]:
     return [[m - low for low, m, _ in intervals], [high - m for _, m, high in intervals]]
+
+
+def _network_parts(rows: Sequence[dict[str, str]], engines: Collection[str]) -> list[str]:
+    """What a caption says of networks, machine and versions; some parts may be empty."""
+    last = rows[-1]
+    networks = f"timm {last['timm']}'s networks at {last['side']} x {last['side']} pixels"
+    return [networks, _machine(last), *_versions(rows, engines)]
 
 
 def _machine(row: dict[str, str]) -> str:

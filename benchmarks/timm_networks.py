@@ -26,6 +26,7 @@ from swiftkernels.testing import engines, harness
 from swiftkernels.testing.engines import OURS, Call
 from swiftkernels.testing.timing import Timing, clock_name, measure_in_turn, process_and_wall_time
 from swiftkernels.testing.tolerance import relative_error
+from swiftkernels.utils.text import first_line
 
 CLASSES = 1000
 MIN_ROUNDS = 5
@@ -111,16 +112,21 @@ def make_model(name: str, **options: Any) -> nn.Module:
     return model.eval()
 
 
+def merged(model: nn.Module) -> nn.Module:
+    """A copy whose branches are merged by its own methods, which some networks have."""
+    merge: Callable[[nn.Module], nn.Module] = importlib.import_module(
+        "timm.utils"
+    ).reparameterize_model
+    return merge(model).eval()  # merged convolutions start in training mode
+
+
 def folded(model: nn.Module, images: Tensor) -> nn.Module | None:
     """A copy with merged branches and folded BatchNorms; None if there are none.
 
     timm merges the branches of networks that are made for it, such as FastViT and RepViT. Then each
     BatchNorm that alone reads the output of a convolution is folded into it.
     """
-    merge: Callable[[nn.Module], nn.Module] = importlib.import_module(
-        "timm.utils"
-    ).reparameterize_model
-    result = merge(model).eval()  # a copy; merged convolutions start in training mode
+    result = merged(model)
     uses = _Uses()
     outputs: dict[int, tuple[str, Tensor]] = {}
     pairs: dict[str, tuple[str, Tensor]] = {}
@@ -187,10 +193,15 @@ def call_of(module: nn.Module, images: Tensor) -> Call:
     return call
 
 
+def in_channels_last(module: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
+    """A copy of a module, and its images, in channels_last memory format."""
+    model: Any = copy.deepcopy(module)
+    images = images.contiguous(memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last), images
+
+
 def _channels_last(network: Network) -> Call:
-    model: Any = copy.deepcopy(network.model)
-    images = network.images.contiguous(memory_format=torch.channels_last)
-    return call_of(model.to(memory_format=torch.channels_last), images)
+    return call_of(*in_channels_last(network.model, network.images))
 
 
 def _compile(mode: str, network: Network) -> Call:
@@ -251,7 +262,7 @@ def build_all(
         try:
             calls[name], errors[name] = make(name)
         except Exception as error:  # of a compiler, for example; the others are measured
-            failures.append(f"{name}: {harness.first_line(error)}")
+            failures.append(f"{name}: {first_line(error)}")
     return calls, errors, failures
 
 

@@ -57,9 +57,7 @@ def step_of(module: nn.Module, images: Tensor, compiled: bool = False) -> Call:
 
 
 def _channels_last(module: nn.Module, images: Tensor) -> Call:
-    formatted: Any = copy.deepcopy(module)
-    formatted.to(memory_format=torch.channels_last)
-    return step_of(formatted, images.contiguous(memory_format=torch.channels_last))
+    return step_of(*timm_networks.in_channels_last(module, images))
 
 
 TRAINED: dict[str, tuple[str, Callable[[nn.Module, Tensor], Call]]] = {

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swiftkernels.backends import torch_state
 from swiftkernels.fusion import find
 from swiftkernels.fusion.chain import FusedChain
 from swiftkernels.fusion.find import LeftBlock, Unit
@@ -25,6 +24,7 @@ from swiftkernels.fusion.search import Fold, Run, Search, first_tensor
 from swiftkernels.integrations import probe
 from swiftkernels.ops.plan import KeepsPlans
 from swiftkernels.utils import checks
+from swiftkernels.utils.text import first_line
 
 SIZES = (
     (2, 64, 64), (1, 97, 70), (1, 96, 128), (1, 224, 224), (2, 224, 224), (1, 256, 256),
@@ -79,7 +79,7 @@ def fuse_for_inference(model: nn.Module, *, example: Tensor | None = None) -> Fu
     if find.forward_was_replaced(model):
         kind = type(model).__name__
         raise ValueError(_nothing(model, [LeftBlock("", kind, "its forward was replaced")]))
-    with _isolated():
+    with probe.isolated():
         clone = _clone(model)
         _check_values(clone)
         images, exact = _run_on_examples(clone, example)
@@ -88,20 +88,21 @@ def fuse_for_inference(model: nn.Module, *, example: Tensor | None = None) -> Fu
         found = find.find(model, clone)
         random = [clone(x) for x in images]
         search = Search(model, clone, found, images[0])
+
+        def fits(changed: Sequence[Run | Fold]) -> bool:
+            """Whether the network gives its outputs, with random parameters and with its own."""
+            if not _gives(clone, changed, images, random):
+                return False
+            with _parameters(clone, values):
+                return _gives(clone, changed, images, exact)
+
         for runs in search.candidates():
-            if not _gives(clone, runs, images, random):
-                continue
-            with _parameters(clone, values):
-                same = _gives(clone, runs, images, exact)
-            if not same:
-                continue
-            folds = search.folds(runs)
-            if not (folds and _gives(clone, [*runs, *folds], images, random)):
-                folds = []
-            with _parameters(clone, values):
-                if not _gives(clone, [*runs, *folds], images, exact):
+            if fits(runs):
+                folds = search.folds(runs)
+                if folds and not fits([*runs, *folds]):
                     folds = []
-                return _fused(model, clone, runs, folds, search)
+                with _parameters(clone, values):
+                    return _fused(model, clone, runs, folds, search)
     raise ValueError(_nothing(model, search.left([])))
 
 
@@ -146,20 +147,6 @@ def _check_values(clone: nn.Module) -> None:
             )
 
 
-@contextlib.contextmanager
-def _isolated() -> Iterator[None]:
-    """Inside, nothing outside of the copies that are run changes, nor changes what they compute."""
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.random.fork_rng(devices=[]),
-        torch.device("cpu"),
-        torch.autocast("cpu", enabled=False),
-        torch_state.without_global_hooks(),
-    ):
-        yield
-
-
 def _clone(model: nn.Module) -> nn.Module:
     """A copy in float64 on the CPU, without hooks, parametrizations and replaced forwards."""
     try:
@@ -198,10 +185,10 @@ def _run_on_examples(clone: nn.Module, example: Tensor | None) -> tuple[list[Ten
         outputs.append(out)
         if len(found) == PROBES:
             return found, outputs
-    message = (f"{type(error).__name__}: {error}".strip().splitlines() or [""])[0]
+    reason = "" if error is None else first_line(error)
     raise ValueError(
         f"example must be images that the model takes; a copy of the model in float64 could not be "
-        f"run on {'random images' if example is None else 'it'} ({message}). Pass "
+        f"run on {'random images' if example is None else 'it'} ({reason}). Pass "
         "example=images [B, C, H, W], fuse before layers are quantised, or fuse the part of the "
         "model that takes images, as in model.backbone = fuse_for_inference(model.backbone)."
     ) from error

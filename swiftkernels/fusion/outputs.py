@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-6
-"""Largest relative error, in float64, between the outputs of the model and of a candidate."""
+from swiftkernels.integrations import probe
 
 
 def leaves(out: Any) -> list[Any]:
@@ -52,9 +51,7 @@ def is_same(a: Tensor, b: Tensor) -> bool:
 
 
 def is_near(out: Tensor, expected: Tensor) -> bool:
-    if out.shape != expected.shape:
-        return False
+    """As `probe.is_near`, also for tensors without elements and integers."""
     if out.numel() == 0 or not out.is_floating_point():
         return torch.equal(out, expected)
-    error = (out - expected).abs().max()
-    return bool(error <= TOLERANCE * expected.abs().max())
+    return probe.is_near(out, expected)

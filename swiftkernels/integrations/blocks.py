@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from swiftkernels.backends import torch_state
 from swiftkernels.fusion import find
 from swiftkernels.integrations import probe
 from swiftkernels.ops import linear_parts
 from swiftkernels.ops.conv_mlp.layer import ConvMlpForward, Form, skipped_parts
 from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
+from swiftkernels.utils.text import first_line
 
 MOST = 6
 """Layers with weights in a module that may be a block: two adapters have four."""
@@ -116,18 +116,12 @@ def _inspect(module: nn.Module, shared: set[int], make_class: MakeClass) -> Form
         if id(part.weight) in shared:
             return f"its part {name} shares its weight with another layer"
     try:
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(devices=[]),
-            torch.device("cpu"),
-            torch_state.without_global_hooks(),
-        ):
+        with probe.isolated():
             clone = probe.copy_in_float64(module).requires_grad_(False)
             find.randomise(clone)
             return _match(clone, parts, make_class)
     except Exception as error:  # a copy of an unknown block may raise anything
-        message = (f"{type(error).__name__}: {error}".strip().splitlines() or [""])[0]
-        return f"a copy of it could not be run ({message})"
+        return f"a copy of it could not be run ({first_line(error)})"
 
 
 @dataclass

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -22,6 +23,7 @@ from swiftkernels.ops.additive_attention.layer import AttentionForward, Names
 from swiftkernels.ops.additive_attention.weights import Options
 from swiftkernels.ops.plan import KeepsPlans
 from swiftkernels.ops.types import Backend, Layout, Pooling
+from swiftkernels.utils.text import first_line
 
 OFFICIAL = Names(proj="Proj")
 EPS = 1e-12
@@ -99,16 +101,10 @@ def inspect_layer(module: nn.Module, names: Names) -> tuple[LayerSpec | None, st
     if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         return None, "its weights have no values yet (device meta)"
     try:
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(devices=[]),
-            torch.device("cpu"),
-            torch_state.without_global_hooks(),
-        ):
+        with isolated():
             spec, reason = _probe(copy_in_float64(module), names)
     except Exception as error:  # a copy of an unknown layer may raise anything
-        message = (f"{type(error).__name__}: {error}".strip().splitlines() or [""])[0]
-        return None, f"a copy of it could not be run ({message})"
+        return None, f"a copy of it could not be run ({first_line(error)})"
     if spec is not None:
         taken = collisions(module, AttentionForward, spec.attributes("auto", None))
         if taken:
@@ -137,6 +133,20 @@ def collisions(
     ours = {name for name in own if not name.startswith("__")}
     differing = {n for n, value in attributes.items() if vars(module).get(n, value) != value}
     return sorted((ours & (theirs | vars(module).keys())) | differing)
+
+
+@contextlib.contextmanager
+def isolated() -> Iterator[None]:
+    """Inside, nothing outside of the copies that are run changes, nor changes what they compute."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        torch_state.without_global_hooks(),
+    ):
+        yield
 
 
 def copy_in_float64(module: nn.Module) -> nn.Module:
@@ -209,14 +219,16 @@ def _matches(
         options = Options(pooling, qk_norm, scale, EPS)
         expected = reference.attend(query(x), key(x), w_g, proj, final, None, options)
         for layout, out in outputs.items():
-            if out.shape == expected.shape and _is_near(out, expected):
+            if is_near(out, expected):
                 found.add((pooling, qk_norm, layout))
     return found
 
 
-def _is_near(out: Tensor, expected: Tensor) -> bool:
-    error, largest = (out - expected).abs().max(), expected.abs().max()
-    return bool(error <= TOLERANCE * largest)
+def is_near(out: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors in float64 have one shape and differ by rounding errors only."""
+    if out.shape != expected.shape:
+        return False
+    return bool((out - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
 def _outputs(clone: nn.Module, x: Tensor) -> tuple[dict[Layout, Tensor], str]:

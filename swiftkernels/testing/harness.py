@@ -26,6 +26,7 @@ from swiftkernels.testing.engines import ENGINES, LONGEST_CALL, OURS, Call, Engi
 from swiftkernels.testing.timing import Stopwatch, interleave
 from swiftkernels.testing.tolerance import relative_errors
 from swiftkernels.utils.progress import Progress
+from swiftkernels.utils.text import first_line
 
 COLUMNS = (
     "started",  # time of the comparison: rows that were measured in turn have the same
@@ -279,12 +280,6 @@ def is_error(row: Row) -> bool:
 def message(row: Row) -> str:
     """The note of a row, with its engine and problem."""
     return f"{row['engine']}, {label(row)}: {row['note']}"
-
-
-def first_line(error: Exception) -> str:
-    """The type of an error and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return type(error).__name__ + (f": {lines[0]}" if lines else "")
 
 
 def version(package: str) -> str:

@@ -29,3 +29,14 @@ def shown(text: object, longest: int = LONGEST) -> str:
 def shown_lines(text: object) -> str:
     """A message of several lines, without control characters in them."""
     return "\n".join(shown(line, len(line)) for line in str(text).split("\n"))
+
+
+def first_line(error: BaseException) -> str:
+    """The type of an error and the first line of its message.
+
+    Example:
+        >>> first_line(ValueError("no, because ..."))
+        'ValueError: no, because ...'
+    """
+    lines = str(error).strip().splitlines()
+    return type(error).__name__ + (f": {lines[0]}" if lines else "")

@@ -82,8 +82,10 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-def results(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    layer, x = copy.deepcopy(layer).to(dtype), x.to(dtype).requires_grad_()
+def results(layer: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The output and all gradients of a copy of a layer."""
+    layer, x = copy.deepcopy(layer).to(dtype), x.detach().to(dtype).requires_grad_()
+    torch.manual_seed(0)  # of stochastic depth
     out = layer(x)
     names, parameters = zip(*layer.named_parameters(), strict=True)
     grads = torch.autograd.grad(out.square().sum(), (x, *parameters))

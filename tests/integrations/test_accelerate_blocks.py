@@ -25,12 +25,9 @@ from swiftkernels.backends.cpu import library
 from swiftkernels.models import swiftformer_xs
 from swiftkernels.ops.conv_mlp.layer import ConvMlpForward
 from swiftkernels.testing.tolerance import assert_as_good_as_eager, relative_error
+from tests.integrations.test_accelerate import randn, results
 
 needs_kernels = pytest.mark.skipif(bool(library.why_not()), reason="no compiled kernels")
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
 class StochasticDepth(nn.Module):
@@ -71,15 +68,6 @@ class Functional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(nn.functional.silu(self.a(x)))
-
-
-def results(block: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    block, x = copy.deepcopy(block).to(dtype), x.detach().to(dtype).requires_grad_()
-    torch.manual_seed(0)
-    out = block(x)
-    names, parameters = zip(*block.named_parameters(), strict=True)
-    grads = torch.autograd.grad(out.square().sum(), (x, *parameters))
-    return {"output": out.detach(), "x": grads[0], **dict(zip(names, grads[1:], strict=True))}
 
 
 def reasons(model: nn.Module) -> dict[str, str]:

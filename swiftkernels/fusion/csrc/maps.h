@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "convolution.h"
+#include "row_ops.h"
 
 namespace swiftkernels::fusion {
 
@@ -158,16 +159,9 @@ inline void average_tile(const Map& x, const AverageWeights& a, int64_t first, i
 /// The mean over the pixels; sums of 64 pixels are summed.
 inline void pool(const Map& in, int64_t channels, float* mean) {
   const int64_t pixels = in.pixels();
-  for (int64_t c = 0; c < channels; c += LANES) {
-    vec total{};
-    for (int64_t first = 0; first < pixels; first += MAX_CHAIN) {
-      vec sum{};
-      for (int64_t i = first; i < std::min(pixels, first + MAX_CHAIN); i++)
-        sum += load(in.pixel(i) + c);
-      total += sum;
-    }
-    store(mean + c, total / static_cast<float>(pixels));
-  }
+  for_column_sums({in.data, in.stride}, pixels, channels, MAX_CHAIN,
+                  [&](int64_t c, vec sum)
+                      INLINE_LAMBDA { store(mean + c, sum / static_cast<float>(pixels)); });
 }
 
 /// Floats of memory for `squeeze`: the gates, the mean, and the channels between.

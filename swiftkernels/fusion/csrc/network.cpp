@@ -384,9 +384,9 @@ class Lane {
     Arena arena(workspaces_ + thread * scratch_);
     const Map &in = phase.in, &out = phase.out;
     const Tile rows{out.data, out.stride};
-    const auto added = [&](int64_t first) {
-      return phase.added.data ? Tile{phase.added.pixel(first), phase.added.stride} : Tile{};
-    };
+    const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+    const Tile added =
+        phase.added.data ? Tile{phase.added.pixel(first), phase.added.stride} : Tile{};
     switch (phase.work) {
       case Work::LOAD:
         for (int64_t y = phase.first_row(tile); y < phase.first_row(tile + 1); y++)
@@ -400,50 +400,37 @@ class Lane {
       }
       case Work::CONVOLUTION: {
         const auto& p = as<Product>(phase.weights);
-        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
         return convolve_tile(p, in, 0, in.height, first, end, rows.from(first),
-                             patch_tile(p, end - first, arena), added(first));
+                             patch_tile(p, end - first, arena), added);
       }
       case Work::PARTIAL: {
         const auto& w = as<PartialWeights>(phase.weights);
-        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
         return partial_tile(in, w, first, end, rows.from(first),
                             patch_tile(w.product, end - first, arena));
       }
-      case Work::REPEAT: {
-        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+      case Work::REPEAT:
         return repeat_tile(in, as<DepthwiseWeights>(phase.weights), first, end, rows.from(first));
-      }
       case Work::MOMENTS:
         return moments(in, as<NormaliseWeights>(phase.weights), 0, in.pixels(), phase.state,
                        phase.state + 1);
-      case Work::NORMALISE: {
-        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+      case Work::NORMALISE:
         return normalise_tile(in, as<NormaliseWeights>(phase.weights), phase.state, first, end,
                               rows.from(first));
-      }
-      case Work::DEPTHWISE: {
-        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+      case Work::DEPTHWISE:
         return depthwise_tile(in, as<DepthwiseWeights>(phase.weights), first, end,
                               rows.from(first));
-      }
       case Work::CONV_MLP: {
         const auto& w = as<conv_mlp::PackedWeights>(phase.weights);
-        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
         return conv_mlp::run_tile(w, in, first, end, rows.from(first),
-                                  conv_mlp::Workspace::make(w, end - first, arena), added(first));
+                                  conv_mlp::Workspace::make(w, end - first, arena), added);
       }
-      case Work::AVERAGE: {
-        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+      case Work::AVERAGE:
         return average_tile(in, as<AverageWeights>(phase.weights), first, end, rows.from(first),
-                            added(first));
-      }
+                            added);
       case Work::SQUEEZE:
         return squeeze(in, as<SqueezeExciteWeights>(phase.weights), phase.state);
-      case Work::EXCITE: {
-        const int64_t first = phase.first_pixel(tile), end = phase.first_pixel(tile + 1);
+      case Work::EXCITE:
         return excite_tile(in, phase.out_dims, phase.state, first, end, rows.from(first));
-      }
       case Work::SCORE:
         return phase.passes->score(tile, thread);
       case Work::FINISH:

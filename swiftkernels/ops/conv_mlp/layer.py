@@ -170,8 +170,11 @@ class ConvMlpForward(KeepsPlans, nn.Module):
             return self._call_parts(x)
         form = self._form()
         options = Options(form.activation, form.residual)
-        plain = torch_state.nothing_listens() and torch_state.is_plain(x, *tensors)
-        if backend == "triton" and plain:
+        if (
+            backend == "triton"
+            and torch_state.nothing_listens()
+            and torch_state.is_plain(x, *tensors)
+        ):
             return self._infer_by_triton(x, tensors, options, key)
         if backend == "cpu" and key is not None:
             check(x, Weights(*tensors[:6]), options)  # type: ignore[arg-type]

@@ -52,4 +52,25 @@ inline void add_weighted_rows(const float* factors, Tile rows, int64_t n, int64_
   }
 }
 
+/// The sums of the columns of rows, in full vectors: use(j, sum). For accuracy, `few` rows at a
+/// time are summed first.
+template <class Use>
+INLINE void for_column_sums(Tile rows, int64_t count, int64_t width, int64_t few, Use use) {
+  for (int64_t j = 0; j < padded(width); j += LANES) {
+    vec total{};
+    for (int64_t r = 0; r < count; r += few) {
+      vec sum{};
+      for (int64_t i = r; i < std::min(count, r + few); i++) sum += load(rows.row(i) + j);
+      total += sum;
+    }
+    use(j, total);
+  }
+}
+
+/// to[j] += sum_r rows[r, j], by sums of 16 rows.
+inline void add_rows(Tile rows, int64_t count, int64_t width, float* to) {
+  for_column_sums(rows, count, width, 16,
+                  [&](int64_t j, vec sum) INLINE_LAMBDA { store(to + j, load(to + j) + sum); });
+}
+
 }  // namespace swiftkernels

@@ -156,23 +156,8 @@ class Backward {
     }
     if (call_.dx && !in_place) store_tile(dx, rows, C_, dx_, element, first);
     if (!sums) return;
-    add_columns(dout, rows, D_, sums->db2);
+    add_rows(dout, rows, D_, sums->db2);
     if (++*sums->tiles >= MAX_TILE_CHAIN && totals_ != sums_.data()) move(*sums, totals_[thread]);
-  }
-
-  /// sums += the columns of a tile, by sums of a few rows.
-  static void add_columns(Tile tile, int64_t rows, int64_t width, float* sums) {
-    constexpr int64_t CHAIN = 16;
-    for (int64_t j = 0; j < padded(width); j += LANES) {
-      vec total{};
-      for (int64_t first = 0; first < rows; first += CHAIN) {
-        vec sum{};
-        for (int64_t r = first; r < std::min(rows, first + CHAIN); r++)
-          sum += load(tile.row(r) + j);
-        total += sum;
-      }
-      store(sums + j, load(sums + j) + total);
-    }
   }
 
   void clear_vectors(const Sums& s) const {

@@ -60,20 +60,6 @@ struct ThreadSums {
   }
 };
 
-/// to[j] += sum_r rows[r, j]. For accuracy, a few rows at a time are summed first.
-inline void add_rows(Tile rows, int64_t count, int64_t width, float* to) {
-  constexpr int64_t FEW = 16;
-  for (int64_t j = 0; j < padded(width); j += LANES) {
-    vec total{};
-    for (int64_t r = 0; r < count; r += FEW) {
-      vec few{};
-      for (int64_t i = r; i < std::min(count, r + FEW); i++) few += load(rows.row(i) + j);
-      total += few;
-    }
-    store(to + j, load(to + j) + total);
-  }
-}
-
 /// to = from, padded with zeros to full vectors.
 inline void copy_padded(const float* from, int64_t width, float* to) {
   std::fill(to + width, to + padded(width), 0.f);
