@@ -46,7 +46,7 @@ def block(
         x: images [B, C, H, W].
         hidden: channels between the products; all weights are zero.
         kernel: of the depthwise convolution, or None.
-        infer: with BatchNorm and layer scale, as the layer does.
+        infer: with BatchNorm and scale, as the layer does.
 
     Returns:
         The backward with all gradients, a function without arguments.
@@ -57,11 +57,11 @@ def block(
         depthwise = x.new_zeros(C, 1, kernel, kernel), x.new_zeros(C)
     weights = conv_mlp.Weights(
         *depthwise, x.new_zeros(hidden, C), x.new_zeros(hidden), x.new_zeros(C, hidden),
-        x.new_zeros(C),
+        x.new_zeros(C), x.new_ones(C) if infer else None,
     )  # fmt: skip
     options = conv_mlp.Options("gelu", True)
     if infer:
-        norm = conv_mlp_launch.Norm(*(x.new_ones(C) for _ in range(5)))
+        norm = conv_mlp_launch.Norm(*(x.new_ones(C) for _ in range(4)))
         out = conv_mlp_launch.infer(x, weights, norm, 1e-5, options)
     else:
         out, _ = conv_mlp_launch.forward((x,), weights, None, options, "statistics")

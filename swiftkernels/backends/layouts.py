@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from swiftkernels.backends import torch_state
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -86,3 +89,26 @@ def from_tokens(tokens: Tensor, shape: Sequence[int], channels_first: bool) -> T
         return as_image(tokens, shape[2:])
     batch, _, width = tokens.shape
     return tokens if len(shape) == 3 else tokens.view(batch, *shape[1:-1], width)
+
+
+def in_channels_last(x: Tensor) -> Tensor:
+    """x [B, C, H, W] in channels_last memory format; its gradient is in the format of x.
+
+    PyTorch's layers before are slow where the formats of their output and its gradient differ.
+    """
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    if x.is_contiguous() and torch_state.nothing_listens() and torch_state.is_plain(x):
+        out: Tensor = _InChannelsLast.apply(x)
+        return out
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class _InChannelsLast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Tensor:
+        return dout.contiguous()

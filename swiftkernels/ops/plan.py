@@ -51,8 +51,9 @@ class Plans:
                 self.by_key.clear()
             self.by_key[key] = plan
 
-    def slot(self, key: Hashable) -> cache.Slot:
-        """The slot of the weights packed in the way of that key."""
+    def slot(self, key: Hashable, weights: Sequence[Tensor | None]) -> cache.Slot:
+        """The slot of the weights packed in the way of that key; some may be None."""
+        key = key, tuple([w is None for w in weights])
         found = self._slots.get(key)
         if found is None:
             if len(self._slots) >= MAX_PLANS:  # options that change at every call

@@ -44,10 +44,10 @@ def train(
     backend: str, tensors: Tensors, dout: Tensor | None = None, **options: Any
 ) -> dict[str, Tensor]:
     """The output, and the gradients of all tensors; x is added if it has as many channels."""
-    x, bias2 = tensors[0], tensors[-1]
+    x, scale = tensors[0], tensors[-1]
     assert x is not None
-    assert bias2 is not None
-    options = {"residual": x.shape[1] == len(bias2), "backend": backend} | options
+    assert scale is not None
+    options = {"residual": x.shape[1] == len(scale), "backend": backend} | options
     return forward_backward(functools.partial(conv_mlp, **options), tensors, NAMES, dout)
 
 
@@ -233,8 +233,11 @@ def test_a_layer_takes_the_kernel_by_itself_and_notices_other_tensors() -> None:
 
 @pytest.mark.parametrize(("image", "expected"), [((5, 5), 2), ((12, 20), 3)])
 def test_launches_and_what_is_kept(image: tuple[int, int], expected: int) -> None:
-    """A forward is one launch and keeps x; a backward is three, or two on few pixels."""
-    x, _, _, *weights = convert(make_tensors((2, 16, *image), 64, None), torch.float16)
+    """A forward is one launch and keeps x; a backward is three, or two on few pixels.
+
+    For the gradient of a scale, operators of PyTorch follow.
+    """
+    x, _, _, *weights, _ = convert(make_tensors((2, 16, *image), 64, None), torch.float16)
     assert x is not None
     leaves = [t.requires_grad_() for t in (x, *weights) if t is not None]
 

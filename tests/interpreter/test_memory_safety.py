@@ -386,7 +386,7 @@ def conv_mlp_run(
     images: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Run:
-    """conv_mlp in training and, with a BatchNorm and a layer scale, in inference."""
+    """conv_mlp in training and, with a BatchNorm, in inference."""
     D = out_dims or channels
     x, *tensors = convert(make_conv_mlp_tensors((3, channels, *image), 40, kernel, D), dtype)
     assert x is not None
@@ -400,7 +400,7 @@ def conv_mlp_run(
         out, saved = module.forward((x,), weights, None, options, "statistics")
         if kernel is None:
             module.backward(out, (x,), weights, None, saved, options, Needs(True, True))
-        module.infer(x, weights, module.Norm(*norm, torch.rand(D)), 1e-5, options)
+        module.infer(x, weights, module.Norm(*norm), 1e-5, options)
 
     return run
 

@@ -211,13 +211,19 @@ class Packer:
         """b [K, columns] as panels (csrc/gemm.h)."""
         return self.matrices([b])
 
-    def matrices(self, matrices: Sequence[Tensor]) -> int:
-        """The panels of several matrices, one after the other."""
+    def matrices(self, matrices: Sequence[Tensor], factors: Sequence[int] = ()) -> int:
+        """The panels of several matrices, one after the other.
+
+        Args:
+            matrices: [K, columns]
+            factors: for each matrix, the `vector` that its columns are multiplied by, or 0.
+        """
         floats = [len(b) * self._padded(b.shape[1]) for b in matrices]
         panels = self._buffer(sum(floats))
-        for b, part in zip(matrices, panels.split(floats), strict=True):
+        parts = panels.split(floats)
+        for b, by, part in zip(matrices, factors or [0] * len(parts), parts, strict=True):
             b = b.detach().float()
-            self.library.swiftkernels_pack(b.data_ptr(), *b.shape, *b.stride(), part.data_ptr())
+            self.library.swiftkernels_pack(b.data_ptr(), *b.shape, *b.stride(), by, part.data_ptr())
         return panels.data_ptr()
 
     def vector(self, v: Tensor | None, length: int) -> int:

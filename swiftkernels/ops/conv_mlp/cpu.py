@@ -35,8 +35,8 @@ __all__ = ["Saved", "backward", "forward", "inference_plan", "pack", "packed_pla
 # The structs of csrc/abi.h; of `struct PackedWeights` without the `Fingerprint` at its end.
 _PACKED_WEIGHTS = struct.Struct("7q5P")
 _CALL = struct.Struct("5qP4qP4q")
-_RAW_WEIGHTS = struct.Struct("5q3P")
-_BACKWARD_CALL = struct.Struct("4qP3qP3qP3q4P")
+_RAW_WEIGHTS = struct.Struct("5q5P")
+_BACKWARD_CALL = struct.Struct("4qP3qP3qP3q5P")
 
 BLOCK = 128
 """Most hidden channels that are computed together; their tile stays in the second-level cache."""
@@ -46,7 +46,7 @@ _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 library.register_interface(
     "conv_mlp",
     {
-        "revision": 2,
+        "revision": 3,
         "sizeof(PackedWeights)": _PACKED_WEIGHTS.size + FINGERPRINT.size,
         "sizeof(Call)": _CALL.size,
         "sizeof(RawWeights)": _RAW_WEIGHTS.size,
@@ -60,7 +60,7 @@ kernels = library.kernels_of("conv_mlp", "forward", "backward")
 
 def pack(packer: Packer, weights: Weights, options: Options) -> bytes:
     """`struct PackedWeights` without its fingerprint."""
-    depthwise_weight, depthwise_bias, weight1, bias1, weight2, bias2 = weights
+    depthwise_weight, depthwise_bias, weight1, bias1, weight2, bias2, scale = weights
     hidden, in_dims = weight1.shape[:2]
     out_dims = weights.token_dim
     blocks = -(-hidden // BLOCK)
@@ -69,6 +69,10 @@ def pack(packer: Packer, weights: Weights, options: Options) -> bytes:
     for at in range(0, hidden, block):
         end = at + block
         parts += [weight1.flatten(1)[at:end].t(), weight2.flatten(1)[:, at:end].t()]
+    factors = 0
+    if scale is not None:
+        factors = packer.vector(scale, out_dims)
+        bias2 = None if bias2 is None else bias2.float() * scale.float()
     kernel, depthwise, zeros_or_bias = 0, 0, 0
     if depthwise_weight is not None:
         kernel = depthwise_weight.shape[-1]
@@ -76,8 +80,8 @@ def pack(packer: Packer, weights: Weights, options: Options) -> bytes:
         zeros_or_bias = packer.vector(depthwise_bias, in_dims)
     return _PACKED_WEIGHTS.pack(
         in_dims, hidden, out_dims, kernel, _CODES[options.activation], options.residual, block,
-        depthwise, zeros_or_bias, packer.matrices(parts), packer.vector(bias1, hidden),
-        packer.vector(bias2, out_dims),
+        depthwise, zeros_or_bias, packer.matrices(parts, [0, factors] * (len(parts) // 2)),
+        packer.vector(bias1, hidden), packer.vector(bias2, out_dims),
     )  # fmt: skip
 
 
@@ -112,7 +116,7 @@ def backward(
         return gradients.backward(dout, inputs, weights, mask, saved, options, needs)
     x, *sizes, x_strides = readable_tokens(inputs[0])
     dout, *_, dout_strides = readable_tokens(dout)
-    raw = [None if w is None else library.dense(w, torch.float32) for w in weights[2:5]]
+    raw = [None if w is None else library.dense(w, torch.float32) for w in weights[2:]]
     d_weights = [None if w is None or not needs.weights else w.new_empty(w.shape) for w in weights]
     dx = torch.empty_like(inputs[0]) if needs.inputs else None
     written, dx_fields = dx, (0, 0, 0, 0)
@@ -170,7 +174,7 @@ def packed_plan(
         options: of the operator.
         plans: keep the packed weights.
     """
-    slot = plans.slot((x.dtype, options))
+    slot = plans.slot((x.dtype, options), watched)
     packed = packed_weights(
         kernels(), slot, cache.present(watched), lambda packer: pack(packer, weights(), options)
     )

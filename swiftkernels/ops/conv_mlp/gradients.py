@@ -51,13 +51,14 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of x and of the weights; None where not needed or without bias."""
     (x,) = inputs
-    depthwise, _, weight1, bias1, weight2, _ = weights
+    depthwise, _, weight1, bias1, *_ = weights
     if x.is_contiguous():
         dout = dout.contiguous()  # PyTorch's convolutions are fastest where all formats are equal
     convolved = reference.depthwise(x, weights)
     hidden = F.conv2d(convolved, reference.as_convolution(weight1), bias1)
     activated = reference.ACTIVATIONS[options.activation](hidden)
-    dhidden, *second = _convolution(dout, activated, weight2, True, needs.weights)
+    weight2 = scaled_weight2(weights)
+    dhidden, dweight2, dbias2 = _convolution(dout, activated, weight2, True, needs.weights)
     dhidden = _ACTIVATION_BACKWARDS[options.activation](dhidden, hidden)
     need_convolved = needs.inputs or (needs.weights and depthwise is not None)
     dx, *first = _convolution(dhidden, convolved, weight1, need_convolved, needs.weights)
@@ -66,11 +67,38 @@ def backward(
         dx, *around = _convolution(dx, x, depthwise, needs.inputs, needs.weights)
     if needs.inputs:
         dx = torch.empty_like(x).copy_(dx + dout if options.residual else dx)
+    second: list[Tensor | None] = [None] * 3
+    if needs.weights:
+        second = of_second_layer(dweight2, dbias2, weights)
     gradients = [
         None if w is None or g is None else g.reshape(w.shape).contiguous()
         for w, g in zip(weights, (*around, *first, *second), strict=True)
     ]
     return [dx if needs.inputs else None, *gradients]
+
+
+def scaled_weight2(weights: Weights) -> Tensor:
+    """W2 [D, H] or [D, H, 1, 1], with the scale multiplied in."""
+    weight, scale = weights.weight2, weights.scale
+    return weight if scale is None else weight * scale.view(-1, *[1] * (weight.dim() - 1))
+
+
+def of_second_layer(dweight: Tensor, dbias: Tensor | None, weights: Weights) -> list[Tensor | None]:
+    """The gradients of W2, b2 and the scale.
+
+    Args:
+        dweight, dbias: the gradients of diag(scale) W2 and of scale b2.
+        weights: of the operator.
+    """
+    _, _, _, _, weight2, bias2, scale = weights
+    if scale is None:
+        return [dweight, dbias, None]
+    dweight = dweight.view(weight2.shape)
+    dscale = (dweight * weight2).flatten(1).sum(1)
+    if bias2 is not None and dbias is not None:
+        dscale = dscale + dbias * bias2
+        dbias = dbias * scale
+    return [scaled_weight2(weights._replace(weight2=dweight)), dbias, dscale]
 
 
 def _convolution(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from swiftkernels.backends import torch_state
+from swiftkernels.backends.layouts import in_channels_last
 from swiftkernels.ops import folding, linear_parts
 from swiftkernels.ops.conv_mlp.op import BACKENDS, CONV_MLP, check, conv_mlp
 from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
@@ -31,7 +32,7 @@ _NAMES = {
 IMAGES = 4
 """Axes of x [B, C, H, W]."""
 
-_AROUND = ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "layer_scale")
+_AROUND = ("layer_scale", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var")
 """What a block has besides the weights of the operator."""
 
 Settings = tuple[Any, ...]
@@ -138,18 +139,15 @@ class ConvMlpForward(KeepsPlans, nn.Module):
         """The output, with a backend for the layers from `first` to `second`."""
         form = self._form()
         # The kernels return this format, and in it PyTorch's layers are fastest.
-        out = x = x.contiguous(memory_format=torch.channels_last)
+        out = x = in_channels_last(x)
         for name in (form.depthwise, form.norm):
             if (part := self._part(name)) is not None:
                 out = part(out)
         first, second = map(self._part, (form.first, form.second))
-        weight, bias = second.weight, second.bias
-        if (scale := self._scale()) is not None:
-            # Gradients of the scale follow from those of the scaled weight.
-            weight = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
-            bias = None if bias is None else bias * scale.flatten()
+        scale = self._scale()
         out = conv_mlp(
-            out, None, None, first.weight, first.bias, weight, bias, activation=form.activation,
+            out, None, None, first.weight, first.bias, second.weight, second.bias,
+            None if scale is None else scale.flatten(), activation=form.activation,
             residual=False, backend=backend,
         )  # fmt: skip
         if (drop := self._part(form.drop)) is not None:
@@ -270,7 +268,7 @@ class ConvMlpForward(KeepsPlans, nn.Module):
         return linear_parts.listed(called) or f"its {form.scale} is no plain parameter"
 
     def _around(self) -> tuple[Tensor | None, ...] | None:
-        """Weight and bias of `depthwise`, parameters and statistics of `norm`, and the scale.
+        """Weight and bias of `depthwise`, the scale, parameters and statistics of `norm`.
 
         None if one of these parts has to be called, or `drop` drops.
         """
@@ -289,7 +287,7 @@ class ConvMlpForward(KeepsPlans, nn.Module):
             if not _is_affine(norm):
                 return None
             of_norm = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        return (*own, *of_norm, self._scale())
+        return (*own, self._scale(), *of_norm)
 
     def _folded(self) -> Weights:
         """The weights with BatchNorm and layer scale, in the type of the parameters."""

@@ -43,7 +43,7 @@ def _example(batch: int, n_tokens: int, in_dims: int, token_dim: int, kernel: in
     x = torch.randn(batch, C, rows, n_tokens // max(1, rows))
     weights = Weights(
         torch.randn(C, 1, kernel, kernel) / kernel, torch.randn(C), torch.randn(H, C) / C**0.5,
-        torch.randn(H), torch.randn(D, H) / H**0.5, torch.randn(D),
+        torch.randn(H), torch.randn(D, H) / H**0.5, torch.randn(D), torch.randn(D),
     )  # fmt: skip
     options = Options("gelu", False)
     return Call((x,), weights, None, options, "auto", "statistics")
@@ -64,6 +64,10 @@ def _residual(call: Call) -> Call:
 def _without_depthwise(call: Call) -> Call:
     weights = call.weights._replace(depthwise_weight=None, depthwise_bias=None)
     return call._replace(weights=weights)
+
+
+def _without_scale(call: Call) -> Call:
+    return call._replace(weights=call.weights._replace(scale=None))
 
 
 def _convolutions(call: Call) -> Call:
@@ -104,6 +108,7 @@ CONV_MLP = Operator(
     variants={
         "residual": _residual,
         "without depthwise": _without_depthwise,
+        "without scale": _without_scale,
         "convolutions": _convolutions,
         "5 x 5": functools.partial(_another, kernel=5),
         "7 x 7": functools.partial(_another, kernel=7),
@@ -122,12 +127,13 @@ def conv_mlp(
     bias1: Tensor | None,
     weight2: Tensor,
     bias2: Tensor | None,
+    scale: Tensor | None = None,
     *,
     activation: str = "gelu",
     residual: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """x + W2 activation(W1 depthwise(x)): a convolutional block of SwiftFormer as one operator.
+    """x + scale * W2 activation(W1 depthwise(x)): a block of SwiftFormer as one operator.
 
     Args:
         x: images [B, C, H, W] of any strides.
@@ -136,6 +142,7 @@ def conv_mlp(
         weight1, bias1: a linear layer of every pixel, [H, C] (or, as a 1x1 convolution,
             [H, C, 1, 1]) and [H] or None.
         weight2, bias2: the same from H to D channels, [D, H] (or [D, H, 1, 1]) and [D] or None.
+        scale: factors of the second layer's output, [D], or None.
         activation: between the two: "gelu", "gelu_tanh", "relu", "silu", "hardswish" or "none".
         residual: whether x is added; D must be C.
         backend: "auto", "triton", "cpu" or "reference". Only "auto" chooses; the others never
@@ -157,7 +164,7 @@ def conv_mlp(
         >>> conv_mlp(x, torch.randn(48, 1, 3, 3), None, w1, None, w2, None).shape
         torch.Size([2, 48, 14, 14])
     """
-    weights = Weights(depthwise_weight, depthwise_bias, weight1, bias1, weight2, bias2)
+    weights = Weights(depthwise_weight, depthwise_bias, weight1, bias1, weight2, bias2, scale)
     options = Options(activation, residual)
     checks.check_floating("x", x)
     if (dtype := torch_state.autocast_dtype(x)) is not None:
@@ -197,6 +204,8 @@ def check(x: Tensor, weights: Weights, options: Options) -> None:
     ):
         if bias is not None:
             checks.check_shape(name, bias, (length,), "one number per row of the weight")
+    if weights.scale is not None:
+        checks.check_shape("scale", weights.scale, (out_dims,), "one number per output channel")
     if x.dim() != 4 or x.shape[1] != width:
         raise ValueError(
             f"x must be [B, {width}, H, W]; got shape {tuple(x.shape)}. Check the width of the "

@@ -39,13 +39,15 @@ def depthwise(x: Tensor, weights: Weights) -> Tensor:
 
 
 def conv_mlp(x: Tensor, weights: Weights, mask: None, options: Options) -> Tensor:
-    """x + W2 activation(W1 depthwise(x)), without `residual` only the second summand.
+    """x + scale * W2 activation(W1 depthwise(x)), without `residual` only the second summand.
 
     [B, C, H, W] -> [B, D, H, W]. W1 and W2 are linear layers of every pixel. This is the
     convolutional encoder of SwiftFormer (arXiv 2303.15446, section 4), and without depthwise
-    convolution and residual its MLP; BatchNorms and layer scales are folded into the weights.
+    convolution, scale and residual its MLP; BatchNorms are folded into the weights.
     """
     hidden = F.conv2d(depthwise(x, weights), as_convolution(weights.weight1), weights.bias1)
     hidden = ACTIVATIONS[options.activation](hidden)
     out = F.conv2d(hidden, as_convolution(weights.weight2), weights.bias2)
+    if weights.scale is not None:
+        out = out * weights.scale[:, None, None]
     return x + out if options.residual else out

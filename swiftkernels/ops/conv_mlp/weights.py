@@ -12,7 +12,7 @@ KERNEL_SIZES = (3, 5, 7)
 
 class Weights(NamedTuple):
     """A depthwise convolution and two linear layers, or 1x1 convolutions with weights
-    [..., ..., 1, 1]; there may be no depthwise convolution, and biases may be None."""
+    [..., ..., 1, 1]; there may be no depthwise convolution, and biases and scale may be None."""
 
     depthwise_weight: Tensor | None
     """[C, 1, k, k]"""
@@ -26,6 +26,8 @@ class Weights(NamedTuple):
     """[D, H]"""
     bias2: Tensor | None
     """[D]"""
+    scale: Tensor | None = None
+    """[D], times the output of the second layer."""
 
     @property
     def width(self) -> int:

@@ -164,7 +164,7 @@ def inference_plan(
     """
     if not all(type(w) is Parameter for w in (weights.qkv_weight, weights.proj_weight)):
         return None
-    slot = plans.slot(x.dtype)
+    slot = plans.slot(x.dtype, weights)
     packed = packed_weights(
         kernels(), slot, cache.present(weights), lambda packer: pack(packer, weights, x.dtype)
     )

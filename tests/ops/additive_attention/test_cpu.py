@@ -380,9 +380,10 @@ def test_cancellation_is_noticed_and_remembered(isa, form):
     harmless = [random_tokens(2, 40, 12, seed=2), *tensors[1:]]
     plans = Plans()
     with form_in_use(FORMS[form]):
-        attend_to = functools.partial(infer, weights=parameters(tensors), options=options)
+        weights = parameters(tensors)
+        attend_to = functools.partial(infer, weights=weights, options=options)
         attend_to(harmless[0], plans=plans)
-        slot = plans.slot((FORMS[form], options, torch.float32, False))
+        slot = plans.slot((FORMS[form], options, torch.float32), (*weights, None))
         assert not slot.packed.cancels
         attend_to(tensors[0], plans=plans)
         assert slot.packed.cancels

@@ -40,12 +40,12 @@ def make_tensors(
         depthwise = [randn(C, 1, kernel, kernel) / 4, randn(C)]
     return [
         randn(*shape), *depthwise, randn(hidden, C) / C**0.5, randn(hidden),
-        randn(D, hidden) / hidden**0.5, randn(D),
+        randn(D, hidden) / hidden**0.5, randn(D), randn(D),
     ]  # fmt: skip
 
 
 def make_pair(shape: tuple[int, ...], hidden: int, out_dims: int = 0) -> Tensors:
-    """As `make_tensors`, without depthwise convolution: x, weight1, bias1, weight2, bias2."""
+    """As `make_tensors`, without the depthwise convolution: the tensors of `PAIR`."""
     x, _, _, *pair = make_tensors(shape, hidden, None, out_dims)
     return [x, *pair]
 
@@ -69,7 +69,7 @@ def assert_accurate(tensors: Tensors, dtype: torch.dtype = torch.float32, **opti
     return out
 
 
-PAIR = ("x", "weight1", "bias1", "weight2", "bias2")
+PAIR = ("x", "weight1", "bias1", "weight2", "bias2", "scale")
 """Names of the tensors of `make_pair`."""
 
 
@@ -89,7 +89,7 @@ def assert_gradients_accurate(
 ) -> dict[str, Tensor]:
     """The gradients are as accurate as eager's; returns them.
 
-    Those of one hidden channel are single numbers, of which eager's may be right by chance.
+    Those of one channel are single numbers, of which eager's may be right by chance.
     """
     rounded = convert(tensors, dtype)
     rounded[0] = tensors[0].to(dtype)  # with its strides
@@ -99,7 +99,7 @@ def assert_gradients_accurate(
     eager = gradients_of(rounded, **options, backend="reference")
     exact = gradients_of(convert(rounded, torch.float64), **options, backend="reference")
     for name, gradient in found.items():
-        ulps = 1000 if tensors[1].shape[0] == 1 else ULPS  # type: ignore[union-attr]
+        ulps = 1000 if 1 in tensors[3].shape[:2] else ULPS  # type: ignore[union-attr]
         assert_as_good_as_eager(gradient, eager[name], exact[name], ulps, name)
     return found
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from swiftkernels.backends.cpu import library
+from swiftkernels.ops.conv_mlp.layer import ConvMlp
 from swiftkernels.ops.conv_mlp.op import conv_mlp
 from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
 from swiftkernels.testing.cases import convert, forward_backward
@@ -18,8 +19,10 @@ from tests.ops.conv_mlp.cases import (
     DTYPES,
     IMAGES,
     LAYOUTS,
+    PAIR,
     Tensors,
     assert_gradients_accurate,
+    channels_last,
     gradients_of,
     make_pair,
 )
@@ -58,10 +61,35 @@ def test_many_tiles_are_added_in_two_levels() -> None:
 
 
 @pytest.mark.usefixtures("isa")
-def test_without_biases() -> None:
+@pytest.mark.parametrize("missing", [(2, 4), (5,), (4,), (2, 4, 5)])
+def test_without_biases_and_scale(missing: tuple[int, ...]) -> None:
+    for D in (16, 21):
+        tensors = make_pair((2, 16, 7, 7), 40, D)
+        for i in missing:
+            tensors[i] = None
+        assert_gradients_accurate(tensors)
+
+
+@pytest.mark.usefixtures("isa")
+def test_a_scale_of_zero_has_a_gradient() -> None:
     tensors = make_pair((2, 16, 7, 7), 40)
-    tensors[2] = tensors[4] = None
-    assert_gradients_accurate(tensors)
+    tensors[5] = torch.zeros(16, dtype=torch.float64)
+    gradients = assert_gradients_accurate(tensors, residual=False)
+    assert gradients["scale"].all()
+    assert not any(gradients[name].any() for name in ("x", "weight1", "weight2", "bias2"))
+
+
+def test_the_gradient_is_in_the_format_of_the_input() -> None:
+    """PyTorch's layers before a block are slow with gradients in another format."""
+    block = ConvMlp(16).train()
+    for layout in (Tensor.contiguous, channels_last):
+        x = layout(torch.randn(2, 16, 5, 6))
+        seen: list[Tensor] = []
+        leaf = x.requires_grad_()
+        middle = leaf * 1
+        middle.register_hook(seen.append)
+        block(middle).square().sum().backward()
+        assert seen[0].stride() == x.stride()
 
 
 @pytest.mark.usefixtures("isa")
@@ -90,15 +118,12 @@ def test_only_what_is_needed_is_computed() -> None:
     tensors = convert(make_pair((2, 20, 9, 11), 40), torch.float32)
     expected = gradients_of(tensors)
     dout = torch.randn(2, 20, 9, 11, generator=torch.Generator().manual_seed(1), dtype=torch.double)
-    for wanted in ([0], [1, 2, 3, 4], [3]):
+    for wanted in ([0], [1, 2, 3, 4, 5], [3], [5]):
         leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
         call(*leaves).backward(dout.float())
-        for i, (leaf, name) in enumerate(zip(leaves, NAMES, strict=True)):
+        for i, (leaf, name) in enumerate(zip(leaves, PAIR, strict=True)):
             assert (leaf.grad is not None) == (i in wanted)
             assert leaf.grad is None or torch.equal(leaf.grad, expected[name])
-
-
-NAMES = ("x", "weight1", "bias1", "weight2", "bias2")
 
 
 def call(x: Tensor, *pair: Tensor | None, backend: str = "cpu") -> Tensor:
@@ -188,6 +213,6 @@ def test_a_failed_call_leaves_no_gradient() -> None:
 
 def test_auto_takes_the_kernels_for_training() -> None:
     tensors = convert(make_pair((2, 16, 9, 8), 40), torch.float32)
-    ours = forward_backward(functools.partial(call, backend="auto"), tensors, NAMES)
-    expected = forward_backward(call, tensors, NAMES)
+    ours = forward_backward(functools.partial(call, backend="auto"), tensors, PAIR)
+    expected = forward_backward(call, tensors, PAIR)
     assert all(torch.equal(ours[name], expected[name]) for name in expected)

@@ -121,6 +121,19 @@ def test_written_weights_are_noticed(write: str) -> None:
             assert not torch.equal(out, before)
 
 
+def test_one_tensor_in_another_place_is_packed_anew() -> None:
+    x, _, _, w1, b1, w2, b2, _ = convert(make_tensors((1, 16, 7, 7), 40, None), torch.float32)
+    tensors = [None if t is None else nn.Parameter(t) for t in (w1, b1, w2, b2)]
+    w1, b1, w2, vector = tensors
+    with torch.no_grad():
+        for ends in ((vector, None), (None, vector), (vector, None)):
+            out, expected = (
+                conv_mlp(x, None, None, w1, b1, w2, *ends, backend=backend)
+                for backend in ("cpu", "reference")
+            )
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -16,7 +16,7 @@ from tests.ops.conv_mlp.cases import KERNELS, make_tensors
 @pytest.mark.parametrize("residual", [True, False])
 def test_definition_follows_the_formula(kernel: int | None, residual: bool) -> None:
     tensors = make_tensors((2, 5, 4, 6), 7, kernel)
-    x, w, b, w1, b1, w2, b2 = (0 if t is None else t.numpy() for t in tensors)
+    x, w, b, w1, b1, w2, b2, scale = (0 if t is None else t.numpy() for t in tensors)
     convolved = x
     if kernel:
         reach = kernel // 2
@@ -25,7 +25,8 @@ def test_definition_follows_the_formula(kernel: int | None, residual: bool) -> N
         for i, j in np.ndindex(kernel, kernel):
             convolved += padded[:, :, i : i + 4, j : j + 6] * w[:, 0, i, j][:, None, None]
     hidden = np.maximum(np.einsum("hc,bcyx->bhyx", w1, convolved) + b1[:, None, None], 0)
-    expected = np.einsum("dh,bhyx->bdyx", w2, hidden) + b2[:, None, None] + residual * x
+    branch = np.einsum("dh,bhyx->bdyx", w2, hidden) + b2[:, None, None]
+    expected = scale[:, None, None] * branch + residual * x
     out = conv_mlp(*tensors, activation="relu", residual=residual, backend="reference")
     np.testing.assert_allclose(out.numpy(), expected, rtol=1e-11, atol=1e-11)
 
@@ -46,7 +47,7 @@ def test_auto_takes_the_definition_where_a_gradient_is_wanted() -> None:
 
 
 def test_errors_say_what_to_do() -> None:
-    x, dw, db, w1, b1, w2, b2 = make_tensors((2, 16, 5, 4), 40)
+    x, dw, db, w1, b1, w2, b2, scale = make_tensors((2, 16, 5, 4), 40)
     for call, message in (
         (lambda: conv_mlp(x[:, 1:], dw, db, w1, b1, w2, b2), r"x must be \[B, 16, H, W\].*order"),
         (lambda: conv_mlp(x[0], dw, db, w1, b1, w2, b2), r"x must be \[B, 16, H, W\]"),
@@ -55,6 +56,7 @@ def test_errors_say_what_to_do() -> None:
         (lambda: conv_mlp(x, dw, db, w1, b1, w2[1:], b2[1:]), "C = 16 rows.*residual=False"),
         (lambda: conv_mlp(x, dw, db, w1, b1[1:], w2, b2), r"bias1 must have shape \(40,\)"),
         (lambda: conv_mlp(x, dw, db, w1, b1, w2, b2[1:]), r"bias2 must have shape \(16,\)"),
+        (lambda: conv_mlp(x, dw, db, w1, b1, w2, b2, scale[1:]), r"scale must have shape \(16,\)"),
         (lambda: conv_mlp(x, dw, db[1:], w1, b1, w2, b2), r"depthwise_bias must have shape"),
         (lambda: conv_mlp(x, dw[1:], db, w1, b1, w2, b2), "one kernel for each.*groups=16"),
         (lambda: conv_mlp(x, dw[..., 1:], db, w1, b1, w2, b2), "with k 3, 5 or 7; got shape"),

@@ -109,6 +109,17 @@ struct Matrix {
     for (int64_t i = 0; i < groups.count(); i++) pack_group(groups[i], to + K * groups[i].column);
     panels = to;
   }
+  /// Multiply the rows or the columns of `panels`, which are those of `pack`.
+  void scale_rows(float* panels, const float* factors) const {
+    for_each_vector(panels, [&](float* vector, int64_t k, int64_t) INLINE_LAMBDA {
+      store(vector, load(vector) * broadcast(factors[k]));
+    });
+  }
+  void scale_columns(float* panels, const float* factors) const {
+    for_each_vector(panels, [&](float* vector, int64_t, int64_t column) INLINE_LAMBDA {
+      store(vector, load(vector) * load(factors + column));
+    });
+  }
   /// The panel of a group; packed into `scratch` if it was not packed in advance.
   const float* panel(const Panel& group, float* scratch) const {
     if (panels) return panels + K * group.column;
@@ -121,6 +132,16 @@ struct Matrix {
     const int64_t width = group.vectors * LANES;
     pack_panel(raw + group.column * j_stride, K, k_stride, j_stride, width,
                std::min(width, columns - group.column), to);
+  }
+
+  /// use(vector, row, column)
+  template <class Use>
+  void for_each_vector(float* panels, Use use) const {
+    const Panels groups(columns);
+    for (int64_t i = 0; i < groups.count(); i++)
+      for (int64_t k = 0; k < K; k++)
+        for (int v = 0; v < groups[i].vectors; v++, panels += LANES)
+          use(panels, k, groups[i].column + v * LANES);
   }
 };
 

@@ -37,7 +37,7 @@ def inference_plan(
         n_tokens = x.shape[1] if x.dim() == 3 else x.shape[2] * x.shape[3]
         fastest = config.form(n_tokens, weights.in_dims, weights.width, options.qk_norm)
         for form in (fastest, PLAIN):
-            slot = plans.slot((form, options, x.dtype, residual_scale is not None))
+            slot = plans.slot((form, options, x.dtype), (*weights, residual_scale))
             packed = _packed(slot, weights, residual_scale, options, form, x.dtype)
             if packed is None:
                 break

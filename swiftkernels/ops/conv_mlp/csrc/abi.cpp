@@ -5,7 +5,7 @@ namespace swiftkernels::conv_mlp {
 
 /// `revision` is raised with every change of the interface that the other numbers do not show.
 EXPORT const AbiEntry* swiftkernels_conv_mlp_abi() {
-  static constexpr AbiEntry entries[] = {{"revision", 2},
+  static constexpr AbiEntry entries[] = {{"revision", 3},
                                          {"sizeof(PackedWeights)", sizeof(PackedWeights)},
                                          {"sizeof(Call)", sizeof(Call)},
                                          {"sizeof(RawWeights)", sizeof(RawWeights)},

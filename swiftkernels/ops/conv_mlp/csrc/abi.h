@@ -40,6 +40,7 @@ struct RawWeights {
   int64_t in_dims, hidden, out_dims;  // C, H, D
   int64_t activation, residual;
   const float *weight1, *bias1, *weight2;  // [H, C], [H] or null, [D, H]
+  const float *bias2, *scale;              // [D] or null; bias2 is read for the gradient of scale
 };
 
 struct BackwardCall {
@@ -52,7 +53,7 @@ struct BackwardCall {
   int64_t dout_strides[3];
   void* dx;  // null: not computed
   int64_t dx_strides[3];
-  void *dw1, *db1, *dw2, *db2;  // null: not computed; dw1 is null only if all are
+  void *dw1, *db1, *dw2, *db2, *dscale;  // null: not computed; dw1 is null only if all are
 };
 
 }  // namespace swiftkernels::conv_mlp

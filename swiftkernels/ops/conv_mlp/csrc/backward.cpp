@@ -1,10 +1,12 @@
 // The backward without a depthwise convolution, in one pass over tiles of pixels. A tile computes
 // its hidden channels again from x, block by block:
 //
-//     h = x W1^T + b1          dg = dout W2          dh = dg * activation'(h)
+//     h = x W1^T + b1          dg = dout S W2        dh = dg * activation'(h)
 //     dx = sum over the blocks of dh W1              (+ dout if x was added)
 //     dW1 = dh^T x             db1 = sum of dh       (of all tiles)
-//     dW2^T = activation(h)^T dout                   db2 = sum of dout
+//     dW2^T = activation(h)^T dout S                 db2 = sum of dout S
+//
+// S has the scale on its diagonal. Its gradient follows from those of S W2 and S b2.
 //
 // Both products with the hidden channels of a tile stay in the second-level cache. Each thread adds
 // up the weight gradients of its tiles; those of the threads are added in order.
@@ -22,6 +24,18 @@ namespace {
 
 /// Most pixels in a tile, and most hidden channels that are computed together.
 constexpr int64_t TILE = 200, BLOCK = 128;
+
+/// Batch elements that follow each other in memory are one: tiles of one small image would be
+/// short, and every tile reads all weights and adds to all their gradients.
+BackwardCall joined(BackwardCall call) {
+  const auto adjacent = [&](const int64_t* strides) {
+    return strides[0] == call.tokens * strides[1];
+  };
+  if (adjacent(call.x_strides) && adjacent(call.dout_strides) &&
+      (!call.dx || adjacent(call.dx_strides)))
+    call.tokens *= call.batch, call.batch = 1;
+  return call;
+}
 
 /// Tiles of a batch element: an even number if there are several, which two threads share evenly.
 int64_t tiles_of(int64_t tokens) {
@@ -44,17 +58,32 @@ struct Sums {
 struct Workspace {
   Tile x, dout, dx;
   Tile hidden, gradients;  // of a block of hidden channels
+  Tile dW2;                // [LANES, H]
 };
+
+/// The dot product of a row and `other`; then row *= factor. No vector of them is padded.
+float dot_and_scale(float* row, const float* other, int64_t width, float factor) {
+  vec products{};
+  int64_t j = 0;
+  for (; j + LANES <= width; j += LANES) {
+    const vec values = load(row + j);
+    products += values * load(other + j);
+    store(row + j, values * broadcast(factor));
+  }
+  float total = sum(products);
+  for (; j < width; row[j++] *= factor) total += row[j] * other[j];
+  return total;
+}
 
 class Backward {
  public:
   Backward(const RawWeights& weights, const BackwardCall& call)
       : weights_(weights),
-        call_(call),
+        call_(joined(call)),
         C_(weights.in_dims),
         H_(weights.hidden),
         D_(weights.out_dims),
-        tiles_(tiles_of(call.tokens)),
+        tiles_(tiles_of(call_.tokens)),
         blocks_((H_ + BLOCK - 1) / BLOCK),
         block_(round_up((H_ + blocks_ - 1) / blocks_, LANES)),
         threads_(usable_threads(call.threads)),
@@ -72,6 +101,8 @@ class Backward {
       panels_ = arena.take(blocks_ * block_floats());
       bias1_ = arena.take(blocks_ * block_);
       for (Workspace& w : workspaces_) w = make_workspace(arena);
+      if (sums > 0)
+        for (Workspace& w : workspaces_) w.dW2 = arena.matrix(LANES, H_);
       for (int64_t i = 0; i < sums; i++) {
         // The last level of the first thread ends as the gradients.
         const bool in_place = i == (levels - 1) * threads_ && sums_in_place();
@@ -91,7 +122,9 @@ class Backward {
     for (const Sums& s : sums_) clear_vectors(s);
     totals_ = sums_.data() + (levels - 1) * threads_;
     parallel_for(blocks_, threads_, [&](int64_t i, int) {
-      for (Matrix matrix : matrices(i)) matrix.pack(const_cast<float*>(matrix.panels));
+      auto [up, back, down] = matrices(i);
+      for (Matrix* matrix : {&up, &back, &down}) matrix->pack(const_cast<float*>(matrix->panels));
+      if (weights_.scale) back.scale_rows(const_cast<float*>(back.panels), weights_.scale);
     });
     parallel_for(tiles, threads_, [&](int64_t i, int thread) { run_tile(i, thread); });
     if (call_.dw1) finish(levels > 1);
@@ -195,14 +228,41 @@ class Backward {
     const Sums& s = totals_[0];
     const auto type = static_cast<int32_t>(call_.type);
     if (!sums_in_place()) store_tile(s.dW1, H_, C_, {call_.dw1, 0, C_, 1, type}, 0, 0);
-    // The gradient of W2 was summed as its transpose.
-    store_tile(s.dW2, H_, D_, {call_.dw2, 0, 1, H_, type}, 0, 0);
-    if (call_.db1) store_tile({s.db1, 0}, 1, H_, {call_.db1, 0, H_, 1, type}, 0, 0);
-    if (call_.db2) store_tile({s.db2, 0}, 1, D_, {call_.db2, 0, D_, 1, type}, 0, 0);
+    finish_second_layer(s.dW2, s.db2);
+    store_vector(s.db1, H_, call_.db1);
+    store_vector(s.db2, D_, call_.db2);
+  }
+
+  void store_vector(float* vector, int64_t width, void* to) const {
+    const auto type = static_cast<int32_t>(call_.type);
+    if (to) store_tile({vector, 0}, 1, width, {to, 0, width, 1, type}, 0, 0);
+  }
+
+  /// From the gradients of S W2, transposed, and of S b2: those of W2 and of the scale are stored,
+  /// that of b2 replaces the latter.
+  void finish_second_layer(Tile dW2, float* db2) const {
+    const auto type = static_cast<int32_t>(call_.type);
+    if (!weights_.scale) return store_tile(dW2, H_, D_, {call_.dw2, 0, 1, H_, type}, 0, 0);
+    std::vector<float> dscale(D_);
+    parallel_for((D_ + LANES - 1) / LANES, threads_, [&](int64_t group, int thread) {
+      const int64_t first = group * LANES, count = std::min<int64_t>(LANES, D_ - first);
+      const Tile rows = workspaces_[thread].dW2;
+      store_tile({dW2.data + first, dW2.stride}, H_, count, {rows.data, 0, 1, rows.stride, FLOAT32},
+                 0, 0);
+      for (int64_t r = 0; r < count; r++) {
+        const int64_t d = first + r;
+        const float factor = weights_.scale[d];
+        dscale[d] = dot_and_scale(rows.row(r), weights_.weight2 + d * H_, H_, factor);
+        if (weights_.bias2) dscale[d] += db2[d] * weights_.bias2[d];
+        db2[d] *= factor;
+      }
+      store_tile(rows, count, H_, {call_.dw2, 0, H_, 1, type}, 0, first);
+    });
+    store_vector(dscale.data(), D_, call_.dscale);
   }
 
   const RawWeights& weights_;
-  const BackwardCall& call_;
+  const BackwardCall call_;
   const int64_t C_, H_, D_;
   const int64_t tiles_;  // of a batch element
   const int64_t blocks_, block_;

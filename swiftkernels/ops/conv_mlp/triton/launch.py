@@ -36,8 +36,7 @@ __all__ = ["Saved", "backward", "forward", "saved_like"]
 
 
 class Norm(NamedTuple):
-    """A BatchNorm in evaluation behind the depthwise convolution, or before the first product, and
-    a factor of the branch."""
+    """A BatchNorm in evaluation behind the depthwise convolution, or before the first product."""
 
     weight: Tensor | None = None
     """[C]"""
@@ -47,8 +46,6 @@ class Norm(NamedTuple):
     """[C]; None: there is no BatchNorm."""
     variance: Tensor | None = None
     """[C]"""
-    scale: Tensor | None = None
-    """[D], times what is added to x."""
 
 
 class _Pixels(NamedTuple):
@@ -151,7 +148,7 @@ def _forward_launch(
     kernel: int,
     eps: float,
 ) -> KernelLaunch:
-    """The launch of a forward; `types` are those of `Norm`."""
+    """The launch of a forward; `types` are those of `Norm` and of the scale."""
     widest = max(key.width, key.out_width)
     cfg = config.forward_config(widest, key.dtype, kernel > 0, architecture(key.device))
     tiles = cdiv(key.n_pixels, cfg.block_n)
@@ -172,7 +169,7 @@ def _forward_launch(
 
 def _in_order(weights: Weights, norm: Norm) -> tuple[Tensor | None, ...]:
     """The tensors as the kernel of the forward takes them."""
-    return (*weights[:2], *norm[:4], *weights[2:], norm.scale)
+    return (*weights[:2], *norm, *weights[2:])
 
 
 def infer(x: Tensor, weights: Weights, norm: Norm, eps: float, options: Options) -> Tensor:
@@ -202,7 +199,7 @@ def _prepare(
     pointers = contiguous(_in_order(weights, norm))
     kernel = 0 if depthwise is None else depthwise.shape[-1]
     key = _key([image], weights, options, pointers)
-    types = tuple([None if t is None else t.dtype for t in norm])
+    types = tuple([None if t is None else t.dtype for t in (*norm, weights.scale)])
     launch = _forward_launch(key, types, x.shape[2], x.shape[3], kernel, eps)
     return launch, image.data, pointers
 
@@ -227,7 +224,7 @@ class InferencePlan:
         self._eps, self._options = eps, options
         self._places = cache.places(cache.present(tuple(tensors)))
         self._precision = precision(x.dtype)
-        weights, norm = Weights(*tensors[:6]), Norm(*tensors[6:])  # type: ignore[arg-type]
+        weights, norm = Weights(*tensors[:7]), Norm(*tensors[7:])  # type: ignore[arg-type]
         self._out = output_like(x, weights.token_dim)
         self._launch: KernelLaunch | None = None
         if x.numel() > 0:
@@ -246,7 +243,7 @@ class InferencePlan:
             return None  # PyTorch's setting has changed
         launch = self._launch
         if launch is None or not launch.ready or not fits_kernels(x):
-            weights, norm = Weights(*tensors[:6]), Norm(*tensors[6:])  # type: ignore[arg-type]
+            weights, norm = Weights(*tensors[:7]), Norm(*tensors[7:])  # type: ignore[arg-type]
             return infer(x, weights, norm, self._eps, self._options)
         out = torch.empty_strided(*self._out, dtype=x.dtype, device=x.device)
         with device_guard(x):
@@ -355,7 +352,8 @@ def backward(
         dx = torch.empty_like(x)
         written = _pixels(dx)
         images = _join([_pixels(x), _pixels(dout), written])
-        _, _, weight1, bias1, weight2, bias2 = ready = Weights(*contiguous(weights))
+        scaled = weights._replace(weight2=gradients.scaled_weight2(weights), scale=None)
+        _, _, weight1, bias1, weight2, bias2, _ = ready = Weights(*contiguous(scaled))
         key = _key(images, ready, options, ready)
         launches = _backward_launches(key)
         read = (images[0].data, images[1].data, weight1, bias1, weight2)
@@ -378,4 +376,6 @@ def backward(
             launches.weights(*read, *given)
             launches.finish(parts, *sums)
     dw1, dw2, db1, db2 = sums
-    return [dx if needs.inputs else None, None, None, dw1, db1, dw2, db2]
+    assert dw2 is not None
+    second = gradients.of_second_layer(dw2, db2, weights)
+    return [dx if needs.inputs else None, None, None, dw1, db1, *second]
