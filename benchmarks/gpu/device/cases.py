@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -96,16 +96,16 @@ def run_cases(step: str, cases: Mapping[tuple[str, str], Case], settings: Settin
         if lost := devices.why_lost(settings.device):
             print(f"after {name}: {lost}", flush=True)
             return devices.LOST
-    found = [checks.get(step, name) for name, _ in cases]
-    wrong = sum(row["outcome"] in results.ERRORS for row in found)
-    print(f"cases: {len(found)}, " + (f"wrong: {wrong}" if wrong else "all right"))
+    outcomes = [checks.get(step, name)["outcome"] for name, _ in cases]
+    wrong = sum(outcome in results.ERRORS for outcome in outcomes)
+    print(f"cases: {len(outcomes)}, " + (f"wrong: {wrong}" if wrong else "all right"))
     return int(wrong > 0)
 
 
 @contextlib.contextmanager
 def precision(dtype: str) -> Iterator[None]:
     """Inside, convolutions and matrix products in float32 use TF32 only for "tf32"."""
-    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [setting.allow_tf32 for setting in settings]
     for setting in settings:
         setting.allow_tf32 = dtype == "tf32"

@@ -86,7 +86,7 @@ def check_operator(
 def _attention_cases(settings: Settings) -> dict[tuple[str, str], Case]:
     """Those of `swiftkernels verify` for the kernels of the device."""
     backend: Any = "triton" if settings.device.type != "cpu" else "aten"
-    found = {}
+    found: dict[tuple[str, str], Case] = {}
     for case, dtype in verify.plan(backend, settings.device)[: 1 if settings.tiny else None]:
         check = functools.partial(check_attention, case, backend, dtype, settings.device)
         name = harness.dtype_name(dtype)
@@ -176,5 +176,5 @@ def _gradients(module: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]
 
 def _joint_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """Root mean square of all differences / that of all exact numbers."""
-    differences = sum((f.double() - e).square().sum() for f, e in zip(found, exact, strict=True))
-    return float((differences / sum(e.square().sum() for e in exact)).sqrt())
+    differences = [(f.double() - e).norm() for f, e in zip(found, exact, strict=True)]
+    return float(torch.stack(differences).norm() / torch.stack([e.norm() for e in exact]).norm())

@@ -59,50 +59,47 @@ def networks_figure(rows: Rows) -> Figure:
 
     A panel for each direction and type, with a group of bars for each network and batch.
     """
-    kinds = list(dict.fromkeys((row["direction"], row["dtype"]) for row in rows))
-    engines = [name for name in MEASURED if any(row["engine"] == name for row in rows)]
-    groups = {
-        kind: sorted(
-            {(r["network"], int(r["batch"])) for r in rows if _kind(r) == kind},
-            key=lambda group: (group[1], [row["network"] for row in rows].index(group[0])),
-        )
-        for kind in kinds
+    panels_of: dict[tuple[str, str], dict[tuple[int, str], dict[str, float]]] = {}
+    for row in rows:
+        groups = panels_of.setdefault((row["direction"], row["dtype"]), {})
+        group = int(row["batch"]), row["network"].removeprefix("swiftformer_").upper()
+        groups.setdefault(group, {})[row["engine"]] = _best_seconds(row)
+    engines = {
+        kind: [e for e in MEASURED if any(e in times for times in groups.values())]
+        for kind, groups in panels_of.items()
     }
-    widest = max(map(len, groups.values())) * (len(engines) + 1)
-    margins = Margins(left=0.8, bottom=1.25, top=0.8)
+    bars = max(len(groups) * (len(engines[kind]) + 1) for kind, groups in panels_of.items())
     figure, panels = new_figure(
-        max(8.0, 1.2 + 0.17 * widest), 1.6 + 2.7 * len(kinds), len(kinds), margins=margins,
-        sharey="none",
+        max(8.0, 1.2 + 0.17 * bars), 2.3 + 2.7 * len(panels_of), len(panels_of),
+        margins=Margins(left=0.8, bottom=1.45, top=0.8), sharey="none",
     )  # fmt: skip
     figure.subplots_adjust(hspace=0.55)
-    for kind, (axes,) in zip(kinds, panels, strict=True):
-        own = [row for row in rows if _kind(row) == kind]
-        for i, group in enumerate(groups[kind]):
-            times = {
-                row["engine"]: _best_seconds(row)
-                for row in own
-                if (row["network"], int(row["batch"])) == group
-            }
+    for (kind, groups), (axes,) in zip(panels_of.items(), panels, strict=True):
+        ordered = sorted(groups, key=lambda group: group[0])
+        stride = len(engines[kind]) + 1
+        for i, group in enumerate(ordered):
+            times = groups[group]
             for engine, seconds in times.items():
-                place = i * (len(engines) + 1) + engines.index(engine)
+                place = i * stride + engines[kind].index(engine)
                 gain = times.get("eager", seconds) / seconds
                 axes.bar(place, gain, 0.9, color=MEASURED[engine].colour)
                 axes.annotate(
-                    f"{group[1] / seconds:,.0f}", (place, gain), (0.5, 3), rotation=90,
+                    f"{group[0] / seconds:,.0f}", (place, gain), (0.5, 3), rotation=90,
                     textcoords="offset points", fontsize=6.5, ha="center", va="bottom", color=INK,
                 )  # fmt: skip
         axes.axhline(1, color=INK, linewidth=0.8, zorder=3)
-        axes.margins(x=0.01, y=0.3)
-        middle = (len(engines) - 1) / 2
+        axes.margins(y=0.3)
+        axes.set_xlim(-1, bars - 1)
         axes.set_xticks(
-            [i * (len(engines) + 1) + middle for i in range(len(groups[kind]))],
-            [f"{_short(name)}\nbatch {batch}" for name, batch in groups[kind]],
+            [i * stride + (stride - 2) / 2 for i in range(len(ordered))],
+            [f"{name}\nbatch {batch}" for batch, name in ordered],
             fontsize=8,
         )
         axes.set_title(", ".join(kind), fontsize=10, color=INK, loc="left")
         axes.grid(axis="x", visible=False)
         axes.set_ylabel("speed / eager", fontsize=9)
-    handles = [Patch(color=MEASURED[e].colour, label=MEASURED[e].name) for e in engines]
+    shown = [e for e in MEASURED if any(e in own for own in engines.values())]
+    handles = [Patch(color=MEASURED[e].colour, label=MEASURED[e].name) for e in shown]
     figure.legend(
         handles=handles, loc="lower center", ncols=min(5, len(handles)), fontsize=8, frameon=False,
         bbox_to_anchor=(0.5, 0.45 / figure.get_figheight()), labelcolor=INK,
@@ -116,14 +113,6 @@ def networks_figure(rows: Rows) -> Figure:
         f"{last['side']} x {last['side']} pixels, torch {last['torch']}, triton {last['triton']}.",
     )
     return figure
-
-
-def _kind(row: dict[str, str]) -> tuple[str, str]:
-    return row["direction"], row["dtype"]
-
-
-def _short(network: str) -> str:
-    return network.removeprefix("swiftformer_").upper()
 
 
 def _best_seconds(row: dict[str, str]) -> float:
@@ -147,7 +136,7 @@ def operators_figure(rows: Rows) -> Figure:
     figure, panels = new_figure(
         width, 2.0 + 3.0 * len(found), len(found), len(directions), margins=margins
     )
-    figure.subplots_adjust(hspace=0.95)
+    figure.subplots_adjust(hspace=0.75)
     compared = {s.engine for own in found.values() for s in own}
     engines = [name for name in ENGINE_STYLES if name in compared]
     for (name, own), row in zip(found.items(), panels, strict=True):
@@ -166,6 +155,8 @@ def operators_figure(rows: Rows) -> Figure:
                     )  # fmt: skip
             axes.axhline(1, color=INK, linewidth=1, zorder=2)
             logarithmic(axes)
+            ratios = [s.by_median for s in own]
+            axes.set_ylim(min(0.5, *ratios) / 1.2, 1.2 * max(2.0, *ratios))
             axes.set_xticks(
                 range(len(shapes[name])),
                 [f"{s.batch} x {s.tokens:,} x {s.width}" for s in shapes[name]],

@@ -198,9 +198,9 @@ def summary(folder: Path) -> str:
         errors(rows[CHECKS], SHOWN),
         f"Not finished: {', '.join(waiting)}" if waiting else "",
         check_table(rows[CHECKS]),
-        throughput_table(rows[NETWORKS], list(MODES)),
         training_table(rows[NETWORKS]),
         operator_summary(rows[OPERATORS]),
+        throughput_table(rows[NETWORKS], list(MODES)),
     ]
     text = "\n\n".join(filter(None, parts))
     if len(text) <= LONGEST:
