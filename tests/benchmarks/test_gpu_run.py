@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu.device import cases, networks, recorded_tests, results, supervise
+from benchmarks.gpu.device import cases, networks, recorded_tests, results, supervise, times
 from benchmarks.gpu.device.results import (
     BEGUN,
     DONE,
@@ -28,6 +28,7 @@ from benchmarks.gpu.device.results import (
 )
 from benchmarks.gpu.device.supervise import ROOT, Run, Step
 from swiftkernels.backends import devices
+from swiftkernels.testing import costs, timing
 from swiftkernels.testing.engines import OURS, missing
 from swiftkernels.utils.files import read_csv
 
@@ -205,11 +206,12 @@ def test_a_lost_device_is_given_another_process(tmp_path: Path) -> None:
     assert (tmp_path / results.LOG).read_text().count("== lost") == 2
 
 
-def test_what_has_no_time_left_waits(tmp_path: Path) -> None:
+def test_what_has_no_time_left_waits(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(supervise, "LEAST_SECONDS", 2.0)
     slow = python(
         "import time; print('begun', flush=True); time.sleep(60)", name="slow", limit=90.0
     )
-    rows = run(tmp_path, slow, python("print(1)", name="next"), seconds=21.0)
+    rows = run(tmp_path, slow, python("print(1)", name="next"), seconds=4.0)
     assert states(rows) == {"slow": WAITING, "next": WAITING}
     assert rows["slow"]["note"] == "time was over; last: begun"
     assert rows["next"]["tries"] == "0"
@@ -311,6 +313,92 @@ def test_cases_are_written_one_by_one_and_not_run_again(tmp_path: Path, monkeypa
     todo = {(name, "float32"): case(name) for name in "dcef"}
     assert cases.run_cases("step", todo, settings(tmp_path)) == devices.LOST
     assert ran == ["b", "c", "a", "d"]
+
+
+class FakeGpu:
+    """Stands for a GPU in `times._time_engines`: it computes on the CPU, at times of its own."""
+
+    type = "cuda"
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(times, "machine", lambda device: {"device": "fake"})
+        monkeypatch.setattr(timing, "Stopwatch", lambda device: self.measure)
+        monkeypatch.setattr(timing, "capture", self.capture)
+        monkeypatch.setattr(costs, "peak_bytes", lambda call, device: 7)
+        monkeypatch.setattr(devices, "why_lost", lambda device: "")
+        self.captured: list[Any] = []
+
+    def measure(self, call: Any, queued: bool = False) -> float:
+        call()
+        return 0.5 if queued else 2.0
+
+    def capture(self, call: Any) -> Any:
+        (out,) = call()
+        if out == 3:
+            raise RuntimeError("cannot be captured")
+        self.captured.append(out.item())
+        return lambda: [out]
+
+
+def test_engines_on_a_gpu_are_checked_captured_and_timed(tmp_path: Path, monkeypatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+
+    def engine(value: float, fails: bool = False) -> Any:
+        def build() -> Any:
+            if fails:
+                raise RuntimeError("does not compile\nat all")
+            return lambda: [torch.tensor(value)]
+
+        return build
+
+    def wrong(name: str, row: results.Row, outputs: Sequence[torch.Tensor]) -> str:
+        row["error"] = outputs[0].item()
+        return "too large" if row["error"] > 3 else ""
+
+    builders = {
+        "eager": engine(1.0), "channels_last": engine(3.0), "compile": engine(4.0),
+        "compile-max": engine(1.0, fails=True), OURS: engine(2.0), results.GRAPHS: engine(1.0),
+    }  # fmt: skip
+    given: Any = settings(tmp_path)._replace(device=gpu)
+    net: Any = SimpleNamespace(name="swiftformer_xs", origin=OURS)
+    found = times._time_engines(given, net, results.FORWARD, "float16", 8, builders, wrong)
+    assert found["outcome"] == WRONG
+    notes = "channels_last: no graph: RuntimeError: cannot be captured; compile: too large; "
+    assert found["note"] == f"{notes}compile-max: RuntimeError: does not compile"
+    rows = {row["engine"]: row for row in read_csv(tmp_path / results.NETWORKS)}
+    assert list(rows) == list(builders)
+    columns = ("images_per_second", "graph_images_per_second", "peak_bytes")
+    assert {name: tuple(row[c] for c in columns) for name, row in rows.items()} == {
+        "eager": ("4", "16", "7"),
+        "channels_last": ("4", "", "7"),
+        "compile": ("", "", ""),
+        "compile-max": ("", "", ""),
+        OURS: ("4", "16", "7"),
+        results.GRAPHS: ("4", "", ""),
+    }
+    assert gpu.captured == [1.0, 2.0]
+
+
+def test_a_network_without_its_graph_is_named() -> None:
+    calls: list[torch.Tensor] = []
+    images = torch.zeros(2, 3, 8, 8)
+    notes = [
+        SimpleNamespace(shape=(2, 3, 8, 8), reason=""),
+        SimpleNamespace(shape=(1,), reason="x"),
+    ]
+
+    class Fused:
+        report = SimpleNamespace(graphs=notes)
+
+        def __call__(self, x: torch.Tensor) -> None:
+            calls.append(x)
+
+    network = Fused()
+    assert networks.why_no_graph(network, images) == ""
+    assert len(calls) == 3
+    notes[0].reason = "no memory"
+    assert networks.why_no_graph(network, images) == "no memory"
+    assert networks.why_no_graph(network, images[:1]) == "such images were not captured"
 
 
 def test_a_device_is_lost_when_no_call_answers(monkeypatch) -> None:

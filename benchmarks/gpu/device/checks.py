@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.device.cases import Case, Settings, outcome, run_cases, worst
-from benchmarks.gpu.device.networks import DTYPES, network, source
-from benchmarks.gpu.device.results import RIGHT, WRONG, Row
+from benchmarks.gpu.device.networks import DTYPES, network, source, why_no_graph
+from benchmarks.gpu.device.results import GRAPHS, RIGHT, WRONG, Row
 from swiftkernels.testing import harness
 from swiftkernels.testing.engines import OURS
 from swiftkernels.testing.tolerance import budget, relative_error
@@ -127,10 +127,10 @@ def _network_cases(settings: Settings) -> dict[tuple[str, str], Case]:
 def check_fused(
     settings: Settings, name: str, origin: str, dtype: str, height: int, width: int
 ) -> Row:
-    """The output of the fused network; with graphs, also of a replay on other images."""
+    """The output of the fused network; with graphs, of the capture and of a replay, too."""
     net = network(name, origin, dtype, settings.device)
     rows = []
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
         images = net.images(2, height, width, seed)
         with torch.no_grad():
             exact = net.exact(images.double())
@@ -138,6 +138,8 @@ def check_fused(
             for engine, fused in net.fused.items():
                 found = outcome(relative_error(fused(images), exact), bound)
                 rows.append(found | {"note": found["note"] and f"{engine}, {found['note']}"})
+    if GRAPHS in net.fused and (why := why_no_graph(net.fused[GRAPHS], images)):
+        rows.append({"outcome": WRONG, "note": f"{harness.NO_GRAPH}{why}"})
     return worst(rows)
 
 

@@ -89,7 +89,7 @@ class Network:
 
     @functools.cached_property
     def fused(self) -> dict[str, nn.Module]:
-        """By engine: `fuse_for_inference`, and the same with graphs if there are graphs."""
+        """By engine: `fuse_for_inference`, and the same with CUDA graphs where it has them."""
         if "graph" not in inspect.signature(fuse_for_inference).parameters:
             return {OURS: fuse_for_inference(self.model)}
         fuse: Any = fuse_for_inference
@@ -102,6 +102,18 @@ class Network:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(batch, 3, height, width, generator=generator)
         return drawn.to(self.device, self.dtype)
+
+
+def why_no_graph(fused: Any, images: Tensor) -> str:
+    """Why a network that was fused with `graph=True` runs these images without a graph.
+
+    It captures one at the second call with images of a shape.
+    """
+    with torch.no_grad():
+        for _ in range(3):
+            fused(images)
+    reasons = {tuple(note.shape): note.reason for note in fused.report.graphs}
+    return str(reasons.get(tuple(images.shape), "such images were not captured"))
 
 
 @functools.lru_cache(maxsize=8)

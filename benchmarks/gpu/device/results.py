@@ -252,7 +252,8 @@ def check_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _both_modes(rows: Sequence[Mapping[str, str]]) -> str:
-    parts = []
+    origins = {f"{row['source']} {row.get(row['source'], '')}".strip() for row in rows}
+    parts = [f"The networks are those of {', '.join(sorted(origins))}."] if rows else []
     for prefix, mode in MODES.items():
         if table := throughput_table(rows, [prefix], minima=True):
             parts.append(f"Images per second {mode}, by the median and, in brackets, the best "

@@ -113,7 +113,7 @@ def plan(device: str) -> list[Step]:
         step(DEVICE, "device", 60, gpu=False),
         step("verify-first", "verify", 75, "--first", "--networks", "xs"),
         step("networks-float16", "networks", 140, *half, *sizes[:-1]),
-        step("autotune-float16-xs", "networks", 120, *half, compiled, "--networks", "xs"),
+        step("autotune-float16-xs", "networks", 150, *half, compiled, "--networks", "xs"),
         step("tests", "tests", 150, needs=("pytest",)),
         step("training", "training", 60, "--dtypes", "bfloat16", *some),
         step("operators-float16", "operators", 80, *half),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks import whole_networks
 from benchmarks.gpu.device import results
 from benchmarks.gpu.device.cases import Case, Settings, machine, run_cases
-from benchmarks.gpu.device.networks import DTYPES, Network, network, source
+from benchmarks.gpu.device.networks import DTYPES, Network, network, source, why_no_graph
 from benchmarks.gpu.device.results import FORWARD, GRAPHS, RIGHT, TRAINING, WRONG, Row
 from benchmarks.timm_networks import call_of, ends, in_channels_last
 from swiftkernels.backends import devices
@@ -55,8 +55,9 @@ def time_network(settings: Settings, name: str, dtype: str, batch: int) -> Row:
     }
     if settings.compiled:
         builders["compile-max"] = lambda: _max_autotune(net.eager, images)
-    for engine in net.fused:
-        builders[engine] = functools.partial(call_of, net.fused[engine], images)
+    builders[OURS] = lambda: call_of(net.fused[OURS], images)
+    if GRAPHS in net.fused:
+        builders[GRAPHS] = lambda: _with_graph(net.fused[GRAPHS], images)
 
     def wrong(engine: str, row: Row, outputs: Sequence[Tensor]) -> str:
         row["error"] = relative_error(ends(outputs[0]), exact)
@@ -64,6 +65,12 @@ def time_network(settings: Settings, name: str, dtype: str, batch: int) -> Row:
         return "" if row["error"] <= limit else f"relative error {row['error']:.2g} > {limit:.2g}"
 
     return _time_engines(settings, net, FORWARD, dtype, batch, builders, wrong)
+
+
+def _with_graph(fused: nn.Module, images: Tensor) -> Call:
+    if why := why_no_graph(fused, images):
+        raise RuntimeError(f"{harness.NO_GRAPH}{why}")
+    return call_of(fused, images)
 
 
 @torch.no_grad()
@@ -141,7 +148,7 @@ def _time_engines(
             row["note"] = wrong(engine, row, call())
             if row["note"]:
                 continue
-            if device.type == "cuda":
+            if device.type == "cuda" and engine != GRAPHS:  # a graph keeps its memory
                 row["peak_bytes"] = costs.peak_bytes(call, device)
         except Exception as error:  # a compiler that fails, or too little memory, is a result
             row["note"] = first_line(error)
