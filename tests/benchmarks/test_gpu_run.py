@@ -95,7 +95,9 @@ def test_without_a_gpu_the_other_steps_really_run(tmp_path: Path) -> None:
     assert len(done.stdout) < 12_000
     for text in ("autotune-float32: skipped; needs a GPU", "fused |", "Training step in ms"):
         assert text in done.stdout
-    assert "needs a GPU" in (tmp_path / results.REPORT).read_text()
+    written = (tmp_path / results.REPORT).read_text()
+    assert "needs a GPU" in written
+    assert "The times mean nothing" in written
 
 
 def environment() -> dict[str, str]:
@@ -186,14 +188,14 @@ def test_a_step_that_breaks_is_named(tmp_path: Path) -> None:
         tmp_path,
         python("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", name="signal"),
         python("raise SystemExit('no such thing')", name="status"),
-        python("print('2 of 3 wrong'); raise SystemExit(1)", name="wrong"),
+        python(f"print('wrong: 2'); raise SystemExit({results.FOUND_ERRORS})", name="wrong"),
         python("import sys; print(3); sys.exit(9)", name="nine"),
     )
     assert rows["signal"]["note"].startswith("SIGSEGV")
     assert rows["nine"]["note"] == "exit status 9: 3"
-    # 1 is the status of a step that found errors, which are in checks.csv.
-    expected = {"signal": "broken", "status": DONE, "wrong": DONE, "nine": "broken"}
-    assert states(rows) == expected
+    assert rows["status"]["note"] == "exit status 1: no such thing"
+    assert (rows["wrong"]["state"], rows["wrong"]["note"]) == (DONE, "wrong: 2")
+    assert {rows[name]["state"] for name in ("signal", "status", "nine")} == {results.BROKEN}
 
 
 def test_a_lost_device_is_given_another_process(tmp_path: Path) -> None:
@@ -301,12 +303,12 @@ def test_cases_are_written_one_by_one_and_not_run_again(tmp_path: Path, monkeypa
     }
     checks = results.checks(tmp_path)
     checks.put([{"step": "step", "case": "a", "dtype": "float32", "outcome": BEGUN}])
-    assert cases.run_cases("step", todo, settings(tmp_path)) == 1
+    assert cases.run_cases("step", todo, settings(tmp_path)) == results.FOUND_ERRORS
     assert ran == ["b", "c", "a"]  # a process ended in a before
     checks = results.checks(tmp_path)
     assert checks.outcomes("step") == {"a": RIGHT, "b": FAILED, "c": RIGHT}
     assert checks.get("step", "b")["note"] == "RuntimeError: no b"
-    assert cases.run_cases("step", todo, settings(tmp_path)) == 1
+    assert cases.run_cases("step", todo, settings(tmp_path)) == results.FOUND_ERRORS
     assert ran == ["b", "c", "a"]
 
     monkeypatch.setattr(devices, "why_lost", lambda device: "illegal memory access")

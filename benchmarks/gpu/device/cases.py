@@ -99,7 +99,7 @@ def run_cases(step: str, cases: Mapping[tuple[str, str], Case], settings: Settin
     outcomes = [checks.get(step, name)["outcome"] for name, _ in cases]
     wrong = sum(outcome in results.ERRORS for outcome in outcomes)
     print(f"cases: {len(outcomes)}, " + (f"wrong: {wrong}" if wrong else "all right"))
-    return int(wrong > 0)
+    return results.FOUND_ERRORS if wrong else 0
 
 
 @contextlib.contextmanager

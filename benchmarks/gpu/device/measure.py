@@ -72,7 +72,7 @@ def die_with_parent() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a step; returns its exit status: 1 if something was wrong."""
+    """Run a step; returns its exit status."""
     die_with_parent()
     parser = command.Parser(prog="python -m benchmarks.gpu.device.measure", description=__doc__)
     add = parser.add_argument

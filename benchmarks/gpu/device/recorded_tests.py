@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.gpu.device import results
 from benchmarks.gpu.device.cases import Settings, machine
 from benchmarks.gpu.device.results import FAILED, RIGHT, SKIPPED
+from swiftkernels.backends import devices
 from swiftkernels.testing.engines import missing
 
 ROOT = Path(__file__).parents[3]
@@ -51,6 +52,10 @@ def tests_step(settings: Settings) -> int:
     found = list(recorder.checks.outcomes("tests").values())
     counts = {outcome: found.count(outcome) for outcome in results.OUTCOMES}
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count))
-    if status in (0, 1, 5):  # passed, failed, none left
-        return int(counts[FAILED] > 0)
-    return status
+    if status == devices.LOST:
+        return status
+    if status not in (0, 1, 5):  # passed, failed, none left
+        raise RuntimeError(
+            f"pytest ended with exit status {status}; its output is in {results.LOG}"
+        )
+    return results.FOUND_ERRORS if counts[FAILED] else 0

@@ -76,6 +76,9 @@ BEGUN, RIGHT, WRONG, FAILED, SKIPPED = "begun", "right", "wrong", "failed", "ski
 OUTCOMES = (BEGUN, RIGHT, WRONG, FAILED, SKIPPED)
 """Of a case. Begun: its process ended, or was killed, in it."""
 ERRORS = (WRONG, FAILED)
+FOUND_ERRORS = 3
+"""Exit status of a step that ran all its cases, some of them with `ERRORS`; 1 is a bug of its own,
+as of every command."""
 
 FORWARD, TRAINING = "forward", "training step"
 GRAPHS = f"{OURS}-graph"
@@ -175,7 +178,8 @@ def write_report(folder: Path) -> None:
         "Operators": operator_tables(rows[OPERATORS]),
         "Checks": check_table(rows[CHECKS]),
     }
-    text = [f"# Results on {device or 'an unknown device'}", _METHOD]
+    method = _TINY if is_tiny(folder) else _METHOD
+    text = [f"# Results on {device or 'an unknown device'}", method]
     text += [f"## {title}\n\n{part}" for title, part in sections.items() if part]
     pictures = [name for name in (NETWORKS_PNG, OPERATORS_PNG) if (folder / name).exists()]
     text += [f"![{name}]({name})" for name in pictures]
@@ -185,9 +189,17 @@ def write_report(folder: Path) -> None:
 _METHOD = """\
 Engines are measured in turn, in one process, between events on the device, with flushed caches. As
 called: from an idle device, so that launching counts. In a CUDA graph: only the kernels. float32 is
-without TF32, `tf32` with it in convolutions and matrix products. Every engine is compared with
-float64 before it is measured. Errors are in units of their bounds: twice the error of eager PyTorch
-in the same type, plus a few roundings."""
+without TF32, `tf32` with it in convolutions and matrix products. Before an engine is measured, its
+output is compared with float64; of a training step, the first loss with that of eager PyTorch.
+Errors are in units of their bounds: twice the error of eager PyTorch in the same type, plus a few
+roundings."""
+
+_TINY = "**Tiny sizes on a CPU, to try the command. The times mean nothing.**"
+
+
+def is_tiny(folder: Path) -> bool:
+    """Whether a folder has the steps of a run that tries the command."""
+    return any("--tiny" in row["command"].split() for row in read_csv(folder / STEPS))
 
 
 def summary(folder: Path) -> str:

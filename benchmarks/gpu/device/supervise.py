@@ -39,7 +39,7 @@ from benchmarks.gpu.device.results import (
 from swiftkernels.backends import devices
 from swiftkernels.testing.engines import missing
 from swiftkernels.utils import command
-from swiftkernels.utils.files import make_folder, read_csv, remove_leftovers
+from swiftkernels.utils.files import make_folder, remove_leftovers
 from swiftkernels.utils.progress import duration
 from swiftkernels.utils.text import shown
 
@@ -132,17 +132,8 @@ def plan(device: str) -> list[Step]:
 
 def tiny_plan(device: str) -> list[Step]:
     """The same steps in tiny sizes, to try the command; those that need a GPU are skipped there."""
-    tiny = (
-        "--device",
-        device,
-        "--tiny",
-        "--networks",
-        "xs",
-        "--dtypes",
-        "float32",
-        "--batches",
-        "2",
-    )
+    sizes = ("--networks", "xs", "--dtypes", "float32", "--batches", "2")
+    tiny = ("--device", device, "--tiny", *sizes)
     names = {"verify-first": ("verify", "--first"), "networks-float32": ("networks",)}
     names |= {"training-float32": ("training",), "operators": ("operators",), "verify": ("verify",)}
     found = []
@@ -183,7 +174,7 @@ class Run:
         if steps is not None:
             self.rows.put([step.row() for step in (*steps, PICTURES)])
         self.steps = [Step.of(row) for row in self.rows]
-        self.has_gpu = not is_tiny(folder)
+        self.has_gpu = not results.is_tiny(folder)
 
     def __call__(self) -> bool:
         """Run what is not finished; returns whether all of it was right."""
@@ -266,7 +257,7 @@ class Run:
                 file.flush()
                 status = run_process([sys.executable, *arguments], file, left)
         last = last_line(log, start)
-        if status in (0, 1):
+        if status in (0, results.FOUND_ERRORS):
             return DONE, last
         if status is None or status == devices.LOST:
             if at_deadline:
@@ -367,11 +358,6 @@ def check_results(option: str, folder: Path) -> None:
         )
 
 
-def is_tiny(folder: Path) -> bool:
-    """Whether a folder has the steps of `tiny_plan`."""
-    return any("--tiny" in row["command"].split() for row in read_csv(folder / results.STEPS))
-
-
 def retry(folder: Path) -> None:
     """Let what was wrong or failed run again."""
     results.checks(folder).remove(results.ERRORS, "outcome")
@@ -416,7 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not given.resume:
             check_gpu(device, given.device is not None)
             steps = tiny_plan("cpu") if device.type == "cpu" else plan(str(device))
-        elif not is_tiny(folder):
+        elif not results.is_tiny(folder):
             check_gpu(device)
         if given.retry:
             retry(folder)
