@@ -66,7 +66,7 @@ class Network:
     def exact(self) -> Tensor:
         """The output for the first and the last image in float64."""
         if self._exact is None:
-            images = _ends(self.images).double()
+            images = ends(self.images).double()
             (self._exact,) = call_of(copy.deepcopy(self.model).double(), images)()
         return self._exact
 
@@ -83,25 +83,31 @@ class Network:
         Raises:
             RuntimeError: the error is too large.
         """
-        error = relative_error(_ends(call()[0]), self.exact)
+        error = relative_error(ends(call()[0]), self.exact)
         if not error <= TOLERANCE:
             raise RuntimeError(f"its output has a relative error of {error:.1e}")
         return error
 
 
-def _ends(batch: Tensor) -> Tensor:
+def ends(batch: Tensor) -> Tensor:
+    """The first and the last image or output."""
     return batch[:: max(1, len(batch) - 1)]
 
 
 def make_model(name: str, **options: Any) -> nn.Module:
-    """timm's model in evaluation mode; its scales and BatchNorms are such that they hide no error.
-
-    timm starts scales of residual branches at zero or 1e-5, as training does.
-    """
+    """timm's model in evaluation mode, `with_random_scales`."""
     from tests.stubs import import_timm
 
     torch.manual_seed(0)
     model: nn.Module = import_timm().create_model(name, num_classes=CLASSES, **options)
+    return with_random_scales(model).eval()
+
+
+def with_random_scales(model: nn.Module) -> nn.Module:
+    """The model with random scales of residual branches and statistics of BatchNorms.
+
+    Models start with scales of zero or 1e-5 and with trivial statistics, which hide errors.
+    """
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             small = key.endswith(("weight", "gamma")) and tensor.abs().max() < 1e-3
@@ -109,7 +115,7 @@ def make_model(name: str, **options: Any) -> nn.Module:
                 tensor.uniform_(0.5, 1.5)
             elif "running_mean" in key:
                 tensor.normal_(0, 0.1)
-    return model.eval()
+    return model
 
 
 def merged(model: nn.Module) -> nn.Module:
@@ -272,10 +278,7 @@ def time_all(calls: Mapping[str, Call], seconds: float) -> dict[str, Row]:
     for name, found in measure_in_turn(calls, process_and_wall_time, seconds, MIN_ROUNDS).items():
         rows[name] = {"rounds": len(found)}
         for clock, samples in zip(("process", "wall"), zip(*found, strict=True), strict=True):
-            timing = Timing(samples)
-            rows[name][f"{clock}_median_seconds"] = timing.median
-            rows[name][f"{clock}_min_seconds"] = timing.minimum
-            rows[name][f"{clock}_spread_seconds"] = timing.spread
+            rows[name] |= Timing(samples).columns(f"{clock}_")
     return rows
 
 

@@ -40,18 +40,25 @@ PROFILED = ("xs", "l1")
 DIRECTIONS = ("forward", "training step")
 
 
-def step_of(module: nn.Module, images: Tensor, compiled: bool = False) -> Call:
-    """A training step of a copy of a module, with AdamW."""
+def step_of(
+    module: nn.Module,
+    images: Tensor,
+    compiled: bool = False,
+    autocast: torch.dtype | None = None,
+) -> Call:
+    """A training step of a copy of a module, with AdamW; the call returns the loss."""
     module = copy.deepcopy(module).train()
     optimizer = torch.optim.AdamW(module.parameters(), 1e-5)
     forward = torch.compile(module) if compiled else module
-    labels = torch.arange(len(images)) % CLASSES
+    labels = torch.arange(len(images), device=images.device) % CLASSES
 
     def call() -> list[Tensor]:
         optimizer.zero_grad()
-        F.cross_entropy(forward(images), labels).backward()
+        with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+            loss = F.cross_entropy(forward(images), labels)
+        loss.backward()
         optimizer.step()
-        return []
+        return [loss.detach()]
 
     return call
 

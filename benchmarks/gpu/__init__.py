@@ -1,1 +1,1 @@
-"""Evidence about the GPU kernels that needs no GPU."""
+"""Evidence about the GPU kernels: counted, without a GPU; `device`, measured on one."""

@@ -32,7 +32,8 @@ _INTRODUCTION = """\
 # What is known about the GPU kernels without a GPU
 
 Nothing on this page was measured on a GPU. The figures are counts, lower bounds, or times of the
-host.
+host. Where there is a GPU, [one command](gpu_runs.md) measures.
+
 Four commands write the page, its tables and its pictures from the CSV files in `docs/results`:
 
 ```sh

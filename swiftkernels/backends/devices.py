@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 
 from swiftkernels.backends.cpu import library
+from swiftkernels.utils.text import first_line
+
+LOST = 75
+"""Exit status of a process that stops because of `why_lost`: EX_TEMPFAIL, another may go on."""
 
 
 def gpus() -> list[torch.device]:
@@ -53,6 +57,17 @@ def facts(device: torch.device) -> str:
     if torch.version.hip:
         architecture = properties.gcnArchName
     return f"{architecture}, {properties.multi_processor_count} multiprocessors, {memory}"
+
+
+def why_lost(device: torch.device) -> str:
+    """Why no more calls can run on a GPU in this process, after an error there; "" if they can."""
+    if device.type == "cpu":
+        return ""
+    try:
+        torch.get_device_module(device).synchronize(device)
+    except RuntimeError as error:
+        return first_line(error)
+    return ""
 
 
 def built_for() -> str:

@@ -246,9 +246,7 @@ def time_calls(
     timings = interleave(calls, clock, seconds)
     for name, own in timings.items():
         row = rows[name]
-        row[f"{prefix}median_seconds"] = own.median
-        row[f"{prefix}min_seconds"] = own.minimum
-        row[f"{prefix}spread_seconds"] = own.spread
+        row |= own.columns(prefix)
         row[f"{prefix}rounds"] = len(own.samples)
         row["gigabytes_per_second"] = row["least_bytes"] / own.median / 1e9
         if not prefix and "eager" in timings:

@@ -53,6 +53,19 @@ class Timing:
     def minimum(self) -> float:
         return min(self.samples)
 
+    def columns(self, prefix: str = "") -> dict[str, float]:
+        """The columns of these times in the rows of benchmarks.
+
+        Example:
+            >>> Timing((3.0, 1.0, 2.0)).columns("graph_")["graph_min_seconds"]
+            1.0
+        """
+        return {
+            f"{prefix}median_seconds": self.median,
+            f"{prefix}min_seconds": self.minimum,
+            f"{prefix}spread_seconds": self.spread,
+        }
+
 
 def clock(device: torch.device | str) -> Callable[[], float]:
     """A clock in seconds to read before and after a call: on a GPU, wall time when it is idle."""

@@ -226,7 +226,16 @@ def gradients(
     return {"output": out.detach(), **dict(zip(wanted, found, strict=True))}
 
 
-def check(
+def check(implementation: Implementation, dtype: torch.dtype | None = None, **options: Any) -> None:
+    """Output and gradients: error <= 2 x error of eager + few ulp, both against float64.
+
+    The options are those of `measure`.
+    """
+    pairs = measure(implementation, dtype, **options)
+    assert not beyond(pairs, dtype or implementation.widest)
+
+
+def measure(
     implementation: Implementation,
     dtype: torch.dtype | None = None,
     *,
@@ -235,8 +244,8 @@ def check(
     change: Change = lambda call: call,
     run: Callable[[Call], Tensor] | None = None,
     dout: Callable[[Tensor], Tensor] = lambda t: t,
-) -> None:
-    """Output and gradients: error <= 2 x error of eager + few ulp, both against float64.
+) -> dict[str, list[tuple[float, float]]]:
+    """Errors of output and gradients by name, ours and eager's, of one draw or several.
 
     Where one draw of the arguments is beyond its bound, the median over several counts: a gradient
     of a few numbers may by chance be several times as exact by either, and rounding may decide on
@@ -253,14 +262,14 @@ def check(
         call = draw(implementation, dtype, size, variant, seed)
         call = None if call is None else change(call)
         if call is None:
-            return
+            break
         gradient = dout(random_dout(operator, call, seed))
         found = errors(operator, call, run or operator, gradient)
         for name, pair in found.items():
             pairs.setdefault(name, []).append(pair)
         if seed == 0 and not beyond(pairs, call.inputs[0].dtype):
-            return
-    assert not beyond(pairs, call.inputs[0].dtype)
+            break
+    return pairs
 
 
 def errors(
@@ -297,13 +306,19 @@ def _errors(
 def beyond(
     pairs: Mapping[str, list[tuple[float, float]]], dtype: torch.dtype
 ) -> dict[str, tuple[float, float]]:
-    """By name: the median errors, ours and eager's, where ours is beyond its bound."""
+    """By name: the median error and its bound, where it is beyond."""
+    found = bounded(pairs, dtype)
+    return {name: found[name] for name, (error, bound) in found.items() if not error <= bound}
+
+
+def bounded(
+    pairs: Mapping[str, list[tuple[float, float]]], dtype: torch.dtype
+) -> dict[str, tuple[float, float]]:
+    """By name: the median error, and its bound."""
     found = {}
     for name, each in pairs.items():
         error, eager = (statistics.median(column) for column in zip(*each, strict=True))
-        bound = EXACT if dtype == torch.float64 else budget(eager, dtype)
-        if not error <= bound:
-            found[name] = (error, eager)
+        found[name] = (error, EXACT if dtype == torch.float64 else budget(eager, dtype))
     return found
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -21,12 +24,18 @@ def _probe(device: torch.device) -> torch.Tensor:
 
 
 @pytest.fixture(autouse=True)
-def gpu() -> torch.device:
-    """The first GPU."""
+def gpu() -> Iterator[torch.device]:
+    """The first GPU. The process ends after a test that leaves it in an error: all calls after, for
+    example, an illegal access to memory fail.
+    """
     found = usable_gpus()
     if not found:
         pytest.skip(NO_GPU)
-    return found[0]
+    yield found[0]
+    if lost := devices.why_lost(found[0]):
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)  # pytest-xdist starts another process
+        pytest.exit(f"no further test can run in this process: {lost}", devices.LOST)
 
 
 @pytest.fixture
