@@ -226,8 +226,9 @@ def published_figure(
     """Published accuracy against latency by image, one panel for each batch size."""
     times = networks.times(rows)
     batches = sorted({problem.batch for problem in times})
+    bottom = 1.85 if len(batches) == 1 else 1.6  # the legend has three rows or two
     figure, (panels,) = new_figure(
-        1 + 7 * len(batches), 8.2, columns=len(batches), margins=Margins(bottom=1.6)
+        1 + 7 * len(batches), 8.2, columns=len(batches), margins=Margins(bottom=bottom)
     )
     for batch, axes in zip(batches, panels, strict=True):
         _published_panel(figure, axes, _of_batch(times, batch), published)

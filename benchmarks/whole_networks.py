@@ -139,14 +139,11 @@ def peak_bytes_here(network: Network, engine: str) -> int:
 
 def add_memory(rows: Sequence[Row]) -> None:
     """Write the peak memory of a forward at the largest batch into the rows, on Linux."""
-    largest = max(row["batch"] for row in rows)
+    forwards = [row for row in rows if row["direction"] == "forward"]
+    largest = max((row["batch"] for row in forwards), default=1)
     if largest == 1 or sys.platform != "linux":
         return
-    wanted = [
-        row
-        for row in rows
-        if row["engine"] in REMEMBERED and (row["batch"], row["direction"]) == (largest, "forward")
-    ]
+    wanted = [r for r in forwards if r["engine"] in REMEMBERED and r["batch"] == largest]
     for row in track(wanted, "networks", "memory"):
         row["peak_bytes"] = _measure_memory(row)
 

@@ -306,13 +306,11 @@ def published_swiftformers() -> str:
     rows = [row for row in rows_of(PUBLISHED) if row["network"].startswith("swiftformer")]
     measured = {p: seconds for p, seconds in times(rows).items() if p.batch == 1}
     engines = [e for e in PUBLISHED_ENGINES if any(e in found for found in measured.values())]
-    lines = [
-        [
-            f"{_short(problem.network)}, {problem.side} x {problem.side}, {_threads(problem)}",
-            *(_ms(seconds.get(engine)) for engine in engines),
-        ]
-        for problem, seconds in measured.items()
-    ]
+    lines = []
+    for problem, seconds in measured.items():
+        name, side, threads = _short(problem.network), problem.side, _threads(problem.threads)
+        found = (_ms(seconds.get(engine)) for engine in engines)
+        lines.append([f"{name}, {side} x {side}, {threads}", *found])
     table = _table(["ms", *(PUBLISHED_ENGINES[engine] for engine in engines)], lines)
     return f"{table}\n\n{_published_machine(rows)}"
 
@@ -321,22 +319,27 @@ def published_networks() -> str:
     """All networks: published accuracies, and times of the fastest engines of each kind."""
     rows, accuracies = rows_of(PUBLISHED), _accuracies()
     measured = times(rows)
-    sizes = sorted({problem[2:] for problem in measured}, key=lambda s: (s[2], s[1], s[0]))
-    head = ["network", "top-1, %"]
-    for batch, side, threads in sizes:
-        size = f"{batch} x {side}²" + (f", {threads} threads" if threads > 1 else "")
-        head += [f"{size}: eager", "best other", "fused"]
-    lines = []
-    for name in dict.fromkeys(problem.network for problem in measured):
-        line = [accuracies[name]["name"], accuracies[name]["top1"]]
-        for size in sizes:
-            seconds = measured.get(Problem(name, "forward", *size), {})
-            eager, other, fused = compared(seconds)
-            by = f" {PUBLISHED_ENGINES[other]}" if other else ""
-            line += [_ms(seconds.get(eager)), _ms(seconds.get(other)) + by]
-            line.append(_ms(seconds.get(fused)))
-        lines.append(line)
-    return f"{_table(head, lines)}\n\n{_published_machine(rows)}"
+    parts = []
+    for size in sorted({problem[2:] for problem in measured}, key=lambda s: (s[2], s[1], s[0])):
+        lines = []
+        for problem, seconds in measured.items():
+            if problem[2:] == size:
+                eager, other, fused = compared(seconds)
+                by = f" {PUBLISHED_ENGINES[other]}" if other else ""
+                network = accuracies[problem.network]
+                lines.append(
+                    [
+                        *(network["name"], network["top1"], _ms(seconds.get(eager))),
+                        *(_ms(seconds.get(other)) + by, _ms(seconds.get(fused))),
+                    ]
+                )
+        batch, side, threads = size
+        images = "one image" if batch == 1 else f"{batch} images"
+        parts += [
+            f"**{images.capitalize()} of {side} x {side} pixels, {_threads(threads)}**",
+            _table(["network", "top-1, %", "eager", "best other", "fused"], lines),
+        ]
+    return "\n\n".join([*parts, _published_machine(rows)])
 
 
 def published_sources() -> str:
@@ -370,8 +373,8 @@ def _published_machine(rows: Sequence[Row]) -> str:
     )
 
 
-def _threads(problem: Problem) -> str:
-    return f"{problem.threads} thread" + ("s" if problem.threads > 1 else "")
+def _threads(count: int) -> str:
+    return f"{count} thread" + ("s" if count > 1 else "")
 
 
 def _ms(seconds: float | None) -> str:

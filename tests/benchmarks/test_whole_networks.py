@@ -37,13 +37,13 @@ def _threads() -> Iterator[None]:
 def test_a_small_run_writes_tables_and_picture(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(whole_networks, "_measure_memory", lambda row: 7)
     chosen = ["timm", "channels_last", "accelerated", OURS]
-    options = ["--engines", *chosen, "--batches", "1", "2", "--training-batches", "2"]
+    options = ["--engines", *chosen, "--batches", "1", "2", "--training-batches", "4"]
     options += ["--out", str(tmp_path)]
     assert whole_networks.main([*SMALL, *options]) == 0
     rows = read_csv(tmp_path / whole_networks.CSV)
     assert [(row["direction"], row["batch"], row["engine"]) for row in rows] == [
         *(("forward", batch, engine) for batch in "12" for engine in chosen),
-        *(("training step", "2", engine) for engine in chosen if engine != OURS),
+        *(("training step", "4", engine) for engine in chosen if engine != OURS),
     ]
     assert all(float(row["wall_min_seconds"]) > 0 for row in rows)
     remembered = [row for row in rows if row["peak_bytes"]]
