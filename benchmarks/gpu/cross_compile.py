@@ -222,7 +222,7 @@ def fused_launches_of(width: int, dtype: torch.dtype, *, class_: str = "large") 
     on_class = mock.patch.object(launch, "architecture", return_value=class_)
     with on_class, recorded_launches() as attention:
         options = Options("l2", True, width**-0.5, 1e-12)
-        launch.forward((x,), Weights(*weights), None, options, "", residual)
+        launch.forward((x,), Weights(*weights), None, options, "", residual)  # type: ignore[arg-type]
     with recorded_launches() as launches:
         for channels, out_channels, activation in convolutions:
             weight = x.new_zeros(out_channels, channels, 3, 3)

@@ -116,7 +116,7 @@ class FusedNetwork(nn.Module):
             return self._compute(images)
         return self._graphs.run(self._compute, self._parts(), images)
 
-    def _compute(self, images: Tensor) -> Any:
+    def _compute(self, images: Any) -> Any:
         return self._chains[0](images).flatten(1) if self._whole else self.network(images)
 
     def _parts(self) -> Iterable[nn.Module]:
