@@ -56,6 +56,21 @@ def why_not_graphs(device: torch.device) -> str:
     return "" if device.type == "cuda" else f"CUDA graphs need a CUDA device; got {device}"
 
 
+@contextlib.contextmanager
+def new_workspaces() -> Iterator[None]:
+    """Inside, and afterwards, cuBLAS allocates its workspaces anew.
+
+    A graph that is captured inside has workspaces in its own memory. Otherwise graphs that were
+    captured in one stream would share workspaces, wherever they are replayed.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)  # only in CUDA builds
+    clear()
+    try:
+        yield
+    finally:
+        clear()
+
+
 def fits_kernels(*tensors: Tensor | None) -> bool:
     """Whether tensors fit kernels that were compiled for aligned tensors of ordinary size.
 

@@ -41,15 +41,24 @@ _CAPTURES = threading.Lock()
 
 
 class GraphNote(NamedTuple):
-    """What became of images of a shape."""
+    """What became of images of a shape and strides."""
 
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
     reason: str
     """Why they run without a graph; empty if they have one."""
 
     def __str__(self) -> str:
-        shape = list(self.shape)
-        return f"{shape}: without a graph: {self.reason}" if self.reason else f"{shape}: captured"
+        what = f"without a graph: {self.reason}" if self.reason else "captured"
+        return f"{list(self.shape)}, strides {list(self.strides)}: {what}"
+
+
+_Key = tuple[tuple[int, ...], tuple[int, ...]]
+"""Shape and strides of images."""
+
+
+def _key(x: Tensor) -> _Key:
+    return tuple(x.shape), x.stride()
 
 
 class _Graph(NamedTuple):
@@ -70,7 +79,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._skipped: dict[tuple[int, ...], str] = {}
+        self._skipped: dict[_Key, str] = {}
         """Reasons of calls that no graph could answer."""
         self._restart()
 
@@ -82,8 +91,8 @@ class Graphs:
         self._state = state
         # Held, so that no other tensor gets the address of a weight that is replaced.
         self._memory = [t.untyped_storage() for t in weights]
-        self._found: dict[tuple[Any, ...], _Graph | str] = {}
-        """The graph for inputs of a shape and strides, or why there is none."""
+        self._found: dict[_Key, _Graph | str] = {}
+        """The graph for such images, or why there is none."""
         self._stream: Any = None
         self._pool: Any = None
         self._done: Any = None
@@ -102,16 +111,16 @@ class Graphs:
 
     @property
     def notes(self) -> tuple[GraphNote, ...]:
-        """What became of the images, by shape."""
+        """What became of the images, by shape and strides."""
         with self._lock:
-            found = {key[0]: v if isinstance(v, str) else "" for key, v in self._found.items()}
+            found = {key: v if isinstance(v, str) else "" for key, v in self._found.items()}
             reasons = self._skipped | found
-        return tuple(GraphNote(tuple(shape), reason) for shape, reason in reasons.items())
+        return tuple(GraphNote(*key, reason) for key, reason in reasons.items())
 
     def run(self, network: Network, parts: Iterable[nn.Module], x: Tensor) -> Any:
         """The output of the network, in new memory.
 
-        Where a shape comes for the second time, it is captured.
+        Where a shape comes for the second time, with the same strides, it is captured.
 
         Args:
             network: what to compute.
@@ -124,7 +133,7 @@ class Graphs:
             with self._lock:
                 if len(self._skipped) >= MAX_SHAPES:
                     self._skipped.clear()
-                self._skipped[tuple(x.shape)] = reason
+                self._skipped[_key(x)] = reason
             return network(x)
         with torch_state.device_guard(x), self._lock:
             graph = self._find(network, parts, x)
@@ -145,7 +154,7 @@ class Graphs:
         if state != self._state:
             self._wait()
             self._restart(state, weights)
-        key = x.shape, x.stride()
+        key = _key(x)
         found = self._found.get(key)
         if found is None:
             if len(self._found) >= MAX_SHAPES:
@@ -181,6 +190,7 @@ class Graphs:
                 # "thread_local": other threads may allocate and synchronise meanwhile.
                 with (
                     _CAPTURES,
+                    torch_state.new_workspaces(),
                     torch.cuda.graph(
                         graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
                     ),

@@ -68,12 +68,12 @@ class FusedNetwork(nn.Module):
     network of this library or of timm, its own forward is not run, nor are hooks that are added to
     its parts later.
 
-    With `graph=True`, images of a shape that came before are answered by a CUDA graph. The output
-    is a copy, which later calls leave as it is. Several threads and streams may call the network:
-    the graph is run for one after the other. Graphs are dropped when a weight is written or the
-    network is moved. The network runs without a graph, and the report says why, under autocast, in
-    a trace, transform or other capture, with hooks, on other devices than CUDA's, for more than 16
-    shapes, and where the capture fails. Copies and pickles have no graphs yet.
+    With `graph=True`, images of a shape and strides that came before are answered by a CUDA graph.
+    The output is a copy, which later calls leave as it is. Several threads and streams may call the
+    network: its graphs are run for one after the other. Graphs are dropped when a weight is written
+    or the network is moved. The network runs without a graph, and the report says why, under
+    autocast, in a trace, transform or other capture, with hooks, on other devices than CUDA's, for
+    more than 16 shapes, and where the capture fails. Copies and pickles have no graphs yet.
 
     Attributes:
         network: the copy of the model, with a `FusedChain` in the place of the first block of each
@@ -131,11 +131,9 @@ class FusedNetwork(nn.Module):
     @property
     def report(self) -> FusionReport:
         """What became of each block and, with `graph=True`, of the shapes of images so far."""
-        return (
-            self._report
-            if self._graphs is None
-            else replace(self._report, graphs=self._graphs.notes)
-        )
+        if self._graphs is None:
+            return self._report
+        return replace(self._report, graphs=self._graphs.notes)
 
     def release_graphs(self) -> None:
         """Drop the CUDA graphs and free their memory; shapes that come again are captured again."""

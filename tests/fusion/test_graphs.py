@@ -75,7 +75,8 @@ def test_a_shape_that_repeats_is_captured_and_replayed(cuda: FakeCuda) -> None:
         assert list(notes(fused).values()) == expected
     for call, out in enumerate(outs):  # later calls have not overwritten them
         torch.testing.assert_close(out, fused.plain(images(call)))
-    assert "[2, 3, 33, 41]: captured" in str(fused.report)
+    strides = [3 * 33 * 41, 33 * 41, 41, 1]
+    assert f"[2, 3, 33, 41], strides {strides}: captured" in str(fused.report)
 
 
 def test_every_shape_and_memory_format_has_its_graph_in_one_pool(cuda: FakeCuda) -> None:
@@ -86,6 +87,7 @@ def test_every_shape_and_memory_format_has_its_graph_in_one_pool(cuda: FakeCuda)
         for x in others:
             torch.testing.assert_close(fused(x), fused.plain(x))
     assert len(cuda.graphs) == len(others)
+    assert [note.strides for note in fused.report.graphs] == [x.stride() for x in others]
     assert len(set(cuda.pools)) == 1
     assert cuda.replays == 2 * len(others)
 
@@ -390,7 +392,9 @@ def test_fuse_for_inference_makes_them(cuda: FakeCuda) -> None:
     with torch.no_grad():
         torch.testing.assert_close(fused(x), model(x))
     assert cuda.replays == 1 + 1
-    assert "CUDA graphs:\n  [1, 3, 32, 32]: captured" in str(fused.report)
+    assert "CUDA graphs:\n  [1, 3, 32, 32], strides [3072, 1024, 32, 1]: captured" in str(
+        fused.report
+    )
     assert fuse_for_inference(model).report.graphs == ()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from swiftkernels import fuse_for_inference
 from swiftkernels.fusion.chain import FusedChain
 from swiftkernels.fusion.steps import Convolution
 from swiftkernels.fusion.triton import program
-from swiftkernels.models import SwiftFormer
+from swiftkernels.models import SwiftFormer, swiftformer_l3, swiftformer_xs
+from swiftkernels.ops.plan import KeepsPlans
 from swiftkernels.testing.tolerance import assert_as_good_as_eager
+from tests.fusion import networks
 from tests.fusion.test_chain import X, attention, conv_mlp, randn, whole
 from tests.interpreter.instruments import TorchKernels, count_launches
 
@@ -120,3 +123,27 @@ def test_deep_convolutions_are_those_of_pytorch() -> None:
     with torch.no_grad(), count_launches() as launches:
         torch.testing.assert_close(chain(x), chain.plain(x), rtol=1e-4, atol=1e-5)
     assert launches == ATTENTION
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [(swiftformer_xs, (32, 32)), (swiftformer_xs, (225, 257)), (swiftformer_l3, (32, 32))],
+    ids=["XS, 32", "XS, 225 x 257", "L3, 32"],
+)
+def test_whole_networks_are_as_right_as_eager(
+    make: Callable[..., SwiftFormer], size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    model = networks.prepared(make(num_classes=10)).to(dtype)
+    for part in model.modules():
+        if isinstance(part, KeepsPlans):
+            part.backend = "reference"
+    fused = fuse_for_inference(model)
+    x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad(), count_launches() as launches:
+        out = fused(x)
+    assert launches.count(CONVOLUTION) == (4 if make is swiftformer_xs else 3)
+    with torch.no_grad():
+        eager, exact = model(x), model.double()(x.double())
+    assert_as_good_as_eager(out, eager, exact)

@@ -18,8 +18,8 @@ from swiftkernels.fusion.triton.convolution import _convolution_kernel
 MAX_DEPTH = 576
 """Most numbers of x that a number of the output is made of: 64 channels in 3 x 3.
 
-Up to there a convolution moves memory for longer than it multiplies. Deeper ones are PyTorch's,
-whose libraries also split the depth.
+Deeper convolutions are left to the libraries behind PyTorch's, which also split the depth: there
+the products take longer than the maps, of which the kernel saves a pass or two.
 """
 
 BLOCK = 64
