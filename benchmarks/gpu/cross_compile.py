@@ -499,7 +499,7 @@ KNOWN = (
     ),
     Known(
         "spills",
-        ("output_forward",),
+        ("output_forward", "residual_output_forward"),
         ("sm_86", "sm_89", "sm_120"),
         "the second stage that avoids it takes 128 KiB of shared memory, of which these have 99",
         ("fp32",),
@@ -515,7 +515,7 @@ KNOWN = (
     ),
     Known(
         "spills",
-        ("pool_forward", "pool_backward"),
+        ("pool_forward", "pool_backward", "residual_output_forward"),
         ("sm_86", "sm_89", "sm_100", "sm_103", "sm_120"),
         "two to seven instructions, above the 80 to 168 registers that ptxas keeps to there",
         widths=(56, 96, 168, 220, 512),
@@ -529,7 +529,7 @@ KNOWN = (
     ),
     Known(
         "spills",
-        ("block_forward", "mlp_input_backward", "mlp_weights_backward"),
+        ("block_forward", "mlp_input_backward", "mlp_weights_backward", "convolution_37_74"),
         CUDA,
         "rows of an odd width are loaded one number at a time, each at an address of its own",
         widths=(37,),
