@@ -97,7 +97,7 @@ def blocks_of(
     remaining = iter(forms)
     for step in chain:
         before = height, width
-        height, width = cpu.size_after(step, height, width)
+        height, width = steps.size_after(step, height, width)
         pixels, size = height * width, f"{height} x {width}"
         if isinstance(step, steps.Stem):
             middle = (before[0] + 1) // 2 * ((before[1] + 1) // 2)

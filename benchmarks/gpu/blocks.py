@@ -15,8 +15,8 @@ once but for caches. (A trace in the interpreter counts the same, see
 tests/interpreter/test_traffic.py.)
 PyTorch's operators around them count as those of eager PyTorch (`eager`).
 
-The command writes gpu_blocks.csv and the page docs/gpu_evidence.md. New rows replace older rows of
-the same case.
+The command writes gpu_blocks.csv, draws gpu_networks.png, and writes the page docs/gpu_evidence.md.
+New rows replace older rows of the same case.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import calls, eager, inductor, report
+from benchmarks.gpu import calls, eager, inductor, plots, report
 from benchmarks.gpu.cross_compile import Launch, recorded_launches
 from benchmarks.gpu.inductor import Case, layer_and_input
 from benchmarks.gpu.report import BLOCKS_CSV, BOTH, FORWARD
 from swiftkernels import fuse_for_inference, models
 from swiftkernels.backends import torch_state
-from swiftkernels.fusion import triton
 from swiftkernels.fusion.chain import FusedChain, Slot
+from swiftkernels.fusion.triton import program
 from swiftkernels.testing.costs import saved_bytes
 from swiftkernels.testing.engines import OURS
 from swiftkernels.utils import command
@@ -121,9 +121,9 @@ def _count_network(case: Case) -> tuple[int, int]:
     on_gpu = mock.patch.object(torch_state, "why_not_triton", return_value="")
     with on_gpu, torch.no_grad():
         with recorded_launches():
-            triton.run(chain.steps, x[:1], slot)  # prepares the weights
+            program.run(chain.steps, x[:1], slot)  # prepares the weights
         with recorded_launches() as launches, eager.EagerTraffic() as around:
-            triton.run(chain.steps, x, slot)
+            program.run(chain.steps, x, slot)
     return len(launches) + around.launches, sum(map(bytes_of, launches)) + around.bytes
 
 
@@ -225,6 +225,7 @@ def _main() -> None:
     options = parser.parse_args()
     wanted = [c for c in cases() if c.layer in options.layers and c.batch in options.batches]
     print(report.blocks_table(run(options.engines, wanted, options.out)))
+    print(plots.draw_networks(options.out))
     print(report.write(options.out))
 
 

@@ -1,7 +1,8 @@
 """Cross-compile every Triton kernel, and read what the binaries use. Needs neither GPU nor driver.
 
-`python -m benchmarks.gpu.cross_compile` records the launches of additive attention and of conv_mlp
-for each width and dtype, and compiles them for each architecture with Triton's own ptxas and LLVM.
+`python -m benchmarks.gpu.cross_compile` records the launches of additive attention, of conv_mlp and
+of fused networks for each width and dtype, and compiles them for each architecture with Triton's
+own ptxas and LLVM.
 It writes the results to docs/results/gpu_kernels.json: registers, spills, shared memory,
 tensor-core instructions, the widest loads and stores. A second run compiles only what has changed.
 From that file it writes the tables of docs/gpu_kernels.md.
@@ -35,7 +36,10 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu import calls
 from swiftkernels.backends.triton.sizes import power_of_two
+from swiftkernels.fusion.steps import Convolution
+from swiftkernels.fusion.triton import launch as convolution_launch
 from swiftkernels.ops.additive_attention.triton import config, launch
+from swiftkernels.ops.additive_attention.weights import Options, Weights
 from swiftkernels.ops.conv_mlp.triton import launch as conv_mlp_launch
 from swiftkernels.ops.types import Pooling
 from swiftkernels.testing.cases import make_mask, make_tensors
@@ -108,7 +112,7 @@ ODD_WIDTHS = (37, 40)
 UNSUPPORTED_WIDTHS = (48, 128)
 
 BLOCK_ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-"""For which conv_mlp is compiled; the others are alike."""
+"""For which conv_mlp and fused networks are compiled; the others are alike."""
 
 
 class Launch(NamedTuple):
@@ -120,9 +124,13 @@ class Launch(NamedTuple):
     @property
     def name(self) -> str:
         """Of the kernel; those of conv_mlp begin with "block", or "mlp" without a depthwise
-        convolution."""
+        convolution. Convolutions have their channels in it."""
         name: str = self.kernel.__name__
         name = name.removeprefix("_").removesuffix("_kernel")
+        if name == "convolution":
+            return f"{name}_{self.arguments['C']}_{self.arguments['D']}"
+        if self.arguments.get("residual_ptr") is not None:
+            return f"residual_{name}"
         if ".conv_mlp." not in self.kernel.fn.__module__:
             return name
         return f"block_{name}" if self.arguments.get("KERNEL") else f"mlp_{name}"
@@ -193,6 +201,39 @@ def block_launches_of(
         calls.block(x, 4 * width, 3, infer=True)
         calls.block(x, 4 * width, None)()
     return launches
+
+
+@functools.cache
+def fused_launches_of(width: int, dtype: torch.dtype, *, class_: str = "large") -> list[Launch]:
+    """The launches that only fused networks have, whose first stage has this width.
+
+    They are the convolutions of the stem, on contiguous images, and of the first downsampling, as
+    far as the kernel takes them, and the last kernel of attention with the residual branch.
+    """
+    convolutions = [
+        (3, width // 2, "relu"),
+        (width // 2, width, "relu"),
+        (width, 2 * width, "none"),
+    ]
+    x, *weights = make_tensors(2, 64, width, width, dtype=dtype)
+    assert x is not None
+    residual = launch.Residual(x, x.new_ones(width))
+    launch.forget_launches()
+    on_class = mock.patch.object(launch, "architecture", return_value=class_)
+    with on_class, recorded_launches() as attention:
+        options = Options("l2", True, width**-0.5, 1e-12)
+        launch.forward((x,), Weights(*weights), None, options, "", residual)  # type: ignore[arg-type]
+    with recorded_launches() as launches:
+        for channels, out_channels, activation in convolutions:
+            weight = x.new_zeros(out_channels, channels, 3, 3)
+            step = Convolution(weight, x.new_zeros(out_channels), 2, 1, activation)
+            images = x.new_zeros(2, channels, 14, 14)
+            if channels > 3:
+                images = images.contiguous(memory_format=torch.channels_last)
+            if convolution_launch.takes(step):
+                plan = convolution_launch.ConvolutionPlan(images, step)
+                plan(images, convolution_launch.pack(step), None, None)
+    return [*launches, attention[-1]]
 
 
 POINTERS = {
@@ -328,11 +369,15 @@ def _amd_bits(op: str) -> int:
     return 16 if "short" in op or "b16" in op else 8
 
 
-OPERATORS = {"additive_attention": launches_of, "conv_mlp": block_launches_of}
+OPERATORS = {
+    "additive_attention": launches_of,
+    "conv_mlp": block_launches_of,
+    "fusion": fused_launches_of,
+}
 
 
 class Cell(NamedTuple):
-    """All launches of one forward and backward, which are compiled and judged together."""
+    """All launches of an operator, which are compiled and judged together."""
 
     architecture: Architecture
     dtype: str
@@ -361,7 +406,7 @@ def grid(
         )
         if (architecture not in UNSUPPORTED or (width in UNSUPPORTED_WIDTHS and dtype != "bf16"))
         and (architecture == "sm_80" or width not in ODD_WIDTHS)
-        and (operator != "conv_mlp" or architecture in BLOCK_ARCHITECTURES)
+        and (operator == "additive_attention" or architecture in BLOCK_ARCHITECTURES)
     ]
 
 
@@ -391,7 +436,9 @@ def problems(cell: Cell, recorded: Launch, found: Facts) -> list[str]:
     sums = recorded.name.endswith("finish_backward")
     if cell.dtype != "fp32" and not found["tensor"] and not sums:
         wrong.append("no tensor cores")
-    if found["load"] < row_alignment(cell.width, cell.dtype):
+    convolution = recorded.name.startswith("convolution")
+    channels = recorded.arguments["C"] if convolution else cell.width
+    if found["load"] < row_alignment(channels, cell.dtype):
         wrong.append("narrow loads")
     return wrong
 
@@ -452,7 +499,7 @@ KNOWN = (
     ),
     Known(
         "spills",
-        ("output_forward",),
+        ("output_forward", "residual_output_forward"),
         ("sm_86", "sm_89", "sm_120"),
         "the second stage that avoids it takes 128 KiB of shared memory, of which these have 99",
         ("fp32",),
@@ -468,7 +515,7 @@ KNOWN = (
     ),
     Known(
         "spills",
-        ("pool_forward", "pool_backward"),
+        ("pool_forward", "pool_backward", "residual_output_forward"),
         ("sm_86", "sm_89", "sm_100", "sm_103", "sm_120"),
         "two to seven instructions, above the 80 to 168 registers that ptxas keeps to there",
         widths=(56, 96, 168, 220, 512),
@@ -482,7 +529,7 @@ KNOWN = (
     ),
     Known(
         "spills",
-        ("block_forward", "mlp_input_backward", "mlp_weights_backward"),
+        ("block_forward", "mlp_input_backward", "mlp_weights_backward", "convolution_37_74"),
         CUDA,
         "rows of an odd width are loaded one number at a time, each at an address of its own",
         widths=(37,),
@@ -561,10 +608,11 @@ def report(results: Results) -> str:
         for cell in grid()
         for recorded in cell.launches
     ]
-    judged, blocks = (
+    judged, blocks, fused = (
         [one for one in everything if one[0].operator == operator] for operator in OPERATORS
     )
     verdicts = _verdict_table(judged)
+    deepest = convolution_launch.MAX_DEPTH // 9
     versions = sorted({found["triton"] for _, _, found in everything if found}) or ["none"]
     return f"""\
 # What the compiled GPU kernels use
@@ -574,7 +622,7 @@ Written by `python -m benchmarks.gpu.cross_compile` from
 by Triton {", ".join(versions)}, with the arguments that the library launches them with. Nothing
 here ran on a GPU, and nothing here is a time. The first sections are about additive attention:
 forward and backward of a layer with C = E = D = width, tokens [B, N, C], pooling l2, no mask, all
-gradients. The last one is about `conv_mlp`.
+gradients. The last two are about `conv_mlp` and about fused networks.
 
 ## Which form a width takes
 
@@ -623,6 +671,16 @@ format. `block_forward` is a block in inference, with a 3 x 3 depthwise convolut
 {_verdict_table(blocks)}
 
 {_exceptions(blocks)}
+
+## Fused networks
+
+What `fuse_for_inference` launches besides: `convolution_C_D` are the 3 x 3 convolutions from C to D
+channels of the stem and of the first downsampling of a network of this width, up to {deepest}
+channels; `residual_output_forward` is the last kernel of attention with the residual branch.
+
+{_verdict_table(fused)}
+
+{_exceptions(fused)}
 """
 
 

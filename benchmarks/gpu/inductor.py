@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftkernels import AdditiveAttention, ConvMlp, models
+from swiftkernels.ops.plan import KeepsPlans
 
 
 class Case(NamedTuple):
@@ -47,9 +48,12 @@ class Case(NamedTuple):
 
 
 def _network(name: str, _: int, dtype: torch.dtype) -> nn.Module:
-    """A whole network; its width is the 3 channels of its images."""
+    """A whole network in PyTorch's operators; its width is the 3 channels of its images."""
     with torch.device("meta"):
         network: nn.Module = getattr(models, name)()
+    for part in network.modules():
+        if isinstance(part, KeepsPlans):
+            part.backend = "reference"
     return network.to(dtype).eval()
 
 

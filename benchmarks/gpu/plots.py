@@ -1,4 +1,4 @@
-"""The plots of `benchmarks.gpu.traffic` and `benchmarks.gpu.roofline`, from their CSV files."""
+"""The plots of the counts and bounds of GPU kernels, from their CSV files."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
-from benchmarks.gpu.report import GRID_FILL_CSV, LOWER_BOUNDS_CSV, TRAFFIC_CSV
+from benchmarks.gpu.report import BLOCKS_CSV, GRID_FILL_CSV, LOWER_BOUNDS_CSV, TRAFFIC_CSV
 from benchmarks.plots import read
 from swiftkernels.testing.engines import OURS
 from swiftkernels.testing.plots import (
@@ -28,6 +29,7 @@ from swiftkernels.utils.files import save_figure
 TRAFFIC_PNG = "gpu_traffic.png"
 LOWER_BOUNDS_PNG = "gpu_lower_bounds.png"
 GRID_FILL_PNG = "gpu_grid_fill.png"
+NETWORKS_PNG = "gpu_networks.png"
 
 Rows = Sequence[dict[str, str]]
 
@@ -41,6 +43,15 @@ STYLES = {
     },
 }
 """Engines in the order of the legend."""
+
+NETWORK = "swiftformer_"
+"""How the names of whole networks begin."""
+NETWORK_STYLES = {
+    "eager": Style("eager", "#7F7F7F", ""),
+    "inductor": Style("torch.compile", "#B8860B", ""),
+    OURS: Style(f"{OURS}, fused", VERMILION, ""),
+}
+"""Engines of whole networks, in the order of the bars."""
 
 CASE = ("batch", "tokens", "width")
 
@@ -75,6 +86,66 @@ def draw_lower_bounds(folder: Path) -> list[Path]:
         ),
         _save(grid_fill([r for r in fills if r["dtype"] == "float16"]), folder / GRID_FILL_PNG),
     ]
+
+
+def draw_networks(folder: Path) -> Path:
+    """Draw gpu_networks.png from gpu_blocks.csv in `folder`; returns its path.
+
+    Raises:
+        ValueError: the CSV file is missing or has no whole networks.
+    """
+    rows = read(folder / BLOCKS_CSV, "benchmarks.gpu.blocks")
+    own = [row for row in rows if row["layer"].startswith(NETWORK) and row["dtype"] == "float16"]
+    if not own:
+        raise ValueError(f"{folder / BLOCKS_CSV} has no whole networks in float16.")
+    return _save(networks(own), folder / NETWORKS_PNG)
+
+
+def networks(rows: Rows) -> Figure:
+    """Bytes of an image, and launches, of whole networks; a column for each batch."""
+    batches = sorted({row["batch"] for row in rows}, key=int)
+    names = list(dict.fromkeys(row["layer"] for row in rows))
+    figure, panels = new_figure(11.5, 6.4, 2, len(batches), margins=MARGINS._replace(bottom=1.35))
+    for column, batch in enumerate(batches):
+        panels[0][column].set_title(f"batch {batch}", fontsize=10, color=INK, loc="left")
+        own = [row for row in rows if row["batch"] == batch]
+        for row in own:
+            engine = row["engine"]
+            x = names.index(row["layer"]) + 0.29 * (list(NETWORK_STYLES).index(engine) - 1)
+            values = int(row["bytes"]) / 1e6 / int(batch), int(row["launches"])
+            for axes, value in zip((panels[0][column], panels[1][column]), values, strict=True):
+                axes.bar(x, value, 0.26, color=NETWORK_STYLES[engine].colour, zorder=3)
+                axes.annotate(
+                    f"{value:.0f}", (x, value), xytext=(0, 2), textcoords="offset points",
+                    ha="center", fontsize=7, color=INK,
+                )  # fmt: skip
+        for row in own:
+            x, least = names.index(row["layer"]), int(row["minimum_bytes"]) / 1e6 / int(batch)
+            panels[0][column].plot([x - 0.43, x + 0.43], [least] * 2, color=INK, zorder=4)
+        for axes in (panels[0][column], panels[1][column]):
+            labels = [name.removeprefix(NETWORK).upper() for name in names]
+            axes.set_xticks(range(len(names)), labels)
+            axes.grid(visible=False, axis="x")
+    panels[0][0].set_ylabel("MB for an image", color=INK)
+    panels[1][0].set_ylabel("kernels launched", color=INK)
+    handles = [
+        *(Patch(color=style.colour, label=style.name) for style in NETWORK_STYLES.values()),
+        Line2D([], [], color=INK, label="images, weights and output once"),
+    ]
+    figure.legend(
+        handles=handles, ncols=4, loc="lower left",
+        bbox_to_anchor=(figure.subplotpars.left, 0.66 / figure.get_figheight()),
+        fontsize=8.5, labelcolor=INK, frameon=False, borderaxespad=0,
+    )  # fmt: skip
+    add_title(figure, "Whole SwiftFormers in inference: bytes between kernels, and launches")
+    versions = f"torch {rows[-1]['torch']}, triton {rows[-1]['triton']}"
+    add_caption(
+        figure,
+        "Counted, not measured: no GPU has run this. float16, 224 x 224 pixels. torch.compile: "
+        "code that Inductor writes for an H100. Caches may hold such bytes between kernels. "
+        f"{versions}.",
+    )
+    return figure
 
 
 def traffic(rows: Rows) -> Figure:

@@ -88,7 +88,10 @@ SwiftFormers in inference on images of 224 x 224 pixels, of {ours} by `fuse_for_
 depthwise convolution, BatchNorm, 4 C hidden channels, GELU, layer scale and residual. `mlp`: two
 pointwise convolutions with GELU between them, 4 C hidden channels and residual. Kernels launched,
 and MB, in float16; what float32 moves is in [gpu_blocks.csv](results/gpu_blocks.csv). A launch of
-{ours} counts the bytes of its tensors: it touches all of them once, as the trace shows.
+{ours} counts the bytes of its tensors: it touches all of them once, as the trace shows. Images are
+in channels_last memory format.
+
+![Whole networks: bytes between kernels, and launches](results/gpu_networks.png)
 """
 
 _BLOCKS_NOTE = """\

@@ -37,6 +37,40 @@ def allow_tf32() -> bool:
     return bool(torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32")
 
 
+def numerics() -> tuple[object, ...]:
+    """PyTorch's settings that decide which kernels compute an operator on a GPU."""
+    precision = torch._C._get_fp32_precision_getter
+    return (
+        precision("cuda", "matmul"),
+        precision("cuda", "conv"),
+        torch._C._get_deterministic_algorithms(),
+        torch._C._get_cudnn_benchmark(),
+        torch._C._get_cudnn_enabled(),
+        torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
+        torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
+    )
+
+
+def why_not_graphs(device: torch.device) -> str:
+    """Why there are no CUDA graphs on that device; empty if there are."""
+    return "" if device.type == "cuda" else f"CUDA graphs need a CUDA device; got {device}"
+
+
+@contextlib.contextmanager
+def new_workspaces() -> Iterator[None]:
+    """Inside, and afterwards, cuBLAS allocates its workspaces anew.
+
+    A graph that is captured inside has workspaces in its own memory. Otherwise graphs that were
+    captured in one stream would share workspaces, wherever they are replayed.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)  # only in CUDA builds
+    clear()
+    try:
+        yield
+    finally:
+        clear()
+
+
 def fits_kernels(*tensors: Tensor | None) -> bool:
     """Whether tensors fit kernels that were compiled for aligned tensors of ordinary size.
 

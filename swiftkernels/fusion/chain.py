@@ -37,10 +37,10 @@ class Slot:
 class FusedChain(nn.Module):
     """Several steps, one after the other, as one program.
 
-    On a CPU the compiled kernels run the chain; on a GPU Triton kernels run its blocks and its
-    attention, and PyTorch's operators the rest. Where there are no kernels (float64, other devices
-    and processors) and where PyTorch has to see operators (export, compilation, tracing,
-    gradients), it computes `plain`, the same in PyTorch's operators.
+    On a CPU the compiled kernels run the chain; on a GPU Triton kernels run its blocks, attention
+    and small convolutions, and PyTorch's operators the rest. Where there are no kernels (float64,
+    other devices and processors) and where PyTorch has to see operators (export, compilation,
+    tracing, gradients), it computes `plain`, the same in PyTorch's operators.
 
     The tensors of the steps are buffers, named by step: `conv_mlp3_weight1`. New values are used
     from the next call on, except those written through `.data`.
@@ -199,6 +199,11 @@ def plain_chains() -> Iterator[None]:
         _local.plain = before
 
 
+def chains_are_plain() -> bool:
+    """Whether this thread is inside of `plain_chains`."""
+    return bool(getattr(_local, "plain", False))
+
+
 def _may_run(x: Tensor, chain: FusedChain) -> bool:
     """Whether the compiled program of a chain may take x, as far as PyTorch is concerned."""
     # The first test is a constant under torch.compile.
@@ -213,14 +218,14 @@ def _may_run(x: Tensor, chain: FusedChain) -> bool:
         and x.numel() > 0
         and x.dtype is like.dtype
         and not (x.requires_grad and torch.is_grad_enabled())
-        and not getattr(_local, "plain", False)
+        and not chains_are_plain()
     )
 
 
 def _runner(device: torch.device) -> Runner | None:
     """What runs a chain on that device; None where there is nothing."""
     if not torch_state.why_not_triton(device):
-        return _program("swiftkernels.fusion.triton")
+        return _program("swiftkernels.fusion.triton.program")
     if device.type != "cpu":
         return None
     run = _program("swiftkernels.fusion.cpu")

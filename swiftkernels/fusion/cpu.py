@@ -15,7 +15,7 @@ from swiftkernels.backends.cpu.library import CANCELLATION, TYPES
 from swiftkernels.backends.cpu.packing import NEVER_STALE, Packer
 from swiftkernels.backends.layouts import image_strides
 from swiftkernels.fusion import steps as of
-from swiftkernels.fusion.steps import ACTIVATIONS, Step
+from swiftkernels.fusion.steps import ACTIVATIONS, Step, size_after
 from swiftkernels.ops.additive_attention.cpu import config
 from swiftkernels.ops.additive_attention.cpu import packing as attention
 from swiftkernels.ops.conv_mlp.cpu import pack as pack_conv_mlp
@@ -112,32 +112,6 @@ class Programs:
                 form = config.form(height * width, w.in_dims, w.width, norm)
                 forms.append(attention.PLAIN if self.uses_plain_attention else form)
         return tuple(forms)
-
-
-def size_after(step: Step, height: int, width: int) -> tuple[int, int]:
-    """Height and width of the map that a step makes.
-
-    Raises:
-        ValueError: a kernel is larger than the map.
-    """
-    if isinstance(step, of.Pool):
-        return 1, 1
-    if isinstance(step, of.Stem):
-        for half in step.convolutions:
-            height, width = size_after(half, height, width)
-        return height, width
-    if not isinstance(step, (of.Convolution, of.Depthwise)):
-        return height, width
-    kernel, stride = step.weight.shape[-1], step.stride
-    padding = step.padding if isinstance(step, of.Convolution) else kernel // 2
-    if min(height, width) + 2 * padding < kernel:
-        raise ValueError(
-            f"x must be large enough for a convolution of {kernel} x {kernel} pixels; its map has "
-            f"{height} x {width}. Pass larger images."
-        )
-    return (height + 2 * padding - kernel) // stride + 1, (
-        width + 2 * padding - kernel
-    ) // stride + 1
 
 
 def run(steps: tuple[Step, ...], x: Tensor, slot: Any) -> Tensor:

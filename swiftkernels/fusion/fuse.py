@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swiftkernels.backends import torch_state
 from swiftkernels.fusion import find
 from swiftkernels.fusion.chain import FusedChain
 from swiftkernels.fusion.find import LeftBlock, Unit
@@ -36,16 +37,18 @@ PROBES = 2
 """Inputs on which a candidate is compared with the model."""
 
 
-def fuse_for_inference(model: nn.Module, *, example: Tensor | None = None) -> FusedNetwork:
+def fuse_for_inference(
+    model: nn.Module, *, example: Tensor | None = None, graph: bool = False
+) -> FusedNetwork:
     """A network for inference that computes the same, with chains of its blocks fused.
 
     For SwiftFormers of this library, timm, transformers, the official code and forks with other
     names, and for networks of convolutions such as RepViT, FastViT, EfficientFormer, ConvNeXt and
     MobileNet: blocks are found by what they compute. Each block is compared with the steps that
     replace it, and the fused network with the model, in float64 on random images; the largest
-    chains that change no output are taken. On a CPU a chain runs as one compiled program; elsewhere
-    in PyTorch's operators. Outside of the chains BatchNorms are folded into the convolutions before
-    them.
+    chains that change no output are taken. On a CPU a chain runs as one compiled program; on a GPU
+    blocks, attention and small convolutions run in Triton kernels; elsewhere all runs in PyTorch's
+    operators. Outside of the chains BatchNorms are folded into the convolutions before them.
 
     Blocks with hooks, replaced forwards, adapters, parametrizations or quantised layers stay as
     they are, and chains end at modules with hooks; the report says why. Hooks are copied as by
@@ -57,14 +60,17 @@ def fuse_for_inference(model: nn.Module, *, example: Tensor | None = None) -> Fu
     Args:
         model: in evaluation mode, on images [B, C, H, W].
         example: images that the model takes, if it takes no random images of 64 x 64 and 97 x 70.
+        graph: whether shapes of images that repeat are captured in CUDA graphs, which launch all
+            kernels at once: see `FusedNetwork`. It needs a model on one CUDA device.
 
     Returns:
         The fused network; print its `report`.
 
     Raises:
-        TypeError: model is no module, or example no tensor.
+        TypeError: model is no module, example no tensor, or graph no bool.
         ValueError: a model in training mode or without values (device meta), one that no example
-            runs on, or one without a block that can be fused.
+            runs on, or one without a block that can be fused; graph=True for a model that is not on
+            one CUDA device.
 
     Example:
         >>> from swiftkernels.models import SwiftFormer
@@ -76,6 +82,7 @@ def fuse_for_inference(model: nn.Module, *, example: Tensor | None = None) -> Fu
         (8, 0)
     """
     _check(model, example)
+    _check_graph(model, graph)
     if find.forward_was_replaced(model):
         kind = type(model).__name__
         raise ValueError(_nothing(model, [LeftBlock("", kind, "its forward was replaced")]))
@@ -102,7 +109,7 @@ def fuse_for_inference(model: nn.Module, *, example: Tensor | None = None) -> Fu
                 if folds and not fits([*runs, *folds]):
                     folds = []
                 with _parameters(clone, values):
-                    return _fused(model, clone, runs, folds, search)
+                    return _fused(model, clone, runs, folds, search, graph)
     raise ValueError(_nothing(model, search.left([])))
 
 
@@ -136,6 +143,20 @@ def _check(model: nn.Module, example: Tensor | None) -> None:
                     "model must hold values, which are folded; got "
                     f"{f'{name}.{own}'.lstrip('.')} on device meta. Load the weights first."
                 )
+
+
+def _check_graph(model: nn.Module, graph: bool) -> None:
+    if not isinstance(graph, bool):
+        raise TypeError(f"graph must be True or False; got {graph!r}.")
+    if not graph:
+        return
+    devices = {t.device for t in (*model.parameters(), *model.buffers())}
+    if len(devices) != 1 or torch_state.why_not_graphs(*devices):
+        found = ", ".join(sorted(map(str, devices))) or "no device"
+        raise ValueError(
+            f"graph=True needs a model on one CUDA device; got one on {found}. Move the model "
+            "there first, as in model.cuda(), or leave graph out: then chains run on any device."
+        )
 
 
 def _check_values(clone: nn.Module) -> None:
@@ -275,7 +296,12 @@ def _parameters(network: nn.Module, values: Mapping[str, Tensor]) -> Iterator[No
 
 
 def _fused(
-    model: nn.Module, clone: nn.Module, runs: Sequence[Run], folds: Sequence[Fold], search: Search
+    model: nn.Module,
+    clone: nn.Module,
+    runs: Sequence[Run],
+    folds: Sequence[Fold],
+    search: Search,
+    graph: bool,
 ) -> FusedNetwork:
     """The fused network, with the weights of the copied model in the types of the model."""
     network = copy.deepcopy(model)
@@ -307,7 +333,7 @@ def _fused(
     network.requires_grad_(False)
     pairs = tuple((fold.conv, fold.norm) for fold in folds)
     report = FusionReport(tuple(blocks), tuple(search.left(runs, folds)), pairs)
-    return FusedNetwork(network, report, argument, search.is_whole(runs))
+    return FusedNetwork(network, report, argument, search.is_whole(runs), graph)
 
 
 def _nothing(model: nn.Module, left: Sequence[LeftBlock]) -> str:

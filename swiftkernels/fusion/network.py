@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
-from swiftkernels.fusion.chain import FusedChain, plain_chains
+from swiftkernels.fusion.chain import FusedChain, chains_are_plain, plain_chains
 from swiftkernels.fusion.find import LeftBlock
+from swiftkernels.fusion.graphs import GraphNote, Graphs
 from swiftkernels.utils import checks
 
 
@@ -42,6 +43,8 @@ class FusionReport:
     """Blocks and layers that run as in the model, and why."""
     folded: tuple[tuple[str, str], ...] = ()
     """Convolutions outside of the chains, and the BatchNorms that were folded into them."""
+    graphs: tuple[GraphNote, ...] = ()
+    """With `graph=True`: the shapes of the images so far, and which of them have a CUDA graph."""
 
     def __str__(self) -> str:
         chains = len({block.chain for block in self.fused})
@@ -52,6 +55,8 @@ class FusionReport:
             lines += [f"  {norm} into {conv}" for conv, norm in self.folded]
         if self.left:
             lines += ["not fused:", *(f"  {block}" for block in self.left)]
+        if self.graphs:
+            lines += ["CUDA graphs:", *(f"  {note}" for note in self.graphs)]
         return "\n".join(lines)
 
 
@@ -63,12 +68,19 @@ class FusedNetwork(nn.Module):
     network of this library or of timm, its own forward is not run, nor are hooks that are added to
     its parts later.
 
+    With `graph=True`, images of a shape and strides that came before are answered by a CUDA graph.
+    The output is a copy, which later calls leave as it is. Several threads and streams may call the
+    network: its graphs are run for one after the other. Graphs are dropped when a weight is written
+    or the network is moved. The network runs without a graph, and the report says why, under
+    autocast, in a trace, transform or other capture, with hooks, on other devices than CUDA's, for
+    more than 16 shapes, and where the capture fails. Copies and pickles have no graphs yet.
+
     Attributes:
         network: the copy of the model, with a `FusedChain` in the place of the first block of each
             chain, and `Passed` in the place of the others. Only its forward is right: other
             methods, such as `forward_features`, and options that are set later see what chains
             return.
-        report: what became of each block (`FusionReport`).
+        report: what became of each block, and of the shapes of images (`FusionReport`).
 
     Raises:
         TypeError, ValueError: a call with other arguments, in training mode, with images of
@@ -76,11 +88,17 @@ class FusedNetwork(nn.Module):
     """
 
     def __init__(
-        self, network: nn.Module, report: FusionReport, argument: str, whole: bool = False
+        self,
+        network: nn.Module,
+        report: FusionReport,
+        argument: str,
+        whole: bool = False,
+        graph: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
-        self.report = report
+        self._report = report
+        self._graphs = Graphs() if graph else None
         self._argument = argument
         self._whole = whole
         # In a tuple, or it would be a child module twice.
@@ -89,13 +107,42 @@ class FusedNetwork(nn.Module):
 
     def forward(self, x: Any = None, /, *others: Any, **named: Any) -> Any:
         """The output of the model for images x [B, C, H, W]."""
-        images = x if isinstance(x, torch.fx.Proxy) else self._checked(x, others, named)
+        if isinstance(x, torch.fx.Proxy):
+            return self._compute(x)
+        images = self._checked(x, others, named)
+        if torch.compiler.is_compiling() or self._graphs is None or chains_are_plain():
+            return self._compute(images)
+        if getattr(self, "_is_replica", False):  # of DataParallel: the graphs are another device's
+            return self._compute(images)
+        return self._graphs.run(self._compute, self._parts(), images)
+
+    def _compute(self, images: Any) -> Any:
         return self._chains[0](images).flatten(1) if self._whole else self.network(images)
+
+    def _parts(self) -> Iterable[nn.Module]:
+        """The modules that compute the output."""
+        return self._chains[:1] if self._whole else self.network.modules()
 
     def plain(self, x: Any = None, /, *others: Any, **named: Any) -> Any:
         """The same, with all chains in PyTorch's operators."""
         with plain_chains():
             return self.forward(x, *others, **named)
+
+    @property
+    def report(self) -> FusionReport:
+        """What became of each block and, with `graph=True`, of the shapes of images so far."""
+        if self._graphs is None:
+            return self._report
+        return replace(self._report, graphs=self._graphs.notes)
+
+    def release_graphs(self) -> None:
+        """Drop the CUDA graphs and free their memory; shapes that come again are captured again."""
+        if self._graphs is not None:
+            self._graphs.release()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedNetwork:
+        self.release_graphs()  # they hold the weights as they were
+        return cast(FusedNetwork, super()._apply(fn, recurse))
 
     def extra_repr(self) -> str:
         chains = len({block.chain for block in self.report.fused})

@@ -366,6 +366,32 @@ class Linear(Step):
         return self.weight.shape[1]
 
 
+def size_after(step: Step, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the map that a step makes.
+
+    Raises:
+        ValueError: a kernel is larger than the map.
+    """
+    if isinstance(step, Pool):
+        return 1, 1
+    if isinstance(step, Stem):
+        for half in step.convolutions:
+            height, width = size_after(half, height, width)
+        return height, width
+    if not isinstance(step, (Convolution, Depthwise)):
+        return height, width
+    kernel, stride = step.weight.shape[-1], step.stride
+    padding = step.padding if isinstance(step, Convolution) else kernel // 2
+    if min(height, width) + 2 * padding < kernel:
+        raise ValueError(
+            f"x must be large enough for a convolution of {kernel} x {kernel} pixels; its map has "
+            f"{height} x {width}. Pass larger images."
+        )
+    return (height + 2 * padding - kernel) // stride + 1, (
+        width + 2 * padding - kernel
+    ) // stride + 1
+
+
 def run(steps: Sequence[Step], x: Tensor, tensors: Sequence[Tensors] | None = None) -> Tensor:
     """What steps compute one after the other, in PyTorch's operators.
 

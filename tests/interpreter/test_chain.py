@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from swiftkernels import fuse_for_inference
 from swiftkernels.fusion.chain import FusedChain
-from swiftkernels.models import SwiftFormer
+from swiftkernels.fusion.steps import Convolution
+from swiftkernels.fusion.triton import program
+from swiftkernels.models import SwiftFormer, swiftformer_l3, swiftformer_xs
+from swiftkernels.ops.plan import KeepsPlans
 from swiftkernels.testing.tolerance import assert_as_good_as_eager
-from tests.fusion.test_chain import X, whole
-from tests.interpreter.instruments import count_launches
+from tests.fusion import networks
+from tests.fusion.test_chain import X, attention, conv_mlp, randn, whole
+from tests.interpreter.instruments import TorchKernels, count_launches
 
 BLOCK = "_forward_kernel"
+CONVOLUTION = "_convolution_kernel"
 SMALL = X[:, :, :17, :19]
 ATTENTION = ["_pool_forward_kernel", "_output_forward_kernel"]
 
@@ -25,7 +31,8 @@ def test_blocks_and_attention_go_to_the_kernels(dtype: torch.dtype) -> None:
     x = SMALL.to(dtype)
     with torch.no_grad(), count_launches() as launches:
         out = chain(x)
-    assert launches == [BLOCK, *ATTENTION, BLOCK, *ATTENTION]
+    stem = [CONVOLUTION] * 2
+    assert launches == [*stem, BLOCK, *ATTENTION, BLOCK, CONVOLUTION, *ATTENTION]
     exact = copy.deepcopy(chain).double().plain(x.double())
     assert_as_good_as_eager(out, chain.plain(x), exact)
     with torch.no_grad():
@@ -52,7 +59,7 @@ def test_new_values_and_other_sizes() -> None:
 
 
 def test_a_fused_network_is_a_launch_for_every_block() -> None:
-    """Three for an encoder with attention, besides its attention."""
+    """Three for an encoder with attention, besides its attention; and the head is PyTorch's."""
     torch.manual_seed(0)
     network = SwiftFormer((16, 24), (2, 2), num_classes=5).eval()
     fused = fuse_for_inference(network)
@@ -60,6 +67,83 @@ def test_a_fused_network_is_a_launch_for_every_block() -> None:
     with torch.no_grad(), count_launches() as launches:
         out = fused(x)
     stage = [BLOCK, BLOCK, *ATTENTION, BLOCK]
-    assert launches == stage * 2
+    assert launches == [CONVOLUTION] * 2 + stage + [CONVOLUTION] + stage
+    (chain,) = (part for part in fused.modules() if isinstance(part, FusedChain))
+    with torch.no_grad(), count_launches(), TorchKernels() as kernels:
+        program.run(chain.steps, x, chain.slot)
+    assert [name for name, _ in kernels.calls] == ["mean", "addmm"]
     with torch.no_grad():
         torch.testing.assert_close(out, network(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("size", [(5, 7), (1, 1)])
+def test_the_last_kernel_of_attention_adds_its_input(scale: bool, size: tuple[int, int]) -> None:
+    chain = FusedChain([attention(8, scale), conv_mlp(8, 0)])
+    x = randn(2, 8, *size)
+    exact = copy.deepcopy(chain).double().plain(x.double())
+    with torch.no_grad():
+        for given in (x, x.contiguous(memory_format=torch.channels_last)):
+            for _ in range(2):
+                assert_as_good_as_eager(chain(given), chain.plain(given), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_queries_and_keys_of_wide_attention_are_one_product(dtype: torch.dtype) -> None:
+    """Above 256 channels; the weights of the product are packed once."""
+    step = attention(130)
+    assert step.weights.width == 260
+    chain = FusedChain([step]).to(dtype)
+    x = randn(2, 130, 3, 2).to(dtype).contiguous(memory_format=torch.channels_last)
+    exact = copy.deepcopy(chain).double().plain(x.double())
+    with torch.no_grad(), count_launches() as launches:
+        assert_as_good_as_eager(chain(x), chain.plain(x), exact)
+    assert launches == ATTENTION
+    with torch.no_grad(), count_launches(), TorchKernels() as kernels:
+        out = program.run(chain.steps, x, chain.slot)
+    assert [name for name, _ in kernels.calls] == ["addmm"]
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_images_are_read_as_they_are() -> None:
+    """Also contiguous ones: the stem copies nothing."""
+    chain = FusedChain(whole()[:2])
+    strided = SMALL.repeat_interleave(2, 3)[..., ::2]
+    for x in (SMALL, SMALL.contiguous(memory_format=torch.channels_last), strided):
+        with torch.no_grad():
+            torch.testing.assert_close(chain(x), chain.plain(x), rtol=1e-4, atol=1e-5)
+            with count_launches(), TorchKernels() as kernels:
+                program.run(chain.steps, x, chain.slot)
+        assert kernels.calls == []
+
+
+def test_deep_convolutions_are_those_of_pytorch() -> None:
+    step = Convolution(randn(4, 70, 3, 3), randn(4))
+    chain, x = FusedChain([step, attention(4)]), randn(1, 70, 6, 5)
+    with torch.no_grad(), count_launches() as launches:
+        torch.testing.assert_close(chain(x), chain.plain(x), rtol=1e-4, atol=1e-5)
+    assert launches == ATTENTION
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [(swiftformer_xs, (32, 32)), (swiftformer_xs, (225, 257)), (swiftformer_l3, (32, 32))],
+    ids=["XS, 32", "XS, 225 x 257", "L3, 32"],
+)
+def test_whole_networks_are_as_right_as_eager(
+    make: Callable[..., SwiftFormer], size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    model = networks.prepared(make(num_classes=10)).to(dtype)
+    for part in model.modules():
+        if isinstance(part, KeepsPlans):
+            part.backend = "reference"
+    fused = fuse_for_inference(model)
+    x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad(), count_launches() as launches:
+        out = fused(x)
+    assert launches.count(CONVOLUTION) == (4 if make is swiftformer_xs else 3)
+    with torch.no_grad():
+        eager, exact = model(x), model.double()(x.double())
+    assert_as_good_as_eager(out, eager, exact)

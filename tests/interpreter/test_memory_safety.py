@@ -23,9 +23,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import swiftkernels.backends.triton
+import swiftkernels.fusion.triton
 import swiftkernels.ops.additive_attention.triton
 import swiftkernels.ops.conv_mlp.triton
-from swiftkernels.ops.additive_attention.weights import Options
+from swiftkernels.fusion.steps import Convolution
+from swiftkernels.ops.additive_attention.weights import Options, Weights
 from swiftkernels.ops.conv_mlp import weights as conv_mlp
 from swiftkernels.ops.operator import Needs
 from swiftkernels.testing.cases import (
@@ -349,6 +351,19 @@ def layer_run(
     return run
 
 
+def residual_run(n_tokens: int, width: int) -> Run:
+    """The layer in inference, with its residual branch."""
+    x, *weights = make_tensors(2, n_tokens, width, width, dtype=torch.float32)
+    assert x is not None
+    options = Options("l2", True, width**-0.5, 1e-12)
+
+    def run(module: ModuleType) -> None:
+        residual = module.Residual(x, torch.rand(width))
+        module.forward((x,), Weights(*weights), None, options, "", residual)
+
+    return run
+
+
 def query_key_run(n_tokens: int, width: int, pooling: str, masked: bool) -> Run:
     """From given queries and keys, two halves of one buffer."""
     q, k, *weights = make_query_key_tensors(2, n_tokens, 8, width, 1, dtype=torch.float32)
@@ -375,6 +390,7 @@ RUNS: dict[str, Run] = {
     ),
     "two heads, D 40": layer_run(17, 30, 40, 2, pooling="linear"),
     "queries and keys": query_key_run(35, 24, "softmax", masked=True),
+    "residual branch": residual_run(35, 20),
 }
 
 
@@ -413,6 +429,28 @@ CONV_MLP_RUNS: dict[str, Run] = {
 }
 
 
+def convolution_run(
+    channels: int, out_channels: int, kernel: int, image: tuple[int, int], channels_last: bool
+) -> Run:
+    """A convolution of stride 2 with ReLU."""
+    weight = torch.randn(out_channels, channels, kernel, kernel)
+    step = Convolution(weight, torch.randn(out_channels), 2, kernel // 2, "relu")
+    x = torch.randn(2, channels, *image)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+
+    def run(module: ModuleType) -> None:
+        module.ConvolutionPlan(x, step)(x, module.pack(step), None, None)
+
+    return run
+
+
+CONVOLUTION_RUNS: dict[str, Run] = {
+    "3 x 3": convolution_run(6, 20, 3, (5, 8), True),
+    "5 x 5, images": convolution_run(3, 70, 5, (9, 4), False),
+}
+
+
 class Library(NamedTuple):
     """The Triton kernels of an operator, and runs of them."""
 
@@ -432,6 +470,7 @@ SHARED = swiftkernels.backends.triton
 LIBRARIES = {
     "additive_attention": Library(swiftkernels.ops.additive_attention.triton, RUNS),
     "conv_mlp": Library(swiftkernels.ops.conv_mlp.triton, CONV_MLP_RUNS),
+    "fusion": Library(swiftkernels.fusion.triton, CONVOLUTION_RUNS),
 }
 
 
@@ -484,7 +523,7 @@ def masks() -> list[Mask]:
 MASKS = masks()
 SOME_MASKS = [
     mask
-    for key, count in zip(LIBRARIES, (4, 3), strict=True)
+    for key, count in zip(LIBRARIES, (4, 3, 2), strict=True)
     for own in [[mask for mask in MASKS if mask[0] == key]]
     for mask in own[:: max(len(own) // count, 1)]
 ]
@@ -545,7 +584,7 @@ def test_every_missing_mask_is_found(mutate, mask):
 
 @pytest.mark.parametrize(
     ("library", "name"),
-    [("additive_attention", "E 24, images, masked"), ("conv_mlp", "3 x 3")],
+    [("additive_attention", "E 24, images, masked"), ("conv_mlp", "3 x 3"), ("fusion", "3 x 3")],
 )
 def test_a_mutant_without_mutation_is_clean(mutate, library, name):
     with trace():

@@ -10,6 +10,8 @@ from benchmarks.gpu import calls
 from benchmarks.gpu.traffic import Shape, count_ours, extrapolate, minimum_bytes
 from swiftkernels import AdditiveAttention
 from swiftkernels.backends.triton.kernel_launch import KernelLaunch
+from swiftkernels.fusion.steps import Convolution
+from swiftkernels.fusion.triton.launch import ConvolutionPlan, pack
 from swiftkernels.testing.triton_trace import SECTOR, trace
 
 TENSORS = 8
@@ -59,7 +61,9 @@ def test_forward_and_backward_are_six_launches_and_gemms_on_weights(width):
         assert all(max(shape) <= width for shape in operator.shapes), operator
 
 
-@pytest.mark.parametrize(("layer", "side"), [("encoder", 9), ("mlp", 4), ("mlp", 15)])
+@pytest.mark.parametrize(
+    ("layer", "side"), [("encoder", 9), ("convolution", 9), ("mlp", 4), ("mlp", 15)]
+)
 def test_the_kernels_of_a_block_touch_their_tensors_once(layer, side, monkeypatch):
     """What `benchmarks.gpu.blocks` counts: the bytes of a launch are those of its tensors."""
     tensors: list[Tensor] = []
@@ -72,9 +76,15 @@ def test_the_kernels_of_a_block_touch_their_tensors_once(layer, side, monkeypatc
     monkeypatch.setattr(KernelLaunch, "__call__", recording)
     x = torch.zeros(2, side, side, 24, dtype=torch.float16).movedim(-1, 1)
     with trace() as launches:
-        backward = calls.block(x, 48, 3 if layer == "encoder" else None, infer=layer == "encoder")
-        if layer == "mlp":
-            backward()
-    assert len(launches) == {("encoder", 9): 1, ("mlp", 4): 3, ("mlp", 15): 4}[layer, side]
+        if layer == "convolution":
+            step = Convolution(x.new_zeros(40, 24, 3, 3), x.new_zeros(40))
+            ConvolutionPlan(x, step)(x, pack(step), None, None)
+        else:
+            encoder = layer == "encoder"
+            backward = calls.block(x, 48, 3 if encoder else None, infer=encoder)
+            if not encoder:
+                backward()
+    expected = {("encoder", 9): 1, ("convolution", 9): 1, ("mlp", 4): 3, ("mlp", 15): 4}
+    assert len(launches) == expected[layer, side]
     given = sum(t.nbytes for t in tensors)
     assert given <= sum(one.distinct for one in launches) <= given + SECTOR * len(tensors)

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from swiftkernels import AdditiveAttention
 from swiftkernels.ops.additive_attention.op import QUERY_KEY_ATTENTION
+from swiftkernels.ops.additive_attention.triton import launch
+from swiftkernels.ops.additive_attention.weights import Options
 from swiftkernels.ops.operator import Operator
+from swiftkernels.ops.plan import Plans
 
 
 @pytest.fixture
@@ -87,6 +90,23 @@ def test_checkpointing_a_new_layer_and_a_known_one(layers, shape, calls_before):
     (grad,) = torch.autograd.grad(out.sin().sum(), x)
     (expected,) = torch.autograd.grad(reference(x).sin().sum(), x)
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_for_inference_adds_x_where_the_output_has_its_layout(layers):
+    ours, reference = layers
+    weights, scale = ours._plain_weights(), torch.randn(24)
+    options = Options("l2", True, ours.scale_factor, ours.eps)
+    contiguous = torch.randn(2, 9, 24)
+    image = torch.randn(2, 24, 3, 4).contiguous(memory_format=torch.channels_last)
+    for x in (contiguous, image):
+        plan = launch.inference_plan(x, weights, None, options, scale, Plans())
+        assert plan is not None
+        with torch.no_grad():
+            out = plan(x, weights, None, scale)
+            torch.testing.assert_close(out, reference(x, residual_scale=scale))
+    for x in (contiguous.mT.contiguous().mT, image.contiguous()):
+        assert launch.inference_plan(x, weights, None, options, scale, Plans()) is None
+        assert launch.inference_plan(x, weights, None, options, None, Plans()) is not None
 
 
 def test_an_unsupported_width_is_refused():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-import inspect
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from benchmarks import timm_networks
 from benchmarks.gpu.device.results import GRAPHS
 from benchmarks.timm_networks import CLASSES
 from swiftkernels import fuse_for_inference, models
+from swiftkernels.backends import torch_state
 from swiftkernels.ops.plan import KeepsPlans
 from swiftkernels.testing.engines import OURS
 from swiftkernels.utils.text import first_line
@@ -89,13 +89,10 @@ class Network:
 
     @functools.cached_property
     def fused(self) -> dict[str, nn.Module]:
-        """By engine: `fuse_for_inference`, and the same with CUDA graphs where it has them."""
-        if "graph" not in inspect.signature(fuse_for_inference).parameters:
-            return {OURS: fuse_for_inference(self.model)}
-        fuse: Any = fuse_for_inference
-        fused = {OURS: fuse(self.model, graph=False)}
-        if self.device.type == "cuda":
-            fused[GRAPHS] = fuse(self.model, graph=True)
+        """By engine: `fuse_for_inference`, and the same with CUDA graphs where there are any."""
+        fused: dict[str, nn.Module] = {OURS: fuse_for_inference(self.model)}
+        if not torch_state.why_not_graphs(self.device):
+            fused[GRAPHS] = fuse_for_inference(self.model, graph=True)
         return fused
 
     def images(self, batch: int, height: int, width: int, seed: int = 1) -> Tensor:

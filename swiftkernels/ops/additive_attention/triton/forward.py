@@ -7,6 +7,8 @@
    writes the output. It is the only result of size N x D:
 
        out = (G * kn) M^T + (qn + bp) Wf^T + bf
+
+   In inference it may add a residual branch: x + scale * out.
 """
 
 from __future__ import annotations
@@ -110,6 +112,7 @@ def _output_forward_kernel(
     wq_ptr, bq_ptr, wk_ptr, bk_ptr,  # not read unless PROJECT
     proj_bias_ptr,  # [E] or None
     final_ptr, final_bias_ptr,  # [D, E], [D] or None
+    residual_ptr, scale_ptr,  # x [B, N, D], contiguous, and [D], or both None
     m_ptr, pooled_ptr, stat_ptr,  # from the first launch
     out_ptr,  # [B, N, D], contiguous
     g_ptr, g_stat_ptr,  # [B, E], [B, 2] in ACC: kept for the backward
@@ -165,4 +168,8 @@ def _output_forward_kernel(
         if final_bias_ptr is not None:
             out_tile += load_vector(final_bias_ptr, js, D, ACC)[None, :]
         mask = (rows < n_tokens)[:, None] & (js < D)[None, :]
-        tl.store(out_ptr + rows[:, None] * D + js[None, :], out_tile.to(DTYPE), mask=mask)
+        offsets = rows[:, None] * D + js[None, :]
+        if residual_ptr is not None:
+            x_tile = tl.load(residual_ptr + batch * n_tokens * D + offsets, mask=mask, other=0.0)
+            out_tile = x_tile.to(ACC) + out_tile * load_vector(scale_ptr, js, D, ACC)[None, :]
+        tl.store(out_ptr + offsets, out_tile.to(DTYPE), mask=mask)

@@ -158,12 +158,25 @@ def _pointers(read: _Inputs, weights: AnyWeights, mask: Tensor | None) -> tuple[
     )  # fmt: skip
 
 
+class Residual(NamedTuple):
+    """What `_output_forward_kernel` adds to the scaled output in inference."""
+
+    x: Tensor | None = None
+    """Tokens [B, N, D] without gaps, or an image in channels_last memory format."""
+    scale: Tensor | None = None
+    """[D]"""
+
+
+NO_RESIDUAL = Residual()
+
+
 def forward(
     inputs: Sequence[Tensor],
     weights: AnyWeights,
     mask: Tensor | None,
     options: Options,
     keep: str = "",
+    residual: Residual = NO_RESIDUAL,
 ) -> tuple[Tensor, Saved]:
     """The output, and what the backward needs.
 
@@ -174,12 +187,13 @@ def forward(
         mask: of the tokens.
         options: of the operator.
         keep: not used; only other backends have a choice.
+        residual: the output is x + scale * output; only in inference.
     """
     like = inputs[0]
     with device_guard(like):
         read = _read(inputs, weights)
         q = read.q
-        pointers = _pointers(read, weights, mask)
+        pointers = (*_pointers(read, weights, mask), *residual)
         launches = _forward_launches(
             _launch_key(read, weights, options, pointers, fits_kernels(*pointers))
         )
@@ -300,22 +314,29 @@ class _ForwardLaunches:
         """Launch both kernels in the current stream.
 
         Args:
-            inputs: q, k (both are x if the kernels project it), the nine weights, the mask.
+            inputs: q, k (both are x if the kernels project it), the nine weights, the mask, and
+                what `Residual` has.
             results: out, G, statistics, M, and the partial sums and statistics of the splits.
         """
-        q, k, wq, bq, wk, bk, w_g, wp, bp, wf, bf, mask = inputs
+        q, k, wq, bq, wk, bk, w_g, wp, bp, wf, bf, mask, residual, scale = inputs
         out, global_query, statistics, product, pooled, split_statistics = results
         self._pool(q, wq, bq, w_g, mask, wp, wf, pooled, split_statistics, product)
         self._output(
-            q, k, wq, bq, wk, bk, bp, wf, bf, product, pooled, split_statistics, out, global_query,
-            statistics,
+            q, k, wq, bq, wk, bk, bp, wf, bf, residual, scale, product, pooled, split_statistics,
+            out, global_query, statistics,
         )  # fmt: skip
 
-    def infer(self, x: Tensor, out: Tensor, weights: Sequence[int | None]) -> None:
-        """Compute out [B, N, D], contiguous, once `ready`; `weights` are the nine addresses."""
+    def infer(
+        self, x: Tensor, out: Tensor, weights: Sequence[int | None], scale: int | None
+    ) -> None:
+        """Compute out [B, N, D], contiguous, once `ready`.
+
+        `weights` are the nine addresses, `scale` is that of the residual branch or None.
+        """
         buffer = x.new_empty(self._buffer_bytes, dtype=torch.uint8)
         start, address = buffer.data_ptr(), x.data_ptr()
-        inputs = (address, address, *weights, None)
+        residual = (None if scale is None else address, scale)
+        inputs = (address, address, *weights, None, *residual)
         results = (out.data_ptr(), *[start + offset for offset in self._offsets])
         with device_guard(x):
             self.start(inputs, results)
@@ -325,11 +346,21 @@ _forward_launches = functools.lru_cache(maxsize=512)(_ForwardLaunches)
 
 
 class InferencePlan:
-    """Launches the kernels by address, once they are compiled for such inputs."""
+    """Launches the kernels by address, once they are compiled for such inputs.
+
+    With a `residual_scale`, x has to be laid out as the output is.
+    """
 
     lasting = True
 
-    def __init__(self, x: Tensor, weights: Weights, mask: Tensor | None, options: Options) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        weights: Weights,
+        mask: Tensor | None,
+        options: Options,
+        residual_scale: Tensor | None = None,
+    ) -> None:
         self._options = options
         self._places = cache.places(cache.present(weights))
         self._precision = precision(x.dtype)
@@ -344,24 +375,30 @@ class InferencePlan:
         )
         if by_address:
             read = _read((x,), weights)
-            pointers = _pointers(read, weights, None)
+            residual = _residual(x, residual_scale)
+            pointers = (*_pointers(read, weights, None), *residual)
             self._launches = _forward_launches(_launch_key(read, weights, options, pointers, True))
         self._addresses = [None if w is None else w.data_ptr() for w in weights]
 
     def __call__(
         self, x: Tensor, weights: Weights, mask: Tensor | None, residual_scale: Tensor | None
     ) -> Tensor | None:
-        assert residual_scale is None, "these kernels do not add x"
         if self._places != cache.places(cache.present(weights)):
             return None
         if self._precision != precision(x.dtype):
             return None  # PyTorch's setting has changed
         launches = self._launches
-        if launches is None or not launches.ready or not fits_kernels(x):
-            return forward((x,), weights, mask, self._options)[0]
+        if launches is None or not launches.ready or not fits_kernels(x, residual_scale):
+            residual = _residual(x, residual_scale)
+            return forward((x,), weights, mask, self._options, "", residual)[0]
         out = torch.empty_strided(*self._out, dtype=x.dtype, device=x.device)
-        launches.infer(x, out, self._addresses)
+        scale = None if residual_scale is None else residual_scale.data_ptr()
+        launches.infer(x, out, self._addresses, scale)
         return out
+
+
+def _residual(x: Tensor, scale: Tensor | None) -> Residual:
+    return NO_RESIDUAL if scale is None else Residual(x, scale)
 
 
 def inference_plan(
@@ -372,8 +409,12 @@ def inference_plan(
     residual_scale: Tensor | None,
     plans: Plans,
 ) -> InferencePlan | None:
-    """The plan for inputs like x; None with a residual_scale, which these kernels do not take."""
-    return None if residual_scale is not None else InferencePlan(x, weights, mask, options)
+    """The plan for inputs like x; None if the kernels cannot add x, which its layout decides."""
+    if residual_scale is not None:
+        memory_format = torch.contiguous_format if x.dim() == 3 else torch.channels_last
+        if not x.is_contiguous(memory_format=memory_format):
+            return None
+    return InferencePlan(x, weights, mask, options, residual_scale)
 
 
 class _BackwardKey(NamedTuple):

@@ -1,0 +1,1 @@
+"""Fused networks on a GPU."""
