@@ -184,7 +184,8 @@ def with_tensors(call: Call, tensors: list[Tensor | None]) -> Call:
     """The call on other tensors, in the order of `Call.tensors`."""
     count = len(call.inputs)
     return call._replace(
-        inputs=tuple(tensors[:count]), weights=type(call.weights)(*tensors[count:])
+        inputs=tuple(tensors[:count]),  # type: ignore[arg-type]
+        weights=type(call.weights)(*tensors[count:]),
     )
 
 
