@@ -118,7 +118,7 @@ def declare(handle: ctypes.CDLL, operator: str, *functions: str) -> ctypes.CDLL:
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     handle.swiftkernels_lanes.restype, handle.swiftkernels_lanes.argtypes = number, ()
     handle.swiftkernels_pack.restype = None
-    handle.swiftkernels_pack.argtypes = (pointer, *[number] * 4, pointer, pointer)
+    handle.swiftkernels_pack.argtypes = (pointer, *[number] * 4, pointer)
     handle.swiftkernels_fingerprint.restype = ctypes.c_uint64
     handle.swiftkernels_fingerprint.argtypes = (ctypes.c_char_p, number)
     peak = handle.swiftkernels_peak_flops

@@ -202,40 +202,39 @@ class Packer:
         self.lanes = library.swiftkernels_lanes()
         self.buffers: list[Tensor] = []
 
-    def _buffer(self, floats: int) -> Tensor:
+    def buffer(self, floats: int) -> Tensor:
+        """Floats that it keeps, not initialised."""
         buffer = torch.empty(floats, dtype=torch.float32, device="cpu")
         self.buffers.append(buffer)
         return buffer
+
+    def panel_floats(self, K: int, columns: int) -> int:
+        """Floats of a matrix [K, columns] as panels."""
+        return K * self._padded(columns)
 
     def matrix(self, b: Tensor) -> int:
         """b [K, columns] as panels (csrc/gemm.h)."""
         return self.matrices([b])
 
-    def matrices(self, matrices: Sequence[Tensor], factors: Sequence[int] = ()) -> int:
-        """The panels of several matrices, one after the other.
-
-        Args:
-            matrices: [K, columns]
-            factors: for each matrix, the `vector` that its columns are multiplied by, or 0.
-        """
-        floats = [len(b) * self._padded(b.shape[1]) for b in matrices]
-        panels = self._buffer(sum(floats))
-        parts = panels.split(floats)
-        for b, by, part in zip(matrices, factors or [0] * len(parts), parts, strict=True):
+    def matrices(self, matrices: Sequence[Tensor]) -> int:
+        """The panels of several matrices, one after the other."""
+        floats = [self.panel_floats(*b.shape) for b in matrices]
+        panels = self.buffer(sum(floats))
+        for b, part in zip(matrices, panels.split(floats), strict=True):
             b = b.detach().float()
-            self.library.swiftkernels_pack(b.data_ptr(), *b.shape, *b.stride(), by, part.data_ptr())
+            self.library.swiftkernels_pack(b.data_ptr(), *b.shape, *b.stride(), part.data_ptr())
         return panels.data_ptr()
 
     def vector(self, v: Tensor | None, length: int) -> int:
         """v padded with zeros, as panels of a single row; all zeros for None."""
         if v is None:
-            return self._buffer(self._padded(length)).zero_().data_ptr()
+            return self.buffer(self._padded(length)).zero_().data_ptr()
         return self.matrix(v.view(1, length))
 
     def rows(self, matrix: Tensor) -> int:
         """The rows of a matrix, each padded with zeros."""
         count, columns = matrix.shape
-        padded = self._buffer(count * self._padded(columns)).zero_()
+        padded = self.buffer(count * self._padded(columns)).zero_()
         padded.view(count, -1)[:, :columns] = matrix.detach()
         return padded.data_ptr()
 

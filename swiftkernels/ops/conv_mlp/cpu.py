@@ -35,6 +35,7 @@ __all__ = ["Saved", "backward", "forward", "inference_plan", "pack", "packed_pla
 # The structs of csrc/abi.h; of `struct PackedWeights` without the `Fingerprint` at its end.
 _PACKED_WEIGHTS = struct.Struct("7q5P")
 _CALL = struct.Struct("5qP4qP4q")
+_PACK_CALL = struct.Struct("qP")
 _RAW_WEIGHTS = struct.Struct("5q5P")
 _BACKWARD_CALL = struct.Struct("4qP3qP3qP3q5P")
 
@@ -46,33 +47,36 @@ _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 library.register_interface(
     "conv_mlp",
     {
-        "revision": 3,
+        "revision": 4,
         "sizeof(PackedWeights)": _PACKED_WEIGHTS.size + FINGERPRINT.size,
         "sizeof(Call)": _CALL.size,
+        "sizeof(PackCall)": _PACK_CALL.size,
         "sizeof(RawWeights)": _RAW_WEIGHTS.size,
         "sizeof(BackwardCall)": _BACKWARD_CALL.size,
         **_CODES,
     },
 )
 
-kernels = library.kernels_of("conv_mlp", "forward", "backward")
+kernels = library.kernels_of("conv_mlp", "pack", "forward", "backward")
 
 
 def pack(packer: Packer, weights: Weights, options: Options) -> bytes:
     """`struct PackedWeights` without its fingerprint."""
-    depthwise_weight, depthwise_bias, weight1, bias1, weight2, bias2, scale = weights
+    depthwise_weight, depthwise_bias, weight1, bias1, _, bias2, scale = weights
     hidden, in_dims = weight1.shape[:2]
     out_dims = weights.token_dim
     blocks = -(-hidden // BLOCK)
     block = -(-hidden // blocks // packer.lanes) * packer.lanes
-    parts = []
-    for at in range(0, hidden, block):
-        end = at + block
-        parts += [weight1.flatten(1)[at:end].t(), weight2.flatten(1)[:, at:end].t()]
-    factors = 0
-    if scale is not None:
-        factors = packer.vector(scale, out_dims)
-        bias2 = None if bias2 is None else bias2.float() * scale.float()
+    matrices = packer.buffer(
+        sum(
+            packer.panel_floats(in_dims, count) + packer.panel_floats(count, out_dims)
+            for count in (min(block, hidden - at) for at in range(0, hidden, block))
+        )
+    )
+    raw, _kept = _raw_weights(weights, options)
+    packer.library.swiftkernels_conv_mlp_pack(raw, _PACK_CALL.pack(block, matrices.data_ptr()))
+    if scale is not None and bias2 is not None:
+        bias2 = bias2.float() * scale.float()
     kernel, depthwise, zeros_or_bias = 0, 0, 0
     if depthwise_weight is not None:
         kernel = depthwise_weight.shape[-1]
@@ -80,9 +84,19 @@ def pack(packer: Packer, weights: Weights, options: Options) -> bytes:
         zeros_or_bias = packer.vector(depthwise_bias, in_dims)
     return _PACKED_WEIGHTS.pack(
         in_dims, hidden, out_dims, kernel, _CODES[options.activation], options.residual, block,
-        depthwise, zeros_or_bias, packer.matrices(parts, [0, factors] * (len(parts) // 2)),
-        packer.vector(bias1, hidden), packer.vector(bias2, out_dims),
+        depthwise, zeros_or_bias, matrices.data_ptr(), packer.vector(bias1, hidden),
+        packer.vector(bias2, out_dims),
     )  # fmt: skip
+
+
+def _raw_weights(weights: Weights, options: Options) -> tuple[bytes, list[Tensor | None]]:
+    """`struct RawWeights`, and the tensors that it points to."""
+    raw = [None if w is None else library.dense(w, torch.float32) for w in weights[2:]]
+    fields = _RAW_WEIGHTS.pack(
+        weights.width, len(weights.weight1), weights.token_dim, _CODES[options.activation],
+        options.residual, *[0 if w is None else w.data_ptr() for w in raw],
+    )  # fmt: skip
+    return fields, raw
 
 
 def forward(
@@ -116,23 +130,19 @@ def backward(
         return gradients.backward(dout, inputs, weights, mask, saved, options, needs)
     x, *sizes, x_strides = readable_tokens(inputs[0])
     dout, *_, dout_strides = readable_tokens(dout)
-    raw = [None if w is None else library.dense(w, torch.float32) for w in weights[2:]]
+    raw, _kept = _raw_weights(weights, options)
     d_weights = [None if w is None or not needs.weights else w.new_empty(w.shape) for w in weights]
     dx = torch.empty_like(inputs[0]) if needs.inputs else None
     written, dx_fields = dx, (0, 0, 0, 0)
     if dx is not None:
         written, *_, dx_strides = readable_tokens(dx)
         dx_fields = (written.data_ptr(), *dx_strides)  # type: ignore[assignment]
-    fields = _RAW_WEIGHTS.pack(
-        weights.width, len(weights.weight1), weights.token_dim, _CODES[options.activation],
-        options.residual, *[0 if w is None else w.data_ptr() for w in raw],
-    )  # fmt: skip
     call = _BACKWARD_CALL.pack(
         *sizes, torch.get_num_threads(), TYPES[x.dtype], library.address("x", x), *x_strides,
         library.address("the gradient", dout), *dout_strides, *dx_fields,
         *[0 if g is None else g.data_ptr() for g in d_weights[2:]],
     )  # fmt: skip
-    library.check(kernels().swiftkernels_conv_mlp_backward(fields, call))
+    library.check(kernels().swiftkernels_conv_mlp_backward(raw, call))
     if dx is not None and written is not None and written is not dx:
         dx.copy_(written)
     return [dx, *d_weights]

@@ -14,6 +14,8 @@ ISAS = [isa for isa, runs in library.available().items() if runs]
 
 @pytest.fixture(params=ISAS)
 def isa(request) -> Iterator[None]:
-    handle = library.declare(library.load(request.param).handle, "conv_mlp", "forward", "backward")
+    handle = library.declare(
+        library.load(request.param).handle, "conv_mlp", "pack", "forward", "backward"
+    )
     with kernels_in_use(handle):
         yield

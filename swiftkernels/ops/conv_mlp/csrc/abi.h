@@ -28,6 +28,12 @@ struct PackedWeights {
   Fingerprint fingerprint;
 };
 
+/// Where the `matrices` of packed weights are written, and their block.
+struct PackCall {
+  int64_t block;
+  float* matrices;
+};
+
 struct Call {
   int64_t batch, height, width;
   int64_t threads;
@@ -35,12 +41,12 @@ struct Call {
   Images x, out;
 };
 
-/// The weights of a backward without a depthwise convolution: float32, without padding.
+/// The weights without the depthwise convolution: float32, without padding.
 struct RawWeights {
   int64_t in_dims, hidden, out_dims;  // C, H, D
   int64_t activation, residual;
   const float *weight1, *bias1, *weight2;  // [H, C], [H] or null, [D, H]
-  const float *bias2, *scale;              // [D] or null; bias2 is read for the gradient of scale
+  const float *bias2, *scale;              // [D] or null
 };
 
 struct BackwardCall {

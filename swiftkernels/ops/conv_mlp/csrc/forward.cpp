@@ -1,6 +1,8 @@
 // The operator on a batch of images of any strides and element type. Threads take bands of rows.
 // Where pixels are float32 rows of full vectors they are read and written in place. Else a band is
 // copied, that of x with the rows around it that the depthwise convolution reads.
+#include <vector>
+
 #include "parallel.h"
 #include "tiles.h"
 
@@ -115,6 +117,25 @@ class Forward {
 };
 
 }  // namespace
+
+/// Pack the matrices, with the scale multiplied in.
+EXPORT int swiftkernels_conv_mlp_pack(const RawWeights* weights, const PackCall* call) {
+  const RawWeights& w = *weights;
+  std::vector<float> scale(padded(w.out_dims));
+  if (w.scale) std::copy(w.scale, w.scale + w.out_dims, scale.data());
+  float* panels = call->matrices;
+  for (int64_t at = 0; at < w.hidden; at += call->block) {
+    const int64_t count = std::min(call->block, w.hidden - at);
+    Matrix up = Matrix::transposed(w.weight1 + at * w.in_dims, w.in_dims, count);
+    up.pack(panels);
+    panels += panel_floats(w.in_dims, count);
+    Matrix down{count, w.out_dims, nullptr, w.weight2 + at, 1, w.hidden};
+    down.pack(panels);
+    if (w.scale) down.scale_columns(panels, scale.data());
+    panels += panel_floats(count, w.out_dims);
+  }
+  return DONE;
+}
 
 /// The forward in inference.
 EXPORT int swiftkernels_conv_mlp_forward(const PackedWeights* weights, const Call* call) {
