@@ -85,11 +85,16 @@ def test_usage_errors_escape_arguments(capsys):
 
 
 def test_signals_are_restored():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *command.SIGNALS)}
-    inside: dict[Any, Any] = {}
-    command.run(lambda: inside.update({n: signal.getsignal(n) for n in before}))
-    assert {number: signal.getsignal(number) for number in before} == before
-    assert inside[signal.SIGINT] is signal.default_int_handler
+    # Shells ignore the interrupts of processes in the background.
+    own = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, *command.SIGNALS)}
+        inside: dict[Any, Any] = {}
+        command.run(lambda: inside.update({n: signal.getsignal(n) for n in before}))
+        assert {number: signal.getsignal(number) for number in before} == before
+        assert inside[signal.SIGINT] is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, own)
 
 
 @pytest.mark.parametrize("module", ["swiftkernels", "swiftkernels.training"])
