@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -100,10 +101,7 @@ def networks_figure(rows: Rows) -> Figure:
         axes.set_ylabel("speed / eager", fontsize=9)
     shown = [e for e in MEASURED if any(e in own for own in engines.values())]
     handles = [Patch(color=MEASURED[e].colour, label=MEASURED[e].name) for e in shown]
-    figure.legend(
-        handles=handles, loc="lower center", ncols=min(5, len(handles)), fontsize=8, frameon=False,
-        bbox_to_anchor=(0.5, 0.45 / figure.get_figheight()), labelcolor=INK,
-    )  # fmt: skip
+    _add_legend(figure, handles, min(5, len(handles)), 0.45)
     last = rows[-1]
     add_title(figure, f"SwiftFormers on {last['device']}")
     add_caption(
@@ -113,6 +111,14 @@ def networks_figure(rows: Rows) -> Figure:
         f"{last['side']} x {last['side']} pixels, torch {last['torch']}, triton {last['triton']}.",
     )
     return figure
+
+
+def _add_legend(figure: Figure, handles: Sequence[Artist], columns: int, height: float) -> None:
+    """A legend below the panels, `height` inches above the lower edge."""
+    figure.legend(
+        handles=handles, loc="lower center", ncols=columns, fontsize=8, frameon=False,
+        bbox_to_anchor=(0.5, height / figure.get_figheight()), labelcolor=INK,
+    )  # fmt: skip
 
 
 def _best_seconds(row: dict[str, str]) -> float:
@@ -168,10 +174,7 @@ def operators_figure(rows: Rows) -> Figure:
         Line2D([], [], color=s.colour, marker=s.marker, linewidth=0, label=s.name)
         for s in map(ENGINE_STYLES.__getitem__, engines)
     ]
-    figure.legend(
-        handles=handles, loc="lower center", ncols=len(handles), fontsize=8, frameon=False,
-        bbox_to_anchor=(0.5, 0.4 / figure.get_figheight()), labelcolor=INK,
-    )  # fmt: skip
+    _add_legend(figure, handles, len(handles), 0.4)
     last = rows[-1]
     add_title(figure, f"Operators on {last['device']}")
     add_caption(

@@ -32,15 +32,7 @@ OTHERS = 5
 
 def networks_step(settings: Settings) -> int:
     """Inference of whole networks in every engine."""
-    cases: dict[tuple[str, str], Case] = {}
-    for dtype in settings.dtypes:
-        for batch in settings.batches:
-            for name in settings.networks:
-                label = f"{name}, {dtype}, batch {batch}"
-                label += ", with max-autotune" if settings.compiled else ""
-                case = functools.partial(time_network, settings, name, dtype, batch)
-                cases[f"inference of {label}", dtype] = case
-    return run_cases("networks", cases, settings)
+    return _run_networks("networks", "inference", "max-autotune", time_network, settings)
 
 
 def time_network(settings: Settings, name: str, dtype: str, batch: int) -> Row:
@@ -82,15 +74,25 @@ def _max_autotune(module: nn.Module, images: Tensor) -> Call:
 
 def training_step(settings: Settings) -> int:
     """Training steps of whole networks; 16-bit types by autocast."""
+    return _run_networks("training", "training step", "torch.compile", time_training, settings)
+
+
+def _run_networks(
+    step: str,
+    what: str,
+    compiler: str,
+    time_one: Callable[[Settings, str, str, int], Row],
+    settings: Settings,
+) -> int:
+    """Run a case for each network, type and batch; returns the exit status of the step."""
     cases: dict[tuple[str, str], Case] = {}
     for dtype in settings.dtypes:
         for batch in settings.batches:
             for name in settings.networks:
-                label = f"{name}, {dtype}, batch {batch}"
-                label += ", with torch.compile" if settings.compiled else ""
-                case = functools.partial(time_training, settings, name, dtype, batch)
-                cases[f"training step of {label}", dtype] = case
-    return run_cases("training", cases, settings)
+                label = f"{what} of {name}, {dtype}, batch {batch}"
+                label += f", with {compiler}" if settings.compiled else ""
+                cases[label, dtype] = functools.partial(time_one, settings, name, dtype, batch)
+    return run_cases(step, cases, settings)
 
 
 def time_training(settings: Settings, name: str, dtype: str, batch: int) -> Row:
