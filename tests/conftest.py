@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +33,12 @@ def fresh_compiler() -> Iterator[None]:
     with torch._inductor.config.patch(force_disable_caches=True):
         yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def fresh_triton_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Triton compiles each time."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 @pytest.fixture(scope="session")

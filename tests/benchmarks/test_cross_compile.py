@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,11 +11,7 @@ from benchmarks.gpu import calls, cross_compile
 from benchmarks.gpu.cross_compile import ARCHITECTURES, Cell
 from swiftkernels.testing.cases import make_tensors
 
-
-@pytest.fixture(autouse=True)
-def compiler_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Compile each time."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("fresh_triton_cache")
 
 
 @pytest.mark.parametrize("images", [False, True])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,11 +12,7 @@ from benchmarks.gpu.cross_compile import ARCHITECTURES, Cell
 from swiftkernels.fusion.steps import Convolution
 from swiftkernels.fusion.triton import launch
 
-
-@pytest.fixture(autouse=True)
-def compiler_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Compile each time."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("fresh_triton_cache")
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -20,10 +18,7 @@ NO_TENSOR_CORES = ("pool_forward", "context_forward", "context_backward", "sum_p
 """Without products of matrices, or with some of few rows in float32."""
 
 
-@pytest.fixture(autouse=True)
-def compiler_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Compile each time."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("fresh_triton_cache")
 
 
 def launches_of(x: Tensor, width: int) -> list[Launch]:
