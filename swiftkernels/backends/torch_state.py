@@ -31,10 +31,14 @@ def device_guard(t: Tensor) -> contextlib.AbstractContextManager[object]:
     return _NO_GUARD
 
 
-def allow_tf32() -> bool:
-    """Whether the user allows TF32 for the operands of float32 matrix products."""
+def allow_tf32(convolution: bool = False) -> bool:
+    """Whether the user allows TF32 for the operands of float32 matrix products or convolutions.
+
+    PyTorch's own default is no for products, and yes for convolutions.
+    """
     # torch.backends.cuda.matmul.allow_tf32 raises once the newer setting has been used.
-    return bool(torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32")
+    kind = "conv" if convolution else "matmul"
+    return bool(torch._C._get_fp32_precision_getter("cuda", kind) == "tf32")
 
 
 def numerics() -> tuple[object, ...]:

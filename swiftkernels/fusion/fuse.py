@@ -38,7 +38,7 @@ PROBES = 2
 
 
 def fuse_for_inference(
-    model: nn.Module, *, example: Tensor | None = None, graph: bool = False
+    model: nn.Module, *, example: Tensor | None = None, graph: bool | None = None
 ) -> FusedNetwork:
     """A network for inference that computes the same, with chains of its blocks fused.
 
@@ -61,13 +61,14 @@ def fuse_for_inference(
         model: in evaluation mode, on images [B, C, H, W].
         example: images that the model takes, if it takes no random images of 64 x 64 and 97 x 70.
         graph: whether shapes of images that repeat are captured in CUDA graphs, which launch all
-            kernels at once: see `FusedNetwork`. It needs a model on one CUDA device.
+            kernels at once: see `FusedNetwork`. True needs a model on one CUDA device; None is True
+            for such a model, else False.
 
     Returns:
         The fused network; print its `report`.
 
     Raises:
-        TypeError: model is no module, example no tensor, or graph no bool.
+        TypeError: model is no module, example no tensor, or graph neither bool nor None.
         ValueError: a model in training mode or without values (device meta), one that no example
             runs on, or one without a block that can be fused; graph=True for a model that is not on
             one CUDA device.
@@ -82,7 +83,7 @@ def fuse_for_inference(
         (8, 0)
     """
     _check(model, example)
-    _check_graph(model, graph)
+    graph = _check_graph(model, graph)
     if find.forward_was_replaced(model):
         kind = type(model).__name__
         raise ValueError(_nothing(model, [LeftBlock("", kind, "its forward was replaced")]))
@@ -145,18 +146,19 @@ def _check(model: nn.Module, example: Tensor | None) -> None:
                 )
 
 
-def _check_graph(model: nn.Module, graph: bool) -> None:
-    if not isinstance(graph, bool):
-        raise TypeError(f"graph must be True or False; got {graph!r}.")
-    if not graph:
-        return
+def _check_graph(model: nn.Module, graph: bool | None) -> bool:
+    """Whether to capture graphs."""
+    if not isinstance(graph, bool | None):
+        raise TypeError(f"graph must be True, False or None; got {graph!r}.")
     devices = {t.device for t in (*model.parameters(), *model.buffers())}
-    if len(devices) != 1 or torch_state.why_not_graphs(*devices):
+    can = len(devices) == 1 and not torch_state.why_not_graphs(*devices)
+    if graph and not can:
         found = ", ".join(sorted(map(str, devices))) or "no device"
         raise ValueError(
             f"graph=True needs a model on one CUDA device; got one on {found}. Move the model "
             "there first, as in model.cuda(), or leave graph out: then chains run on any device."
         )
+    return can if graph is None else graph
 
 
 def _check_values(clone: nn.Module) -> None:

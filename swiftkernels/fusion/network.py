@@ -44,7 +44,7 @@ class FusionReport:
     folded: tuple[tuple[str, str], ...] = ()
     """Convolutions outside of the chains, and the BatchNorms that were folded into them."""
     graphs: tuple[GraphNote, ...] = ()
-    """With `graph=True`: the shapes of the images so far, and which of them have a CUDA graph."""
+    """The shapes of the images so far, and which of them have a CUDA graph, if there are graphs."""
 
     def __str__(self) -> str:
         chains = len({block.chain for block in self.fused})
@@ -68,7 +68,8 @@ class FusedNetwork(nn.Module):
     network of this library or of timm, its own forward is not run, nor are hooks that are added to
     its parts later.
 
-    With `graph=True`, images of a shape and strides that came before are answered by a CUDA graph.
+    On a CUDA device, images of a shape and strides that came before are answered by a CUDA graph,
+    unless the network was fused with `graph=False`.
     The output is a copy, which later calls leave as it is. Several threads and streams may call the
     network: its graphs are run for one after the other. Graphs are dropped when a weight is written
     or the network is moved. The network runs without a graph, and the report says why, under
@@ -130,7 +131,7 @@ class FusedNetwork(nn.Module):
 
     @property
     def report(self) -> FusionReport:
-        """What became of each block and, with `graph=True`, of the shapes of images so far."""
+        """What became of each block and, where there may be graphs, of the shapes of images."""
         if self._graphs is None:
             return self._report
         return replace(self._report, graphs=self._graphs.notes)

@@ -415,7 +415,7 @@ def test_graphs_need_a_model_on_a_gpu() -> None:
         ValueError, match=r"graph=True needs a model on one CUDA device; got one on cpu\. Move"
     ):
         fuse_for_inference(model, graph=True)
-    with pytest.raises(TypeError, match="graph must be True or False; got 8"):
+    with pytest.raises(TypeError, match="graph must be True, False or None; got 8"):
         fuse_for_inference(model, graph=8)  # type: ignore[arg-type]
 
 
@@ -423,3 +423,12 @@ def test_graphs_need_a_model_on_one_device(cuda: FakeCuda) -> None:
     parts = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     with pytest.raises(ValueError, match="one CUDA device; got one on cpu, meta"):
         fuse._check_graph(parts, True)
+    assert not fuse._check_graph(parts, None)
+
+
+def test_graphs_are_the_default_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(2, 2)
+    assert not fuse._check_graph(layer, None)
+    monkeypatch.setattr(fuse.torch_state, "why_not_graphs", lambda device: "")
+    assert fuse._check_graph(layer, None)
+    assert not fuse._check_graph(layer, False)

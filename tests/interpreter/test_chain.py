@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from swiftkernels import fuse_for_inference
+from swiftkernels.backends.triton import tensors
 from swiftkernels.fusion.chain import FusedChain
 from swiftkernels.fusion.steps import Convolution
 from swiftkernels.fusion.triton import program
@@ -23,6 +24,12 @@ BLOCK = "_forward_kernel"
 CONVOLUTION = "_convolution_kernel"
 SMALL = X[:, :, :17, :19]
 ATTENTION = ["_pool_forward_kernel", "_output_forward_kernel"]
+
+
+@pytest.fixture(autouse=True)
+def tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, kernels compute what tensor cores may; the interpreter does not round."""
+    monkeypatch.setattr(tensors, "allow_tf32", lambda convolution=False: True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -90,19 +97,42 @@ def test_the_last_kernel_of_attention_adds_its_input(scale: bool, size: tuple[in
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_queries_and_keys_of_wide_attention_are_one_product(dtype: torch.dtype) -> None:
-    """Above 256 channels; the weights of the product are packed once."""
-    step = attention(130)
-    assert step.weights.width == 260
+    """Above 128 channels; the weights of both products are packed once."""
+    step = attention(65)
+    assert step.weights.width == 130
     chain = FusedChain([step]).to(dtype)
-    x = randn(2, 130, 3, 2).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = randn(2, 65, 3, 2).to(dtype).contiguous(memory_format=torch.channels_last)
     exact = copy.deepcopy(chain).double().plain(x.double())
     with torch.no_grad(), count_launches() as launches:
         assert_as_good_as_eager(chain(x), chain.plain(x), exact)
-    assert launches == ATTENTION
+    assert launches == ["_pool_forward_kernel", "_operands_kernel", "_linear_kernel"]
     with torch.no_grad(), count_launches(), TorchKernels() as kernels:
         out = program.run(chain.steps, x, chain.slot)
     assert [name for name, _ in kernels.calls] == ["addmm"]
     assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("allowed", ["convolutions", "products"])
+def test_without_tensor_cores_the_libraries_compute_products(
+    allowed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TF32 is allowed for convolutions and for products by settings of their own."""
+
+    def allow_tf32(convolution: bool = False) -> bool:
+        return convolution == (allowed == "convolutions")
+
+    chain = FusedChain(whole())
+    with torch.no_grad():
+        expected = chain(SMALL)
+        monkeypatch.setattr(tensors, "allow_tf32", allow_tf32)
+        with count_launches() as launches:
+            out = chain(SMALL)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        used = {BLOCK, CONVOLUTION} if allowed == "convolutions" else set()
+        assert set(launches) == used
+        with count_launches() as launches:
+            chain.half()(SMALL.half())
+        assert set(launches) == {BLOCK, CONVOLUTION, *ATTENTION}
 
 
 def test_images_are_read_as_they_are() -> None:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from swiftkernels import ConvMlp
+from swiftkernels.backends.triton import tensors as triton_tensors
 from swiftkernels.ops.conv_mlp.op import conv_mlp
 from swiftkernels.ops.conv_mlp.reference import ACTIVATIONS
-from swiftkernels.ops.conv_mlp.triton import config
+from swiftkernels.ops.conv_mlp.triton import config, launch
 from swiftkernels.ops.conv_mlp.weights import Options, Weights
 from swiftkernels.testing.cases import convert, forward_backward
 from swiftkernels.testing.costs import saved_bytes
@@ -99,7 +100,7 @@ def test_odd_sizes(image: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("width", "hidden"), [(20, 40), (72, 144)])
+@pytest.mark.parametrize(("width", "hidden"), [(20, 40), (72, 144), (132, 264)])
 def test_errors_are_at_most_twice_those_of_eager(
     dtype: torch.dtype, width: int, hidden: int
 ) -> None:
@@ -107,10 +108,54 @@ def test_errors_are_at_most_twice_those_of_eager(
     check_training(make_tensors((1, width, 3, 5), hidden, 3), dtype, activation="silu")
 
 
-def test_wide_outputs_are_computed_in_parts() -> None:
-    """Above 512 channels of the output, several programs compute a pixel."""
-    tensors = make_tensors((1, 20, 2, 2), 24, None, out_dims=config.MAX_WIDTH + 60)
+WIDE = config.MAX_FUSED_WIDTH + 4
+
+
+@pytest.fixture
+def in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide layers run in kernels in all types, so that their values can be compared exactly."""
+    monkeypatch.setattr(launch, "_is_left_to_pytorch", lambda dtype, weights: False)
+
+
+@pytest.mark.parametrize(("channels", "out_dims"), [(WIDE, WIDE), (20, WIDE), (WIDE, 20)])
+@pytest.mark.parametrize("kernel", [3, None])
+def test_wide_layers_are_a_launch_for_each_step(
+    channels: int, out_dims: int, kernel: int | None, in_steps: None
+) -> None:
+    options = {"residual": channels == out_dims}
+    tensors = make_tensors((3, channels, 3, 4), 40, kernel, out_dims=out_dims)
+    products = ["_linear_kernel"] * 2
+    for layout in (channels_last, Tensor.contiguous):
+        tensors[0] = layout(tensors[0])
+        expected = infer("reference", tensors, **options)
+        with count_launches() as launches:
+            found = infer("triton", tensors, **options)
+        assert launches == (["_input_kernel"] if kernel else []) + products
+        assert_exact({"": found}, {"": expected})
     assert_exact(train("triton", tensors), train("reference", tensors))
+
+
+def test_depthwise_weights_of_either_order(in_steps: None) -> None:
+    for width in (16, WIDE):
+        tensors = make_tensors((2, width, 5, 4), 24, 5)
+        expected = infer("reference", tensors)
+        assert tensors[1] is not None
+        tensors[1] = launch.taps_first(tensors[1])
+        assert_exact({"": infer("triton", tensors)}, {"": expected})
+
+
+@pytest.mark.parametrize("cudnn", [True, False])
+def test_libraries_compute_wide_layers_without_tensor_cores(
+    cudnn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_tensors, "allow_tf32", lambda convolution=False: cudnn)
+    block = randomised(ConvMlp(WIDE, backend="triton"))
+    x = images(1, WIDE, 3, 4)
+    with torch.no_grad(), count_launches() as launches:
+        out = block(x)
+        torch.testing.assert_close(out, block._call_parts(x), rtol=1e-4, atol=1e-5)
+    assert launches == (["_input_kernel", "_linear_kernel", "_linear_kernel"] if cudnn else [])
+    assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 # How the tensors lie in memory.

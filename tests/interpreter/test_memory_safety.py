@@ -351,9 +351,9 @@ def layer_run(
     return run
 
 
-def residual_run(n_tokens: int, width: int) -> Run:
+def residual_run(n_tokens: int, width: int, dtype: torch.dtype = torch.float32) -> Run:
     """The layer in inference, with its residual branch."""
-    x, *weights = make_tensors(2, n_tokens, width, width, dtype=torch.float32)
+    x, *weights = make_tensors(2, n_tokens, width, width, dtype=dtype)
     assert x is not None
     options = Options("l2", True, width**-0.5, 1e-12)
 
@@ -391,6 +391,8 @@ RUNS: dict[str, Run] = {
     "two heads, D 40": layer_run(17, 30, 40, 2, pooling="linear"),
     "queries and keys": query_key_run(35, 24, "softmax", masked=True),
     "residual branch": residual_run(35, 20),
+    "E 132, wide, float16": layer_run(37, 132, 132, dtype=torch.float16),
+    "residual branch, wide, float16": residual_run(35, 132, torch.float16),
 }
 
 
@@ -417,6 +419,10 @@ def conv_mlp_run(
         if kernel is None:
             module.backward(out, (x,), weights, None, saved, options, Needs(True, True))
         module.infer(x, weights, module.Norm(*norm), 1e-5, options)
+        if weights.depthwise_weight is not None:
+            packed = module.taps_first(weights.depthwise_weight)
+            first = weights._replace(depthwise_weight=packed)
+            module.infer(x, first, module.Norm(), 0.0, options)
 
     return run
 
@@ -426,6 +432,10 @@ CONV_MLP_RUNS: dict[str, Run] = {
     "5 x 5, images": conv_mlp_run(37, 5, images=True, dtype=torch.float16),
     "pointwise": conv_mlp_run(24, None, (1, 3)),
     "pointwise, images, D 70, splits": conv_mlp_run(12, None, (7, 19), 70, images=True),
+    "3 x 3, wide, float16": conv_mlp_run(132, 3, dtype=torch.float16),
+    "pointwise, images, wide, float16": conv_mlp_run(
+        132, None, (7, 10), images=True, dtype=torch.float16
+    ),
 }
 
 

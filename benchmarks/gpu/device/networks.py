@@ -90,7 +90,7 @@ class Network:
     @functools.cached_property
     def fused(self) -> dict[str, nn.Module]:
         """By engine: `fuse_for_inference`, and the same with CUDA graphs where there are any."""
-        fused: dict[str, nn.Module] = {OURS: fuse_for_inference(self.model)}
+        fused: dict[str, nn.Module] = {OURS: fuse_for_inference(self.model, graph=False)}
         if not torch_state.why_not_graphs(self.device):
             fused[GRAPHS] = fuse_for_inference(self.model, graph=True)
         return fused

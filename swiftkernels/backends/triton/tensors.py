@@ -50,6 +50,11 @@ def layout(n_tokens: int, width: int, strides: tuple[int, ...]) -> Layout | None
     return Layout(tuple(batch_strides), stride, channels_last, align)
 
 
+def rows_layout(n_tokens: int, width: int) -> Layout:
+    """The layout of sequences [B, N, width] without gaps."""
+    return Layout((n_tokens * width,), width, True, math.gcd(16, width))
+
+
 def compact(t: Tensor) -> Tensor:
     """A copy of t without gaps.
 
@@ -64,6 +69,14 @@ def contiguous(tensors: Sequence[Tensor | None]) -> list[Any]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def precision(dtype: torch.dtype) -> str:
-    """`input_precision` of the matrix products on tensors of that type."""
-    return "tf32" if dtype == torch.float32 and allow_tf32() else "ieee"
+def precision(dtype: torch.dtype, convolution: bool = False) -> str:
+    """`input_precision` of the matrix products, or of convolutions, on tensors of that type."""
+    return "tf32" if dtype == torch.float32 and allow_tf32(convolution) else "ieee"
+
+
+def has_tensor_cores(dtype: torch.dtype, precision: str) -> bool:
+    """Whether tensor cores multiply numbers of that type.
+
+    Without them, Triton's products take several times as long as those of PyTorch's libraries.
+    """
+    return dtype.itemsize == 2 or precision == "tf32"

@@ -29,8 +29,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 def to_operand(tile, DTYPE: tl.constexpr):
     """The tile as an operand of `dot`. float16 saturates, so that no inf * 0 becomes NaN."""
     if DTYPE == tl.float16:  # noqa: SIM300
-        tile = tl.where(tile > 65504.0, 65504.0, tile)
-        tile = tl.where(tile < -65504.0, -65504.0, tile)
+        tile = tl.clamp(tile, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
     return tile.to(DTYPE)
 
 

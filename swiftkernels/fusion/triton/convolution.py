@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from swiftkernels.backends.triton.activations import activate
 from swiftkernels.backends.triton.tiles import dot, load_transposed, load_vector
-from swiftkernels.ops.conv_mlp.triton.activations import activate
 
 
 @triton.jit(
@@ -72,10 +72,10 @@ def _convolution_kernel(
 
     out += load_vector(bias_ptr, ds, D, ACC)[None, :]
     if ACTIVATION == "relu6":
-        out = activate(out, "relu")
+        out = activate(out, "relu", DTYPE)
         out = tl.where(out > 6.0, 6.0, out)
     else:
-        out = activate(out, ACTIVATION)
+        out = activate(out, ACTIVATION, DTYPE)
     offsets = (batch * n_pixels + rows)[:, None] * D + ds[None, :]
     mask = (rows < n_pixels)[:, None] & (ds < D)[None, :]
     tl.store(out_ptr + offsets, out.to(DTYPE), mask=mask)

@@ -94,7 +94,7 @@ class ConvolutionPlan:
         new plans.
         """
         out = torch.empty_strided(*self._out, dtype=x.dtype, device=x.device)
-        how = precision(x.dtype), fits_kernels(x, *weights)
+        how = precision(x.dtype, True), fits_kernels(x, *weights)
         launch = self._launches.get(how)
         if launch is None:
             constants = self._constants | {"PRECISION": how[0]}

@@ -12,16 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from swiftkernels.backends.layouts import as_image, as_tokens
+from swiftkernels.backends.triton.tensors import has_tensor_cores, precision
 from swiftkernels.fusion import steps as of
 from swiftkernels.fusion.steps import Step
 from swiftkernels.fusion.triton import launch
 from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
-from swiftkernels.ops.additive_attention.triton.config import MAX_PROJECTED_WIDTH
-from swiftkernels.ops.additive_attention.weights import OutputWeights, pack_projections
 from swiftkernels.ops.conv_mlp.op import CONV_MLP
 from swiftkernels.ops.conv_mlp.weights import Weights
 from swiftkernels.ops.plan import MAX_PLANS, Plan, Plans
@@ -33,8 +30,11 @@ Compute = Callable[[Tensor], Tensor]
 def run(steps: Sequence[Step], x: Tensor, slot: Any) -> Tensor:
     """The steps on x [B, C, H, W], as `Runner` in `chain.py` says, on a GPU.
 
-    The slot keeps the steps with weights as the kernels read them, and the launches by shape.
+    The slot keeps the steps with weights as the kernels read them, and the launches by shape. In
+    float32 without TF32, PyTorch's libraries compute the products, see `has_tensor_cores`.
     """
+    if not has_tensor_cores(x.dtype, precision(x.dtype, convolution=True)):
+        return of.run(steps, x)
     program: list[Compute] | None = slot.program
     if program is None:
         program = slot.program = [_prepared(step, x) for step in steps]
@@ -57,13 +57,20 @@ def _prepared(step: Step, x: Tensor) -> Compute:
         return _convolution(step)
     if isinstance(step, of.ConvMlp):
         weights = Weights(**step.tensors())  # type: ignore[arg-type]
+        if step.depthwise_weight is not None:
+            packed = CONV_MLP.implementation("triton").taps_first(step.depthwise_weight)
+            weights = weights._replace(depthwise_weight=packed)
         if not CONV_MLP.why_not("triton", x, weights.width):
             return _Planned(weights, lambda x: _block_plan(x, step, weights))
+    tensors = step.tensors()
     if isinstance(step, of.Attention) and not SELF_ATTENTION.why_not(
         "triton", x, step.weights.width
     ):
-        return _attention(step)
-    tensors = step.tensors()
+        attend = _attention(step)
+        # Products have a setting of their own for TF32.
+        return lambda x: (
+            attend(x) if has_tensor_cores(x.dtype, precision(x.dtype)) else step.compute(x, tensors)
+        )
     return lambda x: step.compute(x, tensors)
 
 
@@ -80,24 +87,19 @@ def _attention(step: of.Attention) -> Compute:
     scale = step.residual_scale
     if scale is None:
         scale = weights.final_weight.new_ones(weights.token_dim)
-    if weights.width <= MAX_PROJECTED_WIDTH:
-        attend = _Planned(
-            weights, lambda x: kernels.inference_plan(x, weights, None, options, scale, Plans()),
-            scale,
-        )  # fmt: skip
-        return lambda x: attend(_channels_last(x))
-    projections = pack_projections(*weights[:4])
-    others = OutputWeights(*weights[4:])
+    if kernels.is_wide(weights):
+        packed = kernels.pack_wide(weights)
 
-    def attend_wide(x: Tensor) -> Tensor:
-        """Queries and keys by one GEMM, of which the weights are packed once."""
-        tokens = as_tokens(_channels_last(x))
-        inputs = F.linear(tokens, *projections).chunk(2, dim=2)
-        residual = kernels.Residual(tokens, scale)
-        out, _ = kernels.forward(inputs, others, None, options, "", residual)
-        return as_image(out, x.shape[2:])
+        def attend_wide(x: Tensor) -> Tensor:
+            x = _channels_last(x)
+            out: Tensor = kernels.infer_wide(x, packed, options, kernels.Residual(x, scale))
+            return out
 
-    return attend_wide
+        return attend_wide
+    attend = _Planned(
+        weights, lambda x: kernels.inference_plan(x, weights, None, options, scale, Plans()), scale
+    )
+    return lambda x: attend(_channels_last(x))
 
 
 def _channels_last(t: Tensor) -> Tensor:

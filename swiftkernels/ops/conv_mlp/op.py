@@ -19,16 +19,6 @@ from swiftkernels.utils import checks
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 
-MAX_TRITON_WIDTH = 512
-"""Widest C that the Triton kernels take: a tile of pixels has to fit on chip."""
-
-
-def _why_not_triton(x: Tensor, width: int) -> str:
-    reason = torch_state.why_not_triton(x.device)
-    if not reason and width > MAX_TRITON_WIDTH:
-        return f"takes up to {MAX_TRITON_WIDTH} channels; got {width}"
-    return reason
-
 
 def _flops(shapes: Mapping[str, Sequence[int]]) -> int:
     hidden, width = shapes["weight1"][:2]
@@ -93,7 +83,7 @@ CONV_MLP = Operator(
     backends={
         "triton": Backend(
             f"{_PACKAGE}.triton.launch",
-            _why_not_triton,
+            lambda x, _: torch_state.why_not_triton(x.device),
             torch_state.triton_is_automatic,
             torch_gradients=True,
         ),

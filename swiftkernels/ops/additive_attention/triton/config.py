@@ -10,22 +10,20 @@ from typing import NamedTuple
 
 import torch
 
-from swiftkernels.backends.triton.sizes import power_of_two
+from swiftkernels.backends.triton.sizes import PROGRAMS, cdiv, power_of_two
 
-MAX_PROJECTED_WIDTH = 256
-"""Up to this E the kernels compute q and k from x; above, a GEMM computes them first."""
+MAX_PROJECTED_WIDTH = 128
+"""Up to this E the kernels compute q and k from x, and the output from these; above, products of
+their own compute both."""
+
+OPERANDS_BLOCK_N = 16
+"""Tokens of a tile of `_operands_kernel`."""
 
 MAX_WIDTH = 1024
 """Widest E in half precision, and half of it in float32: a tile of rows has to fit on chip."""
 
 MAX_FUSED_WIDTH = 64
 """Up to this width (C, E and D), four E x E accumulators fit next to a tile of the backward."""
-
-FUSED_GROUP_TOKENS = 512
-"""Tokens of a program of `_rows_backward_kernel` that sums moments: it stores one set of them."""
-
-GROUP_TOKENS = 64
-"""Tokens of such a program without moments: it stores a few sums only."""
 
 BLOCK_S = 16
 """Partial sums that are combined at a time."""
@@ -50,20 +48,22 @@ class Config(NamedTuple):
     """Tokens of a tile of `_rows_backward_kernel`, which needs the most registers."""
     rows_num_warps: int = 8
     rows_num_stages: int = 1
+    groups: tuple[int, ...] = (64, 32)
+    """Tokens of a program of `_rows_backward_kernel`, which stores a set of sums: see `group`."""
 
 
 # By (width of a tile, bytes of a number). Compiled for sm_80 and sm_90 with these sizes, kernels
 # keep their tiles in registers and shared memory; docs/gpu_kernels.md lists what they use.
 _TABLE = {
-    (64, 2): Config(block_n=64, block_k=32, block_j=32, num_warps=4),
-    (64, 4): Config(block_n=32, block_k=32, block_j=16, num_warps=4),
-    (128, 2): Config(block_n=32, block_k=32, block_j=32, num_warps=4, rows_block_n=32),
-    (128, 4): Config(block_n=32, block_k=16, block_j=16, num_stages=1, rows_num_stages=2),
-    (256, 2): Config(block_n=32, block_k=32, block_j=32),
-    (256, 4): Config(block_n=16, block_k=16, block_j=16, rows_num_stages=2),
-    (512, 2): Config(block_n=16, block_k=16, block_j=16, rows_num_stages=3),
-    (512, 4): Config(block_n=16, block_k=16, block_j=16, rows_num_stages=2),
-    (1024, 2): Config(block_n=16, block_k=16, block_j=16, num_stages=1, output_num_stages=1),
+    (64, 2): Config(128, 32, 64, 4, rows_block_n=32, rows_num_warps=4, groups=(256, 128, 64)),
+    (64, 4): Config(32, 32, 16, 4, groups=(256, 128, 64)),
+    (128, 2): Config(64, 32, 64, 4, rows_block_n=32, rows_num_warps=4, groups=(128, 64, 32)),
+    (128, 4): Config(32, 16, 16, num_stages=1, rows_num_stages=2, groups=(128, 64, 32)),
+    (256, 2): Config(32, 32, 32, rows_block_n=32),
+    (256, 4): Config(16, 16, 16, rows_num_stages=2),
+    (512, 2): Config(16, 16, 16),
+    (512, 4): Config(16, 16, 16, rows_num_stages=2),
+    (1024, 2): Config(16, 16, 16, num_stages=1, output_num_stages=1),
 }
 
 
@@ -85,3 +85,14 @@ def choose_config(width: int, dtype: torch.dtype, architecture: str = "large") -
         # Two stages take 128 KiB of shared memory.
         chosen = chosen._replace(output_num_stages=1)
     return chosen
+
+
+def group(cfg: Config, batch: int, n_tokens: int) -> int:
+    """Tokens of a program of `_rows_backward_kernel`: the largest group that fills most of a GPU.
+
+    No gradient of a batch element depends on it but for the order in which the gradients of the
+    weights are summed.
+    """
+    full = 3 * PROGRAMS // 4
+    filling = (tokens for tokens in cfg.groups if batch * cdiv(n_tokens, tokens) >= full)
+    return next(filling, cfg.groups[-1])

@@ -9,6 +9,9 @@
        out = (G * kn) M^T + (qn + bp) Wf^T + bf
 
    In inference it may add a residual branch: x + scale * out.
+
+Wide layers take two launches instead of the second: `_operands_kernel` writes qn + bp and G * kn,
+and one product with [Wf, M] makes the output of both (`backends/triton/linear.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import triton.language as tl
 from swiftkernels.backends.triton.tiles import (
     dot,
     load_matrix,
+    load_tokens,
     load_transposed,
     load_vector,
     to_operand,
@@ -104,6 +108,26 @@ def _pool_forward_kernel(
         tl.store(m_ptr + offsets, to_operand(m_tile, m_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def global_query(
+    pooled_ptr, stat_ptr, g_ptr, g_stat_ptr, batch, tile, num_splits,
+    E: tl.constexpr, EPS: tl.constexpr, POOLING: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """G of a batch element [BLOCK_E]; tile 0 stores it with the statistics."""
+    G, first_stat, second_stat = combine_splits(
+        pooled_ptr + batch * num_splits * E, stat_ptr + batch * num_splits * 2, num_splits,
+        E, EPS, POOLING, BLOCK_S, BLOCK_E, ACC,
+    )  # fmt: skip
+    if tile == 0:
+        cols = tl.arange(0, BLOCK_E)
+        one = tl.arange(0, 1)
+        tl.store(g_ptr + batch * E + cols, G, mask=cols < E)
+        tl.store(g_stat_ptr + batch * 2 + one, first_stat)
+        tl.store(g_stat_ptr + batch * 2 + 1 + one, second_stat)
+    return G
+
+
 @triton.jit(
     do_not_specialize=["n_tokens", "num_splits", "num_tiles", "stride_b", "stride"]
 )  # fmt: skip
@@ -132,15 +156,10 @@ def _output_forward_kernel(
     batch = (pid // num_tiles).to(tl.int64)
     tile = pid % num_tiles
     cols = tl.arange(0, BLOCK_E)
-    G, first_stat, second_stat = combine_splits(
-        pooled_ptr + batch * num_splits * E, stat_ptr + batch * num_splits * 2, num_splits,
-        E, EPS, POOLING, BLOCK_S, BLOCK_E, ACC,
+    G = global_query(
+        pooled_ptr, stat_ptr, g_ptr, g_stat_ptr, batch, tile, num_splits, E, EPS, POOLING, BLOCK_S,
+        BLOCK_E, ACC,
     )  # fmt: skip
-    if tile == 0:
-        tl.store(g_ptr + batch * E + cols, G, mask=cols < E)
-        one = tl.arange(0, 1)
-        tl.store(g_stat_ptr + batch * 2 + one, first_stat)
-        tl.store(g_stat_ptr + batch * 2 + 1 + one, second_stat)
 
     batch_offset = batch * tl.multiple_of(stride_b.to(tl.int64), ALIGN)
     rows = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -173,3 +192,44 @@ def _output_forward_kernel(
             x_tile = tl.load(residual_ptr + batch * n_tokens * D + offsets, mask=mask, other=0.0)
             out_tile = x_tile.to(ACC) + out_tile * load_vector(scale_ptr, js, D, ACC)[None, :]
         tl.store(out_ptr + offsets, out_tile.to(DTYPE), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_tokens", "num_splits", "num_tiles", "stride_b", "stride"])
+def _operands_kernel(
+    q_ptr, k_ptr,  # [B, N, E]
+    proj_bias_ptr,  # [E] or None
+    pooled_ptr, stat_ptr,  # from the first launch
+    operands_ptr,  # [B, N, 2 E], contiguous
+    g_ptr, g_stat_ptr,  # [B, E], [B, 2] in ACC: kept for the backward
+    n_tokens, num_splits, num_tiles, stride_b, stride,
+    E: tl.constexpr, EPS: tl.constexpr, POOLING: tl.constexpr, QK_NORM: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """qn + bp and G * kn of a tile of tokens of a batch element, side by side."""
+    ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
+    DTYPE: tl.constexpr = operands_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    batch = (pid // num_tiles).to(tl.int64)
+    tile = pid % num_tiles
+    cols = tl.arange(0, BLOCK_E)
+    G = global_query(
+        pooled_ptr, stat_ptr, g_ptr, g_stat_ptr, batch, tile, num_splits, E, EPS, POOLING, BLOCK_S,
+        BLOCK_E, ACC,
+    )  # fmt: skip
+    batch_offset = batch * tl.multiple_of(stride_b.to(tl.int64), ALIGN)
+    rows = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    q_tile = load_tokens(
+        q_ptr + batch_offset, rows, cols, n_tokens, E, stride, CHANNELS_LAST, ALIGN
+    )
+    k_tile = load_tokens(
+        k_ptr + batch_offset, rows, cols, n_tokens, E, stride, CHANNELS_LAST, ALIGN
+    )
+    q_tile = unit_rows(q_tile.to(ACC), EPS, QK_NORM)
+    if proj_bias_ptr is not None:
+        q_tile += load_vector(proj_bias_ptr, cols, E, ACC)[None, :]
+    k_tile = unit_rows(k_tile.to(ACC), EPS, QK_NORM) * G[None, :]
+    offsets = (batch * n_tokens + rows)[:, None] * (2 * E) + cols[None, :]
+    mask = (rows < n_tokens)[:, None] & (cols < E)[None, :]
+    tl.store(operands_ptr + offsets, to_operand(q_tile, DTYPE), mask=mask)
+    tl.store(operands_ptr + offsets + E, to_operand(k_tile, DTYPE), mask=mask)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from swiftkernels.backends import cache
@@ -24,6 +25,7 @@ from swiftkernels.backends.layouts import (
 )
 from swiftkernels.backends.torch_state import device_guard, fits_kernels
 from swiftkernels.backends.triton.kernel_launch import KernelLaunch, Pointer
+from swiftkernels.backends.triton.linear import Linear, linear_launch
 from swiftkernels.backends.triton.sizes import (
     architecture,
     cdiv,
@@ -36,8 +38,10 @@ from swiftkernels.backends.triton.tensors import (
     Layout,
     compact,
     contiguous,
+    has_tensor_cores,
     layout,
     precision,
+    rows_layout,
 )
 from swiftkernels.ops.additive_attention.triton import config, pooling
 from swiftkernels.ops.additive_attention.triton.backward import (
@@ -47,12 +51,14 @@ from swiftkernels.ops.additive_attention.triton.backward import (
     _weights_backward_kernel,
 )
 from swiftkernels.ops.additive_attention.triton.forward import (
+    _operands_kernel,
     _output_forward_kernel,
     _pool_forward_kernel,
 )
 from swiftkernels.ops.additive_attention.weights import (
     AnyWeights,
     Options,
+    OutputWeights,
     Weights,
     pack_projections,
 )
@@ -142,7 +148,7 @@ def _read(inputs: Sequence[Tensor], weights: AnyWeights) -> _Inputs:
         view = _tokens(x)
         return _Inputs(view, view, weights[:4], view, True)
     tokens = x if x.dim() == 3 else as_tokens(x)
-    both = torch.nn.functional.linear(tokens, *pack_projections(*weights[:4]))
+    both = F.linear(tokens, *pack_projections(*weights[:4]))
     q, k = both.chunk(2, dim=2)  # views of one buffer
     return _Inputs(_tokens(q), _tokens(k), _NO_PROJECTIONS, _tokens(x), False)
 
@@ -189,21 +195,75 @@ def forward(
         keep: not used; only other backends have a choice.
         residual: the output is x + scale * output; only in inference.
     """
-    like = inputs[0]
-    with device_guard(like):
+    with device_guard(inputs[0]):
         read = _read(inputs, weights)
-        q = read.q
-        pointers = (*_pointers(read, weights, mask), *residual)
-        launches = _forward_launches(
-            _launch_key(read, weights, options, pointers, fits_kernels(*pointers))
-        )
-        out = like.new_empty_strided(*output_like(like, weights.token_dim))
         saved = saved_like(inputs, weights, keep)
-        acc = saved.global_query.dtype
-        pooled = like.new_empty(q.batch, launches.splits, weights.width, dtype=acc)
-        split_statistics = like.new_empty(q.batch, launches.splits, 2, dtype=acc)
-        launches.start(pointers, (out, *saved, pooled, split_statistics))
-    return out, saved
+        return _forward(inputs[0], read, weights, mask, options, residual, saved, None), saved
+
+
+def _forward(
+    like: Tensor,
+    read: _Inputs,
+    weights: AnyWeights,
+    mask: Tensor | None,
+    options: Options,
+    residual: Residual,
+    saved: Saved,
+    final: Tensor | None,
+) -> Tensor:
+    """The output, for inputs with axes as those of `like`; fills `saved`, M only without `final`.
+
+    `final` is [Wf, M] of a wide layer, if it is known.
+    """
+    q = read.q
+    pointers = (*_pointers(read, weights, mask), *residual)
+    key = _launch_key(read, weights, options, pointers, fits_kernels(*pointers))
+    launches = _forward_launches(key._replace(product=final is None))
+    out = like.new_empty_strided(*output_like(like, weights.token_dim))
+    acc = saved.global_query.dtype
+    pooled = like.new_empty(q.batch, launches.splits, weights.width, dtype=acc)
+    split_statistics = like.new_empty(q.batch, launches.splits, 2, dtype=acc)
+    results = (out, *saved, pooled, split_statistics)
+    if launches.is_wide:
+        launches.start_wide(pointers, results, final)
+    else:
+        launches.start(pointers, results)
+    return out
+
+
+class PackedWide(NamedTuple):
+    """The weights of a wide layer as `infer_wide` reads them."""
+
+    projections: tuple[Tensor, Tensor | None]
+    """The query and key layers as one: [2 E, C], [2 E] or None."""
+    others: OutputWeights
+    final: Tensor
+    """[Wf, M], [D, 2 E]"""
+
+
+def is_wide(weights: AnyWeights) -> bool:
+    """Whether a GEMM computes queries and keys, and another one the output."""
+    return weights.width > config.MAX_PROJECTED_WIDTH
+
+
+def pack_wide(weights: Weights) -> PackedWide:
+    """The weights in new memory."""
+    others = OutputWeights(*weights[4:])
+    final_weight, dtype = others.final_weight, others.final_weight.dtype
+    product = final_weight.to(accumulator(dtype)) @ others.proj_weight.to(accumulator(dtype))
+    highest = torch.finfo(dtype).max
+    final = torch.cat((final_weight, product.clamp(-highest, highest).to(dtype)), 1)
+    return PackedWide(pack_projections(*weights[:4]), others, final)
+
+
+def infer_wide(x: Tensor, packed: PackedWide, options: Options, residual: Residual) -> Tensor:
+    """The output of a wide layer for tokens, or an image in channels_last memory format."""
+    with device_guard(x):
+        tokens = x if x.dim() == 3 else as_tokens(x)
+        q, k = F.linear(tokens, *packed.projections).chunk(2, dim=2)
+        read = _Inputs(_tokens(q), _tokens(k), _NO_PROJECTIONS, None, False)
+        saved = saved_like((x,), packed.others, "")
+        return _forward(x, read, packed.others, None, options, residual, saved, packed.final)
 
 
 class _LaunchKey(NamedTuple):
@@ -224,6 +284,8 @@ class _LaunchKey(NamedTuple):
     """Which of the inputs are None."""
     reusable: bool
     """See `KernelLaunch`."""
+    product: bool = True
+    """Whether the first launch computes M."""
 
 
 def _launch_key(
@@ -242,10 +304,11 @@ def _launch_key(
 
 
 class _ForwardLaunches:
-    """The two launches of a forward.
+    """The two launches of a forward, or three of a wide layer.
 
     Attributes:
         splits: partial sums of a batch element that the first launch computes.
+        is_wide: whether to use `start_wide`; else `start`.
     """
 
     def __init__(self, key: _LaunchKey) -> None:
@@ -255,8 +318,9 @@ class _ForwardLaunches:
         # Without tokens there is nothing to pool, but a backward may need M, G and statistics.
         splits, tiles_per_split = split_tokens(max(n_tokens, 1), cfg.block_n)
         self.splits = splits
+        self.is_wide = width > config.MAX_PROJECTED_WIDTH
         block_m = 32 if width <= 64 else 64
-        m_programs = cdiv(token_dim, block_m) * cdiv(width, block_m)
+        m_programs = cdiv(token_dim, block_m) * cdiv(width, block_m) if key.product else 0
         tiles = cdiv(n_tokens, cfg.block_n)
         shared: dict[str, Any] = {
             "C": in_dims,
@@ -281,18 +345,21 @@ class _ForwardLaunches:
             {"SCALE": options.scale, "BLOCK_M": block_m, "num_stages": cfg.num_stages} | shared,
             key.reusable,
         )
-        self._output = KernelLaunch(
-            _output_forward_kernel,
-            batch * tiles,
-            (n_tokens, splits, tiles, *tokens.strides),
-            {
-                "BLOCK_J": cfg.block_j,
-                "BLOCK_S": config.BLOCK_S,
-                "num_stages": cfg.output_num_stages,
-            }
-            | shared,
-            key.reusable,
-        )
+        if not self.is_wide:
+            self._output = KernelLaunch(
+                _output_forward_kernel,
+                batch * tiles,
+                (n_tokens, splits, tiles, *tokens.strides),
+                {
+                    "BLOCK_J": cfg.block_j,
+                    "BLOCK_S": config.BLOCK_S,
+                    "num_stages": cfg.output_num_stages,
+                }
+                | shared,
+                key.reusable,
+            )
+        else:
+            self._plan_wide(key)
         acc_bytes = accumulator(dtype).itemsize
         sizes = (
             batch * width * acc_bytes,
@@ -325,6 +392,59 @@ class _ForwardLaunches:
             q, k, wq, bq, wk, bk, bp, wf, bf, residual, scale, product, pooled, split_statistics,
             out, global_query, statistics,
         )  # fmt: skip
+
+    def _plan_wide(self, key: _LaunchKey) -> None:
+        """The launches after the first of a wide layer."""
+        batch, n_tokens, _, width, token_dim = key[:5]
+        tiles = cdiv(n_tokens, config.OPERANDS_BLOCK_N)
+        self._operands_shape = batch, n_tokens, 2 * width
+        self._operands = KernelLaunch(
+            _operands_kernel,
+            batch * tiles,
+            (n_tokens, self.splits, tiles, *key.tokens.strides),
+            {
+                "E": width, "EPS": key.options.eps, "POOLING": key.options.pooling,
+                "QK_NORM": key.options.qk_norm, "CHANNELS_LAST": key.tokens.channels_last,
+                "ALIGN": key.tokens.align, "BLOCK_N": config.OPERANDS_BLOCK_N,
+                "BLOCK_E": power_of_two(width), "BLOCK_S": config.BLOCK_S,
+                "num_warps": 4, "num_stages": 1,
+            },
+            key.reusable,
+        )  # fmt: skip
+        self._product: KernelLaunch | None = None
+        if has_tensor_cores(key.dtype, key.precision):
+            layer = Linear(
+                batch, n_tokens, 2 * width, token_dim, "none", False, key.dtype, key.device,
+                key.precision,
+            )  # fmt: skip
+            self._product = linear_launch(
+                layer, rows_layout(n_tokens, 2 * width), rows_layout(n_tokens, token_dim),
+                key.reusable,
+            )  # fmt: skip
+
+    def start_wide(
+        self, inputs: Sequence[Any], results: Sequence[Tensor], final: Tensor | None
+    ) -> None:
+        """Launch the kernels of a wide layer in the current stream.
+
+        Args:
+            inputs, results: as in `start`; all are tensors or None.
+            final: [Wf, M], or None to compute it.
+        """
+        q, k, *_, w_g, wp, bp, wf, bf, mask, residual, scale = inputs
+        out, global_query, statistics, product, pooled, split_statistics = results
+        self._pool(q, None, None, w_g, mask, wp, wf, pooled, split_statistics, product)
+        operands = out.new_empty(self._operands_shape)
+        self._operands(q, k, bp, pooled, split_statistics, operands, global_query, statistics)
+        if final is None:
+            final = torch.cat((wf, product), 1)
+        if self._product is not None:
+            self._product(operands, final, bf, scale, residual, out)
+            return
+        tokens = as_tokens(out) if out.dim() == 4 else out
+        tokens.copy_(F.linear(operands, final, bf))
+        if residual is not None:
+            tokens.mul_(scale).add_(as_tokens(residual) if residual.dim() == 4 else residual)
 
     def infer(
         self, x: Tensor, out: Tensor, weights: Sequence[int | None], scale: int | None
@@ -478,9 +598,8 @@ class _BackwardLaunches:
         )
 
         tiles = cdiv(n_tokens, cfg.rows_block_n)
-        # A program that fuses stores a set of moments, so there are fewer, larger ones.
-        group = config.FUSED_GROUP_TOKENS if self.fuses else config.GROUP_TOKENS
-        tiles_per_group = min(tiles, group // cfg.rows_block_n)
+        tiles_per_group = config.group(cfg, batch, n_tokens) // cfg.rows_block_n
+        tiles_per_group = max(1, min(tiles, tiles_per_group))
         groups = cdiv(tiles, tiles_per_group)
         num_dw_g = num_moments = batch * groups
         x_operands = 0 if key.x is None else 2

@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from swiftkernels.backends.triton.activations import activate, activation_backward
 from swiftkernels.backends.triton.tiles import (
     dot,
     load_matrix,
@@ -26,7 +27,6 @@ from swiftkernels.backends.triton.tiles import (
     to_operand,
     token_offsets,
 )
-from swiftkernels.ops.conv_mlp.triton.activations import activate, activation_backward
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def _input_backward_kernel(
             x_ptr, dout_ptr, w1_ptr, b1_ptr, w2_ptr, rows, hs, n_pixels, stride, dout_stride, C, H,
             D, CHANNELS_LAST, ALIGN, DOUT_CHANNELS_LAST, DOUT_ALIGN, PRECISION, BLOCK_K, ACC,
         )  # fmt: skip
-        operand = to_operand(activation_backward(grad, hidden, ACTIVATION), DTYPE)
+        operand = to_operand(activation_backward(grad, hidden, ACTIVATION, DTYPE), DTYPE)
         dx = dot(operand, load_matrix(w1_ptr, hs, cs, H, C), dx, PRECISION)
     if RESIDUAL:
         dx += load_tokens(
@@ -159,9 +159,9 @@ def _weights_backward_kernel(
         dout_tile = load_tokens(
             dout_tokens, rows, js, n_pixels, D, dout_stride, DOUT_CHANNELS_LAST, DOUT_ALIGN
         )
-        activated = to_operand(activate(hidden, ACTIVATION), DTYPE)
+        activated = to_operand(activate(hidden, ACTIVATION, DTYPE), DTYPE)
         dw2 = dot(tl.trans(activated), dout_tile, dw2, PRECISION)
-        dz = activation_backward(grad, hidden, ACTIVATION)
+        dz = activation_backward(grad, hidden, ACTIVATION, DTYPE)
         x_tile = load_tokens(x_tokens, rows, js, n_pixels, C, stride, CHANNELS_LAST, ALIGN)
         dw1 = dot(tl.trans(to_operand(dz, DTYPE)), x_tile, dw1, PRECISION)
         if db1_ptr is not None:

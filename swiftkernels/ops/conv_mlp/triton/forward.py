@@ -1,9 +1,13 @@
-"""Forward: one launch from x to the output.
+"""Forward: one launch from x to the output, or up to three for wide layers.
 
-A program computes the output of BLOCK_N pixels. It makes their tile u = norm(depthwise(x)) from x,
-where pixels outside of the image are masked. Then it takes the hidden channels in blocks: a product
-with W1, the activation, and a product with W2, which is added to the output. Only x is read, and
-only the output is written; the hidden channels stay on chip.
+`_forward_kernel`: a program computes the output of BLOCK_N pixels. It makes their tile u =
+norm(depthwise(x)) from x, where pixels outside of the image are masked. Then it takes the hidden
+channels in blocks: a product with W1, the activation, and a product with W2, which is added to the
+output. Only x is read, and only the output is written; the hidden channels stay on chip.
+
+Every program reads all weights, and the tile of its output has all channels. For wide layers that
+takes longer than to write and read the hidden channels: `_input_kernel` writes u, and each of the
+two products is a launch of its own, `backends/triton/linear.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from swiftkernels.backends.triton.activations import activate
 from swiftkernels.backends.triton.tiles import (
     dot,
     load_tokens,
@@ -19,19 +24,19 @@ from swiftkernels.backends.triton.tiles import (
     to_operand,
     token_offsets,
 )
-from swiftkernels.ops.conv_mlp.triton.activations import activate
 
 
 @triton.jit
 def depthwise_tile(
     x_ptr, w_ptr, b_ptr, rows, cols, n_pixels, height, width, stride,
-    C: tl.constexpr, KERNEL: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
-    ACC: tl.constexpr,
+    C: tl.constexpr, KERNEL: tl.constexpr, TAPS_FIRST: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The depthwise convolution at pixels `rows`, for channels `cols` -> [R, S] in ACC.
 
     The pixels may be those of several images, one after the other. Neighbours in another row or
-    image of the batch are outside.
+    image of the batch are outside. The weights are [k, k, C] in memory if TAPS_FIRST, else
+    [C, k, k].
     """
     REACH: tl.constexpr = KERNEL // 2
     column = rows % width
@@ -45,7 +50,10 @@ def depthwise_tile(
             neighbours = rows + (i - REACH) * width + (j - REACH)
             offsets = token_offsets(neighbours, cols, stride, CHANNELS_LAST, ALIGN)
             x_tile = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC)
-            taps = w_ptr + cols * (KERNEL * KERNEL) + (i * KERNEL + j)
+            if TAPS_FIRST:
+                taps = w_ptr + (i * KERNEL + j) * C + cols
+            else:
+                taps = w_ptr + cols * (KERNEL * KERNEL) + (i * KERNEL + j)
             tile += x_tile * tl.load(taps, mask=cols < C, other=0.0).to(ACC)[None, :]
     if b_ptr is not None:
         tile += load_vector(b_ptr, cols, C, ACC)[None, :]
@@ -73,7 +81,7 @@ def input_tile(
     x_ptr, depthwise_ptr, depthwise_bias_ptr,
     norm_weight_ptr, norm_bias_ptr, norm_mean_ptr, norm_var_ptr,
     rows, cols, n_pixels, height, width, stride,
-    C: tl.constexpr, KERNEL: tl.constexpr, EPS: tl.constexpr,
+    C: tl.constexpr, KERNEL: tl.constexpr, TAPS_FIRST: tl.constexpr, EPS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """norm(depthwise(x)) at pixels `rows`, channels `cols`, as an operand of `dot` -> [R, S]."""
@@ -81,7 +89,7 @@ def input_tile(
     if KERNEL:
         tile = depthwise_tile(
             x_ptr, depthwise_ptr, depthwise_bias_ptr, rows, cols, n_pixels, height, width, stride,
-            C, KERNEL, CHANNELS_LAST, ALIGN, ACC,
+            C, KERNEL, TAPS_FIRST, CHANNELS_LAST, ALIGN, ACC,
         )  # fmt: skip
     else:
         tile = load_tokens(x_ptr, rows, cols, n_pixels, C, stride, CHANNELS_LAST, ALIGN)
@@ -102,7 +110,8 @@ def _forward_kernel(
     scale_ptr,  # [D] or None
     out_ptr,  # [B, N, D], contiguous
     n_pixels, num_tiles, height, width, stride_b, stride,
-    C: tl.constexpr, H: tl.constexpr, D: tl.constexpr, KERNEL: tl.constexpr, EPS: tl.constexpr,
+    C: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    KERNEL: tl.constexpr, TAPS_FIRST: tl.constexpr, EPS: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -127,7 +136,7 @@ def _forward_kernel(
         operand = input_tile(
             x_ptr, depthwise_ptr, depthwise_bias_ptr, norm_weight_ptr, norm_bias_ptr,
             norm_mean_ptr, norm_var_ptr, rows, cols, n_pixels, height, width, stride, C, KERNEL,
-            EPS, CHANNELS_LAST, ALIGN, ACC,
+            TAPS_FIRST, EPS, CHANNELS_LAST, ALIGN, ACC,
         )  # fmt: skip
     out = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     for h0 in range(0, H, BLOCK_H):
@@ -141,12 +150,12 @@ def _forward_kernel(
                 part = input_tile(
                     x_ptr, depthwise_ptr, depthwise_bias_ptr, norm_weight_ptr, norm_bias_ptr,
                     norm_mean_ptr, norm_var_ptr, rows, ks, n_pixels, height, width, stride, C,
-                    KERNEL, EPS, CHANNELS_LAST, ALIGN, ACC,
+                    KERNEL, TAPS_FIRST, EPS, CHANNELS_LAST, ALIGN, ACC,
                 )  # fmt: skip
                 hidden = dot(part, load_transposed(w1_ptr, hs, ks, H, C), hidden, PRECISION)
         if b1_ptr is not None:
             hidden += load_vector(b1_ptr, hs, H, ACC)[None, :]
-        activated = to_operand(activate(hidden, ACTIVATION), DTYPE)
+        activated = to_operand(activate(hidden, ACTIVATION, DTYPE), DTYPE)
         out = dot(activated, load_transposed(w2_ptr, ds, hs, D, H), out, PRECISION)
 
     if b2_ptr is not None:
@@ -158,3 +167,32 @@ def _forward_kernel(
     offsets = (batch * n_pixels + rows)[:, None] * D + ds[None, :]
     mask = (rows < n_pixels)[:, None] & (ds < D)[None, :]
     tl.store(out_ptr + offsets, out.to(DTYPE), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_pixels", "num_tiles", "height", "width", "stride_b", "stride"])
+def _input_kernel(
+    x_ptr,  # [B, N, C]
+    depthwise_ptr, depthwise_bias_ptr,  # [C, 1, k, k], [C] or None; not read unless KERNEL
+    norm_weight_ptr, norm_bias_ptr, norm_mean_ptr, norm_var_ptr,  # [C] or None
+    out_ptr,  # [B, N, C], contiguous
+    n_pixels, num_tiles, height, width, stride_b, stride,
+    C: tl.constexpr, KERNEL: tl.constexpr, TAPS_FIRST: tl.constexpr, EPS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """norm(depthwise(x)) of BLOCK_C channels of BLOCK_N pixels."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    across: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    pid = tl.program_id(0)
+    tile = pid // across
+    batch = (tile // num_tiles).to(tl.int64)
+    rows = (tile % num_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = pid % across * BLOCK_C + tl.arange(0, BLOCK_C)
+    x_ptr += batch * tl.multiple_of(stride_b.to(tl.int64), ALIGN)
+    out = input_tile(
+        x_ptr, depthwise_ptr, depthwise_bias_ptr, norm_weight_ptr, norm_bias_ptr, norm_mean_ptr,
+        norm_var_ptr, rows, cols, n_pixels, height, width, stride, C, KERNEL, TAPS_FIRST, EPS,
+        CHANNELS_LAST, ALIGN, ACC,
+    )  # fmt: skip
+    offsets = (batch * n_pixels + rows)[:, None] * C + cols[None, :]
+    tl.store(out_ptr + offsets, out, mask=(rows < n_pixels)[:, None] & (cols < C)[None, :])

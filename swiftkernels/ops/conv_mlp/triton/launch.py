@@ -1,6 +1,7 @@
 """The Triton kernels as a backend (`ops/operator.py`).
 
-With a depthwise convolution the backward is that of PyTorch's operators (`gradients.py`).
+The backward is that of PyTorch's operators (`gradients.py`) with a depthwise convolution, and for
+wide layers: there the products take longer than to write and read what is between them.
 """
 
 from __future__ import annotations
@@ -12,15 +13,25 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from swiftkernels.backends import cache
 from swiftkernels.backends.layouts import accumulator, output_like, tokens_of
 from swiftkernels.backends.torch_state import device_guard, fits_kernels
-from swiftkernels.backends.triton.kernel_launch import KernelLaunch
+from swiftkernels.backends.triton.kernel_launch import KernelLaunch, Pointer
+from swiftkernels.backends.triton.linear import Linear, linear_launch
 from swiftkernels.backends.triton.sizes import architecture, cdiv, power_of_two, sum_tile
-from swiftkernels.backends.triton.tensors import Layout, compact, contiguous, layout, precision
-from swiftkernels.ops.conv_mlp import gradients
+from swiftkernels.backends.triton.tensors import (
+    Layout,
+    compact,
+    contiguous,
+    has_tensor_cores,
+    layout,
+    precision,
+    rows_layout,
+)
+from swiftkernels.ops.conv_mlp import gradients, reference
 from swiftkernels.ops.conv_mlp.gradients import Saved, saved_like
 from swiftkernels.ops.conv_mlp.triton import config
 from swiftkernels.ops.conv_mlp.triton.backward import (
@@ -28,7 +39,7 @@ from swiftkernels.ops.conv_mlp.triton.backward import (
     _input_backward_kernel,
     _weights_backward_kernel,
 )
-from swiftkernels.ops.conv_mlp.triton.forward import _forward_kernel
+from swiftkernels.ops.conv_mlp.triton.forward import _forward_kernel, _input_kernel
 from swiftkernels.ops.conv_mlp.weights import Options, Weights
 from swiftkernels.ops.operator import Needs
 
@@ -122,7 +133,7 @@ def _key(
     x = images[0]
     return _Key(
         x.sequences, x.n_pixels, weights.width, weights.weight1.shape[0], weights.token_dim,
-        options, x.data.dtype, x.data.device, precision(x.data.dtype),
+        options, x.data.dtype, x.data.device, precision(x.data.dtype, True),
         tuple([t is None for t in tensors]),
         fits_kernels(*[image.data for image in images], *tensors),
         tuple([image.layout for image in images]),
@@ -139,36 +150,134 @@ def _shared(key: _Key, cfg: config.Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
+class _Sizes(NamedTuple):
+    """What the launches of a forward depend on besides `_Key`."""
+
+    types: tuple[torch.dtype | None, ...]
+    """Of `Norm` and of the scale."""
+    height: int
+    width: int
+    kernel: int
+    """Of the depthwise convolution; 0: there is none."""
+    taps_first: bool
+    """See `taps_first`."""
+    has_norm: bool
+    eps: float
+
+
+def _input_constants(key: _Key, sizes: _Sizes) -> dict[str, Any]:
+    return {"KERNEL": sizes.kernel, "TAPS_FIRST": sizes.taps_first, "EPS": sizes.eps}
+
+
+class _Fused:
+    """A forward in one launch."""
+
+    def __init__(self, key: _Key, sizes: _Sizes) -> None:
+        widest = max(key.width, key.out_width)
+        cfg = config.forward_config(widest, key.dtype, sizes.kernel > 0, architecture(key.device))
+        tiles = cdiv(key.n_pixels, cfg.block_n)
+        block_d = min(power_of_two(key.out_width), cfg.block_j)
+        block_k = power_of_two(key.width)
+        self._launch = KernelLaunch(
+            _forward_kernel,
+            key.sequences * tiles * cdiv(key.out_width, block_d),
+            (key.n_pixels, tiles, sizes.height, sizes.width, *key.layouts[0].strides),
+            _shared(key, cfg)
+            | _input_constants(key, sizes)
+            | {
+                "RESIDUAL": key.options.residual, "BLOCK_D": block_d,
+                "BLOCK_K": block_k if sizes.kernel else min(block_k, cfg.block_k),
+            },
+            key.reusable,
+        )  # fmt: skip
+
+    @property
+    def ready(self) -> bool:
+        """Whether the call takes addresses."""
+        return self._launch.ready
+
+    def __call__(self, x: Tensor, pointers: Sequence[Pointer], out: Pointer) -> None:
+        """Launch in the current stream.
+
+        Args:
+            x: makes new tensors of its type and device.
+            pointers: of the image and of the tensors, as `_in_order` has them.
+            out: as `output_like` says.
+        """
+        self._launch(*pointers, out)
+
+
+class _InSteps:
+    """A forward of a wide layer: a launch for what is before the products, and one for each."""
+
+    def __init__(self, key: _Key, sizes: _Sizes) -> None:
+        pixels = key.sequences * key.n_pixels
+        (x,) = key.layouts
+        C, H, D = key.width, key.hidden, key.out_width
+        activation, residual = key.options
+        self._before: KernelLaunch | None = None
+        before = x
+        if sizes.kernel or sizes.has_norm:
+            tiles = cdiv(key.n_pixels, config.INPUT_BLOCK_N)
+            self._before = KernelLaunch(
+                _input_kernel,
+                key.sequences * tiles * cdiv(C, config.INPUT_BLOCK_C),
+                (key.n_pixels, tiles, sizes.height, sizes.width, *x.strides),
+                _input_constants(key, sizes)
+                | {
+                    "C": C, "CHANNELS_LAST": x.channels_last, "ALIGN": x.align,
+                    "BLOCK_N": config.INPUT_BLOCK_N, "BLOCK_C": config.INPUT_BLOCK_C,
+                    "num_warps": 4, "num_stages": 1,
+                },
+                key.reusable,
+            )  # fmt: skip
+            before = rows_layout(key.n_pixels, C)
+        self._sizes = pixels * C, pixels * H
+        self._residual = residual
+        first = Linear(
+            key.sequences, key.n_pixels, C, H, activation, True, key.dtype, key.device,
+            key.precision,
+        )  # fmt: skip
+        second = first._replace(in_dims=H, out_dims=D, activation="none", operand=False)
+        self._first = linear_launch(first, before, None, key.reusable)
+        self._second = linear_launch(
+            second, rows_layout(key.n_pixels, H), x if residual else None, key.reusable
+        )
+
+    @property
+    def ready(self) -> bool:
+        """Whether the call takes addresses."""
+        return self._second.ready
+
+    def __call__(self, x: Tensor, pointers: Sequence[Pointer], out: Pointer) -> None:
+        """Launch in the current stream; the arguments are those of `_Fused`."""
+        image, *around, weight1, bias1, weight2, bias2, scale = pointers
+        between, hidden = image, x.new_empty(self._sizes[1])
+        if self._before is not None:
+            between = x.new_empty(self._sizes[0])
+            self._before(image, *around, between)
+        self._first(between, weight1, bias1, None, None, hidden)
+        residual = image if self._residual else None
+        self._second(hidden, weight2, bias2, scale, residual, out)
+
+
 @functools.lru_cache(maxsize=512)
-def _forward_launch(
-    key: _Key,
-    types: tuple[torch.dtype | None, ...],
-    height: int,
-    width: int,
-    kernel: int,
-    eps: float,
-) -> KernelLaunch:
-    """The launch of a forward; `types` are those of `Norm` and of the scale."""
-    widest = max(key.width, key.out_width)
-    cfg = config.forward_config(widest, key.dtype, kernel > 0, architecture(key.device))
-    tiles = cdiv(key.n_pixels, cfg.block_n)
-    block_d = min(power_of_two(key.out_width), cfg.block_j)
-    block_k = power_of_two(key.width)
-    return KernelLaunch(
-        _forward_kernel,
-        key.sequences * tiles * cdiv(key.out_width, block_d),
-        (key.n_pixels, tiles, height, width, *key.layouts[0].strides),
-        _shared(key, cfg)
-        | {
-            "KERNEL": kernel, "EPS": eps, "RESIDUAL": key.options.residual,
-            "BLOCK_K": block_k if kernel else min(block_k, cfg.block_k), "BLOCK_D": block_d,
-        },
-        key.reusable,
-    )  # fmt: skip
+def _forward_launches(key: _Key, sizes: _Sizes) -> _Fused | _InSteps:
+    return (_Fused if _is_narrow(key.width, key.out_width) else _InSteps)(key, sizes)
+
+
+def _is_narrow(width: int, out_width: int) -> bool:
+    """Whether one launch computes a forward, and kernels a backward."""
+    return max(width, out_width) <= config.MAX_FUSED_WIDTH
+
+
+def taps_first(depthwise: Tensor) -> Tensor:
+    """A depthwise weight [C, 1, k, k], in memory as [k, k, C]: the kernels load it fastest so."""
+    return depthwise.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
 
 def _in_order(weights: Weights, norm: Norm) -> tuple[Tensor | None, ...]:
-    """The tensors as the kernel of the forward takes them."""
+    """The tensors as the kernels of the forward take them."""
     return (*weights[:2], *norm, *weights[2:])
 
 
@@ -182,32 +291,61 @@ def infer(x: Tensor, weights: Weights, norm: Norm, eps: float, options: Options)
         eps: of the BatchNorm.
         options: of the operator.
     """
+    if _is_left_to_pytorch(x.dtype, weights):
+        return _infer_by_pytorch(x, weights, norm, eps, options)
     out = x.new_empty_strided(*output_like(x, weights.token_dim))
     if out.numel() > 0:
         with device_guard(x):
-            launch, image, pointers = _prepare(x, weights, norm, eps, options)
-            launch(image, *pointers, out)
+            launches, pointers = _prepare(x, weights, norm, eps, options)
+            launches(x, pointers, out)
     return out
+
+
+def _is_left_to_pytorch(dtype: torch.dtype, weights: Weights) -> bool:
+    """Whether PyTorch's libraries compute a forward: wide layers without tensor cores."""
+    narrow = _is_narrow(weights.width, weights.token_dim)
+    return not (narrow or has_tensor_cores(dtype, precision(dtype, True)))
+
+
+def _infer_by_pytorch(
+    x: Tensor, weights: Weights, norm: Norm, eps: float, options: Options
+) -> Tensor:
+    """`infer` by PyTorch's operators."""
+    before = reference.depthwise(x, weights)
+    if norm.mean is not None:
+        before = F.batch_norm(
+            before, norm.mean, norm.variance, norm.weight, norm.bias, False, 0.0, eps
+        )
+    scale = None if weights.scale is None else weights.scale.flatten()
+    products = weights._replace(depthwise_weight=None, depthwise_bias=None, scale=scale)
+    out = reference.conv_mlp(before, products, None, options._replace(residual=False))
+    out = x + out if options.residual else out
+    return out.contiguous(memory_format=torch.channels_last)
 
 
 def _prepare(
     x: Tensor, weights: Weights, norm: Norm, eps: float, options: Options
-) -> tuple[KernelLaunch, Tensor, list[Tensor | None]]:
-    """The launch of a forward, and its pointers but for that of the output."""
+) -> tuple[_Fused | _InSteps, list[Tensor | None]]:
+    """The launches of a forward, and their pointers but for that of the output."""
     (image,) = _join([_pixels(x)])
-    depthwise = weights.depthwise_weight
-    pointers = contiguous(_in_order(weights, norm))
-    kernel = 0 if depthwise is None else depthwise.shape[-1]
-    key = _key([image], weights, options, pointers)
+    depthwise, *others = _in_order(weights, norm)
+    kernel, is_taps_first = 0, False
+    if depthwise is not None:
+        kernel = depthwise.shape[-1]
+        is_taps_first = depthwise.permute(2, 3, 1, 0).is_contiguous()
+        depthwise = depthwise if is_taps_first else depthwise.contiguous()
+    tensors = [depthwise, *contiguous(others)]
     types = tuple([None if t is None else t.dtype for t in (*norm, weights.scale)])
-    launch = _forward_launch(key, types, x.shape[2], x.shape[3], kernel, eps)
-    return launch, image.data, pointers
+    height, width = x.shape[2:]
+    sizes = _Sizes(types, height, width, kernel, is_taps_first, norm.mean is not None, eps)
+    key = _key([image], weights, options, tensors)
+    return _forward_launches(key, sizes), [image.data, *tensors]
 
 
 class InferencePlan:
-    """Launches the kernel of a layer by address, once it is compiled for such inputs.
+    """Launches the kernels of a layer by address, once they are compiled for such inputs.
 
-    Nothing is folded or packed: the kernel reads the tensors of the layer as they are.
+    Nothing is folded or packed: the kernels read the tensors of the layer as they are.
 
     Args:
         x: an input of the calls.
@@ -223,31 +361,31 @@ class InferencePlan:
     ) -> None:
         self._eps, self._options = eps, options
         self._places = cache.places(cache.present(tuple(tensors)))
-        self._precision = precision(x.dtype)
+        self._precision = precision(x.dtype, True)
         weights, norm = Weights(*tensors[:7]), Norm(*tensors[7:])  # type: ignore[arg-type]
         self._out = output_like(x, weights.token_dim)
-        self._launch: KernelLaunch | None = None
-        if x.numel() > 0:
-            launch, image, pointers = _prepare(x, weights, norm, eps, options)
-            readable = all(map(operator.is_, pointers, _in_order(weights, norm)))
-            if readable and image is x and fits_kernels(*pointers):
-                self._launch = launch
-                self._addresses = [None if t is None else t.data_ptr() for t in pointers]
+        self._launches: _Fused | _InSteps | None = None
+        if x.numel() > 0 and not _is_left_to_pytorch(x.dtype, weights):
+            launches, pointers = _prepare(x, weights, norm, eps, options)
+            readable = all(map(operator.is_, pointers, (x, *_in_order(weights, norm))))
+            if readable and fits_kernels(*pointers):
+                self._launches = launches
+                self._addresses = [None if t is None else t.data_ptr() for t in pointers[1:]]
 
     def __call__(
         self, x: Tensor, tensors: tuple[Tensor | None, ...], mask: None, residual_scale: None
     ) -> Tensor | None:
         if self._places != cache.places(cache.present(tensors)):
             return None
-        if self._precision != precision(x.dtype):
+        if self._precision != precision(x.dtype, True):
             return None  # PyTorch's setting has changed
-        launch = self._launch
-        if launch is None or not launch.ready or not fits_kernels(x):
+        launches = self._launches
+        if launches is None or not launches.ready or not fits_kernels(x):
             weights, norm = Weights(*tensors[:7]), Norm(*tensors[7:])  # type: ignore[arg-type]
             return infer(x, weights, norm, self._eps, self._options)
         out = torch.empty_strided(*self._out, dtype=x.dtype, device=x.device)
         with device_guard(x):
-            launch(x.data_ptr(), *self._addresses, out.data_ptr())
+            launches(x, (x.data_ptr(), *self._addresses), out.data_ptr())
         return out
 
 
@@ -331,7 +469,7 @@ _backward_launches = functools.lru_cache(maxsize=512)(_BackwardLaunches)
 
 def forget_launches() -> None:
     """Clear the cache of launches, after a change that their keys do not show."""
-    _forward_launch.cache_clear()
+    _forward_launches.cache_clear()
     _backward_launches.cache_clear()
 
 
@@ -345,7 +483,8 @@ def backward(
     needs: Needs,
 ) -> list[Tensor | None]:
     """Gradients of x and of the weights; None where not needed or without bias."""
-    if weights.depthwise_weight is not None:
+    narrow = _is_narrow(weights.width, weights.token_dim)
+    if weights.depthwise_weight is not None or not narrow:
         return gradients.backward(dout, inputs, weights, mask, saved, options, needs)
     (x,) = inputs
     with device_guard(x):
