@@ -124,13 +124,15 @@ class Launch(NamedTuple):
     @property
     def name(self) -> str:
         """Of the kernel; those of conv_mlp begin with "block", or "mlp" without a depthwise
-        convolution. Convolutions have their channels in it."""
+        convolution. Convolutions and linear layers have their channels in it."""
         name: str = self.kernel.__name__
         name = name.removeprefix("_").removesuffix("_kernel")
-        if name == "convolution":
-            return f"{name}_{self.arguments['C']}_{self.arguments['D']}"
+        if name in ("convolution", "linear"):
+            name = f"{name}_{self.arguments['C']}_{self.arguments['D']}"
         if self.arguments.get("residual_ptr") is not None:
-            return f"residual_{name}"
+            name = f"residual_{name}"
+        if name.startswith("residual_linear") and self.arguments["scale_ptr"] is not None:
+            name = f"scaled_{name}"
         if ".conv_mlp." not in self.kernel.fn.__module__:
             return name
         return f"block_{name}" if self.arguments.get("KERNEL") else f"mlp_{name}"
@@ -433,8 +435,8 @@ def problems(cell: Cell, recorded: Launch, found: Facts) -> list[str]:
         wrong.append("over shared memory")
     if found["spills"] or found["stack"]:
         wrong.append("spills")
-    sums = recorded.name.endswith("finish_backward")
-    if cell.dtype != "fp32" and not found["tensor"] and not sums:
+    multiplies = not recorded.name.endswith(("finish_backward", "operands", "block_input"))
+    if cell.dtype != "fp32" and not found["tensor"] and multiplies:
         wrong.append("no tensor cores")
     convolution = recorded.name.startswith("convolution")
     channels = recorded.arguments["C"] if convolution else cell.width
@@ -472,6 +474,38 @@ class Known(NamedTuple):
 CUDA = tuple(name for name in ARCHITECTURES if name.startswith("sm_"))
 
 KNOWN = (
+    Known(
+        "spills",
+        ("rows_backward",),
+        CUDA,
+        "tiles of 32 tokens: on an H100 they are faster than tiles of 16, which fit",
+        ("fp16", "bf16"),
+        (37, 40, 48, 56, 64),
+    ),
+    Known(
+        "spills",
+        ("pool_forward", "output_forward", "residual_output_forward"),
+        CUDA,
+        "tiles of 128 tokens: on an H100 they are faster than tiles of 64, which fit",
+        ("fp16", "bf16"),
+        (37, 40, 48, 56, 64),
+    ),
+    Known(
+        "spills",
+        ("mlp_input_backward", "mlp_weights_backward"),
+        CUDA,
+        "two to eight instructions; the tiles are those that are fastest on an H100",
+        ("fp16", "bf16"),
+        (40, 48, 56, 64, 96, 112, 128),
+    ),
+    Known(
+        "spills",
+        ("pool_backward", "rows_backward"),
+        ("sm_90",),
+        "two to five instructions, a few registers too many",
+        ("fp16", "bf16"),
+        (112, 128, 168, 192, 220, 224, 512),
+    ),
     Known(
         "spills",
         ("pool_backward", "rows_backward"),

@@ -141,7 +141,7 @@ def networks(rows: Rows) -> Figure:
     versions = f"torch {rows[-1]['torch']}, triton {rows[-1]['triton']}"
     add_caption(
         figure,
-        "Counted, not measured: no GPU has run this. float16, 224 x 224 pixels. torch.compile: "
+        "Counted, not measured. float16, 224 x 224 pixels. torch.compile: "
         "code that Inductor writes for an H100. Caches may hold such bytes between kernels. "
         f"{versions}.",
     )
@@ -177,7 +177,7 @@ def traffic(rows: Rows) -> Figure:
     versions = f"torch {rows[-1]['torch']}, triton {rows[-1]['triton']}"
     add_caption(
         figure,
-        "Counted, not measured: no GPU has run this. float16, [batch x tokens x width]. 1 is the "
+        "Counted, not measured. float16, [batch x tokens x width]. 1 is the "
         f"minimum: every input read once, every output written once. {OURS}: distinct 32-byte "
         "sectors, launch by launch; requested counts every lane. torch.compile: code written for "
         "an H100, forward and backward in one graph. Caches may hold such bytes between kernels. "
@@ -212,7 +212,7 @@ def lower_bounds(rows: Rows) -> Figure:
     )
     add_caption(
         figure,
-        "Lower bound, not a time: no GPU has run this. The bounds do not say how much longer an "
+        "Lower bound, not a time. The bounds do not say how much longer an "
         "engine takes, so their ratios are no speed-ups. float16; the larger of bytes / memory "
         "bandwidth and operations / peak (torch.compile: only bytes, operations are unknown). "
         "Hollow: the layer's tensors fit in the GPU's last-level cache; bytes between kernels may "

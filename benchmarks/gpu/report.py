@@ -32,7 +32,8 @@ _INTRODUCTION = """\
 # What is known about the GPU kernels without a GPU
 
 Nothing on this page was measured on a GPU. The figures are counts, lower bounds, or times of the
-host. Where there is a GPU, [one command](gpu_runs.md) measures.
+host. [What an H100 measured](gpu_results.md) is on a page of its own; where there is a GPU,
+[one command](gpu_runs.md) measures.
 
 Four commands write the page, its tables and its pictures from the CSV files in `docs/results`:
 
@@ -256,14 +257,17 @@ def _promises(rows: Sequence[Row]) -> str:
         )
     return (
         "Two passes: 2 x + out + weights in the forward, and alike in the backward. The forward "
-        "comes within 1.15 of it from about 12 E tokens in the batch on (E up to 256). Below, the "
+        "comes within 1.15 of it from about 12 E tokens in the batch on (E up to 128). Below, the "
         "weights outweigh the tokens: the first launch reads three of the four matrices and writes "
         "the product of two, the second reads that product and three matrices again.\n\n"
-        "Forward and backward stay below 0.3 of torch.compile's bytes up to E = 64: a program "
-        "sums the gradients of the weights on chip. Above, queries' and keys' gradients and two "
-        "more planes of the size of x go through memory, and partial sums of four E x E matrices "
-        "for every split of the tokens: on short inputs these outweigh all else, and the bytes "
-        "can exceed torch.compile's. With two of the four sums in each of the backward's two "
+        "Forward and backward move about half of torch.compile's bytes, or less, up to E = 64: a "
+        "program sums the gradients of the weights of up to 256 tokens on chip. Sums of more "
+        "tokens would move less, and took longer on an H100. Above E = 64, queries' and keys' "
+        "gradients and two more planes of the size of x go through memory, and partial sums of "
+        "four E x E matrices for every split of the tokens: on short inputs these outweigh all "
+        "else, and the bytes can exceed torch.compile's. Above E = 128 queries, keys and the "
+        "operands of the last product go through memory, too, because an H100 takes longer for "
+        "weights that every program reads. With two of the four sums in each of the backward's two "
         "passes no planes would be needed, but at E = 128 they do not fit: with the best tiles "
         "found, 15 to 52 instructions spill on sm_80 and up to 19 on sm_90. Fewer splits would "
         "save bytes on short inputs and leave most of a GPU idle.\n\n" + "\n".join(lines) + "\n"

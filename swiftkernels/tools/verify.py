@@ -97,11 +97,11 @@ class Case:
         return [images.contiguous(memory_format=memory), *tensors[1:]]
 
 
-# Batch, tokens, C, D, heads, by how far the Triton kernels fuse: E up to 64, up to 256, above. The
-# order of each is that of the poolings, without and with norms. One token comes late: with "l2"
-# and "softmax", w_g and the scores of a single token have no gradient but rounding errors. And in
-# many items: of a single one, the gradient of w_g hangs on one number, which may be a small
-# difference of large ones.
+# Batch, tokens, C, D, heads, by width: E up to 64, up to 256, above. The Triton kernels fuse less
+# above 64, and less again above 128. The order of each is that of the poolings, without and with
+# norms. One token comes late: with "l2" and "softmax", w_g and the scores of a single token have no
+# gradient but rounding errors. And in many items: of a single one, the gradient of w_g hangs on one
+# number, which may be a small difference of large ones.
 _SIZES = (
     (
         (2, 784, 48, 48, 1),

@@ -32,15 +32,17 @@ def published() -> dict[tuple[str, str, int], dict[str, str]]:
 @pytest.mark.parametrize("batch", blocks.BATCHES)
 @pytest.mark.parametrize("network", blocks.NETWORKS)
 def test_what_is_published(network: str, batch: int) -> None:
-    """A fifth of the bytes and of the launches of torch.compile, where weights do not outweigh."""
+    """Fewer launches than torch.compile, and a third of the bytes, where weights do not outweigh.
+
+    Networks with stages wider than 128 channels could do with fewer, which took longer on an H100.
+    """
     rows = published()
     ours, compiled = (rows[engine, network, batch] for engine in (OURS, "inductor"))
-    assert int(ours["launches"]) <= 0.21 * int(compiled["launches"])
+    assert int(ours["launches"]) <= 0.4 * int(compiled["launches"])
     assert int(ours["minimum_bytes"]) <= int(ours["bytes"])
     if batch > 1:
-        assert int(ours["bytes"]) <= 0.2 * int(compiled["bytes"])
-    if network == "swiftformer_xs":
-        assert int(ours["launches"]) <= 40
+        narrow = network == "swiftformer_xs"
+        assert int(ours["bytes"]) <= (0.2 if narrow else 0.33) * int(compiled["bytes"])
 
 
 def test_the_published_counts_are_those_of_the_code() -> None:
@@ -67,7 +69,7 @@ def test_the_picture_is_made_of_the_file(tmp_path: Path) -> None:
     assert plots.draw_networks(tmp_path).stat().st_size > 10_000
     figure = plots.networks(rows)
     caption = " ".join(figure.texts[-1].get_text().split())
-    assert caption.startswith("Counted, not measured: no GPU has run this.")
+    assert caption.startswith("Counted, not measured. float16")
     write_csv(tmp_path / report.BLOCKS_CSV, [{**rows[0], "layer": "mlp"}])
     with pytest.raises(ValueError, match="has no whole networks"):
         plots.draw_networks(tmp_path)

@@ -13,7 +13,7 @@ from swiftkernels import fuse_for_inference
 from swiftkernels.fusion.chain import FusedChain
 from swiftkernels.fusion.network import FusedNetwork, FusionReport
 from swiftkernels.models import swiftformer_l3, swiftformer_xs
-from swiftkernels.testing.tolerance import assert_as_good_as_eager
+from swiftkernels.testing.tolerance import assert_as_good_as_eager, budget, relative_error
 from swiftkernels.tools.verify import DTYPES
 from tests.fusion import networks
 from tests.fusion.test_chain import whole
@@ -55,6 +55,7 @@ def test_they_are_as_right_as_eager(gpu, size, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_graph_gives_what_the_launches_give(cuda, dtype):
+    """But for roundings: PyTorch's libraries may choose other algorithms in a graph."""
     fused = fused_on(cuda, dtype)
     plain = fused_on(cuda, dtype, graph=False)
     outs = []
@@ -63,7 +64,7 @@ def test_a_graph_gives_what_the_launches_give(cuda, dtype):
             x = images(*shape, seed=seed).to(cuda, dtype)
             outs.append((fused(x), plain(x)))
     for ours, expected in outs:  # later calls have not overwritten them
-        assert torch.equal(ours, expected)
+        assert relative_error(ours, expected) <= budget(0.0, dtype, ulps=16)
     assert [note.reason for note in fused.report.graphs] == ["", ""]
 
 

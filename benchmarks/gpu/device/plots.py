@@ -47,8 +47,8 @@ MEASURED = {
     "channels_last": Style("eager, channels_last", "#5E5E5E", "o"),
     "compile": ENGINE_STYLES["compile"],
     "compile-max": Style("torch.compile, max-autotune", "#E69F00", "v"),
-    OURS: Style("fuse_for_inference", VERMILION, "o"),
-    results.GRAPHS: Style("fuse_for_inference, graph=True", "#8F3F00", "*"),
+    OURS: Style("fuse_for_inference, graph=False", VERMILION, "o"),
+    results.GRAPHS: Style("fuse_for_inference", "#8F3F00", "*"),
     "accelerated": Style("accelerate", "#0072B2", "P"),
     "accelerated-channels_last": Style("accelerate, channels_last", "#56B4E9", "X"),
 }

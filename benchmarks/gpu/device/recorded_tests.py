@@ -45,7 +45,9 @@ def tests_step(settings: Settings) -> int:
     os.chdir(ROOT)
     options = ["tests/gpu", "-q", "--tb=short", "-p", "no:cacheprovider"]
     if not missing(["xdist"]):
-        options += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]
+        # With threads of their own, several processes would wait for each other's most of the time.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        options += ["-n", str(max(1, min(12, (os.cpu_count() or 2) - 2)))]
     for name in done:
         options += ["--deselect", name]
     status = int(pytest.main(options, plugins=[recorder]))

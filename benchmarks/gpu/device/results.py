@@ -88,8 +88,8 @@ NAMES = {
     "channels_last": "channels_last",
     "compile": "torch.compile",
     "compile-max": "max-autotune",
-    OURS: "fused",
-    GRAPHS: "fused, graph=True",
+    OURS: "fused, graph=False",
+    GRAPHS: "fused",
     "accelerated": "accelerated",
     "accelerated-channels_last": "accelerated, channels_last",
 }

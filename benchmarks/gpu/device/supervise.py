@@ -111,15 +111,14 @@ def plan(device: str) -> list[Step]:
     compiled = "--compiled"
     return [
         step(DEVICE, "device", 60, gpu=False),
-        step("verify-first", "verify", 75, "--first", "--networks", "xs"),
-        step("networks-float16", "networks", 140, *half, *sizes[:-1]),
-        step("autotune-float16-xs", "networks", 150, *half, compiled, "--networks", "xs"),
+        step("verify-first", "verify", 100, "--first", "--networks", "xs"),
+        step("networks-float16", "networks", 160, *half, *sizes),
+        step("training", "training", 90, "--dtypes", "bfloat16", *some),
         step("tests", "tests", 150, needs=("pytest",)),
-        step("training", "training", 60, "--dtypes", "bfloat16", *some),
+        step("autotune-float16-xs", "networks", 150, *half, compiled, "--networks", "xs"),
         step("operators-float16", "operators", 80, *half),
         step("autotune-float16", "networks", 400, *half, *sizes, compiled),
         step("networks-float32", "networks", 140, *single, *sizes),
-        step("networks-float16-rest", "networks", 60, *half, *sizes),
         step("training-compiled", "training", 240, "--dtypes", "bfloat16", *some, compiled),
         step("verify", "verify", 500),
         step("operators-compiled", "operators", 400, *half, compiled),
@@ -158,6 +157,7 @@ class Run:
         folder: of the results.
         steps: to run; None: those that the folder has already.
         seconds: for all of them.
+        only: names of the steps to run, in this order; empty: all that are not finished.
         say: gets a line about each step.
     """
 
@@ -166,9 +166,10 @@ class Run:
         folder: Path,
         steps: Sequence[Step] | None,
         seconds: float,
+        only: Sequence[str] = (),
         say: Callable[[str], None] = print,
     ) -> None:
-        self.folder, self.say = folder, say
+        self.folder, self.only, self.say = folder, only, say
         self.end = time.monotonic() + seconds
         self.rows = Rows(folder / results.STEPS, results.STEP_COLUMNS, ("step",))
         if steps is not None:
@@ -211,10 +212,12 @@ class Run:
 
     def _order(self) -> list[Step]:
         """What is not finished; last what was stopped or broke before."""
+        by_name = {step.name: step for step in self.steps}
         unfinished = [
-            step
-            for step in self.steps
-            if step.name not in (DEVICE, PICTURES.name) and self._row(step)["state"] not in FINISHED
+            by_name[name]
+            for name in self.only or by_name
+            if name not in (DEVICE, PICTURES.name)
+            and self._row(by_name[name])["state"] not in FINISHED
         ]
         return sorted(unfinished, key=lambda step: self._row(step)["state"] in (STOPPED, BROKEN))
 
@@ -376,6 +379,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--minutes", type=float, default=9.0, help="time for all steps (%(default)g)")
     add("--resume", type=Path, metavar="FOLDER", help="go on with the run of this folder")
     add("--retry", action="store_true", help="with --resume: what was wrong, too")
+    names = [step.name for step in plan("cuda") if step.name != DEVICE]
+    add("--steps", nargs="+", choices=names, metavar="STEP", help="only these, in this order")
     add("--report", type=Path, metavar="FOLDER", help="only write the report and the pictures")
     device_help = (
         "cuda:0, for example (default: the first GPU); cpu tries the command, in tiny sizes"
@@ -407,7 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.retry:
             retry(folder)
         seconds = 60 * given.minutes - PICTURES_SECONDS - (time.monotonic() - began)
-        run = Run(folder, steps, seconds)
+        run = Run(folder, steps, seconds, given.steps or ())
         try:
             right = run()
         except KeyboardInterrupt as interruption:

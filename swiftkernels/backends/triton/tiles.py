@@ -29,7 +29,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 def to_operand(tile, DTYPE: tl.constexpr):
     """The tile as an operand of `dot`. float16 saturates, so that no inf * 0 becomes NaN."""
     if DTYPE == tl.float16:  # noqa: SIM300
-        tile = tl.clamp(tile, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+        tile = tl.where(tile > 65504.0, 65504.0, tile)
+        tile = tl.where(tile < -65504.0, -65504.0, tile)
     return tile.to(DTYPE)
 
 
