@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,11 @@ from tests.vision import import_torchvision
 
 DISK_BYTES = 4000
 """Of a file on a `full_disk`: less than any file of the library needs."""
+
+# A shell starts background jobs with SIGINT ignored. Processes of tests that press Ctrl-C would
+# inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if importlib.util.find_spec("torchvision"):
     # Before transformers, which does not import beside a torchvision that does not.

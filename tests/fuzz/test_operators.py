@@ -35,6 +35,7 @@ FOUND = [i for i in implementations() if i.backend != "reference"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FINITE = ("none", "zeros", "negative zeros", "subnormal", "large", "65504", "equal", "tiny")
 INFINITE = ("inf", "-inf", "nan")
+MANY_DRAWS = 6 * DRAWS
 
 sizes = st.tuples(
     st.integers(0, 5) | st.just(1),
@@ -115,10 +116,14 @@ def in_inference(case: Any, call: Call, seed: int) -> dict[str, tuple[float, flo
 
 
 def check(case: Any, found_by: Callable[..., dict[str, tuple[float, float]]]) -> None:
-    """As the contract tests: where one draw is beyond its bound, the median of several counts."""
+    """As the contract tests: where one draw is beyond its bound, the median of several counts.
+
+    Of many, where several are beyond: one token that outweighs all others makes the gradients of
+    the scores differences of almost equal numbers, of which few draws say little.
+    """
     implementation, dtype, size, *_ = case
     pairs: dict[str, list[tuple[float, float]]] = {}
-    for seed in range(DRAWS):
+    for seed in range(MANY_DRAWS):
         call = make(case, seed)
         if call is None:
             event("not supported")
@@ -132,7 +137,7 @@ def check(case: Any, found_by: Callable[..., dict[str, tuple[float, float]]]) ->
             order = size[1] ** 0.5 * torch.finfo(torch.float32).eps
             allowed = order if implementation.multiplies_by_torch(name) else 0.0
             pairs.setdefault(name, []).append((error - allowed, eager))
-        if seed == 0 and not beyond(pairs, dtype):
+        if seed + 1 in (1, DRAWS) and not beyond(pairs, dtype):
             return
     assert not beyond(pairs, dtype)
 
