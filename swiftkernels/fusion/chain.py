@@ -38,9 +38,10 @@ class FusedChain(nn.Module):
     """Several steps, one after the other, as one program.
 
     On a CPU the compiled kernels run the chain; on a GPU Triton kernels run its blocks, attention
-    and small convolutions, and PyTorch's operators the rest. Where there are no kernels (float64,
-    other devices and processors) and where PyTorch has to see operators (export, compilation,
-    tracing, gradients), it computes `plain`, the same in PyTorch's operators.
+    and small convolutions, where tensor cores may be used, and PyTorch's operators the rest. Where
+    there are no kernels (float64, other devices and processors) and where PyTorch has to see
+    operators (export, compilation, tracing, gradients), it computes `plain`, the same in PyTorch's
+    operators.
 
     The tensors of the steps are buffers, named by step: `conv_mlp3_weight1`. New values are used
     from the next call on, except those written through `.data`.

@@ -68,8 +68,8 @@ class FusedNetwork(nn.Module):
     network of this library or of timm, its own forward is not run, nor are hooks that are added to
     its parts later.
 
-    On a CUDA device, images of a shape and strides that came before are answered by a CUDA graph,
-    unless the network was fused with `graph=False`.
+    If the model was fused on a CUDA device, and not with `graph=False`, images of a shape and
+    strides that came before are answered by a CUDA graph.
     The output is a copy, which later calls leave as it is. Several threads and streams may call the
     network: its graphs are run for one after the other. Graphs are dropped when a weight is written
     or the network is moved. The network runs without a graph, and the report says why, under

@@ -502,6 +502,15 @@ def test_the_summary_stays_short(tmp_path: Path) -> None:
     assert whole.count("| XS ") == 4 * 3 * 3
 
 
+def test_some_steps_only(tmp_path: Path) -> None:
+    steps = [python("print('ran')", name=name) for name in ("first", "second", "third")]
+    Run(tmp_path, steps, 100.0, ["third", "first"], say=lambda _: None)()
+    rows = {row["step"]: row["state"] for row in read_csv(tmp_path / results.STEPS)}
+    assert (rows["first"], rows["second"], rows["third"]) == (DONE, results.WAITING, DONE)
+    with pytest.raises(ValueError, match="--steps must be names of steps of the folder: first"):
+        Run(tmp_path, None, 100.0, ["fourth"], say=lambda _: None)()
+
+
 def test_the_plan_has_its_steps_in_order() -> None:
     steps = [step.name for step in supervise.plan("cuda:0")]
     first = ["device", "verify-first", "networks-float16", "training", "tests"]

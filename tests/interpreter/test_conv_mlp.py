@@ -111,6 +111,18 @@ def test_errors_are_at_most_twice_those_of_eager(
 WIDE = config.MAX_FUSED_WIDTH + 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [20, WIDE])
+@pytest.mark.parametrize("cudnn", [True, False])
+def test_no_pixels(
+    dtype: torch.dtype, width: int, cudnn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_tensors, "allow_tf32", lambda convolution=False: cudnn)
+    x, *weights = convert(make_tensors((2, width, 3, 4), 24, 3), dtype)
+    assert x is not None
+    assert infer("triton", [x[:, :, :0], *weights]).shape == (2, width, 0, 4)
+
+
 @pytest.fixture
 def in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide layers run in kernels in all types, so that their values can be compared exactly."""

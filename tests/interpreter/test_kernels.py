@@ -82,7 +82,7 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     "width", [*WIDTHS, *(pytest.param(w, marks=pytest.mark.slow) for w in OTHER_WIDTHS)]
 )
 def test_every_width_equals_the_definition(width):
-    """Fused (up to 64), projecting (up to 256) and wide layers."""
+    """Fused (up to 64), projecting (up to 128) and wide layers."""
     tensors = make_tensors(1, 18, width, width, 1, dtype=torch.float64, seed=1)
     dout = torch.randn(1, 18, width, dtype=torch.float64)
     exact = run_definition(tensors, dout, None, options_for(width), torch.float64)

@@ -47,7 +47,7 @@ MEASURED = {
     "channels_last": Style("eager, channels_last", "#5E5E5E", "o"),
     "compile": ENGINE_STYLES["compile"],
     "compile-max": Style("torch.compile, max-autotune", "#E69F00", "v"),
-    OURS: Style("fuse_for_inference, graph=False", VERMILION, "o"),
+    OURS: Style("fuse_for_inference, kernels only", VERMILION, "o"),
     results.GRAPHS: Style("fuse_for_inference", "#8F3F00", "*"),
     "accelerated": Style("accelerate", "#0072B2", "P"),
     "accelerated-channels_last": Style("accelerate, channels_last", "#56B4E9", "X"),
@@ -107,7 +107,8 @@ def networks_figure(rows: Rows) -> Figure:
     add_caption(
         figure,
         "Higher is better; the numbers are images per second. Medians of times measured in turn; "
-        "inference of each engine in its faster mode, as called or in a CUDA graph. "
+        "inference of each engine in its faster mode, as called or in a CUDA graph. Kernels only: "
+        "in a graph of the benchmark, without the copies of images and outputs of the network's. "
         f"{last['side']} x {last['side']} pixels, torch {last['torch']}, triton {last['triton']}.",
     )
     return figure

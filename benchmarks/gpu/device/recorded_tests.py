@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from swiftkernels.backends import devices
 from swiftkernels.testing.engines import missing
 
 ROOT = Path(__file__).parents[3]
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""In the names of Python's objects."""
 
 
 class Recorder:
@@ -30,7 +33,8 @@ class Recorder:
         row["outcome"] = known[report.outcome]
         if report.outcome == "failed":
             crash = getattr(report.longrepr, "reprcrash", None)
-            row["note"] = (crash.message if crash else str(report.longrepr)).strip()
+            message = (crash.message if crash else str(report.longrepr)).strip()
+            row["note"] = ADDRESS.sub("", message)
         elif report.outcome == "skipped" and isinstance(report.longrepr, tuple):
             row["note"] = report.longrepr[2]
         self.checks.put([self.common | row])

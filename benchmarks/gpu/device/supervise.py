@@ -211,8 +211,17 @@ class Run:
             )
 
     def _order(self) -> list[Step]:
-        """What is not finished; last what was stopped or broke before."""
+        """What is not finished; last what was stopped or broke before.
+
+        Raises:
+            ValueError: a step of `only` is not in the folder.
+        """
         by_name = {step.name: step for step in self.steps}
+        if unknown := [name for name in self.only if name not in by_name]:
+            raise ValueError(
+                f"--steps must be names of steps of the folder: {', '.join(by_name)}; got "
+                f"{', '.join(unknown)}. Start a new run with --out for others."
+            )
         unfinished = [
             by_name[name]
             for name in self.only or by_name

@@ -70,12 +70,16 @@ def contiguous(tensors: Sequence[Tensor | None]) -> list[Any]:
 
 
 def precision(dtype: torch.dtype, convolution: bool = False) -> str:
-    """`input_precision` of the matrix products, or of convolutions, on tensors of that type."""
-    return "tf32" if dtype == torch.float32 and allow_tf32(convolution) else "ieee"
+    """`input_precision` of the matrix products, or of convolutions, on tensors of that type.
+
+    Most AMD GPUs have no TF32, for which Triton does not compile there.
+    """
+    allowed = dtype == torch.float32 and torch.version.hip is None and allow_tf32(convolution)
+    return "tf32" if allowed else "ieee"
 
 
 def has_tensor_cores(dtype: torch.dtype, precision: str) -> bool:
-    """Whether tensor cores multiply numbers of that type.
+    """Whether tensor cores of NVIDIA's GPUs multiply numbers of that type.
 
     Without them, Triton's products take several times as long as those of PyTorch's libraries.
     """

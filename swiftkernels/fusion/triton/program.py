@@ -87,7 +87,7 @@ def _attention(step: of.Attention) -> Compute:
     scale = step.residual_scale
     if scale is None:
         scale = weights.final_weight.new_ones(weights.token_dim)
-    if kernels.is_wide(weights):
+    if kernels.is_wide(weights.width):
         packed = kernels.pack_wide(weights)
 
         def attend_wide(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Tile sizes by width and storage type. Nothing is tuned at the first call.
 
-Token and batch counts have no influence: they never trigger a recompilation, and the result of a
-batch element does not depend on the batch.
+Token and batch counts have no influence on the order of sums within a batch element: its result
+does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ class Config(NamedTuple):
     """Output columns computed at a time."""
     num_warps: int = 8
     num_stages: int = 2
-    output_num_stages: int = 2
-    """Of `_output_forward_kernel`, whose two matrices need twice the shared memory."""
     rows_block_n: int = 16
     """Tokens of a tile of `_rows_backward_kernel`, which needs the most registers."""
     rows_num_warps: int = 8
@@ -52,8 +50,8 @@ class Config(NamedTuple):
     """Tokens of a program of `_rows_backward_kernel`, which stores a set of sums: see `group`."""
 
 
-# By (width of a tile, bytes of a number). Compiled for sm_80 and sm_90 with these sizes, kernels
-# keep their tiles in registers and shared memory; docs/gpu_kernels.md lists what they use.
+# By (width of a tile, bytes of a number). Those of 16 bits were the fastest of several on an H100;
+# docs/gpu_kernels.md lists what the kernels use when they are compiled with them.
 _TABLE = {
     (64, 2): Config(128, 32, 64, 4, rows_block_n=32, rows_num_warps=4, groups=(256, 128, 64)),
     (64, 4): Config(32, 32, 16, 4, groups=(256, 128, 64)),
@@ -63,7 +61,7 @@ _TABLE = {
     (256, 4): Config(16, 16, 16, rows_num_stages=2),
     (512, 2): Config(16, 16, 16),
     (512, 4): Config(16, 16, 16, rows_num_stages=2),
-    (1024, 2): Config(16, 16, 16, num_stages=1, output_num_stages=1),
+    (1024, 2): Config(16, 16, 16, num_stages=1),
 }
 
 
@@ -81,9 +79,6 @@ def choose_config(width: int, dtype: torch.dtype, architecture: str = "large") -
     if architecture == "amd":
         # AMD's warps have 64 lanes. With as many warps, several lanes would hold the same numbers.
         chosen = chosen._replace(num_warps=4, rows_block_n=16, rows_num_warps=4)
-    if architecture != "large" and (block_e, size) == (512, 4):
-        # Two stages take 128 KiB of shared memory.
-        chosen = chosen._replace(output_num_stages=1)
     return chosen
 
 

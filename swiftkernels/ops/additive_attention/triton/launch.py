@@ -23,7 +23,7 @@ from swiftkernels.backends.layouts import (
     output_like,
     tokens_of,
 )
-from swiftkernels.backends.torch_state import device_guard, fits_kernels
+from swiftkernels.backends.torch_state import autocast_off, device_guard, fits_kernels
 from swiftkernels.backends.triton.kernel_launch import KernelLaunch, Pointer
 from swiftkernels.backends.triton.linear import Linear, linear_launch
 from swiftkernels.backends.triton.sizes import (
@@ -144,7 +144,7 @@ def _read(inputs: Sequence[Tensor], weights: AnyWeights) -> _Inputs:
             q, k = q.contiguous(), k.contiguous()
         return _Inputs(_tokens(q), _tokens(k), _NO_PROJECTIONS, None, False)
     (x,) = inputs
-    if weights.width <= config.MAX_PROJECTED_WIDTH:
+    if not is_wide(weights.width):
         view = _tokens(x)
         return _Inputs(view, view, weights[:4], view, True)
     tokens = x if x.dim() == 3 else as_tokens(x)
@@ -165,7 +165,7 @@ def _pointers(read: _Inputs, weights: AnyWeights, mask: Tensor | None) -> tuple[
 
 
 class Residual(NamedTuple):
-    """What `_output_forward_kernel` adds to the scaled output in inference."""
+    """What the last kernel adds to the scaled output in inference."""
 
     x: Tensor | None = None
     """Tokens [B, N, D] without gaps, or an image in channels_last memory format."""
@@ -241,9 +241,9 @@ class PackedWide(NamedTuple):
     """[Wf, M], [D, 2 E]"""
 
 
-def is_wide(weights: AnyWeights) -> bool:
-    """Whether a GEMM computes queries and keys, and another one the output."""
-    return weights.width > config.MAX_PROJECTED_WIDTH
+def is_wide(width: int) -> bool:
+    """Whether a GEMM computes queries and keys for such an E, and another one the output."""
+    return width > config.MAX_PROJECTED_WIDTH
 
 
 def pack_wide(weights: Weights) -> PackedWide:
@@ -258,7 +258,7 @@ def pack_wide(weights: Weights) -> PackedWide:
 
 def infer_wide(x: Tensor, packed: PackedWide, options: Options, residual: Residual) -> Tensor:
     """The output of a wide layer for tokens, or an image in channels_last memory format."""
-    with device_guard(x):
+    with device_guard(x), autocast_off(x.device.type):
         tokens = x if x.dim() == 3 else as_tokens(x)
         q, k = F.linear(tokens, *packed.projections).chunk(2, dim=2)
         read = _Inputs(_tokens(q), _tokens(k), _NO_PROJECTIONS, None, False)
@@ -318,7 +318,7 @@ class _ForwardLaunches:
         # Without tokens there is nothing to pool, but a backward may need M, G and statistics.
         splits, tiles_per_split = split_tokens(max(n_tokens, 1), cfg.block_n)
         self.splits = splits
-        self.is_wide = width > config.MAX_PROJECTED_WIDTH
+        self.is_wide = is_wide(width)
         block_m = 32 if width <= 64 else 64
         m_programs = cdiv(token_dim, block_m) * cdiv(width, block_m) if key.product else 0
         tiles = cdiv(n_tokens, cfg.block_n)
@@ -353,7 +353,7 @@ class _ForwardLaunches:
                 {
                     "BLOCK_J": cfg.block_j,
                     "BLOCK_S": config.BLOCK_S,
-                    "num_stages": cfg.output_num_stages,
+                    "num_stages": 2,
                 }
                 | shared,
                 key.reusable,
@@ -374,8 +374,8 @@ class _ForwardLaunches:
 
     @property
     def ready(self) -> bool:
-        """Whether `start` takes addresses."""
-        return self._output.ready
+        """Whether `start` takes addresses; `start_wide` does not."""
+        return not self.is_wide and self._output.ready
 
     def start(self, inputs: Sequence[Pointer], results: Sequence[Pointer]) -> None:
         """Launch both kernels in the current stream.
@@ -488,7 +488,7 @@ class InferencePlan:
         self._launches: _ForwardLaunches | None = None
         by_address = (
             mask is None
-            and weights.width <= config.MAX_PROJECTED_WIDTH
+            and not is_wide(weights.width)
             and _tokens(x).data is x
             and fits_kernels(*weights)
             and all(w is None or w.is_contiguous() for w in weights)

@@ -232,7 +232,7 @@ class _InSteps:
                 key.reusable,
             )  # fmt: skip
             before = rows_layout(key.n_pixels, C)
-        self._sizes = pixels * C, pixels * H
+        self._scratch = pixels * C, pixels * H
         self._residual = residual
         first = Linear(
             key.sequences, key.n_pixels, C, H, activation, True, key.dtype, key.device,
@@ -252,9 +252,9 @@ class _InSteps:
     def __call__(self, x: Tensor, pointers: Sequence[Pointer], out: Pointer) -> None:
         """Launch in the current stream; the arguments are those of `_Fused`."""
         image, *around, weight1, bias1, weight2, bias2, scale = pointers
-        between, hidden = image, x.new_empty(self._sizes[1])
+        between, hidden = image, x.new_empty(self._scratch[1])
         if self._before is not None:
-            between = x.new_empty(self._sizes[0])
+            between = x.new_empty(self._scratch[0])
             self._before(image, *around, between)
         self._first(between, weight1, bias1, None, None, hidden)
         residual = image if self._residual else None
@@ -291,10 +291,12 @@ def infer(x: Tensor, weights: Weights, norm: Norm, eps: float, options: Options)
         eps: of the BatchNorm.
         options: of the operator.
     """
-    if _is_left_to_pytorch(x.dtype, weights):
-        return _infer_by_pytorch(x, weights, norm, eps, options)
     out = x.new_empty_strided(*output_like(x, weights.token_dim))
-    if out.numel() > 0:
+    if out.numel() == 0:
+        return out
+    if _is_left_to_pytorch(x.dtype, weights):
+        out.copy_(_infer_by_pytorch(x, weights, norm, eps, options))
+    else:
         with device_guard(x):
             launches, pointers = _prepare(x, weights, norm, eps, options)
             launches(x, pointers, out)
@@ -319,8 +321,7 @@ def _infer_by_pytorch(
     scale = None if weights.scale is None else weights.scale.flatten()
     products = weights._replace(depthwise_weight=None, depthwise_bias=None, scale=scale)
     out = reference.conv_mlp(before, products, None, options._replace(residual=False))
-    out = x + out if options.residual else out
-    return out.contiguous(memory_format=torch.channels_last)
+    return x + out if options.residual else out
 
 
 def _prepare(
