@@ -476,6 +476,14 @@ CUDA = tuple(name for name in ARCHITECTURES if name.startswith("sm_"))
 KNOWN = (
     Known(
         "spills",
+        ("pool_backward", "rows_backward", "mlp_forward"),
+        ("sm_86", "sm_89", "sm_120"),
+        "two to eighteen instructions; the tiles are those that are fastest on an H100",
+        ("fp16", "bf16"),
+        (96, 112, 128, 384, 512),
+    ),
+    Known(
+        "spills",
         ("block_input",),
         CUDA,
         "two to six instructions, above the 80 registers that ptxas keeps to there",
