@@ -106,6 +106,11 @@ def count_ours(case: Case) -> tuple[int, int]:
         with eager.EagerTraffic() as around:  # the backward of wide layers is PyTorch's
             if case.backward:
                 backward()
+    return _total(launches, around)
+
+
+def _total(launches: Sequence[Launch], around: eager.EagerTraffic) -> tuple[int, int]:
+    """Launches and bytes of kernels and of PyTorch's operators around them."""
     return len(launches) + around.launches, sum(map(bytes_of, launches)) + around.bytes
 
 
@@ -125,7 +130,7 @@ def _count_network(case: Case) -> tuple[int, int]:
             program.run(chain.steps, x[:1], slot)  # prepares the weights
         with recorded_launches() as launches, eager.EagerTraffic() as around:
             program.run(chain.steps, x, slot)
-    return len(launches) + around.launches, sum(map(bytes_of, launches)) + around.bytes
+    return _total(launches, around)
 
 
 @functools.cache

@@ -19,8 +19,8 @@ from swiftkernels.backends import cache
 from swiftkernels.backends.layouts import (
     accumulator,
     as_image,
-    as_tokens,
     output_like,
+    to_tokens,
     tokens_of,
 )
 from swiftkernels.backends.torch_state import autocast_off, device_guard, fits_kernels
@@ -147,10 +147,18 @@ def _read(inputs: Sequence[Tensor], weights: AnyWeights) -> _Inputs:
     if not is_wide(weights.width):
         view = _tokens(x)
         return _Inputs(view, view, weights[:4], view, True)
-    tokens = x if x.dim() == 3 else as_tokens(x)
-    both = F.linear(tokens, *pack_projections(*weights[:4]))
-    q, k = both.chunk(2, dim=2)  # views of one buffer
-    return _Inputs(_tokens(q), _tokens(k), _NO_PROJECTIONS, _tokens(x), False)
+    return _projected(x, pack_projections(*weights[:4]))._replace(x=_tokens(x))
+
+
+def _projected(x: Tensor, projections: tuple[Tensor, Tensor | None]) -> _Inputs:
+    """Queries and keys of a wide layer by one GEMM; `projections` are the two layers as one."""
+    q, k = F.linear(_flattened(x), *projections).chunk(2, dim=2)  # views of one buffer
+    return _Inputs(_tokens(q), _tokens(k), _NO_PROJECTIONS, None, False)
+
+
+def _flattened(t: Tensor) -> Tensor:
+    """Tokens [B, N, C], or an image [B, C, H, W] as tokens."""
+    return to_tokens(t, channels_first=t.dim() == 4)
 
 
 _NO_PROJECTIONS = (None,) * 4
@@ -217,8 +225,9 @@ def _forward(
     """
     q = read.q
     pointers = (*_pointers(read, weights, mask), *residual)
-    key = _launch_key(read, weights, options, pointers, fits_kernels(*pointers))
-    launches = _forward_launches(key._replace(product=final is None))
+    launches = _forward_launches(
+        _launch_key(read, weights, options, pointers, fits_kernels(*pointers), final is None)
+    )
     out = like.new_empty_strided(*output_like(like, weights.token_dim))
     acc = saved.global_query.dtype
     pooled = like.new_empty(q.batch, launches.splits, weights.width, dtype=acc)
@@ -259,9 +268,7 @@ def pack_wide(weights: Weights) -> PackedWide:
 def infer_wide(x: Tensor, packed: PackedWide, options: Options, residual: Residual) -> Tensor:
     """The output of a wide layer for tokens, or an image in channels_last memory format."""
     with device_guard(x), autocast_off(x.device.type):
-        tokens = x if x.dim() == 3 else as_tokens(x)
-        q, k = F.linear(tokens, *packed.projections).chunk(2, dim=2)
-        read = _Inputs(_tokens(q), _tokens(k), _NO_PROJECTIONS, None, False)
+        read = _projected(x, packed.projections)
         saved = saved_like((x,), packed.others, "")
         return _forward(x, read, packed.others, None, options, residual, saved, packed.final)
 
@@ -284,7 +291,7 @@ class _LaunchKey(NamedTuple):
     """Which of the inputs are None."""
     reusable: bool
     """See `KernelLaunch`."""
-    product: bool = True
+    product: bool
     """Whether the first launch computes M."""
 
 
@@ -294,12 +301,13 @@ def _launch_key(
     options: Options,
     pointers: Sequence[Tensor | None],
     reusable: bool,
+    product: bool = True,
 ) -> _LaunchKey:
     q, dtype = read.q, read.q.data.dtype
     return _LaunchKey(
         q.batch, q.n_tokens, q.width, weights.width, weights.token_dim, q.layout, dtype,
         q.data.device, options, read.project, precision(dtype),
-        tuple([p is None for p in pointers]), reusable,
+        tuple([p is None for p in pointers]), reusable, product,
     )  # fmt: skip
 
 
@@ -441,10 +449,10 @@ class _ForwardLaunches:
         if self._product is not None:
             self._product(operands, final, bf, scale, residual, out)
             return
-        tokens = as_tokens(out) if out.dim() == 4 else out
+        tokens = _flattened(out)
         tokens.copy_(F.linear(operands, final, bf))
         if residual is not None:
-            tokens.mul_(scale).add_(as_tokens(residual) if residual.dim() == 4 else residual)
+            tokens.mul_(scale).add_(_flattened(residual))
 
     def infer(
         self, x: Tensor, out: Tensor, weights: Sequence[int | None], scale: int | None
