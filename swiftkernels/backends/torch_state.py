@@ -138,6 +138,17 @@ def constant_under_compile(function: _Function) -> _Function:
     return function
 
 
+_LISTS_ATTRIBUTES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+
+
+def lists_attributes() -> bool:
+    """Whether torch.compile, where it traces, can list the attributes of a module.
+
+    Those of torch 2.10 and 2.11 can only read an attribute by its name.
+    """
+    return _LISTS_ATTRIBUTES or not torch.compiler.is_compiling()
+
+
 @constant_under_compile  # torch 2.10 cannot trace it
 def _autocast_available(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)

@@ -68,6 +68,19 @@ def settings_of(part: nn.Module) -> Settings:
     return (type(part), *own)
 
 
+def has_settings(part: nn.Module, settings: Settings) -> bool:
+    """Whether `settings_of(part)` still are `settings`.
+
+    Where attributes cannot be listed, one that was added is not noticed.
+    """
+    if torch_state.lists_attributes():
+        return settings_of(part) == settings
+    own, (kind, *items) = vars(part), settings
+    return type(part) is kind and all(
+        type(own.get(name)) is type(value) and own.get(name) == value for name, value in items
+    )
+
+
 def skipped_parts(block: nn.Module, *names: str) -> tuple[tuple[str, Settings], ...]:
     """`Form.skipped` of parts as they are now."""
     return tuple((name, settings_of(block.get_submodule(name))) for name in names)
@@ -233,7 +246,7 @@ class ConvMlpForward(KeepsPlans, nn.Module):
             return None
         for name, settings in form.skipped:
             part = self._part(name)
-            if part is None or settings_of(part) != settings or not is_untouched(part):
+            if part is None or not has_settings(part, settings) or not is_untouched(part):
                 return None
         first, second = found
         return first["weight"], first["bias"], second["weight"], second["bias"]
@@ -260,7 +273,7 @@ class ConvMlpForward(KeepsPlans, nn.Module):
                 why[name] = "it is no pointwise convolution"
         for name, settings in form.skipped:
             part = self._part(name)
-            if part is None or settings_of(part) != settings:
+            if part is None or not has_settings(part, settings):
                 why[name] = "it was changed"
             elif not is_untouched(part):
                 why[name] = "it has hooks, or its forward was replaced"

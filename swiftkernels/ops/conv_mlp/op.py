@@ -187,7 +187,7 @@ def check(x: Tensor, weights: Weights, options: Options) -> None:
             f"weight2 must have C = {width} rows, because x is added; got {out_dims}. Pass "
             "residual=False for an output of another width."
         )
-    _check_depthwise(weights)
+    _check_depthwise(weights, width)
     for name, bias, length in (
         ("bias1", weights.bias1, hidden),
         ("bias2", weights.bias2, out_dims),
@@ -204,8 +204,8 @@ def check(x: Tensor, weights: Weights, options: Options) -> None:
     checks.check_alike("x", x, weights._asdict())
 
 
-def _check_depthwise(weights: Weights) -> None:
-    weight, bias, width = weights.depthwise_weight, weights.depthwise_bias, weights.width
+def _check_depthwise(weights: Weights, width: int) -> None:
+    weight, bias = weights.depthwise_weight, weights.depthwise_bias
     if weight is None:
         if bias is not None:
             raise ValueError(

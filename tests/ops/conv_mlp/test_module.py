@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from swiftkernels import ConvMlp
+from swiftkernels.backends import torch_state
 from swiftkernels.backends.cpu import library
+from swiftkernels.ops.conv_mlp.layer import has_settings, settings_of
 from swiftkernels.testing.tolerance import assert_as_good_as_eager
 
 needs_kernels = pytest.mark.skipif(bool(library.why_not()), reason="no compiled kernels")
@@ -194,6 +196,20 @@ def test_parts_that_are_more_than_their_weights_are_called(change: Callable[[Any
     with torch.no_grad():
         assert fused(block, x) == ("pair" if around and not library.why_not() else "nothing")
         torch.testing.assert_close(block(x), block._call_parts(x))
+
+
+@pytest.mark.parametrize("lists", [True, False])
+@pytest.mark.parametrize("value", ["tanh", 0, torch.zeros(2), None])
+def test_other_settings_are_noticed(
+    value: object, lists: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_state, "lists_attributes", lambda: lists)
+    part: Any = nn.GELU()
+    settings = settings_of(part)
+    assert has_settings(part.eval(), settings)
+    assert not has_settings(nn.ReLU(), settings)
+    part.approximate = value
+    assert not has_settings(part, settings)
 
 
 @needs_kernels
