@@ -26,19 +26,25 @@ SUBSET = "variants or every_width or odd_sizes or images"
 OLDEST = ("torch==2.10.0", "torchvision==0.25.0", "triton==3.6.0", "numpy<2.4")
 """The oldest PyTorch, torchvision and Triton that match, and a numpy that works with them."""
 
+EXTRAS = "bench,compare,coreml,export,hub,predict,test"
+"""All that the tests import, but for what is in VISION."""
+
+VISION = ("timm", "torchvision")
+"""What tests compare with; pip chooses builds of torch and torchvision that match."""
+
 
 @nox.session
 def oldest(session: nox.Session) -> None:
     """`nox -s oldest -- tests/integrations/test_export.py` runs some of the tests."""
     models = ("timm==1.0.31", "transformers==5.23.0")
-    session.install(*OLDEST, *models, "-e", ".[bench,compare,coreml,export,predict,test]")
+    session.install(*OLDEST, *models, "-e", f".[{EXTRAS}]")
     session.run("pytest", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(python=["3.10", "3.13"])
 def python(session: nox.Session) -> None:
     """`nox -s python-3.10 -- tests/utils` runs some of the tests."""
-    session.install("-c", "constraints.txt", "-e", ".[bench,compare,hub,predict,test]")
+    session.install("-c", "constraints.txt", *VISION, "-e", f".[{EXTRAS}]")
     session.run("pytest", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
