@@ -35,7 +35,9 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu import calls
+from swiftkernels.backends.triton import linear
 from swiftkernels.backends.triton.sizes import power_of_two
+from swiftkernels.backends.triton.tensors import has_tensor_cores, precision
 from swiftkernels.fusion.steps import Convolution
 from swiftkernels.fusion.triton import launch as convolution_launch
 from swiftkernels.ops.additive_attention.triton import config, launch
@@ -155,6 +157,18 @@ def recorded_launches() -> Iterator[list[Launch]]:
         JITFunction.run = run
 
 
+@contextlib.contextmanager
+def _on(class_: str) -> Iterator[None]:
+    """Kernels are launched as on a GPU of that class."""
+    # The keys of the launches have the device, which is always the CPU here.
+    launch.forget_launches()
+    conv_mlp_launch.forget_launches()
+    with contextlib.ExitStack() as stack:
+        for module in (launch, launch.wide, conv_mlp_launch, linear):
+            stack.enter_context(mock.patch.object(module, "architecture", return_value=class_))
+        yield
+
+
 @functools.cache
 def launches_of(
     width: int,
@@ -178,9 +192,7 @@ def launches_of(
     if images:
         tensors[0] = x.transpose(1, 2).contiguous().transpose(1, 2)
     mask = make_mask(2, 64) if masked else None
-    on_class = mock.patch.object(launch, "architecture", return_value=class_)
-    launch.forget_launches()  # their key has the device, which is always the CPU here
-    with on_class, recorded_launches() as launches:
+    with _on(class_), recorded_launches() as launches:
         calls.forward(tensors, mask, pooling)()
     return launches
 
@@ -197,9 +209,7 @@ def block_launches_of(
     x = torch.zeros(8, width, 14, 14, dtype=dtype)
     if not images:
         x = x.contiguous(memory_format=torch.channels_last)
-    conv_mlp_launch.forget_launches()
-    on_class = mock.patch.object(conv_mlp_launch, "architecture", return_value=class_)
-    with on_class, recorded_launches() as launches:
+    with _on(class_), recorded_launches() as launches:
         calls.block(x, 4 * width, 3, infer=True)
         calls.block(x, 4 * width, None)()
     return launches
@@ -210,7 +220,7 @@ def fused_launches_of(width: int, dtype: torch.dtype, *, class_: str = "large") 
     """The launches that only fused networks have, whose first stage has this width.
 
     They are the convolutions of the stem, on contiguous images, and of the first downsampling, as
-    far as the kernel takes them, and the kernel of attention that adds the residual branch.
+    far as the kernel takes them, and the kernels of attention but the first.
     """
     convolutions = [
         (3, width // 2, "relu"),
@@ -220,11 +230,12 @@ def fused_launches_of(width: int, dtype: torch.dtype, *, class_: str = "large") 
     x, *weights = make_tensors(2, 64, width, width, dtype=dtype)
     assert x is not None
     residual = launch.Residual(x, x.new_ones(width))
-    launch.forget_launches()
-    on_class = mock.patch.object(launch, "architecture", return_value=class_)
-    with on_class, recorded_launches() as attention:
-        options = Options("l2", True, width**-0.5, 1e-12)
-        launch.forward((x,), Weights(*weights), None, options, "", residual)  # type: ignore[arg-type]
+    options, given = Options("l2", True, width**-0.5, 1e-12), Weights(*weights)  # type: ignore[arg-type]
+    with _on(class_), recorded_launches() as attention:
+        if not launch.is_wide(width):
+            launch.forward((x,), given, None, options, "", residual)
+        elif has_tensor_cores(dtype, precision(dtype)):
+            launch.wide.infer(x, launch.wide.pack(given), options, residual)
     with recorded_launches() as launches:
         for channels, out_channels, activation in convolutions:
             weight = x.new_zeros(out_channels, channels, 3, 3)
@@ -235,7 +246,7 @@ def fused_launches_of(width: int, dtype: torch.dtype, *, class_: str = "large") 
             if convolution_launch.takes(step):
                 plan = convolution_launch.ConvolutionPlan(images, step)
                 plan(images, convolution_launch.pack(step), None, None)
-    return [*launches, attention[-1]]
+    return [*launches, *attention[1:]]
 
 
 POINTERS = {
@@ -435,7 +446,10 @@ def problems(cell: Cell, recorded: Launch, found: Facts) -> list[str]:
         wrong.append("over shared memory")
     if found["spills"] or found["stack"]:
         wrong.append("spills")
-    multiplies = not recorded.name.endswith(("finish_backward", "operands", "block_input"))
+    # Those of wide layers are surrounded by PyTorch's products.
+    multiplies = not recorded.name.endswith(
+        ("finish_backward", "operands", "wide_backward", "block_input")
+    ) and recorded.arguments.get("PROJECT", True)
     if cell.dtype != "fp32" and not found["tensor"] and multiplies:
         wrong.append("no tensor cores")
     convolution = recorded.name.startswith("convolution")
@@ -681,10 +695,10 @@ gradients. The last two are about `conv_mlp` and about fused networks.
 
 ## Which form a width takes
 
-Up to E = {config.MAX_PROJECTED_WIDTH} the kernels compute q and k themselves, above it a GEMM does.
-Up to E = {config.MAX_FUSED_WIDTH} the rows kernel also sums the moments for the weight gradients,
-above it a kernel of its own does. Launches are forward + backward, without GEMMs. A kernel fits if
-it stays within shared memory and registers. The counts are of compiled kernels on all GPUs from
+Up to E = {config.MAX_PROJECTED_WIDTH} the kernels multiply by the weights themselves, above it
+PyTorch does. Up to E = {config.MAX_FUSED_WIDTH} the rows kernel also sums the moments for the
+gradients of the weights. Launches are forward + backward, without those of PyTorch. A kernel fits
+if it stays within shared memory and registers. The counts are of compiled kernels on all GPUs from
 sm_80 on; those that do not fit are under "Exceptions".
 
 {_form_table(judged)}
@@ -695,8 +709,8 @@ sm_80 on; those that do not fit are under "Exceptions".
 or changed since. The other columns count those that spill registers or use local memory, exceed the
 shared memory of a block, use no tensor cores, or read tokens by less than 128 bits although their
 rows are aligned. float32 is computed in float32 (`ieee`) unless PyTorch allows TF32: without tensor
-cores on NVIDIA's GPUs; AMD's have them for float32 too. The last kernel of a backward only adds
-partial sums, and has nothing for a tensor core to do.
+cores on NVIDIA's GPUs; AMD's have them for float32 too. The last kernel of a backward, which only
+adds partial sums, and the kernels of wide layers have nothing for a tensor core to do.
 
 {verdicts}
 
@@ -777,10 +791,8 @@ UNFIT = {"does not compile", "over shared memory", "spills"}
 def _form_table(judged: Judged) -> str:
     rows = []
     for width in WIDTHS:
-        launches = launches_of(width, torch.float16)
-        names = [recorded.name for recorded in launches]
-        rows_kernel = launches[names.index("rows_backward")].arguments
-        forward = names.index("pool_backward")
+        names = [recorded.name for recorded in launches_of(width, torch.float16)]
+        forward = next(i for i, name in enumerate(names) if name.endswith("backward"))
         fits = []
         for dtype in DTYPES:
             wrong = [
@@ -794,14 +806,14 @@ def _form_table(judged: Judged) -> str:
         rows.append(
             [
                 width,
-                "projected" if rows_kernel["PROJECT"] else "GEMM",
-                "fused" if rows_kernel["FUSE"] else "own kernel",
+                "PyTorch" if launch.is_wide(width) else "kernels",
+                "kernels" if "finish_backward" in names else "PyTorch",
                 f"{forward} + {len(names) - forward}",
                 *fits,
             ]
         )
     kernels = (f"{dtype} kernels that fit" for dtype in DTYPES)
-    return _table(["width", "q and k", "moments", "launches", *kernels], rows)
+    return _table(["width", "products", "weight gradients", "launches", *kernels], rows)
 
 
 def _exceptions(judged: Judged) -> str:

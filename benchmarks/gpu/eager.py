@@ -73,7 +73,9 @@ class EagerTraffic(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if func.is_view or name in _NO_KERNEL:
             return out
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        # An output that is given is not read, unless it is an input, too.
+        given = {key: t for key, t in (kwargs or {}).items() if key != "out"}
+        inputs = [t for t in tree_leaves((args, given)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if name.startswith(_FILLS):
             inputs = []

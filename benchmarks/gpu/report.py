@@ -20,6 +20,9 @@ FORWARD, BOTH = "forward", "forward+backward"
 """Names of the directions."""
 ENGINES = (OURS, "eager", "inductor", "mhsa", "separable", "linear")
 """In the order of the tables."""
+SHOWN_STAGES = (("3136", "48"), ("784", "56"), ("196", "112"), ("49", "220"))
+"""Tokens and width of the stages of SwiftFormer XS, which the larger tables show."""
+
 NAMES = {"inductor": "torch.compile", "mhsa": "self-attention"}
 """Names of engines in the tables, where they differ."""
 DATASHEETS = Path(__file__).with_name("datasheets.json")
@@ -120,6 +123,21 @@ Kernels launched, and MB (distinct; in brackets requested), in float16. What flo
 [gpu_launches.csv](results/gpu_launches.csv).
 """
 
+_PROMISES = """\
+The forward of a layer up to E = 128 reads its tokens twice and writes its output, and nothing of
+that size besides. From about 12 E tokens in the batch on it comes within 1.15 of the bytes of this;
+below, the weights outweigh the tokens.
+
+Bytes of forward and backward / those of torch.compile, at the stages of SwiftFormer XS, S, L1 and
+L3. Up to E = 64 a program sums the gradients of the weights of up to 256 tokens on chip: of as many
+as leave programs for half of an H100, if there are. Above, the gradients of queries and keys and
+two more tensors of their size go through memory, from which PyTorch's products compute those of the
+weights. Above E = 128 all products are PyTorch's, because an H100 takes longer for weights that
+every program reads. There a layer moves little less than torch.compile: what is between two
+products goes through memory in both. With one image, partial sums outweigh all else up to E = 64.
+More of them would fill more of a GPU, and move more than torch.compile.
+"""
+
 _BOUNDS_NOTE = """\
 Microseconds on an {gpu}, float16; the others are in
 [gpu_lower_bounds.csv](results/gpu_lower_bounds.csv).
@@ -160,17 +178,22 @@ def write(results: Path) -> Path:
     bounds = read_csv(results / LOWER_BOUNDS_CSV)
     fills = read_csv(results / GRID_FILL_CSV)
     parts = [_INTRODUCTION.format(ours=OURS)]
-    half = [row for row in traffic if row["dtype"] == "float16"]
+    half = [row for row in traffic if row["dtype"] == "float16" and _is_shown(row)]
     if half:
         parts.append(_TRAFFIC_NOTE)
         parts.append(traffic_table(half))
+        parts.append(_PROMISES)
         parts.append(_promises(traffic))
     blocks = read_csv(results / BLOCKS_CSV)
     if blocks:
         parts += [_BLOCKS.format(ours=OURS), blocks_table(blocks), _blocks_note(blocks)]
     if bounds:
         parts += [_BOUNDS.format(ours=OURS), _BOUNDS_NOTE.format(gpu=SHOWN_GPU)]
-        own = [row for row in bounds if row["dtype"] == "float16" and row["gpu"] == SHOWN_GPU]
+        own = [
+            row
+            for row in bounds
+            if row["dtype"] == "float16" and row["gpu"] == SHOWN_GPU and _is_shown(row)
+        ]
         parts.append(bounds_table(own))
         parts.append(_sources())
     if fills:
@@ -181,6 +204,10 @@ def write(results: Path) -> Path:
     page = results.parent / PAGE
     write_text(page, "\n".join(parts))
     return page
+
+
+def _is_shown(row: Row) -> bool:
+    return (row["tokens"], row["width"]) in SHOWN_STAGES
 
 
 def engines_in(rows: Iterable[Row]) -> list[str]:
@@ -204,9 +231,7 @@ def traffic_table(rows: Sequence[Row], case: Sequence[str] = CASE) -> str:
     minimum = [("minimum", lambda row: _mega(row["minimum_bytes"]))]
     lines = _table(rows, case, engines_in(rows), cell, minimum)
     starred = any(" " in row.get("counted_batches", "") for row in rows)
-    note = (
-        "\n\\* counted at batches 1 and 2 and extrapolated: affine in the batch up to width 64.\n"
-    )
+    note = "\n\\* counted at batches 1 and 2 and extrapolated.\n"
     return lines + (note if starred else "")
 
 
@@ -238,40 +263,25 @@ def _blocks_note(rows: Sequence[Row]) -> str:
 
 
 def _promises(rows: Sequence[Row]) -> str:
-    """The bytes relative to the bounds that the tests assert."""
-    ours = [row for row in rows if row["engine"] == OURS]
-    inductor = {_key(row): row for row in rows if row["engine"] == "inductor"}
+    """Bytes of forward and backward / torch.compile's, at every stage of every SwiftFormer."""
+    moved = {
+        (row["engine"], *(row[n] for n in ("dtype", "tokens", "width", "batch"))): int(row["bytes"])
+        for row in rows
+        if row["direction"] == BOTH
+    }
+    stages = dict.fromkeys(key[2:4] for key in moved)
+    columns = list(dict.fromkeys((key[1], key[4]) for key in moved))
     lines = [
-        "| type | B, N, E | direction | launches that are no GEMM | bytes / two passes | "
-        "bytes / torch.compile's |",
-        "|---|---|---|---|---|---|",
+        "| N, E | " + " | ".join(f"{dtype}, B {batch}" for dtype, batch in columns) + " |",
+        "|---|" + "---|" * len(columns),
     ]
-    for row in ours:
-        other = inductor.get(_key(row))
-        passes = int(row["bytes"]) / int(row["two_pass_bytes"])
-        ratio = f"{int(row['bytes']) / int(other['bytes']):.2f}" if other else ""
-        lines.append(
-            f"| {row['dtype']} | {row['batch']}, {row['tokens']}, {row['width']} | "
-            f"{row['direction']} | {int(row['launches']) - int(row['matmuls'])} | {passes:.2f} | "
-            f"{ratio} |"
-        )
-    return (
-        "Two passes: 2 x + out + weights in the forward, and alike in the backward. The forward "
-        "comes within 1.15 of it from about 12 E tokens in the batch on (E up to 128). Below, the "
-        "weights outweigh the tokens: the first launch reads three of the four matrices and writes "
-        "the product of two, the second reads that product and three matrices again.\n\n"
-        "Forward and backward move about half of torch.compile's bytes, or less, up to E = 64: a "
-        "program sums the gradients of the weights of up to 256 tokens on chip. Sums of more "
-        "tokens would move less, and took longer on an H100. Above E = 64, queries' and keys' "
-        "gradients and two more planes of the size of x go through memory, and partial sums of "
-        "four E x E matrices for every split of the tokens: on short inputs these outweigh all "
-        "else, and the bytes can exceed torch.compile's. Above E = 128 queries, keys and the "
-        "operands of the last product go through memory, too, because an H100 takes longer for "
-        "weights that every program reads. With two of the four sums in each of the backward's two "
-        "passes no planes would be needed, but at E = 128 they do not fit: with the best tiles "
-        "found, 15 to 52 instructions spill on sm_80 and up to 19 on sm_90. Fewer splits would "
-        "save bytes on short inputs and leave most of a GPU idle.\n\n" + "\n".join(lines) + "\n"
-    )
+    for stage in stages:
+        cells = []
+        for dtype, batch in columns:
+            ours, other = (moved.get((e, dtype, *stage, batch)) for e in (OURS, "inductor"))
+            cells.append(f"{ours / other:.2f}" if ours and other else "")
+        lines.append(f"| {', '.join(stage)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def bounds_table(rows: Sequence[Row], case: Sequence[str] = CASE) -> str:
@@ -285,7 +295,9 @@ def bounds_table(rows: Sequence[Row], case: Sequence[str] = CASE) -> str:
 
 
 def _fills(rows: Sequence[Row]) -> str:
-    own = [row for row in rows if row["dtype"] == "float16" and row["batch"] == "1"]
+    own = [
+        row for row in rows if row["dtype"] == "float16" and row["batch"] == "1" and _is_shown(row)
+    ]
     gpus = list(dict.fromkeys((row["gpu"], row["multiprocessors"]) for row in own))
     lines = [
         "| N, E | direction | kernel | programs | "

@@ -10,8 +10,9 @@ read once and every output is written once. The command writes gpu_traffic.csv a
 kernel, gpu_launches.csv, draws gpu_traffic.png, and writes the page docs/gpu_evidence.md. New rows
 replace older rows of the same case.
 
-Where the kernels' bytes are affine in the batch (up to `MAX_AFFINE_WIDTH`), long inputs are counted
-at two small batches and extrapolated; `counted_batches` says so.
+Bytes and launches are affine in the batch if every program of the backward takes as many tokens as
+at that batch. So large batches are counted at batches 1 and 2 and extrapolated; `counted_batches`
+says so.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import nn
@@ -47,26 +49,15 @@ if TYPE_CHECKING:
 
 DTYPES = ("float16", "float32")
 
-MAX_AFFINE_WIDTH = 64
-"""Up to this width there is one partial sum of the weight gradients per batch element; above, their
-number is no affine function of the batch."""
-
-LONG_INPUT = 784
-"""Tokens from which the counts of a batch are extrapolated from batches 1 and 2."""
-
-SHAPES = tuple(
-    Shape(*shape)
-    for shape in (
-        (1, 3136, 48),
-        (8, 3136, 48),
-        (256, 3136, 48),
-        (8, 784, 56),
-        (8, 196, 112),
-        (1, 49, 220),
-        (8, 49, 220),
-        (1, 196, 384),
-    )
+STAGES = (
+    *((3136, width) for width in (48, 64)),
+    *((784, width) for width in (56, 64, 96, 128)),
+    *((196, width) for width in (112, 168, 192, 320)),
+    *((49, width) for width in (220, 224, 384, 512)),
 )
+"""Tokens and width of the stages of SwiftFormer XS, S, L1 and L3."""
+
+SHAPES = tuple(Shape(batch, *stage) for stage in STAGES for batch in (1, 8, 256))
 
 
 @dataclass(frozen=True)
@@ -113,17 +104,32 @@ class Part(NamedTuple):
 
 
 @functools.cache
-def count_ours(shape: Shape, dtype: torch.dtype) -> tuple[Part, Part]:
+def count_ours(
+    shape: Shape, dtype: torch.dtype, as_of_batch: int | None = None
+) -> tuple[Part, Part]:
     """Trace forward and backward of one call; needs TRITON_INTERPRET=1.
+
+    Args:
+        shape: of the input.
+        dtype: of all tensors.
+        as_of_batch: whose number of tokens for each program of the backward is used, if it is not
+            that of `shape`.
 
     Raises:
         MemoryFaultError: a kernel accessed memory in a forbidden way.
     """
     from benchmarks.gpu import calls
+    from swiftkernels.ops.additive_attention.triton import config, launch
     from swiftkernels.testing.triton_trace import trace
 
     tensors = make_tensors(*shape, shape.width, dtype=dtype)
-    with torch.no_grad():
+    group = config.group
+
+    def as_of(cfg: config.Config, batch: int, n_tokens: int) -> int:
+        return group(cfg, as_of_batch or batch, n_tokens)
+
+    launch.forget_launches()  # their keys do not show the patch
+    with torch.no_grad(), mock.patch.object(config, "group", as_of):
         with trace() as forward, EagerTraffic() as around_forward:
             run_backward = calls.forward(tensors)
         with trace() as backward, EagerTraffic() as around_backward:
@@ -217,11 +223,13 @@ def _count(
 
 def _count_ours(shape: Shape, dtype: str) -> tuple[list[Count], list[dict[str, Any]]]:
     """Rows of both directions, and a row of every launch."""
-    scaled = shape.batch > 2 and shape.tokens >= LONG_INPUT and shape.width <= MAX_AFFINE_WIDTH
+    scaled = shape.batch > 2
     batches = (1, 2) if scaled else (shape.batch,)
     counted = " ".join(map(str, batches))
     how = "traced in the interpreter" + (", extrapolated in the batch" if scaled else "")
-    found = [count_ours(shape._replace(batch=b), getattr(torch, dtype)) for b in batches]
+    found = [
+        count_ours(shape._replace(batch=b), getattr(torch, dtype), shape.batch) for b in batches
+    ]
     parts: Sequence[Part] = found[0]
     if scaled:
         parts = [extrapolate(one, two, shape.batch) for one, two in zip(*found, strict=True)]

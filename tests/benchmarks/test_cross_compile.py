@@ -63,8 +63,7 @@ def test_every_kernel_fits_a_gpu(width, dtype, pooling, images, architecture, al
         images=images,
         masked=True,
     )
-    product = dtype != "fp32"  # else it is PyTorch's
-    assert len(launches) == (5 if width <= 64 else 6 if width <= 128 else 6 + product)
+    assert len(launches) == (5 if width <= 64 else 4)
     for recorded in launches:
         found = cross_compile.examine(recorded, cell.architecture)
         wrong = cross_compile.unexpected(cell, recorded, found)

@@ -193,18 +193,18 @@ def test_a_published_forward_is_two_launches_and_two_passes():
             assert int(row["bytes"]) <= 1.15 * int(row["two_pass_bytes"]), row
 
 
-def test_a_published_backward_is_six_launches_and_gemms():
-    rows = [row for row in of(OURS, "forward+backward").values() if int(row["width"]) <= 128]
+def test_a_published_backward_is_six_launches_and_products():
+    rows = [row for row in of(OURS, "forward+backward").values() if int(row["width"]) <= 64]
     assert rows
     for row in rows:
         assert int(row["launches"]) - int(row["matmuls"]) <= 6, row
 
 
-def test_a_published_backward_of_narrow_layers_moves_half_of_inductors_bytes():
-    """Where the weights' gradients are summed on chip."""
+def test_a_published_backward_moves_no_more_than_inductors():
+    """And half of it from batch 8 on, where the kernels multiply by the weights themselves."""
     inductor = of("inductor", "forward+backward")
     rows = of(OURS, "forward+backward")
-    narrow = {case: row for case, row in rows.items() if int(row["width"]) <= 64}
-    assert narrow
-    for case, row in narrow.items():
-        assert int(row["bytes"]) <= 0.51 * int(inductor[case]["bytes"]), row
+    assert len(rows) >= 2 * 3 * 14
+    for case, row in rows.items():
+        few = int(row["batch"]) >= 8 and int(row["width"]) <= 128
+        assert int(row["bytes"]) <= (0.5 if few else 1) * int(inductor[case]["bytes"]), row

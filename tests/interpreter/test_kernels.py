@@ -247,10 +247,7 @@ def test_only_the_gradients_asked_for_are_computed(needed):
 
 @pytest.mark.parametrize(
     ("width", "dtype"),
-    [
-        *itertools.product([16, 64, 65, 256, 512], [torch.float16, torch.float32]),
-        (1024, torch.half),
-    ],
+    [*itertools.product([16, 64, 65, 128], [torch.float16, torch.float32])],
 )
 def test_splits_cover_every_token_count(width, dtype):
     """N from 1 to 65536 by the shape logic alone."""

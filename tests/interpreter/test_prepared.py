@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swiftkernels import AdditiveAttention
-from swiftkernels.ops.additive_attention.triton import config, launch
+from swiftkernels.ops.additive_attention.triton import config, launch, wide
 
 
 class Compiled:
@@ -69,8 +69,9 @@ class Compiler:
 def compiled(monkeypatch):
     """All that is compiled from here on."""
     found: list[Compiled] = []
-    for name in [name for name in vars(launch) if name.endswith("_kernel")]:
-        monkeypatch.setattr(launch, name, Compiler(getattr(launch, name), found))
+    for module in (launch, wide):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Compiler(getattr(module, name), found))
     launch.forget_launches()
     yield found
     launch.forget_launches()

@@ -88,11 +88,12 @@ def _attention(step: of.Attention) -> Compute:
     if scale is None:
         scale = weights.final_weight.new_ones(weights.token_dim)
     if kernels.is_wide(weights.width):
-        packed = kernels.pack_wide(weights)
+        packed = kernels.wide.pack(weights)
 
         def attend_wide(x: Tensor) -> Tensor:
             x = _channels_last(x)
-            out: Tensor = kernels.infer_wide(x, packed, options, kernels.Residual(x, scale))
+            residual = kernels.Residual(x, scale)
+            out: Tensor = kernels.wide.infer(x, packed, options, residual)
             return out
 
         return attend_wide

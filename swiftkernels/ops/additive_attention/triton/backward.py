@@ -1,6 +1,7 @@
-"""Backward: at most four launches. The forward keeps only the input, G, the statistics and M.
+"""Backward. README.md of the operator derives the formulas.
 
-README.md of the operator derives the formulas. With M = Wf Wp, z = qn + bp and t = G * kn:
+Up to `MAX_PROJECTED_WIDTH` the forward keeps only the input, G, the statistics and M = Wf Wp. With
+z = qn + bp and t = G * kn:
 
     dG  = sum_n kn_n * (dout_n M)                      1. `_pool_backward_kernel`, pooled like G
     dkn = (dout M) * G                                 2. `_rows_backward_kernel`, local to a token
@@ -11,10 +12,12 @@ The gradients of the weights follow from four second moments over the tokens of 
 
     dWq = dq^T x,  dWk = dk^T x,  U = dout^T t,  V = dout^T z     (dWp = Wf^T U,  dWf = U Wp^T + V)
 
-Where four E x E accumulators fit on chip (FUSE), launch 2 sums the moments. Elsewhere launch 2
-stores dq, dk, t and z, and `_weights_backward_kernel` sums the moments from these. At last
-`_finish_backward_kernel` adds all partial sums in a fixed order. It stores the gradients, and U and
-V for the products.
+Where four E x E accumulators fit on chip (FUSE), launch 2 sums the moments, and
+`_finish_backward_kernel` adds the partial sums in a fixed order. Elsewhere launch 2 stores dq, dk,
+t and z, and PyTorch's products compute the moments.
+
+Above, products of PyTorch compute dz = dout Wf and dy = dz Wp before, and dx and the gradients of
+the weights after two kernels: `_pool_wide_backward_kernel` and `_rows_wide_backward_kernel`.
 """
 
 from __future__ import annotations
@@ -124,8 +127,8 @@ def _rows_backward_kernel(
     dx_ptr,  # [B, N, C]; None unless PROJECT and the gradient of x is needed
     dq_ptr, dk_ptr,  # [B, N, E] or None
     tz_ptr,  # t and z, [2, B, N, E], or None
-    dw_g_ptr,  # [B * num_groups, E]; None if only the gradient of the tokens is needed
-    moments_ptr,  # [B * num_groups, 2 E (C + D + 1) + D], see `_finish_backward_kernel`; or None
+    sums_ptr,  # [B * num_groups (* tiles_per_group unless FUSE), 3, E] in ACC; or None
+    moments_ptr,  # [B * num_groups, 2 E (C + D) + D], see `_finish_backward_kernel`; or None
     n_tokens, num_splits, num_groups, tiles_per_group,
     stride_b, stride, dout_stride_b, dout_stride, dx_stride_b, dx_stride, operand_stride,
     C: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
@@ -155,10 +158,11 @@ def _rows_backward_kernel(
     G_dG = tl.sum((load_vector(g_ptr, cols, E, ACC) * grad_g)[None, :], 1)  # [1]
 
     sum_w_g = tl.zeros([BLOCK_E], ACC)
+    sum_dq = tl.zeros([BLOCK_E], ACC)
+    sum_dk = tl.zeros([BLOCK_E], ACC)
     residue = tl.zeros([1], ACC)
+    part = batch * num_groups + group
     if FUSE:
-        sum_dq = tl.zeros([BLOCK_E], ACC)
-        sum_dk = tl.zeros([BLOCK_E], ACC)
         channels = tl.arange(0, BLOCK_C)
         outputs = tl.arange(0, BLOCK_D)
         sum_dout = tl.zeros([BLOCK_D], ACC)
@@ -172,6 +176,12 @@ def _rows_backward_kernel(
         rows = row + tl.arange(0, BLOCK_N)
         tile_mask = (rows < n_tokens)[:, None] & (cols < E)[None, :]
         operand_offsets = (batch * n_tokens + rows)[:, None] * E + cols[None, :]
+        if not FUSE:
+            # Sums of one tile are stored at once: those of a group would take too many registers.
+            sum_w_g = tl.zeros([BLOCK_E], ACC)
+            sum_dq = tl.zeros([BLOCK_E], ACC)
+            sum_dk = tl.zeros([BLOCK_E], ACC)
+            residue = tl.zeros([1], ACC)
 
         # Vectors are loaded where they are used, and tiles are stored as soon as they are computed:
         # together they would not fit into registers.
@@ -204,6 +214,7 @@ def _rows_backward_kernel(
         dq_operand = to_operand(dq_tile, DTYPE)
         if dq_ptr is not None:
             tl.store(dq_ptr + operand_offsets, dq_operand, mask=tile_mask)
+        sum_dq += tl.sum(dq_tile, 0)
 
         k_tile = query_or_key_tile(
             k_ptr + batch_offset, wk_ptr, bk_ptr, rows, n_tokens, stride, C, E, PROJECT,
@@ -221,6 +232,7 @@ def _rows_backward_kernel(
         dk_operand = to_operand(dk_tile, DTYPE)
         if dq_ptr is not None:
             tl.store(dk_ptr + operand_offsets, dk_operand, mask=tile_mask)
+        sum_dk += tl.sum(dk_tile, 0)
         if dx_ptr is not None:
             dx_offset = batch * tl.multiple_of(dx_stride_b.to(tl.int64), ALIGN)
             for j0 in range(0, C, BLOCK_J):
@@ -243,17 +255,18 @@ def _rows_backward_kernel(
             moment_k = dot(tl.trans(dk_operand), x_tile, moment_k, PRECISION)
             moment_t = dot(tl.trans(t_operand), dout_tile, moment_t, PRECISION)
             moment_z = dot(tl.trans(z_operand), dout_tile, moment_z, PRECISION)
-            sum_dq += tl.sum(dq_tile, 0)
-            sum_dk += tl.sum(dk_tile, 0)
             sum_dout += tl.sum(dout_tile.to(ACC), 0)
 
-    part = batch * num_groups + group
-    if dw_g_ptr is not None:
+        elif sums_ptr is not None:
+            if NORMALISES:
+                sum_w_g -= load_vector(g_ptr, cols, E, ACC) * (residue * SCALE)
+            _store_sums(sums_ptr, part * tiles_per_group + tile, cols, sum_w_g, sum_dq, sum_dk, E)
+
+    if FUSE:
         if NORMALISES:
             sum_w_g -= load_vector(g_ptr, cols, E, ACC) * (residue * SCALE)
-        tl.store(dw_g_ptr + part * E + cols, sum_w_g, mask=cols < E)
-    if FUSE:
-        moments_ptr += part * (2 * E * (C + D + 1) + D)
+        _store_sums(sums_ptr, part, cols, sum_w_g, sum_dq, sum_dk, E)
+        moments_ptr += part * (2 * E * (C + D) + D)
         rows = cols[:, None]
         mask = (rows < E) & (channels < C)[None, :]
         offsets = rows * C + channels[None, :]
@@ -264,91 +277,115 @@ def _rows_backward_kernel(
         tl.store(moments_ptr + offsets, moment_t, mask=mask)
         tl.store(moments_ptr + E * D + offsets, moment_z, mask=mask)
         moments_ptr += 2 * E * (C + D)
-        tl.store(moments_ptr + cols, sum_dq, mask=cols < E)
-        tl.store(moments_ptr + E + cols, sum_dk, mask=cols < E)
-        tl.store(moments_ptr + 2 * E + outputs, sum_dout, mask=outputs < D)
+        tl.store(moments_ptr + outputs, sum_dout, mask=outputs < D)
+
+
+@triton.jit
+def _store_sums(sums_ptr, part, cols, sum_w_g, sum_dq, sum_dk, E: tl.constexpr):
+    """Store three sums of rows as a part of `sums`."""
+    sums_ptr += part * 3 * E
+    tl.store(sums_ptr + cols, sum_w_g, mask=cols < E)
+    tl.store(sums_ptr + E + cols, sum_dq, mask=cols < E)
+    tl.store(sums_ptr + 2 * E + cols, sum_dk, mask=cols < E)
 
 
 @triton.jit(
-    do_not_specialize=[
-        "n_tokens", "num_tiles", "num_splits", "tiles_per_split", "operand_stride", "stride_b",
-        "stride", "dout_stride_b", "dout_stride",
-    ]
+    do_not_specialize=["n_tokens", "num_splits", "tiles_per_split", "stride_b", "stride"]
 )  # fmt: skip
-def _weights_backward_kernel(
-    x_ptr, dout_ptr,  # [B, N, C], [B, N, D]
-    operands_ptr,  # dq, dk (if X_OPERANDS = 2), t, z: [X_OPERANDS + 2, B, N, E]
-    moments_ptr,  # [num_splits, X_OPERANDS E (C + 1) + (2 E + 1) D], see `_finish_backward_kernel`
-    n_tokens, num_tiles, num_splits, tiles_per_split, operand_stride,
-    stride_b, stride, dout_stride_b, dout_stride,
-    C: tl.constexpr, E: tl.constexpr, D: tl.constexpr, X_OPERANDS: tl.constexpr,
+def _pool_wide_backward_kernel(
+    k_ptr,  # [B, N, E]
+    dy_ptr,  # [B, N, E], contiguous: the gradient of y = G * kn
+    grad_g_ptr,  # [B, num_splits, E] in ACC
+    n_tokens, num_splits, tiles_per_split, stride_b, stride,
+    E: tl.constexpr, EPS: tl.constexpr, QK_NORM: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
-    DOUT_CHANNELS_LAST: tl.constexpr, DOUT_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a moment, operand^T x or operand^T dout, over a split of the tokens of the batch.
-
-    Programs at the left edge of the moments of dq and dk also sum dq and dk, for the biases.
-    Programs at the top edge of the first moment of dout also sum dout. num_tiles counts the token
-    tiles of the batch; each is within one batch element.
-    """
-    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    down: tl.constexpr = (E + BLOCK_R - 1) // BLOCK_R
-    x_across: tl.constexpr = (C + BLOCK_J - 1) // BLOCK_J
-    dout_across: tl.constexpr = (D + BLOCK_J - 1) // BLOCK_J
-    x_programs: tl.constexpr = X_OPERANDS * down * x_across
-    programs: tl.constexpr = x_programs + 2 * down * dout_across
+    """The share of dG = sum_n kn_n * dy_n of a split of the tokens of a batch element."""
+    ACC: tl.constexpr = tl.float64 if k_ptr.dtype.element_ty == tl.float64 else tl.float32
     pid = tl.program_id(0)
-    split = pid // programs
-    job = pid % programs
-    of_x = job < x_programs
-    across = tl.where(of_x, x_across, dout_across)
-    job = tl.where(of_x, job, job - x_programs)
-    which = job // (down * across)
-    e_cols = (job // across) % down * BLOCK_R + tl.arange(0, BLOCK_R)
-    js = job % across * BLOCK_J + tl.arange(0, BLOCK_J)
-    operand_index = tl.where(of_x, which, which + X_OPERANDS).to(tl.int64)
-    operands_ptr += operand_index * operand_stride
-    tiles_per_element = (n_tokens + BLOCK_N - 1) // BLOCK_N
+    batch = (pid // num_splits).to(tl.int64)
+    split = pid % num_splits
+    k_ptr += batch * tl.multiple_of(stride_b.to(tl.int64), ALIGN)
+    dy_ptr += batch * n_tokens * E
+    cols = tl.arange(0, BLOCK_E)
+    grad_g = tl.zeros([BLOCK_E], ACC)
+    for tile in range(tiles_per_split):
+        row = (split * tiles_per_split + tile).to(tl.int64) * BLOCK_N
+        rows = row + tl.arange(0, BLOCK_N)
+        k_tile = load_tokens(k_ptr, rows, cols, n_tokens, E, stride, CHANNELS_LAST, ALIGN)
+        mask = (rows < n_tokens)[:, None] & (cols < E)[None, :]
+        dy_tile = tl.load(dy_ptr + rows[:, None] * E + cols[None, :], mask=mask, other=0.0)
+        grad_g += tl.sum(unit_rows(k_tile.to(ACC), EPS, QK_NORM) * dy_tile.to(ACC), 0)
+    part = batch * num_splits + split
+    tl.store(grad_g_ptr + part * E + cols, grad_g, mask=cols < E)
 
-    left_edge = of_x & (job % across == 0)
-    top_edge = (job < dout_across) & (of_x == 0)
-    moment = tl.zeros([BLOCK_R, BLOCK_J], ACC)
-    sum_left = tl.zeros([BLOCK_R], ACC)
-    sum_right = tl.zeros([BLOCK_J], ACC)
-    for tile in range(split * tiles_per_split, min((split + 1) * tiles_per_split, num_tiles)):
-        batch = (tile // tiles_per_element).to(tl.int64)
-        rows = (tile % tiles_per_element).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = (e_cols < E)[:, None] & (rows < n_tokens)[None, :]
-        offsets = (batch * n_tokens + rows)[None, :] * E + e_cols[:, None]
-        left = tl.load(operands_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_R, BLOCK_N]
-        if of_x:
-            batch_offset = batch * tl.multiple_of(stride_b.to(tl.int64), ALIGN)
-            right = load_tokens(
-                x_ptr + batch_offset, rows, js, n_tokens, C, stride, CHANNELS_LAST, ALIGN
-            )
-        else:
-            batch_offset = batch * tl.multiple_of(dout_stride_b.to(tl.int64), DOUT_ALIGN)
-            right = load_tokens(
-                dout_ptr + batch_offset, rows, js, n_tokens, D, dout_stride, DOUT_CHANNELS_LAST,
-                DOUT_ALIGN,
-            )  # fmt: skip
-        moment = dot(left, right, moment, PRECISION)
-        if left_edge:
-            sum_left += tl.sum(left.to(ACC), 1)
-        if top_edge:
-            sum_right += tl.sum(right.to(ACC), 0)
 
-    width = tl.where(of_x, C, D)
-    start = tl.where(of_x, which * E * C, X_OPERANDS * E * C + which * E * D)
-    moments_ptr += split.to(tl.int64) * (X_OPERANDS * E * (C + 1) + (2 * E + 1) * D)
-    mask = (e_cols < E)[:, None] & (js < width)[None, :]
-    tl.store(moments_ptr + start + e_cols[:, None] * width + js[None, :], moment, mask=mask)
-    biases_ptr = moments_ptr + X_OPERANDS * E * C + 2 * E * D
-    if left_edge:
-        tl.store(biases_ptr + which * E + e_cols, sum_left, mask=e_cols < E)
-    if top_edge:
-        tl.store(biases_ptr + X_OPERANDS * E + js, sum_right, mask=js < D)
+@triton.jit(
+    do_not_specialize=["n_tokens", "num_splits", "num_tiles", "stride_b", "stride"]
+)  # fmt: skip
+def _rows_wide_backward_kernel(
+    q_ptr, k_ptr,  # [B, N, E]
+    w_g_ptr, mask_ptr,  # [E], [B, N] or None
+    g_ptr, g_stat_ptr, grad_g_ptr,  # [B, E], [B, 2], [B, num_splits, E]
+    dz_ptr, dy_ptr,  # [B, N, E], contiguous
+    dq_ptr, dk_ptr,  # [B, N, E], contiguous
+    sums_ptr,  # [B * num_tiles, 4, E] in ACC: of dw_g, dq, dk and dz
+    n_tokens, num_splits, num_tiles, stride_b, stride,
+    E: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr, POOLING: tl.constexpr,
+    NORMALISES: tl.constexpr, QK_NORM: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """dq and dk of a tile of tokens of a batch element."""
+    ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    batch = (pid // num_tiles).to(tl.int64)
+    batch_offset = batch * tl.multiple_of(stride_b.to(tl.int64), ALIGN)
+    if mask_ptr is not None:
+        mask_ptr += batch * n_tokens
+    g_stat_ptr += batch * 2
+    cols = tl.arange(0, BLOCK_E)
+    rows = (pid % num_tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets = (batch * n_tokens + rows)[:, None] * E + cols[None, :]
+    tile_mask = (rows < n_tokens)[:, None] & (cols < E)[None, :]
+
+    G = load_vector(g_ptr + batch * E, cols, E, ACC)
+    grad_g = sum_partials(grad_g_ptr + batch * num_splits * E, cols, num_splits, E, BLOCK_S, ACC)
+    w_g = load_vector(w_g_ptr, cols, E, ACC)
+    q_tile = load_tokens(
+        q_ptr + batch_offset, rows, cols, n_tokens, E, stride, CHANNELS_LAST, ALIGN
+    ).to(ACC)  # fmt: skip
+    unit = unit_rows(q_tile, EPS, QK_NORM)
+    scores = tl.sum(unit * w_g[None, :], 1) * SCALE
+    valid = valid_tokens(mask_ptr, rows, n_tokens)
+    weights = token_weights(scores, valid, g_stat_ptr, EPS, POOLING)
+    grad_weights = tl.sum(unit * grad_g[None, :], 1)
+    G_dG = tl.sum((G * grad_g)[None, :], 1)
+    grad_scores = score_gradients(grad_weights, weights, valid, G_dG, g_stat_ptr, EPS, POOLING)
+    sum_w_g = tl.sum(unit * (grad_scores * SCALE)[:, None], 0)
+    if NORMALISES:
+        residue = residue_of(grad_scores, weights, g_stat_ptr, EPS, POOLING)
+        sum_w_g -= G * (residue * SCALE)
+    grad_unit = tl.load(dz_ptr + offsets, mask=tile_mask, other=0.0).to(ACC)
+    sum_dz = tl.sum(grad_unit, 0)
+    grad_unit += weights[:, None] * grad_g[None, :]
+    grad_unit += (grad_scores * SCALE)[:, None] * w_g[None, :]
+    dq_tile = unit_rows_backward(grad_unit, q_tile, EPS, QK_NORM)
+    tl.store(dq_ptr + offsets, to_operand(dq_tile, DTYPE), mask=tile_mask)
+
+    k_tile = load_tokens(
+        k_ptr + batch_offset, rows, cols, n_tokens, E, stride, CHANNELS_LAST, ALIGN
+    ).to(ACC)  # fmt: skip
+    grad_unit = tl.load(dy_ptr + offsets, mask=tile_mask, other=0.0).to(ACC) * G[None, :]
+    dk_tile = unit_rows_backward(grad_unit, k_tile, EPS, QK_NORM)
+    tl.store(dk_ptr + offsets, to_operand(dk_tile, DTYPE), mask=tile_mask)
+    sums_ptr += pid.to(tl.int64) * 4 * E
+    tl.store(sums_ptr + cols, sum_w_g, mask=cols < E)
+    tl.store(sums_ptr + E + cols, tl.sum(dq_tile, 0), mask=cols < E)
+    tl.store(sums_ptr + 2 * E + cols, tl.sum(dk_tile, 0), mask=cols < E)
+    tl.store(sums_ptr + 3 * E + cols, sum_dz, mask=cols < E)
 
 
 @triton.jit
@@ -371,36 +408,35 @@ def _store_part_transposed(
     tl.store(ptr + offsets, values.to(ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_groups", "num_moments"])
+@triton.jit(do_not_specialize=["num_groups"])
 def _finish_backward_kernel(
-    dw_g_parts_ptr,  # [num_groups, E] in ACC
-    moments_ptr,  # [num_moments, ...] in ACC: dWq, dWk, U^T, V^T, dbq, dbk, dbf
+    sums_ptr,  # [num_groups, 3, E] in ACC: dw_g, dbq, dbk
+    moments_ptr,  # [num_groups, ...] in ACC: dWq, dWk, U^T, V^T, dbf
     dw_g_ptr,  # [E]
-    dwq_ptr, dwk_ptr,  # [E, C]; None without X_OPERANDS
+    dwq_ptr, dwk_ptr,  # [E, C]
     u_ptr, v_ptr,  # [D, E]
     dbq_ptr, dbk_ptr, dbf_ptr,  # [E], [E], [D], or None
-    num_groups, num_moments,
-    C: tl.constexpr, E: tl.constexpr, D: tl.constexpr, X_OPERANDS: tl.constexpr,
+    num_groups,
+    C: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Add all partial sums of BLOCK_J columns of dw_g, or of the moments; store them rounded."""
+    """Add all partial sums of BLOCK_J columns of the sums or of the moments; store them rounded."""
     ACC: tl.constexpr = moments_ptr.dtype.element_ty
-    dw_g_programs: tl.constexpr = (E + BLOCK_J - 1) // BLOCK_J
+    sums_programs: tl.constexpr = (3 * E + BLOCK_J - 1) // BLOCK_J
     pid = tl.program_id(0)
-    if pid < dw_g_programs:
+    if pid < sums_programs:
         cols = pid * BLOCK_J + tl.arange(0, BLOCK_J)
-        values = sum_partials(dw_g_parts_ptr, cols, num_groups, E, BLOCK_S, ACC)
+        values = sum_partials(sums_ptr, cols, num_groups, 3 * E, BLOCK_S, ACC)
         _store_part(dw_g_ptr, values, cols, 0, E)
+        _store_part(dbq_ptr, values, cols, E, E)
+        _store_part(dbk_ptr, values, cols, 2 * E, E)
     else:
-        cols = (pid - dw_g_programs) * BLOCK_J + tl.arange(0, BLOCK_J)
-        u_start: tl.constexpr = X_OPERANDS * E * C
-        biases: tl.constexpr = u_start + 2 * E * D
-        width: tl.constexpr = biases + X_OPERANDS * E + D
-        values = sum_partials(moments_ptr, cols, num_moments, width, BLOCK_S, ACC)
+        cols = (pid - sums_programs) * BLOCK_J + tl.arange(0, BLOCK_J)
+        u_start: tl.constexpr = 2 * E * C
+        bias: tl.constexpr = u_start + 2 * E * D
+        values = sum_partials(moments_ptr, cols, num_groups, bias + D, BLOCK_S, ACC)
         _store_part(dwq_ptr, values, cols, 0, E * C)
         _store_part(dwk_ptr, values, cols, E * C, E * C)
         _store_part_transposed(u_ptr, values, cols, u_start, E, D)
         _store_part_transposed(v_ptr, values, cols, u_start + E * D, E, D)
-        _store_part(dbq_ptr, values, cols, biases, E)
-        _store_part(dbk_ptr, values, cols, biases + E, E)
-        _store_part(dbf_ptr, values, cols, biases + X_OPERANDS * E, D)
+        _store_part(dbf_ptr, values, cols, bias, D)

@@ -13,11 +13,8 @@ import torch
 from swiftkernels.backends.triton.sizes import PROGRAMS, cdiv, power_of_two
 
 MAX_PROJECTED_WIDTH = 128
-"""Up to this E the kernels compute q and k from x, and the output from these; above, products of
-their own compute both."""
-
-OPERANDS_BLOCK_N = 16
-"""Tokens of a tile of `_operands_kernel`."""
+"""Up to this E the kernels compute q and k from x, and the output from these; above, PyTorch's
+products do: see `wide.py`."""
 
 MAX_WIDTH = 1024
 """Widest E in half precision, and half of it in float32: a tile of rows has to fit on chip."""
@@ -50,18 +47,17 @@ class Config(NamedTuple):
     """Tokens of a program of `_rows_backward_kernel`, which stores a set of sums: see `group`."""
 
 
+_FUSED_GROUPS = (256, 128, 96, 64, 32)
+
 # By (width of a tile, bytes of a number). Those of 16 bits were the fastest of several on an H100;
 # docs/gpu_kernels.md lists what the kernels use when they are compiled with them.
 _TABLE = {
-    (64, 2): Config(128, 32, 64, 4, rows_block_n=32, rows_num_warps=4, groups=(256, 128, 64)),
-    (64, 4): Config(32, 32, 16, 4, groups=(256, 128, 64)),
+    (64, 2): Config(
+        128, 32, 64, 4, rows_block_n=32, rows_num_warps=4, groups=(256, 128, 96, 64, 32)
+    ),
+    (64, 4): Config(32, 32, 16, 4, groups=(256, 128, 96, 64, 32)),
     (128, 2): Config(64, 32, 64, 4, rows_block_n=32, rows_num_warps=4, groups=(128, 64, 32)),
     (128, 4): Config(32, 16, 16, num_stages=1, rows_num_stages=2, groups=(128, 64, 32)),
-    (256, 2): Config(32, 32, 32, rows_block_n=32),
-    (256, 4): Config(16, 16, 16, rows_num_stages=2),
-    (512, 2): Config(16, 16, 16),
-    (512, 4): Config(16, 16, 16, rows_num_stages=2),
-    (1024, 2): Config(16, 16, 16, num_stages=1),
 }
 
 
@@ -71,7 +67,7 @@ def max_width(dtype: torch.dtype) -> int:
 
 
 def choose_config(width: int, dtype: torch.dtype, architecture: str = "large") -> Config:
-    """The tile sizes for E = width on a class of GPUs."""
+    """The tile sizes for E = width on a class of GPUs, up to `MAX_PROJECTED_WIDTH`."""
     # float64 is for checking gradients; it uses the sizes of float32.
     size = 2 if dtype in HALVES else 4
     block_e = max(power_of_two(width), 64)
@@ -82,12 +78,18 @@ def choose_config(width: int, dtype: torch.dtype, architecture: str = "large") -
     return chosen
 
 
+def wide_tile(width: int, architecture: str) -> tuple[int, int]:
+    """Tokens of a tile of the kernels of wide layers, and warps: those without spills."""
+    return min(16, 8192 // power_of_two(width)), 4 if architecture == "amd" else 8
+
+
 def group(cfg: Config, batch: int, n_tokens: int) -> int:
-    """Tokens of a program of `_rows_backward_kernel`: the largest group that fills most of a GPU.
+    """Tokens of a program of `_rows_backward_kernel`: the largest group that fills half of a GPU.
+
+    A larger group stores fewer partial sums.
 
     No gradient of a batch element depends on it but for the order in which the gradients of the
     weights are summed.
     """
-    full = 3 * PROGRAMS // 4
-    filling = (tokens for tokens in cfg.groups if batch * cdiv(n_tokens, tokens) >= full)
+    filling = (t for t in cfg.groups if batch * cdiv(n_tokens, t) >= PROGRAMS // 2)
     return next(filling, cfg.groups[-1])

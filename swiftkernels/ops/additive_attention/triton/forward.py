@@ -10,8 +10,8 @@
 
    In inference it may add a residual branch: x + scale * out.
 
-Wide layers take two launches instead of the second: `_operands_kernel` writes qn + bp and G * kn,
-and one product with [Wf, M] makes the output of both (`backends/triton/linear.py`).
+Wide layers have no M in the first launch, and `_operands_kernel` instead of the second: it writes
+z = qn + bp and y = G * kn, from which products compute the output (`wide.py`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _pool_forward_kernel(
     mask_ptr,  # [B, N] uint8 or None
     proj_ptr, final_ptr,  # [E, E], [D, E]
     pooled_ptr, stat_ptr,  # [B, num_splits, E], [B, num_splits, 2] in ACC
-    m_ptr,  # [D, E]
+    m_ptr,  # [D, E]; None for wide layers
     n_tokens, num_splits, tiles_per_split, num_pool_programs,
     stride_b, stride,
     C: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
@@ -92,7 +92,7 @@ def _pool_forward_kernel(
         one = tl.arange(0, 1)
         tl.store(stat_ptr + part * 2 + one, first_statistic(running_max, running_sum, POOLING))
         tl.store(stat_ptr + part * 2 + 1 + one, running_sum)
-    else:
+    elif m_ptr is not None:
         m_program = pid - num_pool_programs
         tiles_across: tl.constexpr = (E + BLOCK_M - 1) // BLOCK_M
         out_rows = (m_program // tiles_across) * BLOCK_M + tl.arange(0, BLOCK_M)

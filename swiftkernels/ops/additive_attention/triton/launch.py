@@ -12,125 +12,56 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from swiftkernels.backends import cache
-from swiftkernels.backends.layouts import (
-    accumulator,
-    as_image,
-    output_like,
-    to_tokens,
-    tokens_of,
-)
-from swiftkernels.backends.torch_state import autocast_off, device_guard, fits_kernels
+from swiftkernels.backends.layouts import accumulator, output_like
+from swiftkernels.backends.torch_state import device_guard, fits_kernels
 from swiftkernels.backends.triton.kernel_launch import KernelLaunch, Pointer
-from swiftkernels.backends.triton.linear import Linear, linear_launch
 from swiftkernels.backends.triton.sizes import (
     architecture,
     cdiv,
     power_of_two,
-    split_batch,
     split_tokens,
     sum_tile,
 )
-from swiftkernels.backends.triton.tensors import (
-    Layout,
-    compact,
-    contiguous,
-    has_tensor_cores,
-    layout,
-    precision,
-    rows_layout,
-)
-from swiftkernels.ops.additive_attention.triton import config, pooling
+from swiftkernels.backends.triton.tensors import Layout, contiguous, precision
+from swiftkernels.ops.additive_attention.triton import config, pooling, wide
 from swiftkernels.ops.additive_attention.triton.backward import (
     _finish_backward_kernel,
     _pool_backward_kernel,
     _rows_backward_kernel,
-    _weights_backward_kernel,
 )
 from swiftkernels.ops.additive_attention.triton.forward import (
-    _operands_kernel,
     _output_forward_kernel,
     _pool_forward_kernel,
 )
-from swiftkernels.ops.additive_attention.weights import (
-    AnyWeights,
-    Options,
-    OutputWeights,
-    Weights,
-    pack_projections,
+from swiftkernels.ops.additive_attention.triton.tokens import (
+    NO_RESIDUAL,
+    Residual,
+    Saved,
+    Tokens,
+    empty_like,
+    given_tokens,
+    is_wide,
+    mask_bytes,
+    read_tokens,
+    rows_of,
+    saved_like,
 )
+from swiftkernels.ops.additive_attention.weights import AnyWeights, Options, Weights
 from swiftkernels.ops.operator import Needs
 from swiftkernels.ops.plan import Plans
-
-
-class _Tokens(NamedTuple):
-    """Tokens, or an image, that the kernels can read as [B, N, C]."""
-
-    data: Tensor
-    batch: int
-    n_tokens: int
-    width: int
-    layout: Layout
-
-
-def _tokens(t: Tensor) -> _Tokens:
-    """t [B, N, C] or [B, C, H, W], or a copy where the kernels cannot read its strides."""
-    tokens = tokens_of(t.shape, t.stride())
-    if tokens is not None:
-        batch, n_tokens, width, strides = tokens
-        found = layout(n_tokens, width, strides)
-        if found is not None:
-            return _Tokens(t, batch, n_tokens, width, found)
-    return _tokens(compact(t))
-
-
-def _empty_like(tokens: _Tokens) -> _Tokens:
-    """Uninitialised tokens with the same order of axes in memory, without gaps."""
-    data = tokens.data
-    if data.dim() == 3 and not tokens.layout.channels_last:
-        return _tokens(data.new_empty(data.mT.shape).mT)
-    contiguous = data.dim() == 3 or not tokens.layout.channels_last
-    memory_format = torch.contiguous_format if contiguous else torch.channels_last
-    return _tokens(torch.empty_like(data, memory_format=memory_format))
-
-
-def _mask_bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous().view(torch.uint8)
-
-
-class Saved(NamedTuple):
-    """What the backward needs besides the inputs."""
-
-    global_query: Tensor
-    """G, [B, E]"""
-    statistics: Tensor
-    """Of the pooling, [B, 2]."""
-    product: Tensor
-    """M = Wf Wp, [D, E]"""
-
-
-def saved_like(inputs: Sequence[Tensor], weights: AnyWeights, keep: str) -> Saved:
-    """What a forward keeps, uninitialised."""
-    new, batch = inputs[0].new_empty, inputs[0].shape[0]
-    acc = accumulator(inputs[0].dtype)
-    return Saved(
-        new(batch, weights.width, dtype=acc),
-        new(batch, 2, dtype=acc),
-        new(weights.token_dim, weights.width),
-    )
 
 
 class _Inputs(NamedTuple):
     """What the kernels read queries and keys from."""
 
-    q: _Tokens
-    k: _Tokens
+    q: Tokens
+    k: Tokens
     projections: tuple[Tensor | None, ...]
     """Weights and biases of the query and key layers, if the kernels project x."""
-    x: _Tokens | None
+    x: Tokens | None
     """What queries and keys are made of; None if they were given."""
     project: bool
     """Whether the kernels project x."""
@@ -139,26 +70,9 @@ class _Inputs(NamedTuple):
 def _read(inputs: Sequence[Tensor], weights: AnyWeights) -> _Inputs:
     """From x, which the kernels project, or one GEMM if E is large; or from given q and k."""
     if not isinstance(weights, Weights):
-        q, k = inputs
-        if q.stride() != k.stride():
-            q, k = q.contiguous(), k.contiguous()
-        return _Inputs(_tokens(q), _tokens(k), _NO_PROJECTIONS, None, False)
-    (x,) = inputs
-    if not is_wide(weights.width):
-        view = _tokens(x)
-        return _Inputs(view, view, weights[:4], view, True)
-    return _projected(x, pack_projections(*weights[:4]))._replace(x=_tokens(x))
-
-
-def _projected(x: Tensor, projections: tuple[Tensor, Tensor | None]) -> _Inputs:
-    """Queries and keys of a wide layer by one GEMM; `projections` are the two layers as one."""
-    q, k = F.linear(_flattened(x), *projections).chunk(2, dim=2)  # views of one buffer
-    return _Inputs(_tokens(q), _tokens(k), _NO_PROJECTIONS, None, False)
-
-
-def _flattened(t: Tensor) -> Tensor:
-    """Tokens [B, N, C], or an image [B, C, H, W] as tokens."""
-    return to_tokens(t, channels_first=t.dim() == 4)
+        return _Inputs(*given_tokens(inputs), _NO_PROJECTIONS, None, False)
+    view = read_tokens(inputs[0])
+    return _Inputs(view, view, weights[:4], view, True)
 
 
 _NO_PROJECTIONS = (None,) * 4
@@ -168,20 +82,8 @@ def _pointers(read: _Inputs, weights: AnyWeights, mask: Tensor | None) -> tuple[
     """q, k, the nine weights and the mask, as `_ForwardLaunches.start` takes them."""
     return (
         read.q.data, read.k.data, *contiguous((*read.projections, *weights[-5:])),
-        _mask_bytes(mask),
+        mask_bytes(mask),
     )  # fmt: skip
-
-
-class Residual(NamedTuple):
-    """What the last kernel adds to the scaled output in inference."""
-
-    x: Tensor | None = None
-    """Tokens [B, N, D] without gaps, or an image in channels_last memory format."""
-    scale: Tensor | None = None
-    """[D]"""
-
-
-NO_RESIDUAL = Residual()
 
 
 def forward(
@@ -203,74 +105,22 @@ def forward(
         keep: not used; only other backends have a choice.
         residual: the output is x + scale * output; only in inference.
     """
-    with device_guard(inputs[0]):
+    like = inputs[0]
+    with device_guard(like):
+        if is_wide(weights.width):
+            return wide.forward(inputs, weights, mask, options, residual)
         read = _read(inputs, weights)
         saved = saved_like(inputs, weights, keep)
-        return _forward(inputs[0], read, weights, mask, options, residual, saved, None), saved
-
-
-def _forward(
-    like: Tensor,
-    read: _Inputs,
-    weights: AnyWeights,
-    mask: Tensor | None,
-    options: Options,
-    residual: Residual,
-    saved: Saved,
-    final: Tensor | None,
-) -> Tensor:
-    """The output, for inputs with axes as those of `like`; fills `saved`, M only without `final`.
-
-    `final` is [Wf, M] of a wide layer, if it is known.
-    """
-    q = read.q
-    pointers = (*_pointers(read, weights, mask), *residual)
-    launches = _forward_launches(
-        _launch_key(read, weights, options, pointers, fits_kernels(*pointers), final is None)
-    )
-    out = like.new_empty_strided(*output_like(like, weights.token_dim))
-    acc = saved.global_query.dtype
-    pooled = like.new_empty(q.batch, launches.splits, weights.width, dtype=acc)
-    split_statistics = like.new_empty(q.batch, launches.splits, 2, dtype=acc)
-    results = (out, *saved, pooled, split_statistics)
-    if launches.is_wide:
-        launches.start_wide(pointers, results, final)
-    else:
-        launches.start(pointers, results)
-    return out
-
-
-class PackedWide(NamedTuple):
-    """The weights of a wide layer as `infer_wide` reads them."""
-
-    projections: tuple[Tensor, Tensor | None]
-    """The query and key layers as one: [2 E, C], [2 E] or None."""
-    others: OutputWeights
-    final: Tensor
-    """[Wf, M], [D, 2 E]"""
-
-
-def is_wide(width: int) -> bool:
-    """Whether a GEMM computes queries and keys for such an E, and another one the output."""
-    return width > config.MAX_PROJECTED_WIDTH
-
-
-def pack_wide(weights: Weights) -> PackedWide:
-    """The weights in new memory."""
-    others = OutputWeights(*weights[4:])
-    final_weight, dtype = others.final_weight, others.final_weight.dtype
-    product = final_weight.to(accumulator(dtype)) @ others.proj_weight.to(accumulator(dtype))
-    highest = torch.finfo(dtype).max
-    final = torch.cat((final_weight, product.clamp(-highest, highest).to(dtype)), 1)
-    return PackedWide(pack_projections(*weights[:4]), others, final)
-
-
-def infer_wide(x: Tensor, packed: PackedWide, options: Options, residual: Residual) -> Tensor:
-    """The output of a wide layer for tokens, or an image in channels_last memory format."""
-    with device_guard(x), autocast_off(x.device.type):
-        read = _projected(x, packed.projections)
-        saved = saved_like((x,), packed.others, "")
-        return _forward(x, read, packed.others, None, options, residual, saved, packed.final)
+        pointers = (*_pointers(read, weights, mask), *residual)
+        launches = _forward_launches(
+            _launch_key(read, weights, options, pointers, fits_kernels(*pointers))
+        )
+        out = like.new_empty_strided(*output_like(like, weights.token_dim))
+        acc, parts = saved.global_query.dtype, (read.q.batch, launches.splits)
+        pooled = like.new_empty(*parts, weights.width, dtype=acc)
+        split_statistics = like.new_empty(*parts, 2, dtype=acc)
+        launches.start(pointers, (out, *saved, pooled, split_statistics))
+        return out, saved
 
 
 class _LaunchKey(NamedTuple):
@@ -291,8 +141,6 @@ class _LaunchKey(NamedTuple):
     """Which of the inputs are None."""
     reusable: bool
     """See `KernelLaunch`."""
-    product: bool
-    """Whether the first launch computes M."""
 
 
 def _launch_key(
@@ -301,22 +149,20 @@ def _launch_key(
     options: Options,
     pointers: Sequence[Tensor | None],
     reusable: bool,
-    product: bool = True,
 ) -> _LaunchKey:
     q, dtype = read.q, read.q.data.dtype
     return _LaunchKey(
         q.batch, q.n_tokens, q.width, weights.width, weights.token_dim, q.layout, dtype,
         q.data.device, options, read.project, precision(dtype),
-        tuple([p is None for p in pointers]), reusable, product,
+        tuple([p is None for p in pointers]), reusable,
     )  # fmt: skip
 
 
 class _ForwardLaunches:
-    """The two launches of a forward, or three of a wide layer.
+    """The two launches of a forward.
 
     Attributes:
         splits: partial sums of a batch element that the first launch computes.
-        is_wide: whether to use `start_wide`; else `start`.
     """
 
     def __init__(self, key: _LaunchKey) -> None:
@@ -326,9 +172,8 @@ class _ForwardLaunches:
         # Without tokens there is nothing to pool, but a backward may need M, G and statistics.
         splits, tiles_per_split = split_tokens(max(n_tokens, 1), cfg.block_n)
         self.splits = splits
-        self.is_wide = is_wide(width)
         block_m = 32 if width <= 64 else 64
-        m_programs = cdiv(token_dim, block_m) * cdiv(width, block_m) if key.product else 0
+        m_programs = cdiv(token_dim, block_m) * cdiv(width, block_m)
         tiles = cdiv(n_tokens, cfg.block_n)
         shared: dict[str, Any] = {
             "C": in_dims,
@@ -353,21 +198,13 @@ class _ForwardLaunches:
             {"SCALE": options.scale, "BLOCK_M": block_m, "num_stages": cfg.num_stages} | shared,
             key.reusable,
         )
-        if not self.is_wide:
-            self._output = KernelLaunch(
-                _output_forward_kernel,
-                batch * tiles,
-                (n_tokens, splits, tiles, *tokens.strides),
-                {
-                    "BLOCK_J": cfg.block_j,
-                    "BLOCK_S": config.BLOCK_S,
-                    "num_stages": 2,
-                }
-                | shared,
-                key.reusable,
-            )
-        else:
-            self._plan_wide(key)
+        self._output = KernelLaunch(
+            _output_forward_kernel,
+            batch * tiles,
+            (n_tokens, splits, tiles, *tokens.strides),
+            {"BLOCK_J": cfg.block_j, "BLOCK_S": config.BLOCK_S, "num_stages": 2} | shared,
+            key.reusable,
+        )
         acc_bytes = accumulator(dtype).itemsize
         sizes = (
             batch * width * acc_bytes,
@@ -382,8 +219,8 @@ class _ForwardLaunches:
 
     @property
     def ready(self) -> bool:
-        """Whether `start` takes addresses; `start_wide` does not."""
-        return not self.is_wide and self._output.ready
+        """Whether `start` takes addresses."""
+        return self._output.ready
 
     def start(self, inputs: Sequence[Pointer], results: Sequence[Pointer]) -> None:
         """Launch both kernels in the current stream.
@@ -400,59 +237,6 @@ class _ForwardLaunches:
             q, k, wq, bq, wk, bk, bp, wf, bf, residual, scale, product, pooled, split_statistics,
             out, global_query, statistics,
         )  # fmt: skip
-
-    def _plan_wide(self, key: _LaunchKey) -> None:
-        """The launches after the first of a wide layer."""
-        batch, n_tokens, _, width, token_dim = key[:5]
-        tiles = cdiv(n_tokens, config.OPERANDS_BLOCK_N)
-        self._operands_shape = batch, n_tokens, 2 * width
-        self._operands = KernelLaunch(
-            _operands_kernel,
-            batch * tiles,
-            (n_tokens, self.splits, tiles, *key.tokens.strides),
-            {
-                "E": width, "EPS": key.options.eps, "POOLING": key.options.pooling,
-                "QK_NORM": key.options.qk_norm, "CHANNELS_LAST": key.tokens.channels_last,
-                "ALIGN": key.tokens.align, "BLOCK_N": config.OPERANDS_BLOCK_N,
-                "BLOCK_E": power_of_two(width), "BLOCK_S": config.BLOCK_S,
-                "num_warps": 4, "num_stages": 1,
-            },
-            key.reusable,
-        )  # fmt: skip
-        self._product: KernelLaunch | None = None
-        if has_tensor_cores(key.dtype, key.precision):
-            layer = Linear(
-                batch, n_tokens, 2 * width, token_dim, "none", False, key.dtype, key.device,
-                key.precision,
-            )  # fmt: skip
-            self._product = linear_launch(
-                layer, rows_layout(n_tokens, 2 * width), rows_layout(n_tokens, token_dim),
-                key.reusable,
-            )  # fmt: skip
-
-    def start_wide(
-        self, inputs: Sequence[Any], results: Sequence[Tensor], final: Tensor | None
-    ) -> None:
-        """Launch the kernels of a wide layer in the current stream.
-
-        Args:
-            inputs, results: as in `start`; all are tensors or None.
-            final: [Wf, M], or None to compute it.
-        """
-        q, k, *_, w_g, wp, bp, wf, bf, mask, residual, scale = inputs
-        out, global_query, statistics, product, pooled, split_statistics = results
-        self._pool(q, None, None, w_g, mask, wp, wf, pooled, split_statistics, product)
-        operands = out.new_empty(self._operands_shape)
-        self._operands(q, k, bp, pooled, split_statistics, operands, global_query, statistics)
-        if final is None:
-            final = torch.cat((wf, product), 1)
-        if self._product is not None:
-            self._product(operands, final, bf, scale, residual, out)
-            return
-        tokens = _flattened(out)
-        tokens.copy_(F.linear(operands, final, bf))
-        if residual is not None:
-            tokens.mul_(scale).add_(_flattened(residual))
 
     def infer(
         self, x: Tensor, out: Tensor, weights: Sequence[int | None], scale: int | None
@@ -497,7 +281,7 @@ class InferencePlan:
         by_address = (
             mask is None
             and not is_wide(weights.width)
-            and _tokens(x).data is x
+            and read_tokens(x).data is x
             and fits_kernels(*weights)
             and all(w is None or w.is_contiguous() for w in weights)
         )
@@ -552,9 +336,6 @@ class _BackwardKey(NamedTuple):
     dout: Layout
     dx: Layout | None
     """None: `_rows_backward_kernel` does not compute the gradient of x."""
-    x: Layout | None
-    """Of the tokens that were projected to queries and keys; None if these were given."""
-    x_width: int
     needs_weights: bool
 
 
@@ -563,7 +344,7 @@ class _BackwardLaunches:
 
     Attributes:
         fuses: whether `_rows_backward_kernel` sums the moments; otherwise it stores the operands
-            that `_weights_backward_kernel` sums them from.
+            that products of PyTorch compute them from.
     """
 
     def __init__(self, key: _BackwardKey) -> None:
@@ -609,10 +390,8 @@ class _BackwardLaunches:
         tiles_per_group = config.group(cfg, batch, n_tokens) // cfg.rows_block_n
         tiles_per_group = max(1, min(tiles, tiles_per_group))
         groups = cdiv(tiles, tiles_per_group)
-        num_dw_g = num_moments = batch * groups
-        x_operands = 0 if key.x is None else 2
         # Numbers of a set of moments, see `_finish_backward_kernel`.
-        moment_width = x_operands * width * (key.x_width + 1) + (2 * width + 1) * token_dim
+        moment_width = 2 * width * (in_dims + token_dim) + token_dim
         dx = key.dx or tokens
         self._rows = KernelLaunch(
             _rows_backward_kernel,
@@ -642,49 +421,19 @@ class _BackwardLaunches:
         )  # fmt: skip
         self._needs_weights = needs_weights
         self._grad_g = (batch, splits, width)
-        if not needs_weights:
-            return
-
+        parts = batch * groups * (1 if self.fuses else tiles_per_group)
+        self._sums, self._moments = (parts, 3, width), (batch * groups, moment_width)
         if not self.fuses:
-            block = 64
-            tiles = batch * cdiv(n_tokens, block)
-            across = x_operands * cdiv(key.x_width, block) + 2 * cdiv(token_dim, block)
-            jobs = cdiv(width, block) * across
-            splits, tiles_per_split = split_batch(jobs, tiles)
-            num_moments = splits
-            x = key.x or key.dout
-            self._moments = KernelLaunch(
-                _weights_backward_kernel,
-                jobs * splits,
-                (
-                    n_tokens, tiles, splits, tiles_per_split, batch * n_tokens * width,
-                    *x.strides, *key.dout.strides,
-                ),
-                shared
-                | {
-                    "CHANNELS_LAST": x.channels_last,
-                    "ALIGN": x.align,
-                    "C": key.x_width,
-                    "X_OPERANDS": x_operands,
-                    "BLOCK_R": block,
-                    "BLOCK_J": block,
-                    "BLOCK_N": block,
-                    "num_warps": 4 if dtype in config.HALVES else 8,
-                    "num_stages": 2,
-                },
-                reusable,
-            )  # fmt: skip
-        self._dw_g, self._sums = (num_dw_g, width), (num_moments, moment_width)
+            return
         block, partials = sum_tile(moment_width)
         self._finish = KernelLaunch(
             _finish_backward_kernel,
-            cdiv(width, block) + cdiv(moment_width, block),
-            (num_dw_g, num_moments),
+            cdiv(3 * width, block) + cdiv(moment_width, block),
+            (batch * groups,),
             {
-                "C": key.x_width if x_operands else 0,
+                "C": in_dims,
                 "E": width,
                 "D": token_dim,
-                "X_OPERANDS": x_operands,
                 "BLOCK_J": block,
                 "BLOCK_S": partials,
                 "num_warps": 8,
@@ -694,12 +443,14 @@ class _BackwardLaunches:
         )
 
     def temporaries(self, like: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Uninitialised partial sums of dG and, if weights need gradients, of dw_g and moments."""
+        """Uninitialised partial sums: of dG, of vectors if weights need gradients, and of moments
+        if it `fuses`."""
         new, acc = like.new_empty, accumulator(like.dtype)
-        grad_g = new(*self._grad_g, dtype=acc)
-        if not self._needs_weights:
-            return grad_g, None, None
-        return grad_g, new(*self._dw_g, dtype=acc), new(*self._sums, dtype=acc)
+        return (
+            new(*self._grad_g, dtype=acc),
+            new(*self._sums, dtype=acc) if self._needs_weights else None,
+            new(*self._moments, dtype=acc) if self.fuses else None,
+        )
 
     def start_rows(
         self,
@@ -720,7 +471,7 @@ class _BackwardLaunches:
             grad_g: for partial sums of dG.
             dx: for the gradient of x, if needed.
             operands: for dq, dk, and for t and z [2, B, N, E], if needed.
-            sums: for partial sums of dw_g, if needed, and of the moments, if it `fuses`.
+            sums: what `temporaries` returns after the first.
         """
         q, k, wq, bq, wk, bk, w_g, _, bp, wf, _, mask = inputs
         global_query, statistics, product = saved
@@ -730,15 +481,9 @@ class _BackwardLaunches:
             dout, dx, *operands, *sums,
         )  # fmt: skip
 
-    def start_moments(self, x: Tensor, dout: Tensor, operands: Tensor, moments: Tensor) -> None:
-        """Partial sums of the moments, from the operands (dq, dk,) t, z [2 or 4, B, N, E]."""
-        self._moments(x, dout, operands, moments)
-
-    def finish(
-        self, dw_g_parts: Tensor, moments: Tensor, gradients: Sequence[Tensor | None]
-    ) -> None:
+    def finish(self, sums: Tensor, moments: Tensor, gradients: Sequence[Tensor | None]) -> None:
         """Add the partial sums; results in `gradients`: dw_g, dWq, dWk, U, V, dbq, dbk, dbf."""
-        self._finish(dw_g_parts, moments, *gradients)
+        self._finish(sums, moments, *gradients)
 
 
 _backward_launches = functools.lru_cache(maxsize=512)(_BackwardLaunches)
@@ -748,42 +493,7 @@ def forget_launches() -> None:
     """Clear the cache of launches, after a change that their keys do not show."""
     _forward_launches.cache_clear()
     _backward_launches.cache_clear()
-
-
-def _weight_gradients(
-    launches: _BackwardLaunches,
-    dw_g_parts: Tensor,
-    moments: Tensor,
-    x_width: int,
-    weights: AnyWeights,
-) -> list[Tensor | None]:
-    """In the order of the weights; dWq, dbq, dWk and dbk only for `Weights`."""
-    w = weights
-    token_dim, width = w.final_weight.shape
-    new = w.final_weight.new_empty
-    projections: list[Tensor | None] = []
-    dwq = dwk = dbq = dbk = None
-    if isinstance(weights, Weights):
-        dwq, dwk = new(width, x_width), new(width, x_width)
-        dbq = None if weights.query_bias is None else new(width)
-        dbk = None if weights.key_bias is None else new(width)
-        projections = [dwq, dbq, dwk, dbk]
-    dw_g = new(*w.w_g.shape)
-    d_final_bias = None if w.proj_bias is None and w.final_bias is None else new(token_dim)
-    # U and V are rounded to the storage type, as eager rounds the operands of its GEMMs.
-    U, V = new(token_dim, width), new(token_dim, width)
-    launches.finish(dw_g_parts, moments, (dw_g, dwq, dwk, U, V, dbq, dbk, d_final_bias))
-    wf_t = w.final_weight.t()
-    d_proj = wf_t @ U
-    d_proj_bias = None
-    if w.proj_bias is not None and d_final_bias is not None:
-        d_proj_bias = wf_t @ d_final_bias
-    # In place, because addmm would copy V first.
-    d_final = V.addmm_(U, w.proj_weight.t())
-    return [
-        *projections, dw_g, d_proj, d_proj_bias, d_final,
-        None if w.final_bias is None else d_final_bias,
-    ]  # fmt: skip
+    wide.forget_launches()
 
 
 def backward(
@@ -796,62 +506,132 @@ def backward(
     needs: Needs,
 ) -> list[Tensor | None]:
     """Gradients of inputs and weights; None where not needed or without bias."""
-    x = inputs[0]
-    with device_guard(x):
-        read = _read(inputs, weights)
-        q = read.q
-        source = read.x
-        x_width = 0 if source is None else source.width
-        dout_view = _tokens(dout)
-        dx_view = _empty_like(q) if needs.inputs and read.project else None
-        dx = None if dx_view is None else dx_view.data
-        pointers = _pointers(read, weights, mask)
-        kept = contiguous(saved)  # hooks of saved tensors may have changed the strides
-        data = x if source is None else source.data
-        reusable = fits_kernels(*pointers, *kept, data, dout_view.data)
-        launches = _backward_launches(
-            _BackwardKey(
-                _launch_key(read, weights, options, pointers, reusable), dout_view.layout,
-                None if dx_view is None else dx_view.layout,
-                None if source is None else source.layout, x_width, needs.weights,
-            )
-        )  # fmt: skip
-        operands = dq = dk = tz = None
-        if source is None:
-            dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in inputs)
-            operands = tz = x.new_empty(2, *x.shape) if needs.weights else None
-        elif not read.project or (needs.weights and not launches.fuses):
-            operands = x.new_empty(4 if needs.weights else 2, q.batch, q.n_tokens, weights.width)
-            dq, dk, tz = operands[0], operands[1], operands[2:] if needs.weights else None
-        grad_g, dw_g_parts, moments = launches.temporaries(x)
-        launches.start_rows(
-            pointers, kept, dout_view.data, grad_g, dx, (dq, dk, tz),
-            (dw_g_parts, moments if launches.fuses else None),
-        )  # fmt: skip
-        if source is not None and needs.inputs and not read.project:
-            dx = _input_gradient(dq, dk, x, weights)
-        gradients: list[Tensor | None] = [dx]
-        if source is None:
-            gradients = [dq, dk] if needs.inputs else [None, None]
+    compute = wide.backward if is_wide(weights.width) else _backward
+    with device_guard(inputs[0]):
+        gradients = compute(dout, inputs, weights, mask, saved, options, needs)
         # The operator promises the strides of an input where it is dense.
-        gradients = [
-            g if g is None or g.stride() == t.stride() else torch.empty_like(t).copy_(g)
-            for g, t in zip(gradients, inputs, strict=True)
-        ]
-        if dw_g_parts is None or moments is None:
-            return [*gradients, *[None] * len(weights)]
-        if operands is not None:
-            tokens = dout_view if source is None else source
-            launches.start_moments(tokens.data, dout_view.data, operands, moments)
-        return [*gradients, *_weight_gradients(launches, dw_g_parts, moments, x_width, weights)]
+        for i, t in enumerate(inputs):
+            found = gradients[i]
+            if found is not None and found.stride() != t.stride():
+                gradients[i] = torch.empty_like(t).copy_(found)
+    return gradients
 
 
-def _input_gradient(dq: Tensor | None, dk: Tensor | None, x: Tensor, weights: AnyWeights) -> Tensor:
-    """The gradient of x from those of queries and keys, [B, N, E], by two GEMMs."""
+def _backward(
+    dout: Tensor,
+    inputs: Sequence[Tensor],
+    weights: AnyWeights,
+    mask: Tensor | None,
+    saved: Saved,
+    options: Options,
+    needs: Needs,
+) -> list[Tensor | None]:
+    """As `backward`, for inputs of any strides."""
+    x = inputs[0]
+    read = _read(inputs, weights)
+    q, projects = read.q, read.project
+    dout_view = read_tokens(dout)
+    dx = empty_like(q) if needs.inputs and projects else None
+    pointers = _pointers(read, weights, mask)
+    kept = contiguous(saved)  # hooks of saved tensors may have changed the strides
+    reusable = fits_kernels(*pointers, *kept, dout_view.data)
+    launches = _backward_launches(
+        _BackwardKey(
+            _launch_key(read, weights, options, pointers, reusable), dout_view.layout,
+            None if dx is None else dx.layout, needs.weights,
+        )
+    )  # fmt: skip
+    stores = needs.weights and not launches.fuses
+    rows = q.batch * q.n_tokens, weights.width
+    dq, dk = (x.new_empty(rows) if stores or not projects else None for _ in range(2))
+    tz = x.new_empty(2, *rows) if stores else None
+    grad_g, sums, moments = launches.temporaries(x)
+    launches.start_rows(
+        pointers, kept, dout_view.data, grad_g, None if dx is None else dx.data, (dq, dk, tz),
+        (sums, moments),
+    )  # fmt: skip
+    gradients: list[Tensor | None] = [None if dx is None else dx.data]
+    if not projects:
+        gradients = [g.view(x.shape) if needs.inputs and g is not None else None for g in (dq, dk)]
+    if sums is None:
+        return [*gradients, *[None] * len(weights)]
+    if moments is not None:
+        total = _finish(launches, sums, moments, weights)
+    else:
+        total = _total(sums, dq, dk, tz, dout, x, weights)
+    return [*gradients, *_weight_gradients(total, weights)]
+
+
+class _Total(NamedTuple):
+    """Sums over all tokens, in the type of the weights."""
+
+    projections: list[Tensor | None]
+    """dWq, dbq, dWk and dbk; empty if queries and keys were given."""
+    dw_g: Tensor
+    U: Tensor
+    """dout^T t, [D, E]. It is rounded, as V is, as eager rounds the operands of its products."""
+    V: Tensor
+    """dout^T z, [D, E]"""
+    d_final_bias: Tensor | None
+    """The sum of dout, [D], if a bias needs it."""
+
+
+def _finish(
+    launches: _BackwardLaunches, sums: Tensor, moments: Tensor, weights: AnyWeights
+) -> _Total:
+    """From what `_rows_backward_kernel` summed for groups of tokens."""
     assert isinstance(weights, Weights)
+    w = weights
+    new = w.final_weight.new_empty
+    dwq, dwk = new(w.query_weight.shape), new(w.query_weight.shape)
+    dbq = None if w.query_bias is None else new(w.width)
+    dbk = None if w.key_bias is None else new(w.width)
+    dw_g, U, V = new(w.width), new(w.final_weight.shape), new(w.final_weight.shape)
+    d_final_bias = new(w.token_dim) if _needs_dout(w) else None
+    launches.finish(sums, moments, (dw_g, dwq, dwk, U, V, dbq, dbk, d_final_bias))
+    return _Total([dwq, dbq, dwk, dbk], dw_g, U, V, d_final_bias)
+
+
+def _total(
+    sums: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    tz: Tensor | None,
+    dout: Tensor,
+    x: Tensor,
+    weights: AnyWeights,
+) -> _Total:
+    """By products of PyTorch, from the rows that `_rows_backward_kernel` stored."""
     assert dq is not None
     assert dk is not None
-    batch, n_tokens, width = dq.shape
-    dx = torch.mm(dq.view(-1, width), weights.query_weight)
-    dx = dx.addmm_(dk.view(-1, width), weights.key_weight).view(batch, n_tokens, -1)
-    return dx if x.dim() == 3 else as_image(dx, x.shape[2:])
+    assert tz is not None
+    t, z = tz
+    grad_out = rows_of(dout)
+    dw_g, dbq, dbk = sums.sum(0).to(dq.dtype)
+    projections: list[Tensor | None] = []
+    if isinstance(weights, Weights):
+        projections = wide.projection_gradients(dq, dk, dbq, dbk, x, weights)
+    return _Total(
+        projections, dw_g, grad_out.t() @ t, grad_out.t() @ z,
+        grad_out.sum(0) if _needs_dout(weights) else None,
+    )  # fmt: skip
+
+
+def _needs_dout(weights: AnyWeights) -> bool:
+    """Whether a bias needs the sum of dout."""
+    return weights.proj_bias is not None or weights.final_bias is not None
+
+
+def _weight_gradients(total: _Total, weights: AnyWeights) -> list[Tensor | None]:
+    """In the order of the weights."""
+    projections, dw_g, U, V, d_final_bias = total
+    w, wf_t = weights, weights.final_weight.t()
+    d_proj_bias = None
+    if w.proj_bias is not None and d_final_bias is not None:
+        d_proj_bias = wf_t @ d_final_bias
+    # In place, because addmm would copy V first.
+    d_final = V.addmm_(U, w.proj_weight.t())
+    return [
+        *projections, dw_g.view(w.w_g.shape), wf_t @ U, d_proj_bias, d_final,
+        None if w.final_bias is None else d_final_bias,
+    ]  # fmt: skip
