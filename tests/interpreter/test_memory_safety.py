@@ -358,8 +358,11 @@ def residual_run(n_tokens: int, width: int, dtype: torch.dtype = torch.float32) 
     options = Options("l2", True, width**-0.5, 1e-12)
 
     def run(module: ModuleType) -> None:
-        residual = module.Residual(x, torch.rand(width))
-        module.forward((x,), Weights(*weights), None, options, "", residual)
+        given, residual = Weights(*weights), module.Residual(x, torch.rand(width))
+        if module.is_wide(width):
+            module.wide.infer(x, module.wide.pack(given), options, residual)
+        else:
+            module.forward((x,), given, None, options, "", residual)
 
     return run
 

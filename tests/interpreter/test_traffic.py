@@ -51,8 +51,8 @@ def test_a_forward_moves_little_more_than_two_passes(shape):
     assert sum(launch.distinct for launch in launches) <= 1.15 * two_passes
 
 
-@pytest.mark.parametrize("width", [24, 72])
-def test_forward_and_backward_are_six_launches_and_gemms_on_weights(width):
+def test_forward_and_backward_are_six_launches_and_gemms_on_weights():
+    width = 24
     parts = count_ours(Shape(2, 67, width), torch.float16)
     operators = [operator for part in parts for operator in part.operators]
     others = [operator for operator in operators if not operator.is_matmul]

@@ -626,12 +626,12 @@ def _weight_gradients(total: _Total, weights: AnyWeights) -> list[Tensor | None]
     """In the order of the weights."""
     projections, dw_g, U, V, d_final_bias = total
     w, wf_t = weights, weights.final_weight.t()
-    d_proj_bias = None
+    d_proj, d_proj_bias = wf_t @ U, None
     if w.proj_bias is not None and d_final_bias is not None:
         d_proj_bias = wf_t @ d_final_bias
     # In place, because addmm would copy V first.
     d_final = V.addmm_(U, w.proj_weight.t())
     return [
-        *projections, dw_g.view(w.w_g.shape), wf_t @ U, d_proj_bias, d_final,
+        *projections, dw_g.view(w.w_g.shape), d_proj, d_proj_bias, d_final,
         None if w.final_bias is None else d_final_bias,
     ]  # fmt: skip
