@@ -10,7 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from benchmarks.gpu.report import BLOCKS_CSV, GRID_FILL_CSV, LOWER_BOUNDS_CSV, TRAFFIC_CSV
+from benchmarks.gpu.report import (
+    BLOCKS_CSV,
+    GRID_FILL_CSV,
+    LOWER_BOUNDS_CSV,
+    TRAFFIC_CSV,
+    shown,
+)
 from benchmarks.plots import read
 from swiftkernels.testing.engines import OURS
 from swiftkernels.testing.plots import (
@@ -68,7 +74,7 @@ def draw_traffic(folder: Path) -> Path:
         ValueError: the CSV file is missing or has no rows.
     """
     rows = read(folder / TRAFFIC_CSV, "benchmarks.gpu.traffic")
-    return _save(traffic([r for r in rows if r["dtype"] == "float16"]), folder / TRAFFIC_PNG)
+    return _save(traffic(shown(rows)), folder / TRAFFIC_PNG)
 
 
 def draw_lower_bounds(folder: Path) -> list[Path]:
@@ -81,10 +87,9 @@ def draw_lower_bounds(folder: Path) -> list[Path]:
     bounds = read(folder / LOWER_BOUNDS_CSV, command)
     fills = read(folder / GRID_FILL_CSV, command)
     return [
-        _save(
-            lower_bounds([r for r in bounds if r["dtype"] == "float16"]), folder / LOWER_BOUNDS_PNG
-        ),
-        _save(grid_fill([r for r in fills if r["dtype"] == "float16"]), folder / GRID_FILL_PNG),
+        _save(lower_bounds(shown(bounds)), folder / LOWER_BOUNDS_PNG),
+        # Larger batches fill every GPU.
+        _save(grid_fill([r for r in shown(fills) if int(r["batch"]) <= 8]), folder / GRID_FILL_PNG),
     ]
 
 

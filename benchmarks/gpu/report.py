@@ -21,7 +21,7 @@ FORWARD, BOTH = "forward", "forward+backward"
 ENGINES = (OURS, "eager", "inductor", "mhsa", "separable", "linear")
 """In the order of the tables."""
 SHOWN_STAGES = (("3136", "48"), ("784", "56"), ("196", "112"), ("49", "220"))
-"""Tokens and width of the stages of SwiftFormer XS, which the larger tables show."""
+"""Tokens and width of the stages of SwiftFormer XS."""
 
 NAMES = {"inductor": "torch.compile", "mhsa": "self-attention"}
 """Names of engines in the tables, where they differ."""
@@ -178,7 +178,7 @@ def write(results: Path) -> Path:
     bounds = read_csv(results / LOWER_BOUNDS_CSV)
     fills = read_csv(results / GRID_FILL_CSV)
     parts = [_INTRODUCTION.format(ours=OURS)]
-    half = [row for row in traffic if row["dtype"] == "float16" and _is_shown(row)]
+    half = shown(traffic)
     if half:
         parts.append(_TRAFFIC_NOTE)
         parts.append(traffic_table(half))
@@ -189,11 +189,7 @@ def write(results: Path) -> Path:
         parts += [_BLOCKS.format(ours=OURS), blocks_table(blocks), _blocks_note(blocks)]
     if bounds:
         parts += [_BOUNDS.format(ours=OURS), _BOUNDS_NOTE.format(gpu=SHOWN_GPU)]
-        own = [
-            row
-            for row in bounds
-            if row["dtype"] == "float16" and row["gpu"] == SHOWN_GPU and _is_shown(row)
-        ]
+        own = [row for row in shown(bounds) if row["gpu"] == SHOWN_GPU]
         parts.append(bounds_table(own))
         parts.append(_sources())
     if fills:
@@ -206,8 +202,10 @@ def write(results: Path) -> Path:
     return page
 
 
-def _is_shown(row: Row) -> bool:
-    return (row["tokens"], row["width"]) in SHOWN_STAGES
+def shown(rows: Iterable[Row]) -> list[Row]:
+    """The rows in float16 that tables and pictures show: `SHOWN_STAGES`, or all without these."""
+    half = [row for row in rows if row["dtype"] == "float16"]
+    return [row for row in half if (row["tokens"], row["width"]) in SHOWN_STAGES] or half
 
 
 def engines_in(rows: Iterable[Row]) -> list[str]:
@@ -295,9 +293,7 @@ def bounds_table(rows: Sequence[Row], case: Sequence[str] = CASE) -> str:
 
 
 def _fills(rows: Sequence[Row]) -> str:
-    own = [
-        row for row in rows if row["dtype"] == "float16" and row["batch"] == "1" and _is_shown(row)
-    ]
+    own = [row for row in shown(rows) if row["batch"] == "1"]
     gpus = list(dict.fromkeys((row["gpu"], row["multiprocessors"]) for row in own))
     lines = [
         "| N, E | direction | kernel | programs | "
