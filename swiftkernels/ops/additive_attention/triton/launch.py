@@ -61,18 +61,16 @@ class _Inputs(NamedTuple):
     k: Tokens
     projections: tuple[Tensor | None, ...]
     """Weights and biases of the query and key layers, if the kernels project x."""
-    x: Tokens | None
-    """What queries and keys are made of; None if they were given."""
     project: bool
     """Whether the kernels project x."""
 
 
 def _read(inputs: Sequence[Tensor], weights: AnyWeights) -> _Inputs:
-    """From x, which the kernels project, or one GEMM if E is large; or from given q and k."""
+    """From x, which the kernels project, or from given q and k."""
     if not isinstance(weights, Weights):
-        return _Inputs(*given_tokens(inputs), _NO_PROJECTIONS, None, False)
-    view = read_tokens(inputs[0])
-    return _Inputs(view, view, weights[:4], view, True)
+        return _Inputs(*given_tokens(inputs), _NO_PROJECTIONS, False)
+    x = read_tokens(inputs[0])
+    return _Inputs(x, x, weights[:4], True)
 
 
 _NO_PROJECTIONS = (None,) * 4
