@@ -125,12 +125,13 @@ Kernels launched, and MB (distinct; in brackets requested), in float16. What flo
 
 _PROMISES = """\
 The forward of a layer up to E = 128 reads its tokens twice and writes its output, and nothing of
-that size besides. From about 12 E tokens in the batch on it comes within 1.15 of the bytes of this;
+that size besides. From about 12 E tokens in the batch on it moves at most 1.15 times as many bytes;
 below, the weights outweigh the tokens.
 
 Bytes of forward and backward / those of torch.compile, at the stages of SwiftFormer XS, S, L1 and
-L3. Up to E = 64 a program sums the gradients of the weights of up to 256 tokens on chip: of as many
-as leave programs for half of an H100, if there are. Above, the gradients of queries and keys and
+L3. Up to E = 64 a program sums the gradients of the weights of up to 256 tokens on chip: of the
+largest group that leaves programs for half of an H100, or else of the smallest group. Above, the
+gradients of queries and keys and
 two more tensors of their size go through memory, from which PyTorch's products compute those of the
 weights. Above E = 128 all products are PyTorch's, because an H100 takes longer for weights that
 every program reads. There a layer moves little less than torch.compile: what is between two

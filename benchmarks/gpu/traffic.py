@@ -129,11 +129,14 @@ def count_ours(
         return group(cfg, as_of_batch or batch, n_tokens)
 
     launch.forget_launches()  # their keys do not show the patch
-    with torch.no_grad(), mock.patch.object(config, "group", as_of):
-        with trace() as forward, EagerTraffic() as around_forward:
-            run_backward = calls.forward(tensors)
-        with trace() as backward, EagerTraffic() as around_backward:
-            run_backward()
+    try:
+        with torch.no_grad(), mock.patch.object(config, "group", as_of):
+            with trace() as forward, EagerTraffic() as around_forward:
+                run_backward = calls.forward(tensors)
+            with trace() as backward, EagerTraffic() as around_backward:
+                run_backward()
+    finally:
+        launch.forget_launches()
     return Part(forward, around_forward.operators), Part(backward, around_backward.operators)
 
 

@@ -270,14 +270,8 @@ class Operator:
         found = self._backward(
             dout, self._parse(arguments), saved, Needs(needs_inputs, needs_weights)
         )
-        # A list that an operator returns cannot contain None, which an empty tensor replaces, nor
-        # tensors that share memory, as parts of one tensor do.
-        return [
-            dout.new_empty(0) if g is None
-            else g if g.untyped_storage().nbytes() == g.nbytes
-            else g.clone()
-            for g in found
-        ]  # fmt: skip
+        # A list that an operator returns cannot contain None: an empty tensor replaces it.
+        return [dout.new_empty(0) if g is None else g for g in found]
 
     def _backward(
         self, dout: Tensor, call: Call, saved: Sequence[Tensor], needs: Needs

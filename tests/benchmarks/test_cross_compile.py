@@ -117,3 +117,13 @@ def test_problems_are_found():
 )
 def test_rows_are_aligned_as_their_width_allows(width, dtype, bits):
     assert cross_compile.row_alignment(width, dtype) == bits
+
+
+def test_launches_are_those_of_the_class_asked_for():
+    """In any order; the last product of wide layers has fewer stages on AMD's GPUs."""
+
+    def stages(class_: str) -> int:
+        launches = cross_compile.fused_launches_of(320, torch.float16, class_=class_)
+        return launches[-1].arguments["num_stages"]
+
+    assert stages("large") > stages("amd") == 2

@@ -55,14 +55,14 @@ def test_other_operators_of_a_backward_are_products_and_sums(width):
     backward = calls.forward(tensors)
     with count_launches(), TorchKernels() as torch_kernels, torch.no_grad():
         backward()
-    # The last step of dw_g, dbq and dbk, and above 128 of dbp.
-    sums = ["sum", "_to_copy"]
     of_weights = ["mm", "mv", "addmm_"]
     expected = {
         NARROW: of_weights,
-        MIDDLE: [*sums, *["mm"] * 4, "sum", *of_weights],  # dWq, dWk, U, V and dbf
+        # dw_g, dbq and dbk; dWq, dWk, U, V and dbf
+        MIDDLE: ["sum", *["_to_copy"] * 3, *["mm"] * 4, "sum", *of_weights],
     }
-    wide = [*["mm"] * 3, "addmm", *sums, *["mm"] * 4, "sum"]  # dz, dy, dx; dbf
+    # dz, dy and dx; dw_g, dbq, dbk and dbp; the four matrices and dbf
+    wide = [*["mm"] * 3, "addmm", "sum", *["_to_copy"] * 4, *["mm"] * 4, "sum"]
     assert [name for name, _ in torch_kernels.calls] == expected.get(width, wide)
     if width == NARROW:
         for _, shapes in torch_kernels.calls:

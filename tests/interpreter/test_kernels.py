@@ -13,11 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from swiftkernels import AdditiveAttention
 from swiftkernels.backends.triton import sizes
 from swiftkernels.ops.additive_attention import api, reference
+from swiftkernels.ops.additive_attention.op import SELF_ATTENTION
 from swiftkernels.ops.additive_attention.reference import POOLINGS
 from swiftkernels.ops.additive_attention.triton import config, launch
 from swiftkernels.ops.additive_attention.weights import Options
+from swiftkernels.ops.operator import Call
 from swiftkernels.testing.cases import (
     SELF_NAMES,
     assert_gradients_survive_cancellation,
@@ -290,3 +293,24 @@ def test_batch_elements_more_than_two_to_the_31_elements_apart():
     _, saved = forward_by(launch, tensors, None, options_for(16))
     dx, *_ = backward_by(launch, dout, tensors, None, saved, options_for(16))
     assert torch.equal(dx, near_results["x"])
+
+
+@pytest.mark.usefixtures("route")
+def test_the_operator_of_every_route_is_registered_rightly():
+    """Also where the rows of a batch are no multiple of eight."""
+    (x,), weights = split(make_tensors(1, 9, 24, 24, 1, dtype=torch.float32, seed=23))
+    for t in (x, *weights):
+        t.requires_grad_()
+    call = Call((x,), weights, None, options_for(24), "triton", "statistics")
+    torch.library.opcheck(SELF_ATTENTION.op, SELF_ATTENTION._flat(call))
+
+
+@pytest.mark.usefixtures("route")
+def test_gradients_share_no_memory():
+    layer = AdditiveAttention(24, 24, 1, backend="triton")
+    layer(torch.randn(1, 9, 24)).sum().backward()
+    versions = {p: p.grad._version for p in layer.parameters()}
+    layer.w_g.grad.zero_()
+    for p in layer.parameters():
+        assert p.grad.untyped_storage().nbytes() == p.grad.nbytes
+        assert p is layer.w_g or p.grad._version == versions[p]

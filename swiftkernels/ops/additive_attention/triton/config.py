@@ -1,7 +1,8 @@
 """Tile sizes by width and storage type. Nothing is tuned at the first call.
 
-Token and batch counts have no influence on the order of sums within a batch element: its result
-does not depend on the batch.
+Token and batch counts have no influence on the order in which the kernels sum within a batch
+element: its result does not depend on the batch. PyTorch's products in wide layers may choose other
+orders.
 """
 
 from __future__ import annotations

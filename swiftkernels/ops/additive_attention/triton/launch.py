@@ -167,7 +167,7 @@ class _ForwardLaunches:
         batch, n_tokens, in_dims, width, token_dim = key[:5]
         tokens, dtype, options = key.tokens, key.dtype, key.options
         cfg = config.choose_config(width, dtype, architecture(key.device))
-        # Without tokens there is nothing to pool, but a backward may need M, G and statistics.
+        # `split_tokens` takes at least one.
         splits, tiles_per_split = split_tokens(max(n_tokens, 1), cfg.block_n)
         self.splits = splits
         block_m = 32 if width <= 64 else 64
@@ -524,7 +524,7 @@ def _backward(
     options: Options,
     needs: Needs,
 ) -> list[Tensor | None]:
-    """As `backward`, for inputs of any strides."""
+    """As `backward`; the gradients of inputs may have other strides than these."""
     x = inputs[0]
     read = _read(inputs, weights)
     q, projects = read.q, read.project
@@ -605,7 +605,8 @@ def _total(
     assert tz is not None
     t, z = tz
     grad_out = rows_of(dout)
-    dw_g, dbq, dbk = sums.sum(0).to(dq.dtype)
+    # Gradients of their own: not parts of one tensor.
+    dw_g, dbq, dbk = (t.to(dq.dtype, copy=True) for t in sums.sum(0))
     projections: list[Tensor | None] = []
     if isinstance(weights, Weights):
         projections = wide.projection_gradients(dq, dk, dbq, dbk, x, weights)

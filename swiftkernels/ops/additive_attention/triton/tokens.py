@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from swiftkernels.backends.layouts import accumulator, to_tokens, tokens_of
-from swiftkernels.backends.triton.sizes import cdiv
 from swiftkernels.backends.triton.tensors import Layout, compact, layout
 from swiftkernels.ops.additive_attention.triton import config
 from swiftkernels.ops.additive_attention.weights import AnyWeights, Weights
@@ -85,7 +84,7 @@ class Saved(NamedTuple):
     statistics: Tensor
     """Of the pooling, [B, 2]."""
     factors: Tensor
-    """M = Wf Wp, [D, E]; of a wide layer what `wide_factors` divides, [4 or 2, B N or more, E]."""
+    """M = Wf Wp, [D, E]; of a wide layer what `wide_factors` divides, [4 or 2, B N, E]."""
 
 
 def saved_like(inputs: Sequence[Tensor], weights: AnyWeights, keep: str) -> Saved:
@@ -93,21 +92,21 @@ def saved_like(inputs: Sequence[Tensor], weights: AnyWeights, keep: str) -> Save
     x, width = inputs[0], weights.width
     shape: tuple[int, ...] = weights.token_dim, width
     if is_wide(width):
-        # A multiple of eight rows: all parts begin at multiples of 16 bytes.
-        rows = 8 * cdiv(x.shape[0] * count_tokens(x), 8)
-        shape = 4 if isinstance(weights, Weights) else 2, rows, width
+        planes = 4 if isinstance(weights, Weights) else 2
+        shape = planes, x.shape[0] * count_tokens(x), width
     return Saved(*statistics_like(x, width), x.new_empty(shape))
 
 
-def wide_factors(factors: Tensor, rows: int) -> tuple[Sequence[Tensor], Tensor]:
-    """What a wide layer keeps for so many tokens in all.
+def wide_factors(factors: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+    """What a wide layer keeps.
 
     Returns:
-        q and k, [rows, E] each, or nothing if they were given; and z and y side by side,
-        [rows, 2 E].
+        q and k, [B N, E] each, or nothing if they were given; and z and y side by side,
+        [B N, 2 E].
     """
-    *projected, _, _ = factors[:, :rows]
-    return projected, factors[-2:].view(-1, 2 * factors.shape[2])[:rows]
+    *projected, _, _ = factors
+    _, rows, width = factors.shape
+    return projected, factors[-2:].view(rows, 2 * width)
 
 
 def statistics_like(x: Tensor, width: int) -> tuple[Tensor, Tensor]:

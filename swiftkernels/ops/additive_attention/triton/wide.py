@@ -1,9 +1,9 @@
-"""Layers above `MAX_PROJECTED_WIDTH`: PyTorch's products, with kernels for what is between them.
+"""Layers above `MAX_PROJECTED_WIDTH`: products of PyTorch, and kernels for what is between them.
 
-In training, z = qn + bp + y Wp^T with y = G * kn, and the output is z Wf^T + bf, as in the
-definition: with few tokens the weights are most of what moves, and M = Wf Wp would be one more
-matrix of their size. Inference has packed [Wf, M] before, so that one product of [qn + bp, y] makes
-the output and adds the residual branch.
+z = qn + bp + y Wp^T with y = G * kn, and the output is z Wf^T + bf, as in the definition: with few
+tokens the weights are most of what moves, and M = Wf Wp would be one more matrix of their size.
+Fused networks have packed [Wf, M] before: there one product of [qn + bp, y] makes the output and
+adds the residual branch (`pack`, `infer`).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class _Sizes:
     def __init__(self, key: _Key) -> None:
         n_tokens, width, options = key.n_tokens, key.width, key.options
         block_n, num_warps = config.wide_tile(width, architecture(key.device))
-        # Without tokens there is nothing to pool, but a backward may need G and statistics.
+        # `split_tokens` takes at least one.
         self.splits, tiles_per_split = split_tokens(max(n_tokens, 1), block_n)
         self.tiles = cdiv(n_tokens, block_n)
         self.constants: dict[str, Any] = {
@@ -161,6 +161,7 @@ def forget_launches() -> None:
     """As `launch.forget_launches`."""
     _forward_launches.cache_clear()
     _backward_launches.cache_clear()
+    _product.cache_clear()
 
 
 def _write_operands(
@@ -192,20 +193,20 @@ def forward(
     residual: Residual = NO_RESIDUAL,
 ) -> tuple[Tensor, Saved]:
     """As `launch.forward`."""
-    like, w = inputs[0], weights
+    first = inputs[0]
     saved = saved_like(inputs, weights, "")
-    projected, operands = wide_factors(saved.factors, like.shape[0] * count_tokens(like))
+    projected, operands = wide_factors(saved.factors)
     if isinstance(weights, Weights):
-        x = rows_of(like)
+        x = rows_of(first)
         _linear(x, weights.query_weight, weights.query_bias, projected[0])
         _linear(x, weights.key_weight, weights.key_bias, projected[1])
     q, k = _queries_and_keys(inputs, projected)
     _write_operands(q, k, weights, mask, options, saved[:2], operands)
     z, y = operands.chunk(2, 1)
-    torch.addmm(z, y, w.proj_weight.t(), out=z)
-    out = like.new_empty_strided(*output_like(like, w.token_dim))
+    torch.addmm(z, y, weights.proj_weight.t(), out=z)
+    out = first.new_empty_strided(*output_like(first, weights.token_dim))
     rows = rows_of(out)
-    _linear(z, w.final_weight, w.final_bias, rows)
+    _linear(z, weights.final_weight, weights.final_bias, rows)
     if residual.x is not None and residual.scale is not None:
         rows.mul_(residual.scale).add_(rows_of(residual.x))
     return out, saved
@@ -290,10 +291,9 @@ def backward(
     options: Options,
     needs: Needs,
 ) -> list[Tensor | None]:
-    """Gradients of inputs and weights as `launch.backward`; those of inputs of any strides."""
+    """As `launch.backward`; the gradients of inputs may have other strides than these."""
     w = weights
-    factors = saved.factors.contiguous()  # hooks may have changed the strides
-    projected, operands = wide_factors(factors, dout.shape[0] * count_tokens(dout))
+    projected, operands = wide_factors(saved.factors.contiguous())  # hooks may change strides
     z, y = operands.chunk(2, 1)
     q, k = _queries_and_keys(inputs, projected)
     grad_out = rows_of(dout)
@@ -320,7 +320,8 @@ def backward(
         gradients = [g.view(inputs[0].shape) for g in (grad_q, grad_k)]
     if not needs.weights:
         return [*gradients, *[None] * len(weights)]
-    dw_g, dbq, dbk, d_proj_bias = sums.sum(0).to(dout.dtype)
+    # Gradients of their own: not parts of one tensor.
+    dw_g, dbq, dbk, d_proj_bias = (t.to(dout.dtype, copy=True) for t in sums.sum(0))
     projections = []
     if isinstance(weights, Weights):
         projections = projection_gradients(grad_q, grad_k, dbq, dbk, inputs[0], weights)
