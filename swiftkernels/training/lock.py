@@ -6,7 +6,8 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from swiftkernels.utils.text import shown
 
 NAME = "lock"
 """Name of the lock file. It stays in the folder; only a lock on it says that the folder is used."""
+
+PATIENCE = 1.0
+"""Seconds to wait for a lock."""
 
 _held: set[Any] = set()
 """Open lock files of this process. A child process inherits them, and with them the lock. It closes
@@ -45,7 +49,7 @@ def locked(folder: Path) -> Iterator[bool]:
     path = folder / NAME
     with path.open("ab+", buffering=0) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _try_for_a_moment(lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB))
         except BlockingIOError:
             holder = shown(path.read_text(errors="replace").strip()) or "an unknown process"
             raise ValueError(
@@ -67,6 +71,18 @@ def locked(folder: Path) -> Iterator[bool]:
             yield exclusive
         finally:
             _held.discard(file)
+
+
+def _try_for_a_moment(lock: Callable[[], None]) -> None:
+    """Lock, or raise BlockingIOError. The lock of a killed process may outlive it for a moment."""
+    last = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return lock()
+        except BlockingIOError:
+            if time.monotonic() > last:
+                raise
+        time.sleep(PATIENCE / 20)
 
 
 def _this_process() -> str:

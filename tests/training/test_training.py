@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,18 @@ with lock.locked(Path(sys.argv[1])):
     print(flush=True)
     sys.stdin.read()
 """
+
+
+def test_a_lock_that_ends_in_a_moment_is_waited_for(tmp_path):
+    """As that of a killed process, which the system may release a little later."""
+    pytest.importorskip("fcntl")
+    held = lock.locked(tmp_path)
+    held.__enter__()
+    timer = threading.Timer(0.2, held.__exit__, (None, None, None))
+    timer.start()
+    with lock.locked(tmp_path) as exclusive:
+        assert exclusive
+    timer.join()
 
 
 def test_killed_training_releases_its_lock(tmp_path):
