@@ -499,7 +499,7 @@ KNOWN = (
         ("sm_86", "sm_89", "sm_120"),
         "two to eighteen instructions; the tiles are those that are fastest on an H100",
         ("fp16", "bf16"),
-        (96, 112, 128, 384, 512),
+        (96, 112, 128),
     ),
     Known(
         "spills",
@@ -538,24 +538,7 @@ KNOWN = (
         ("sm_90",),
         "two to five instructions, a few registers too many",
         ("fp16", "bf16"),
-        (112, 128, 168, 192, 220, 224, 512),
-    ),
-    Known(
-        "spills",
-        ("pool_backward", "rows_backward"),
-        CUDA,
-        "products without tensor cores take all 255 registers and a few more; no other steps, "
-        "stages or warps were found that need fewer",
-        ("fp32",),
-        (168, 192, 220, 224, 320, 384, 512),
-    ),
-    Known(
-        "spills",
-        ("rows_backward",),
-        ("sm_80", "sm_86", "sm_89"),
-        "a few registers too many; two stages avoid it, but make 220 (masked) and 224 spill",
-        ("fp16", "bf16"),
-        (168,),
+        (112, 128),
     ),
     Known(
         "spills",
@@ -567,19 +550,11 @@ KNOWN = (
     ),
     Known(
         "spills",
-        ("output_forward", "residual_output_forward"),
-        ("sm_86", "sm_89", "sm_120"),
-        "the second stage that avoids it takes 128 KiB of shared memory, of which these have 99",
-        ("fp32",),
-        (320, 384, 512),
-    ),
-    Known(
-        "spills",
         ("rows_backward",),
         ("sm_100", "sm_103", "sm_120"),
         "the tiles are those that fit on sm_80 and sm_90; here they take some registers more",
         ("fp16", "bf16"),
-        (64, 168, 192, 224),
+        (64,),
     ),
     Known(
         "spills",
