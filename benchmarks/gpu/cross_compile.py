@@ -225,7 +225,7 @@ def fused_launches_of(width: int, dtype: torch.dtype, *, class_: str = "large") 
     """The launches that only fused networks have, whose first stage has this width.
 
     They are the convolutions of the stem, on contiguous images, and of the first downsampling, as
-    far as the kernel takes them, and the kernels of attention but the first.
+    far as the kernel takes them, and the last kernel of attention.
     """
     convolutions = [
         (3, width // 2, "relu"),
@@ -251,7 +251,7 @@ def fused_launches_of(width: int, dtype: torch.dtype, *, class_: str = "large") 
             if convolution_launch.takes(step):
                 plan = convolution_launch.ConvolutionPlan(images, step)
                 plan(images, convolution_launch.pack(step), None, None)
-    return [*launches, *attention[1:]]
+    return [*launches, attention[-1]] if attention else launches
 
 
 POINTERS = {
