@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from swiftkernels.backends.layouts import tokens_of
 from swiftkernels.backends.torch_state import allow_tf32
 
 
@@ -62,6 +63,27 @@ def compact(t: Tensor) -> Tensor:
     strides.
     """
     return t.new_empty(t.shape).copy_(t)
+
+
+class Tokens(NamedTuple):
+    """Tokens, or an image, that the kernels can read as [B, N, C]."""
+
+    data: Tensor
+    batch: int
+    n_tokens: int
+    width: int
+    layout: Layout
+
+
+def read_tokens(t: Tensor) -> Tokens:
+    """t [B, N, C] or [B, C, H, W], or a copy where the kernels cannot read its strides."""
+    found = tokens_of(t.shape, t.stride())
+    if found is not None:
+        batch, n_tokens, width, strides = found
+        described = layout(n_tokens, width, strides)
+        if described is not None:
+            return Tokens(t, batch, n_tokens, width, described)
+    return read_tokens(compact(t))
 
 
 def contiguous(tensors: Sequence[Tensor | None]) -> list[Any]:

@@ -25,7 +25,7 @@ from swiftkernels.backends.triton.sizes import (
     split_tokens,
     sum_tile,
 )
-from swiftkernels.backends.triton.tensors import Layout, contiguous, precision
+from swiftkernels.backends.triton.tensors import Layout, Tokens, contiguous, precision, read_tokens
 from swiftkernels.ops.additive_attention.triton import config, pooling, wide
 from swiftkernels.ops.additive_attention.triton.backward import (
     _finish_backward_kernel,
@@ -40,12 +40,10 @@ from swiftkernels.ops.additive_attention.triton.tokens import (
     NO_RESIDUAL,
     Residual,
     Saved,
-    Tokens,
     empty_like,
     given_tokens,
     is_wide,
     mask_bytes,
-    read_tokens,
     rows_of,
     saved_like,
 )

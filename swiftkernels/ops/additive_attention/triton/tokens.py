@@ -8,31 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swiftkernels.backends.layouts import accumulator, to_tokens, tokens_of
-from swiftkernels.backends.triton.tensors import Layout, compact, layout
+from swiftkernels.backends.layouts import accumulator, to_tokens
+from swiftkernels.backends.triton.tensors import Tokens, read_tokens
 from swiftkernels.ops.additive_attention.triton import config
 from swiftkernels.ops.additive_attention.weights import AnyWeights, Weights
-
-
-class Tokens(NamedTuple):
-    """Tokens, or an image, that the kernels can read as [B, N, C]."""
-
-    data: Tensor
-    batch: int
-    n_tokens: int
-    width: int
-    layout: Layout
-
-
-def read_tokens(t: Tensor) -> Tokens:
-    """t [B, N, C] or [B, C, H, W], or a copy where the kernels cannot read its strides."""
-    found = tokens_of(t.shape, t.stride())
-    if found is not None:
-        batch, n_tokens, width, strides = found
-        described = layout(n_tokens, width, strides)
-        if described is not None:
-            return Tokens(t, batch, n_tokens, width, described)
-    return read_tokens(compact(t))
 
 
 def given_tokens(inputs: Sequence[Tensor]) -> tuple[Tokens, Tokens]:
@@ -58,7 +37,7 @@ def rows_of(t: Tensor) -> Tensor:
 
     A copy where the channels are not adjacent.
     """
-    return to_tokens(t, channels_first=t.dim() == 4).reshape(-1, t.shape[1 if t.dim() == 4 else 2])
+    return to_tokens(t, channels_first=t.dim() == 4).flatten(0, 1)
 
 
 def count_tokens(t: Tensor) -> int:

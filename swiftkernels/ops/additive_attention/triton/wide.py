@@ -21,7 +21,14 @@ from swiftkernels.backends.torch_state import autocast_off, device_guard, fits_k
 from swiftkernels.backends.triton.kernel_launch import KernelLaunch
 from swiftkernels.backends.triton.linear import Linear, linear_launch
 from swiftkernels.backends.triton.sizes import architecture, cdiv, power_of_two, split_tokens
-from swiftkernels.backends.triton.tensors import Layout, contiguous, precision, rows_layout
+from swiftkernels.backends.triton.tensors import (
+    Layout,
+    Tokens,
+    contiguous,
+    precision,
+    read_tokens,
+    rows_layout,
+)
 from swiftkernels.ops.additive_attention.triton import config, pooling
 from swiftkernels.ops.additive_attention.triton.backward import (
     _pool_wide_backward_kernel,
@@ -35,11 +42,9 @@ from swiftkernels.ops.additive_attention.triton.tokens import (
     NO_RESIDUAL,
     Residual,
     Saved,
-    Tokens,
     count_tokens,
     given_tokens,
     mask_bytes,
-    read_tokens,
     rows_of,
     saved_like,
     statistics_like,
@@ -315,7 +320,7 @@ def backward(
 
     gradients: list[Tensor | None] = [None] * len(inputs)
     if needs.inputs and isinstance(weights, Weights):
-        gradients = [input_gradient(grad_q, grad_k, inputs[0], weights)]
+        gradients = [_input_gradient(grad_q, grad_k, inputs[0], weights)]
     elif needs.inputs:
         gradients = [g.view(inputs[0].shape) for g in (grad_q, grad_k)]
     if not needs.weights:
@@ -332,7 +337,7 @@ def backward(
     ]  # fmt: skip
 
 
-def input_gradient(grad_q: Tensor, grad_k: Tensor, x: Tensor, weights: Weights) -> Tensor:
+def _input_gradient(grad_q: Tensor, grad_k: Tensor, x: Tensor, weights: Weights) -> Tensor:
     """The gradient of x from those of queries and keys, [B N, E]."""
     dx = grad_q @ weights.query_weight
     torch.addmm(dx, grad_k, weights.key_weight, out=dx)

@@ -17,18 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swiftkernels.backends import cache
-from swiftkernels.backends.layouts import accumulator, output_like, tokens_of
+from swiftkernels.backends.layouts import accumulator, output_like
 from swiftkernels.backends.torch_state import device_guard, fits_kernels
 from swiftkernels.backends.triton.kernel_launch import KernelLaunch, Pointer
 from swiftkernels.backends.triton.linear import Linear, linear_launch
 from swiftkernels.backends.triton.sizes import architecture, cdiv, power_of_two, sum_tile
 from swiftkernels.backends.triton.tensors import (
     Layout,
-    compact,
     contiguous,
     has_tensor_cores,
-    layout,
     precision,
+    read_tokens,
     rows_layout,
 )
 from swiftkernels.ops.conv_mlp import gradients, reference
@@ -81,13 +80,8 @@ class _Pixels(NamedTuple):
 
 def _pixels(t: Tensor) -> _Pixels:
     """t [B, C, H, W], or a copy where the kernels cannot read its strides."""
-    found = tokens_of(t.shape, t.stride())
-    if found is not None:
-        batch, n_pixels, width, strides = found
-        readable = layout(n_pixels, width, strides)
-        if readable is not None:
-            return _Pixels(t, batch, n_pixels, readable)
-    return _pixels(compact(t))
+    found = read_tokens(t)
+    return _Pixels(found.data, found.batch, found.n_tokens, found.layout)
 
 
 def _join(images: Sequence[_Pixels]) -> list[_Pixels]:
